@@ -1,0 +1,377 @@
+"""vLLM's AsyncLLM as an ``Engine``, with our KV connector for its role."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import torch
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from baton.v1 import inference_pb2 as pb
+from cluster.config import Config
+from cluster.errors import ConfigError, InternalError, WorkerLostError
+from cluster.model import ResolvedModel
+from cluster.types import Pool, WorkerLoad
+from engine.protocol import EngineFacts, EngineOutput, EngineRequest, KvReceive, KvSend
+from kv_transfer.connector import ReceiveReport
+from kv_transfer.options import TransferOptions
+from kv_transfer.release import AddressBook, Releaser
+
+_FINISH = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    None: pb.FINISH_REASON_UNSPECIFIED,
+}
+# A report leaves the engine core in the same message as the first token, so this only bounds a
+# defect.
+_REPORT_TIMEOUT_S = 5.0
+
+
+class VllmEngine:
+    """One AsyncLLM: an engine core and its ranks in processes of their own.
+
+    Args:
+        cpu_binding: cores for vLLM's CPU backend (``VLLM_CPU_OMP_THREADS_BIND``), or None.
+        kv_token: shared secret of the cluster's KV control channels.
+        incarnation: of this worker; new at each process start.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pool: Pool,
+        model: ResolvedModel,
+        cpu_binding: str | None,
+        kv_token: str,
+        incarnation: str,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._pool_config = config.prefill if pool is Pool.PREFILL else config.decode
+        self._model = model
+        self._cpu_binding = cpu_binding
+        self._kv_token = kv_token
+        self._incarnation = incarnation
+        self._llm: AsyncLLM | None = None
+        self._releaser: Releaser | None = None
+        self._stats = _Stats()
+        self._queued_tokens: dict[str, int] = {}
+
+    async def start(self) -> EngineFacts:
+        self._set_environment()
+        book = AddressBook(self._config.cluster.host)
+        try:
+            llm = self._llm = await asyncio.to_thread(self._make_llm, book.endpoint)
+            addresses: tuple[str, ...] = ()
+            if self._pool is Pool.PREFILL:
+                addresses = await asyncio.to_thread(
+                    book.collect,
+                    self._pool_config.tensor_parallel_size,
+                    self._config.kv_transfer.pair_timeout_s,
+                )
+        finally:
+            book.close()
+        self._releaser = Releaser(addresses, self._kv_token)
+        vllm_config = llm.vllm_config
+        blocks = vllm_config.cache_config.num_gpu_blocks
+        assert blocks is not None, "vLLM knows its number of blocks once it has started"
+        self._stats.blocks_total = blocks - 1  # block 0 is vLLM's null block
+        return EngineFacts(
+            vllm_config.model_config.max_model_len,
+            vllm_config.model_config.get_vocab_size(),
+            vllm_config.cache_config.block_size,
+            self._stats.blocks_total,
+            addresses,
+        )
+
+    def _set_environment(self) -> None:
+        """What vLLM only takes from the environment; this process runs one engine."""
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        if not torch.cuda.is_available():
+            os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+            if self._cpu_binding is not None:
+                os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_binding
+
+    def _make_llm(self, report_to: str) -> AsyncLLM:
+        pool, model = self._pool_config, self._config.model
+        arguments: dict[str, Any] = {
+            "model": str(self._model.path),
+            "served_model_name": self._model.served_name,
+            "dtype": model.dtype,
+            "trust_remote_code": model.trust_remote_code,
+            "tensor_parallel_size": pool.tensor_parallel_size,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "kv_transfer_config": self._kv_transfer_config(report_to),
+        }
+        if model.max_model_len is not None:
+            arguments["max_model_len"] = model.max_model_len
+        if not torch.cuda.is_available():
+            arguments["kv_cache_memory_bytes"] = pool.kv_cache_gib * 2**30
+            arguments["enforce_eager"] = True
+        try:
+            engine_args = AsyncEngineArgs(**(arguments | pool.engine))
+            return AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stats.logger])
+        except (ValueError, TypeError, OSError) as error:
+            raise ConfigError(f"vLLM refuses the {self._pool} engine: {error}") from error
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the {self._pool} engine did not start ({error}); its log says why"
+            ) from error
+
+    def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
+        config = self._config.kv_transfer
+        options = TransferOptions(
+            host=self._config.cluster.host,
+            incarnation=self._incarnation,
+            token=self._kv_token,
+            message_bytes=int(config.message_bytes),
+            staging_buffers=config.staging_buffers,
+            pair_timeout_s=config.pair_timeout_s,
+            reserve_timeout_s=config.reserve_timeout_s,
+            transfer_timeout_s=config.transfer_timeout_s,
+            peer_lease_s=config.peer_lease_s,
+            max_pairs=config.max_pairs,
+            max_pending=config.max_pending,
+        )
+        extra = {name: getattr(options, name) for name in TransferOptions.__slots__}
+        return KVTransferConfig(
+            kv_connector="BatonConnector",
+            kv_connector_module_path="kv_transfer.connector",
+            kv_role="kv_producer" if self._pool is Pool.PREFILL else "kv_consumer",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config=extra
+            | {"report_to": report_to, "model": self._model.served_name},
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        llm = self._running()
+        # vLLM refuses an id that it knows already; a key may come again after a cancel.
+        engine_id = f"{request.key}-{uuid4().hex[:8]}"
+        report: asyncio.Future[ReceiveReport] | None = None
+        if isinstance(request.kv, KvReceive):
+            report = self._stats.expect(request.key)
+        self._queued_tokens[request.key] = len(request.token_ids)
+        index = 0
+        outputs = llm.generate(
+            {"type": "token", "prompt_token_ids": list(request.token_ids)},
+            _sampling_params(request),
+            engine_id,
+        )
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    first = self._queued_tokens.pop(request.key, None) is not None
+                    kv = None
+                    if first:
+                        received = await _await_report(report, request.key)
+                        index = received.first_index if received is not None else 0
+                        kv = _kv_report(request, received, output)
+                    result = _engine_output(request, output, index, kv, first=first)
+                    index += len(result.token_ids)
+                    yield result
+        except EngineDeadError as error:
+            raise WorkerLostError("the engine of this worker died") from error
+        finally:
+            self._queued_tokens.pop(request.key, None)
+            self._stats.forget(request.key)
+
+    async def release(self, key: str) -> None:
+        assert self._releaser is not None, "release before start"
+        self._releaser.release(key)
+
+    def load(self) -> WorkerLoad:
+        stats = self._stats
+        return WorkerLoad(
+            stats.waiting,
+            stats.running,
+            sum(self._queued_tokens.values()),
+            stats.blocks_free,
+            stats.blocks_total,
+        )
+
+    async def check_health(self) -> None:
+        try:
+            await self._running().check_health()
+        except EngineDeadError as error:
+            raise WorkerLostError("the engine of this worker died") from error
+
+    async def stop(self) -> None:
+        llm, self._llm = self._llm, None
+        if self._releaser is not None:
+            self._releaser.close()
+            self._releaser = None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, self._pool_config.shutdown_grace_s)
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise WorkerLostError("the engine of this worker is not running")
+        return self._llm
+
+
+class _Stats:
+    """What vLLM's statistics say: the load, and how receives ended."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.running = 0
+        self.blocks_total = 0
+        self._usage = 0.0
+        self._reports: dict[str, asyncio.Future[ReceiveReport]] = {}
+
+    @property
+    def blocks_free(self) -> int:
+        return round((1.0 - self._usage) * self.blocks_total)
+
+    def expect(self, key: str) -> asyncio.Future[ReceiveReport]:
+        report = self._reports[key] = asyncio.get_running_loop().create_future()
+        return report
+
+    def forget(self, key: str) -> None:
+        self._reports.pop(key, None)
+
+    def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        stats = self
+
+        class Recorder(StatLoggerBase):
+            def __init__(self) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+                if scheduler_stats is not None:
+                    stats.record(scheduler_stats)
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return Recorder()
+
+    def record(self, scheduler_stats: Any) -> None:
+        self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+        self.running = scheduler_stats.num_running_reqs
+        self._usage = scheduler_stats.kv_cache_usage
+        for receive in (scheduler_stats.kv_connector_stats or {}).get("receives", ()):
+            report = msgspec.convert(receive, ReceiveReport)
+            future = self._reports.get(report.key)
+            if future is not None and not future.done():
+                future.set_result(report)
+
+
+async def _await_report(
+    report: asyncio.Future[ReceiveReport] | None, key: str
+) -> ReceiveReport | None:
+    if report is None:
+        return None
+    try:
+        return await asyncio.wait_for(report, _REPORT_TIMEOUT_S)
+    except TimeoutError:
+        raise InternalError(f"the engine did not report the KV transfer of {key}") from None
+
+
+def _sampling_params(request: EngineRequest) -> SamplingParams:
+    """The router's defaults and ranges hold; stop strings stay with the router."""
+    given = {field.name: value for field, value in request.sampling.ListFields()}
+    given.pop("stop", None)
+    given["stop_token_ids"] = list(given.get("stop_token_ids", ()))
+    given.setdefault("max_tokens", None)
+    return SamplingParams(
+        **given,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={"kv_transfer_params": params} if (params := _kv_params(request)) else None,
+    )
+
+
+def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
+    match request.kv:
+        case KvSend(first_token):
+            return {"baton": "send", "key": request.key, "first_token": first_token}
+        case KvReceive(incarnation, addresses, first_token):
+            return {
+                "baton": "receive",
+                "key": request.key,
+                "first_token": first_token,
+                "incarnation": incarnation,
+                "addresses": list(addresses),
+            }
+    return None
+
+
+def _kv_report(
+    request: EngineRequest, received: ReceiveReport | None, output: RequestOutput
+) -> pb.KvReport:
+    cached = output.num_cached_tokens or 0
+    if received is None:
+        return pb.KvReport(
+            outcome=pb.KV_OUTCOME_LOCAL,
+            cached_tokens=cached,
+            computed_tokens=len(request.token_ids) - cached,
+        )
+    return pb.KvReport(
+        outcome=pb.KV_OUTCOME_TRANSFERRED if received.complete else pb.KV_OUTCOME_RECOMPUTED,
+        backend=received.backend,
+        bytes=received.num_bytes,
+        messages=received.messages,
+        tokens=received.tokens,
+        transfer_ms=received.transfer_ms,
+        cached_tokens=received.cached_tokens,
+        computed_tokens=received.computed_tokens,
+    )
+
+
+def _engine_output(
+    request: EngineRequest,
+    output: RequestOutput,
+    index: int,
+    kv: pb.KvReport | None,
+    *,
+    first: bool,
+) -> EngineOutput:
+    (completion,) = output.outputs
+    if completion.finish_reason not in _FINISH:
+        raise WorkerLostError(f"the engine ended {request.key}: {completion.finish_reason}")
+    metrics = output.metrics
+    timed = first and metrics is not None and metrics.scheduled_ts > 0
+    return EngineOutput(
+        index,
+        tuple(completion.token_ids),
+        _logprobs(completion),
+        _FINISH[completion.finish_reason],
+        kv,
+        (output.num_cached_tokens or 0) if first else 0,
+        (metrics.scheduled_ts - metrics.queued_ts) * 1000 if timed else 0.0,
+        (metrics.first_token_ts - metrics.scheduled_ts) * 1000 if timed else 0.0,
+    )
+
+
+def _logprobs(completion: CompletionOutput) -> tuple[pb.TokenLogprobs, ...]:
+    if not completion.logprobs:
+        return ()
+    return tuple(
+        _token_logprobs(token, alternatives)
+        for token, alternatives in zip(completion.token_ids, completion.logprobs, strict=True)
+    )
+
+
+def _token_logprobs(token: int, alternatives: Mapping[int, Any]) -> pb.TokenLogprobs:
+    """vLLM lists the chosen token beside the top alternatives; ranks start at 1."""
+    top = sorted(alternatives.items(), key=lambda item: item[1].rank or math.inf)
+    return pb.TokenLogprobs(
+        logprob=alternatives[token].logprob,
+        top=[pb.TopLogprob(token_id=id_, logprob=entry.logprob) for id_, entry in top],
+    )

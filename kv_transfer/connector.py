@@ -1,0 +1,491 @@
+"""The hooks that vLLM calls. The only module of this package that knows vLLM.
+
+vLLM makes one scheduler-side object in the engine core and one worker-side object per
+tensor-parallel rank; this class is a shell around ``_SchedulerSide`` or ``_WorkerSide``. A request
+takes part if ``sampling_params.extra_args["kv_transfer_params"]`` is one of
+
+    {"baton": "send",    "key", "first_token"}
+    {"baton": "receive", "key", "first_token", "incarnation", "addresses"}
+
+Life of a send                              Life of a receive
+  schedule   chunks of this step ▸ worker     schedule   blocks reserved ▸ worker ▸ RESERVE
+  forward    save_kv_layer ▸ layer_done       each step  get_transfer_results: complete or failed
+  finished   blocks stay (True) until         complete   P's first token joins the prompt, so one
+             take_released names them                    token is computed; failed: recomputed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request, RequestStatus
+
+from kv_transfer.errors import IncompatibleError
+from kv_transfer.geometry import KvGeometry
+from kv_transfer.options import TransferOptions
+from kv_transfer.pages import KvPages
+from kv_transfer.receive import DecodeClient, Reservation, TransferResult
+from kv_transfer.send import PrefillServer, StepChunk
+
+
+@dataclass(slots=True)
+class StepPlan(KVConnectorMetadata):
+    """What the scheduler side tells every rank for one engine step."""
+
+    # prefill
+    chunks: list[StepChunk] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    sampled: list[tuple[str, int | None]] = field(default_factory=list)  # key, first token
+    aborted: list[str] = field(default_factory=list)
+    # decode; addresses are per rank
+    reservations: list[tuple[Reservation, tuple[str, ...]]] = field(default_factory=list)
+    cancelled: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RankResults(KVConnectorWorkerMetadata):
+    """Transfers that ended on some ranks since the last step."""
+
+    results: list[TransferResult]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankResults:
+        assert isinstance(other, RankResults)
+        return RankResults(self.results + other.results)
+
+
+class ReceiveReport(msgspec.Struct):
+    """How one receive ended, for the engine's front end (all ranks together)."""
+
+    key: str
+    complete: bool
+    first_index: int  # output position of the first token that this engine samples
+    backend: str
+    num_bytes: int
+    messages: int
+    tokens: int  # positions whose KV was received
+    transfer_ms: float
+    cached_tokens: int  # positions found in this engine's prefix cache
+    computed_tokens: int  # positions that this engine computed before its first token
+
+
+class ConnectorStats(KVConnectorStats):
+    """Reports of receives, on vLLM's own way of statistics to the front end."""
+
+    def reset(self) -> None:
+        self.data = {"receives": []}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return ConnectorStats({"receives": self.data["receives"] + other.data["receives"]})
+
+    def reduce(self) -> dict[str, int | float]:
+        receives = self.data["receives"]
+        return {
+            "receives": len(receives),
+            "failed": sum(not r["complete"] for r in receives),
+            "bytes": sum(r["num_bytes"] for r in receives),
+        }
+
+    def is_empty(self) -> bool:
+        return not self.data.get("receives")
+
+
+class BatonConnector(KVConnectorBase_V1):
+    """vLLM's connector interface, forwarded to the side that this process is."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise IncompatibleError(
+                "models whose layers need unlike KV caches (hybrid attention) cannot be split yet: "
+                f"{len(kv_cache_config.kv_cache_groups)} KV cache groups"
+            )
+        self._scheduler = _SchedulerSide()
+        self._worker = (
+            _WorkerSide(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
+        )
+
+    @property
+    def _rank(self) -> _WorkerSide:
+        assert self._worker is not None, "a worker-side hook on the scheduler side"
+        return self._worker
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return True  # save_kv_layer must run between the layers, also with CUDA graphs
+
+    # scheduler side
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._scheduler.plan_step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._scheduler.step_done(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.finished(request), None
+
+    # worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._rank.start(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, StepPlan)
+        self._rank.preempt(kv_connector_metadata.preempted)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        # Before the forward pass (start_load_kv comes after it): a reservation need not wait
+        # for a decode step, nor the first token for another prompt's chunk.
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepPlan)
+        self._rank.begin_step(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        self._rank.layer_done(layer_name)
+
+    def wait_for_save(self) -> None:
+        self._rank.end_step()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        return self._rank.take_results()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._rank.take_rank_results()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+    # statistics
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        return None if self._worker is not None else self._scheduler.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return ConnectorStats(data if data is not None else {"receives": []})
+
+
+def _params(request: Request, kind: str) -> dict[str, Any] | None:
+    params = request.kv_transfer_params
+    return params if params is not None and params.get("baton") == kind else None
+
+
+@dataclass(slots=True)
+class _Receive:
+    request: Request
+    reserved_tokens: int
+    cached_tokens: int
+    pending: bool = True
+    failed: bool = False
+    ranks: list[TransferResult] = field(default_factory=list)
+    computed_tokens: int = 0
+
+
+class _SchedulerSide:
+    def __init__(self) -> None:
+        self._plan = StepPlan()
+        self._sends: dict[str, Request] = {}  # scheduled at least once
+        self._receives: dict[str, _Receive] = {}  # until the first step that samples
+        self._reports: list[ReceiveReport] = []
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        # A transfer is used once: after a failure or a preemption the tokens are recomputed.
+        if _params(request, "receive") is None or request.request_id in self._receives:
+            return 0, False
+        if request.num_preemptions or request.num_output_tokens:
+            return 0, False
+        tokens = request.num_prompt_tokens - num_computed_tokens
+        return tokens, tokens > 0
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        if _params(request, "send") is not None:
+            self._sends[request.request_id] = request
+        params = _params(request, "receive")
+        if params is None or num_external == 0:
+            return
+        start = request.num_prompt_tokens - num_external
+        self._receives[request.request_id] = _Receive(request, num_external, start)
+        reservation = Reservation(
+            params["key"],
+            request.request_id,
+            "",  # the rank fills in its own
+            params["incarnation"],
+            tuple(blocks.get_block_ids()[0]),
+            start,
+            request.num_prompt_tokens,
+        )
+        self._plan.reservations.append((reservation, tuple(params["addresses"])))
+
+    def plan_step(self, output: SchedulerOutput) -> StepPlan:
+        for new in output.scheduled_new_reqs:
+            self._scheduled(output, new.req_id, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for req_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self._scheduled(output, req_id, num_computed)
+        for request in self._sends.values():
+            if request.num_preemptions:
+                self._plan.preempted.append(request.kv_transfer_params["key"])
+        plan, self._plan = self._plan, StepPlan()
+        return plan
+
+    def _scheduled(self, output: SchedulerOutput, req_id: str, num_computed: int) -> None:
+        scheduled = output.num_scheduled_tokens[req_id]
+        receive = self._receives.get(req_id)
+        if receive is not None:
+            receive.computed_tokens += scheduled
+            if num_computed + scheduled >= receive.request.num_tokens:
+                self._report(receive)
+                del self._receives[req_id]
+            return
+        request = self._sends.get(req_id)
+        if request is not None and not request.num_preemptions:
+            (block_ids,) = output.kv_connector_block_state.resolve_block_ids(req_id)
+            end = min(num_computed + scheduled, request.num_prompt_tokens)
+            if num_computed < end:
+                self._plan.chunks.append(
+                    StepChunk(
+                        request.kv_transfer_params["key"],
+                        req_id,
+                        tuple(block_ids),
+                        num_computed,
+                        end,
+                        request.num_prompt_tokens,
+                    )
+                )
+
+    def step_done(self, output: KVConnectorOutput) -> None:
+        meta = output.kv_connector_worker_meta
+        if meta is not None:
+            assert isinstance(meta, RankResults)
+            for result in meta.results:
+                self._receives[result.request_id].ranks.append(result)
+        for req_id in output.finished_recving or ():
+            receive = self._receives[req_id]
+            receive.pending = False
+            receive.failed = not all(result.complete for result in receive.ranks)
+            if receive.request.is_finished():  # aborted meanwhile; vLLM now frees its blocks
+                del self._receives[req_id]
+            elif not receive.failed:
+                self._join_first_token(receive)
+
+    def _join_first_token(self, receive: _Receive) -> None:
+        """Continue after P's token: it becomes part of the prompt, without KV as yet.
+
+        The same steps as vLLM's own ``Scheduler._update_request_as_session``. The request waits
+        for remote KV, so nothing of it was handed to a model runner.
+        """
+        tokens = {result.first_token for result in receive.ranks}
+        if tokens == {None}:
+            return  # vLLM recomputes the last prompt token and samples
+        (token,) = tokens
+        request = receive.request
+        request.prompt_token_ids.append(token)
+        request._all_token_ids.append(token)
+        request.num_prompt_tokens += 1
+        request.max_tokens -= 1
+        request.update_block_hashes()
+
+    def _report(self, receive: _Receive) -> None:
+        ranks, request = receive.ranks, receive.request
+        joined = not receive.failed and ranks[0].first_token is not None
+        self._reports.append(
+            ReceiveReport(
+                request.kv_transfer_params["key"],
+                not receive.failed,
+                1 if joined else 0,
+                ranks[0].backend,
+                sum(result.num_bytes for result in ranks),
+                sum(result.messages for result in ranks),
+                0 if receive.failed else receive.reserved_tokens,
+                max(result.transfer_ms for result in ranks),
+                receive.cached_tokens,
+                receive.computed_tokens,
+            )
+        )
+
+    def finished(self, request: Request) -> bool:
+        """True if the blocks must stay until a rank releases them."""
+        req_id = request.request_id
+        if (params := _params(request, "receive")) is not None:
+            receive = self._receives.get(req_id)
+            if receive is not None and not receive.pending:
+                del self._receives[req_id]
+            elif receive is not None or not request.num_output_tokens:
+                # vLLM itself keeps the blocks until the pending receive is reported.
+                self._plan.cancelled.append(
+                    (params["key"], params["incarnation"], tuple(params["addresses"]))
+                )
+            return False
+        if (params := _params(request, "send")) is None:
+            return False
+        scheduled = self._sends.pop(req_id, None) is not None
+        if request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        ):
+            token = request.output_token_ids[0] if params["first_token"] else None
+            self._plan.sampled.append((params["key"], token))
+        else:
+            self._plan.aborted.append(params["key"])
+        return scheduled
+
+    def take_stats(self) -> ConnectorStats | None:
+        if not self._reports:
+            return None
+        reports, self._reports = self._reports, []
+        return ConnectorStats({"receives": [msgspec.to_builtins(report) for report in reports]})
+
+
+class _WorkerSide:
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = vllm_config.kv_transfer_config
+        self._layer_index: dict[str, int] = {}
+        self._layers_done = 0
+        self._server: PrefillServer | None = None
+        self._client: DecodeClient | None = None
+        self._results: list[TransferResult] = []
+        self._tp_rank = 0
+
+    def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        extra = dict(self._config.kv_connector_extra_config)
+        report_to: str = extra.pop("report_to")
+        model: str = extra.pop("model")
+        options = TransferOptions(**extra)
+        self._tp_rank = get_tensor_model_parallel_rank()
+        names = sorted(kv_caches, key=extract_layer_index)
+        self._layer_index = {name: index for index, name in enumerate(names)}
+        pages = KvPages([kv_caches[name] for name in names])
+        geometry = self._geometry(model, kv_caches[names[0]], len(names))
+        if self._config.is_kv_producer:
+            self._server = PrefillServer(pages, geometry, options)
+            _report_address(report_to, self._tp_rank, self._server.address)
+        else:
+            self._client = DecodeClient(pages, geometry, options)
+
+    def _geometry(self, model: str, cache: torch.Tensor, num_layers: int) -> KvGeometry:
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        if type(spec) is not FullAttentionSpec:
+            raise IncompatibleError(
+                f"KV caches of {type(spec).__name__} cannot be streamed yet, full attention only"
+            )
+        _, kv_heads, block_tokens, content = cache.shape
+        if block_tokens != spec.block_size or kv_heads != spec.num_kv_heads:
+            raise IncompatibleError(
+                f"KV cache of shape {tuple(cache.shape)} for blocks of {spec.block_size} tokens "
+                f"and {spec.num_kv_heads} heads"
+            )
+        return KvGeometry(
+            model,
+            str(cache.dtype).removeprefix("torch."),
+            self._vllm_config.cache_config.get_resolved_kv_cache_layout().name,
+            num_layers,
+            kv_heads,
+            block_tokens,
+            content,
+            cache.element_size(),
+            self._vllm_config.parallel_config.tensor_parallel_size,
+            self._tp_rank,
+        )
+
+    def preempt(self, keys: Iterable[str]) -> None:
+        if self._server is not None:
+            self._server.preempt(keys)
+
+    def begin_step(self, plan: StepPlan) -> None:
+        if self._server is not None:
+            for key, token in plan.sampled:
+                self._server.finish(key, token, computed=True)
+            for key in plan.aborted:
+                self._server.finish(key, None, computed=False)
+            self._layers_done = 0
+            self._server.begin_step(plan.chunks)
+        if self._client is not None:
+            for reservation, addresses in plan.reservations:
+                self._client.reserve(replace(reservation, address=addresses[self._tp_rank]))
+            for key, incarnation, addresses in plan.cancelled:
+                self._client.cancel(key, addresses[self._tp_rank], incarnation)
+
+    def layer_done(self, layer_name: str) -> None:
+        # Layers run in order; one that does not (a draft model's) waits for the step's end.
+        if self._server is not None and self._layer_index[layer_name] == self._layers_done:
+            self._layers_done += 1
+            self._server.layer_done(self._layers_done)
+
+    def end_step(self) -> None:
+        if self._server is not None:
+            self._server.end_step()
+
+    def take_results(self) -> KVConnectorTransferResults:
+        if self._server is not None:
+            return KVConnectorTransferResults(finished_sending=self._server.take_released())
+        assert self._client is not None
+        self._results = self._client.take_results()
+        return KVConnectorTransferResults(
+            finished_recving={result.request_id for result in self._results},
+            failed_recving={r.request_id for r in self._results if not r.complete},
+        )
+
+    def take_rank_results(self) -> RankResults | None:
+        results, self._results = self._results, []
+        return RankResults(results) if results else None
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        if self._client is not None:
+            self._client.stop()
+
+
+def _report_address(report_to: str, tp_rank: int, address: str) -> None:
+    """Tell the engine's front end where this rank's control server listens."""
+    with zmq.Context.instance().socket(zmq.PUSH) as push:
+        push.setsockopt(zmq.LINGER, 10_000)  # ms; the front end has been listening since before
+        push.connect(report_to)
+        push.send(msgspec.msgpack.encode((tp_rank, address)))

@@ -1,0 +1,20 @@
+"""Bounds of the KV stream on one worker; the values come from the cluster's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    host: str  # address to bind and to advertise
+    incarnation: str  # of this worker, new at each process start
+    token: str  # shared secret of the cluster; every HELLO must carry it
+    message_bytes: int  # largest tensor on a pair
+    staging_buffers: int  # messages in flight per pair
+    pair_timeout_s: float  # HELLO to a usable process group
+    reserve_timeout_s: float  # prefill holds KV that nobody reserves at most so long
+    transfer_timeout_s: float  # without progress, on either side
+    peer_lease_s: float  # a peer that is silent for so long is gone
+    max_pairs: int
+    max_pending: int  # transfers known at once, on either side

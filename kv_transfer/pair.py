@@ -1,0 +1,150 @@
+"""The 2-rank process group that carries tensors between one prefill and one decode rank.
+
+Made straight from a TCPStore that the decode side hosts, never through ``init_process_group``:
+one world for all would tie every worker's life to every other's. NCCL carries CUDA caches, gloo
+carries CPU caches. Rank 0 is decode, rank 1 is prefill.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kv_transfer.errors import PairError
+
+DECODE_RANK = 0
+PREFILL_RANK = 1
+_TAG = 0
+
+
+def backend_for(device: torch.device) -> str:
+    """ "nccl" for CUDA caches, "gloo" for CPU caches."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def host_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """A TCPStore server that listens on ``host`` only (its own bind would take all interfaces)."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen(128)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        None,
+        True,
+        timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=True,
+    )
+
+
+def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Raises PairError if the store cannot be reached in time."""
+    try:
+        return dist.TCPStore(
+            host,
+            port,
+            None,
+            False,
+            timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            use_libuv=True,
+        )
+    except RuntimeError as error:  # DistError and its subclasses
+        raise PairError(f"cannot reach the store at {host}:{port}: {error}") from error
+
+
+class Pair:
+    """One process group. Used by one thread; ``abort`` may be called from any.
+
+    Raises PairError when the peer is gone or a wait passes its timeout; the pair is then broken
+    for good.
+    """
+
+    def __init__(
+        self, store: dist.Store, pair_id: str, rank: int, device: torch.device, host: str,
+        timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._peer = 1 - rank
+        self._device = device
+        self.backend = backend_for(device)
+        prefixed = dist.PrefixStore(pair_id, store)
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            self._group = (
+                _gloo(prefixed, rank, host, timeout)
+                if self.backend == "gloo"
+                else _nccl(prefixed, rank, device, timeout)
+            )
+        except RuntimeError as error:
+            raise PairError(f"pair {pair_id}: {_first_line(error)}") from error
+
+    def send(self, tensor: torch.Tensor) -> PendingWork:
+        """Start sending a contiguous tensor; it must stay untouched until ``wait`` returns."""
+        try:
+            return PendingWork(self._group.send([tensor], self._peer, _TAG), self._device)
+        except RuntimeError as error:
+            raise PairError(_first_line(error)) from error
+
+    def receive(self, tensor: torch.Tensor) -> PendingWork:
+        """Start receiving into a contiguous tensor."""
+        try:
+            return PendingWork(self._group.recv([tensor], self._peer, _TAG), self._device)
+        except RuntimeError as error:
+            raise PairError(_first_line(error)) from error
+
+    def abort(self) -> None:
+        """Give the group up; pending work of other threads fails."""
+        self._group.abort()
+
+
+class PendingWork:
+    """A send or receive under way."""
+
+    def __init__(self, work: Any, device: torch.device) -> None:
+        self._work = work
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            # NCCL's wait() orders the current stream behind the transfer and returns; the event
+            # tells the host when it is done, without a device-wide synchronisation.
+            work.wait()
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self, timeout_s: float) -> None:
+        """Block this thread until the bytes have moved. Raises PairError."""
+        try:
+            if self._event is None:
+                self._work.wait(timedelta(seconds=timeout_s))
+            else:
+                self._event.synchronize()
+        except RuntimeError as error:
+            raise PairError(_first_line(error)) from error
+
+
+def _gloo(store: dist.Store, rank: int, host: str, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timeout
+    options._threads = 1
+    return dist.ProcessGroupGloo(store, rank, 2, options)
+
+
+def _nccl(store: dist.Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    # Few channels: a pair's buffers cost memory and its kernels cost SMs that decoding needs.
+    options.config.max_ctas = 4
+    group = dist.ProcessGroupNCCL(store, rank, 2, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
