@@ -75,7 +75,8 @@ class VllmEngine:
         self._set_environment()
         book = AddressBook(self._config.cluster.host)
         try:
-            llm = self._llm = await asyncio.to_thread(self._make_llm, book.endpoint)
+            llm = await asyncio.to_thread(self._make_llm, book.endpoint)
+            self._llm = llm
             addresses: tuple[str, ...] = ()
             if self._pool is Pool.PREFILL:
                 addresses = await asyncio.to_thread(
@@ -245,7 +246,7 @@ class _Stats:
     def forget(self, key: str) -> None:
         self._reports.pop(key, None)
 
-    def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+    def logger(self, _config: VllmConfig, _engine_index: int = 0) -> StatLoggerBase:
         stats = self
 
         class Recorder(StatLoggerBase):

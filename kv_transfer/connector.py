@@ -91,6 +91,8 @@ class ReceiveReport(msgspec.Struct):
 class ConnectorStats(KVConnectorStats):
     """Reports of receives, on vLLM's own way of statistics to the front end."""
 
+    data: dict[str, list[dict[str, Any]]]
+
     def reset(self) -> None:
         self.data = {"receives": []}
 
@@ -485,7 +487,8 @@ class _WorkerSide:
 
 def _report_address(report_to: str, tp_rank: int, address: str) -> None:
     """Tell the engine's front end where this rank's control server listens."""
-    with zmq.Context.instance().socket(zmq.PUSH) as push:
+    push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    with push:
         push.setsockopt(zmq.LINGER, 10_000)  # ms; the front end has been listening since before
         push.connect(report_to)
         push.send(msgspec.msgpack.encode((tp_rank, address)))

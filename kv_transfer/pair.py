@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from kv_transfer.errors import PairError
 
@@ -26,13 +26,13 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def host_store(host: str, timeout_s: float) -> dist.TCPStore:
+def host_store(host: str, timeout_s: float) -> TCPStore:
     """A TCPStore server that listens on ``host`` only (its own bind would take all interfaces)."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.bind((host, 0))
     listener.listen(128)
     port = listener.getsockname()[1]
-    return dist.TCPStore(
+    return TCPStore(
         host,
         port,
         None,
@@ -44,10 +44,10 @@ def host_store(host: str, timeout_s: float) -> dist.TCPStore:
     )
 
 
-def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """Raises PairError if the store cannot be reached in time."""
     try:
-        return dist.TCPStore(
+        return TCPStore(
             host,
             port,
             None,
@@ -68,13 +68,13 @@ class Pair:
     """
 
     def __init__(
-        self, store: dist.Store, pair_id: str, rank: int, device: torch.device, host: str,
+        self, store: Store, pair_id: str, rank: int, device: torch.device, host: str,
         timeout_s: float,
     ) -> None:  # fmt: skip
         self._peer = 1 - rank
         self._device = device
         self.backend = backend_for(device)
-        prefixed = dist.PrefixStore(pair_id, store)
+        prefixed = PrefixStore(pair_id, store)
         timeout = timedelta(seconds=timeout_s)
         try:
             self._group = (
@@ -128,20 +128,22 @@ class PendingWork:
             raise PairError(_first_line(error)) from error
 
 
-def _gloo(store: dist.Store, rank: int, host: str, timeout: timedelta) -> Any:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
+    options: Any = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
     options._threads = 1
-    return dist.ProcessGroupGloo(store, rank, 2, options)
+    return ProcessGroupGloo(store, rank, 2, options)
 
 
-def _nccl(store: dist.Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
+def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
+    from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
+
+    options = ProcessGroupNCCL.Options()
     options._timeout = timeout
     # Few channels: a pair's buffers cost memory and its kernels cost SMs that decoding needs.
     options.config.max_ctas = 4
-    group = dist.ProcessGroupNCCL(store, rank, 2, options)
+    group = ProcessGroupNCCL(store, rank, 2, options)
     group.eager_connect_single_device(device)
     return group
 

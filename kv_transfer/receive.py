@@ -10,6 +10,7 @@ this process alone, so a block is never written after its transfer was reported 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -20,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import zmq
+from torch.distributed import TCPStore
 
 from kv_transfer import wire
 from kv_transfer.errors import IncompatibleError, KvTransferError, PairError, ProtocolError
@@ -92,13 +93,11 @@ class DecodeClient:
         self.transfers: dict[str, _Transfer] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
         self._results: list[TransferResult] = []
-        self.store: dist.TCPStore = host_store(options.host, options.pair_timeout_s)
+        self.store: TCPStore = host_store(options.host, options.pair_timeout_s)
 
     def reserve(self, reservation: Reservation) -> None:
         """Ask the prefill peer for this KV; the outcome appears in ``take_results``."""
-        block_ids = torch.tensor(
-            reservation.block_ids, dtype=torch.int64, device=self.pages.device
-        )
+        block_ids = torch.tensor(reservation.block_ids, dtype=torch.int64, device=self.pages.device)
         session = ReceiveSession(
             reservation.key, reservation.token_start, reservation.token_end, self.geometry
         )
@@ -112,9 +111,7 @@ class DecodeClient:
             if peer is None:
                 self.fail(transfer, "too many pairs (kv_transfer.max_pairs)")
                 return
-            peer.post(
-                wire.Reserve(reservation.key, reservation.token_start, reservation.token_end)
-            )
+            peer.post(wire.Reserve(reservation.key, reservation.token_start, reservation.token_end))
 
     def cancel(self, key: str, address: str, incarnation: str) -> None:
         """The engine dropped the request; a reservation that was made is still reported once."""
@@ -207,10 +204,8 @@ class _Peer:
 
     def post(self, message: wire.ToPrefill) -> None:
         self._outgoing.append(message)
-        try:
+        with contextlib.suppress(OSError):  # full: the thread is awake; closed: it has ended
             self._wake_write.send(b"\0")
-        except BlockingIOError:
-            pass  # full: the thread is awake already
 
     def stop(self) -> None:
         self._stopping = True
@@ -221,7 +216,7 @@ class _Peer:
 
     def _run(self) -> None:
         reason = "this worker stops"
-        control = zmq.Context.instance().socket(zmq.DEALER)
+        control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave
         control.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         control.setsockopt(zmq.IPV6, "[" in self.address)
@@ -240,6 +235,8 @@ class _Peer:
             control.disable_monitor()
             monitor.close()
             control.close()
+            self._wake_read.close()
+            self._wake_write.close()
             if self._pair is not None:
                 self._pair.abort()
 
@@ -272,9 +269,7 @@ class _Peer:
         # Reservations leave before the group is made, so that the peer can prepare meanwhile.
         self._flush(control)
         store, host = client.store, options.host
-        pair = Pair(
-            store, pair_id, DECODE_RANK, client.pages.device, host, options.pair_timeout_s
-        )
+        pair = Pair(store, pair_id, DECODE_RANK, client.pages.device, host, options.pair_timeout_s)
         self._last_heard_s = client.clock()
         return pair
 
@@ -284,7 +279,7 @@ class _Peer:
             poller.register(source, zmq.POLLIN)
         next_ping_s = 0.0
         while True:
-            ready = dict(poller.poll(_PING_S * 1000))
+            ready = dict(poller.poll(int(_PING_S * 1000)))
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
             now_s = self._client.clock()

@@ -19,7 +19,7 @@ class AddressBook:
     """
 
     def __init__(self, host: str) -> None:
-        self._pull = zmq.Context.instance().socket(zmq.PULL)
+        self._pull: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._pull.setsockopt(zmq.IPV6, ":" in host)
         bound = f"[{host}]" if ":" in host else host
         self.endpoint = f"tcp://{bound}:{self._pull.bind_to_random_port(f'tcp://{bound}')}"
@@ -30,7 +30,7 @@ class AddressBook:
         deadline_s = time.monotonic() + timeout_s
         while len(found) < ranks:
             remaining_s = deadline_s - time.monotonic()
-            if remaining_s <= 0 or not self._pull.poll(remaining_s * 1000):
+            if remaining_s <= 0 or not self._pull.poll(int(remaining_s * 1000) + 1):
                 raise KvTransferError(
                     f"{len(found)} of {ranks} ranks have reported a KV control address "
                     f"within {timeout_s} s"
@@ -48,9 +48,9 @@ class Releaser:
 
     def __init__(self, addresses: tuple[str, ...], token: str) -> None:
         self._token = token
-        self._sockets = []
+        self._sockets: list[zmq.Socket[bytes]] = []
         for address in addresses:
-            dealer = zmq.Context.instance().socket(zmq.DEALER)
+            dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.setsockopt(zmq.IPV6, "[" in address)
             dealer.connect(address)

@@ -10,6 +10,7 @@ engine's step never waits for a peer.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import socket
@@ -107,12 +108,12 @@ class PrefillServer:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self._router.setsockopt(zmq.IPV6, ":" in options.host)
         host = f"[{options.host}]" if ":" in options.host else options.host
-        port = self._router.bind_to_random_port(f"tcp://{host}")
+        port: int = self._router.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
         self._control = threading.Thread(target=self._serve, name="kv-control", daemon=True)
         self._control.start()
@@ -194,9 +195,7 @@ class PrefillServer:
         if transfer is None:
             if chunk.key in self._ended_keys:
                 return None
-            session = SendSession(
-                chunk.key, chunk.num_tokens, self._geometry, self._max_blocks
-            )
+            session = SendSession(chunk.key, chunk.num_tokens, self._geometry, self._max_blocks)
             transfer = _Transfer(session, chunk.request_id, torch.empty(0), self._clock())
             self._transfers[chunk.key] = transfer
             if chunk.token_start > 0:  # prefix hits never pass a layer hook: they are ready now
@@ -273,10 +272,8 @@ class PrefillServer:
         self._wake()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full: the thread is awake; closed: it has ended
             self._wake_write.send(b"\0")
-        except BlockingIOError:
-            pass  # full: the control thread is awake already
 
     # ---- control thread ------------------------------------------------------------------
 
@@ -286,7 +283,7 @@ class PrefillServer:
         poller.register(self._wake_read, zmq.POLLIN)
         next_sweep_s = self._clock() + _SWEEP_S
         while True:
-            ready = dict(poller.poll(_SWEEP_S * 1000))
+            ready = dict(poller.poll(int(_SWEEP_S * 1000)))
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
             if self._router in ready:
@@ -302,6 +299,7 @@ class PrefillServer:
                     self._sweep()
         self._router.close()
         self._wake_read.close()
+        self._wake_write.close()
 
     def _receive_all(self) -> None:
         while True:
@@ -497,5 +495,3 @@ class PrefillServer:
             if ended:
                 self._settle()
         return None
-
-

@@ -105,8 +105,8 @@ ToPrefill = Hello | Reserve | Cancel | Release | Ping | Bye
 ToDecode = Welcome | Refuse | Header | End | Fail | Pong
 
 _encoder = msgspec.msgpack.Encoder()
-_to_prefill = msgspec.msgpack.Decoder(ToPrefill)
-_to_decode = msgspec.msgpack.Decoder(ToDecode)
+_to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
+_to_decode: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
 
 
 def encode(message: ToPrefill | ToDecode) -> bytes:

@@ -1,0 +1,331 @@
+"""The stream between two real ends: ZeroMQ control, a gloo process group, threads."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from kv_transfer import wire
+from kv_transfer.release import Releaser
+from tests.support.kv_stream import (
+    BLOCK_TOKENS,
+    BLOCKS,
+    GEOMETRY,
+    LAYERS,
+    OPTIONS,
+    Decode,
+    Prefill,
+    random_caches,
+    same_blocks,
+    stream,
+    wait_until,
+)
+
+
+def blocks_for(tokens: int, rng: random.Random) -> list[int]:
+    return rng.sample(range(BLOCKS), GEOMETRY.blocks_of(tokens))
+
+
+@pytest.mark.parametrize("reserve", ["before", "after"])
+@pytest.mark.parametrize(
+    ("tokens", "cached_on_p", "cached_on_d"),
+    [
+        (1, 0, 0),
+        (BLOCK_TOKENS, 0, 0),
+        (BLOCK_TOKENS + 1, 0, BLOCK_TOKENS),
+        (200, 0, 0),
+        (200, 5 * BLOCK_TOKENS, 0),
+        (200, 0, 5 * BLOCK_TOKENS),
+        (200, 3 * BLOCK_TOKENS, 7 * BLOCK_TOKENS),
+        (200, 7 * BLOCK_TOKENS, 3 * BLOCK_TOKENS),
+    ],
+)
+def test_exactly_the_lacking_blocks_arrive(
+    tokens: int, cached_on_p: int, cached_on_d: int, reserve: str
+) -> None:
+    rng = random.Random(tokens + cached_on_p * 7 + cached_on_d)
+    with stream() as (prefill, decode):
+        source, target = blocks_for(tokens, rng), blocks_for(tokens, rng)
+        untouched = [layer.clone() for layer in decode.caches]
+        if reserve == "before":
+            decode.reserve(prefill, "r#1", target, cached_on_d, tokens)
+        prefill.compute("r#1", source, tokens, cached=cached_on_p)
+        prefill.server.finish("r#1", 42, computed=True)
+        if reserve == "after":
+            decode.reserve(prefill, "r#1", target, cached_on_d, tokens)
+        result = decode.result("r#1")
+
+        lacking = GEOMETRY.blocks_of(tokens) - cached_on_d // BLOCK_TOKENS
+        assert result.complete
+        assert result.first_token == 42
+        assert result.backend == "gloo"
+        assert result.num_bytes == lacking * LAYERS * GEOMETRY.block_bytes
+        first = cached_on_d // BLOCK_TOKENS
+        assert same_blocks(prefill.caches, source, decode.caches, target, first)
+        others = sorted(set(range(BLOCKS)) - set(target[first:]))
+        assert same_blocks(untouched, others, decode.caches, others)
+        prefill.wait_released("r#1")
+
+
+def test_many_transfers_at_once_over_one_pair() -> None:
+    rng = random.Random(1)
+    with stream() as (prefill, decode):
+        tokens = {f"r{i}#1": rng.randrange(1, 130) for i in range(40)}
+        free = list(range(BLOCKS))
+        for key, count in tokens.items():
+            source = rng.sample(range(BLOCKS), GEOMETRY.blocks_of(count))
+            target = rng.sample(free, GEOMETRY.blocks_of(count))
+            decode.reserve(prefill, key, target, 0, count)
+            prefill.compute(key, source, count)
+            prefill.server.finish(key, None, computed=True)
+            assert decode.result(key).complete
+            assert same_blocks(prefill.caches, source, decode.caches, target)
+        for key in tokens:
+            prefill.wait_released(key)
+
+
+def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
+    """V#46283, V#50425: decode gives up, and prefill's blocks must come back."""
+    rng = random.Random(2)
+    with stream() as (prefill, decode):
+        address = prefill.server.address
+        for moment in ("before the prefill", "during", "after"):
+            key = f"{moment}#1"
+            source, target = blocks_for(100, rng), blocks_for(100, rng)
+            decode.reserve(prefill, key, target, 0, 100)
+            if moment == "before the prefill":
+                decode.client.cancel(key, address, "p1")
+                assert not decode.result(key).complete
+            prefill.compute(key, source, 64)
+            if moment == "during":
+                decode.client.cancel(key, address, "p1")
+                assert not decode.result(key).complete
+            prefill.server.finish(key, 42, computed=False)
+            if moment == "after":
+                assert not decode.result(key).complete
+            if moment != "before the prefill":  # that one was refused before it took blocks
+                prefill.wait_released(key)
+        assert not decode.client.transfers
+
+
+def test_cancel_without_a_reservation_frees_prefill() -> None:
+    """V#41269: decode rejects the request before it reserves anything."""
+    with stream() as (prefill, decode):
+        prefill.compute("r#1", [1, 2], 20)
+        prefill.server.finish("r#1", 42, computed=True)
+        decode.client.cancel("r#1", prefill.server.address, "p1")
+        prefill.wait_released("r#1")
+
+
+def test_release_by_the_front_end_needs_the_token() -> None:
+    with stream() as (prefill, _):
+        prefill.compute("r#1", [1, 2], 20)
+        prefill.server.finish("r#1", 42, computed=True)
+        stranger = Releaser((prefill.server.address,), "guess")
+        owner = Releaser((prefill.server.address,), OPTIONS.token)
+        try:
+            stranger.release("r#1")
+            prefill.compute("other#1", [3], 10)
+            prefill.server.finish("other#1", 42, computed=True)
+            owner.release("other#1")
+            prefill.wait_released("other#1")
+            assert "engine-r#1" not in prefill.released
+            owner.release("r#1")
+            prefill.wait_released("r#1")
+        finally:
+            stranger.close()
+            owner.close()
+
+
+def test_kv_that_nobody_reserves_is_dropped_in_time() -> None:
+    with stream(reserve_timeout_s=0.1) as (prefill, decode):
+        prefill.compute("r#1", [1, 2], 20)
+        prefill.server.finish("r#1", 42, computed=True)
+        prefill.wait_released("r#1")
+        decode.reserve(prefill, "r#1", [5, 6], 0, 20)
+        assert not decode.result("r#1").complete, "a late reservation fails, it does not hang"
+
+
+def test_a_reservation_for_an_aborted_prefill_fails_at_once() -> None:
+    """S#36033: every promised part is answered, with FAIL if need be."""
+    with stream() as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5, 6], 0, 20)
+        prefill.server.finish("r#1", None, computed=False)
+        assert not decode.result("r#1").complete
+        prefill.server.finish("s#1", None, computed=False)
+        decode.reserve(prefill, "s#1", [5, 6], 0, 20)
+        assert not decode.result("s#1").complete
+
+
+def test_preemption_fails_the_transfer_and_stops_reading() -> None:
+    with stream() as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5, 6, 7, 8], 0, 60)
+        prefill.compute("r#1", [1, 2, 3], 40)
+        prefill.server.preempt(["r#1"])
+        assert not decode.result("r#1").complete
+        prefill.compute("r#1", [9, 10, 11, 12], 60)  # recomputed in other blocks: not streamed
+        prefill.server.finish("r#1", 42, computed=True)
+        prefill.wait_released("r#1")
+
+
+def test_a_restarted_prefill_worker_is_not_taken_for_the_old_one() -> None:
+    """V#49238: the address is the same, the process is another."""
+    with stream() as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5], 0, 9, incarnation="p0")
+        assert not decode.result("r#1").complete
+        decode.reserve(prefill, "s#1", [5], 0, 9, incarnation="p1")
+        prefill.compute("s#1", [1], 9)
+        prefill.server.finish("s#1", 42, computed=True)
+        assert decode.result("s#1").complete, "the refused pair must not spoil the next one"
+
+
+def test_unlike_caches_are_refused_with_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    with stream() as (prefill, decode):
+        decode.client.geometry = replace(GEOMETRY, block_tokens=32)
+        decode.reserve(prefill, "r#1", [5], 0, 9)
+        assert not decode.result("r#1").complete
+    assert "block_tokens is 16 here and 32 there" in caplog.text
+
+
+def test_a_wrong_token_is_not_heard(caplog: pytest.LogCaptureFixture) -> None:
+    with stream() as (prefill, decode):
+        decode.client.options = replace(decode.client.options, token="guess", pair_timeout_s=0.5)
+        decode.reserve(prefill, "r#1", [5], 0, 9)
+        assert not decode.result("r#1").complete
+        assert not prefill.server._peers
+    assert "wrong cluster token" in caplog.text
+
+
+def test_random_bytes_on_the_control_channel_disturb_nobody() -> None:
+    rng = random.Random(3)
+    stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    with stream() as (prefill, decode), stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(prefill.server.address)
+        for _ in range(200):
+            stranger.send_multipart([rng.randbytes(rng.randrange(0, 50))] * rng.randrange(1, 4))
+            stranger.send(wire.encode(wire.Reserve("r#1", 0, 9)))
+        decode.reserve(prefill, "r#1", [5], 0, 9)
+        prefill.compute("r#1", [1], 9)
+        prefill.server.finish("r#1", 42, computed=True)
+        assert decode.result("r#1").complete
+
+
+def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
+    """S#12779, DESIGN invariant 6: a dead peer costs its own transfers only."""
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.kv_stream"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert victim.stdout is not None
+    assert victim.stdin is not None
+    try:
+        address = victim.stdout.readline().strip()
+        with stream() as (prefill, decode):
+            decode.reserve(address, "doomed#1", [5], 0, 9)
+            wait_until(
+                lambda: any(peer._pair is not None for peer in decode.client._peers.values()),
+                "the pair with the victim is made",
+            )
+            victim.send_signal(signal.SIGKILL)
+            assert not decode.result("doomed#1").complete
+            decode.reserve(prefill, "r#1", [6], 0, 9)
+            prefill.compute("r#1", [1], 9)
+            prefill.server.finish("r#1", 42, computed=True)
+            assert decode.result("r#1").complete
+    finally:
+        victim.kill()
+        victim.wait()
+        victim.stdout.close()
+        victim.stdin.close()
+
+
+def test_death_of_decode_frees_prefill() -> None:
+    with stream(peer_lease_s=1.5) as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5, 6], 0, 20)
+        wait_until(lambda: bool(prefill.server._waiting), "the reservation has arrived")
+        for peer in list(decode.client._peers.values()):
+            peer.stop()  # what the peer sees of a process that ends: silence after BYE
+        prefill.compute("r#1", [1, 2], 20)
+        prefill.server.finish("r#1", 42, computed=True)
+        decode.client.cancel("r#1", prefill.server.address, "p1")
+        prefill.wait_released("r#1")
+
+
+def test_a_second_prefill_and_decode_pair_up_while_the_first_work() -> None:
+    with stream() as (p1, d1):
+        p2, d2 = Prefill(random_caches(3)), Decode(random_caches(4))
+        try:
+            for name, prefill, decode in [
+                ("a", p1, d1),
+                ("b", p1, d2),
+                ("c", p2, d1),
+                ("d", p2, d2),
+            ]:
+                decode.reserve(prefill, name, [5], 0, 9)
+                prefill.compute(name, [1], 9)
+                prefill.server.finish(name, 42, computed=True)
+                assert decode.result(name).complete
+                assert same_blocks(prefill.caches, [1], decode.caches, [5])
+        finally:
+            d2.client.stop()
+            p2.server.stop()
+
+
+def test_more_transfers_than_the_bound_are_failed_not_queued() -> None:
+    with stream(max_pending=2) as (prefill, decode):
+        for index in range(4):
+            decode.reserve(prefill, f"r{index}#1", [5 + index], 0, 9)
+        assert not decode.result("r3#1").complete
+        assert not decode.result("r2#1").complete
+        prefill.compute("r0#1", [1], 9)
+        prefill.server.finish("r0#1", 42, computed=True)
+        assert decode.result("r0#1").complete
+
+
+def test_a_message_that_was_not_reserved_fails_the_transfer() -> None:
+    """V#48633: blocks of one range must never land in another."""
+    with stream() as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5, 6], 16, 20)
+        wait_until(lambda: bool(prefill.server._waiting), "the reservation has arrived")
+        with prefill.server._changed:  # the peer believes that D lacks everything
+            prefill.server._waiting["r#1"].token_start = 0
+        before = [layer[5].clone() for layer in decode.caches]
+        prefill.compute("r#1", [1, 2], 20)
+        prefill.server.finish("r#1", 42, computed=True)
+        assert not decode.result("r#1").complete
+        assert all(
+            torch.equal(layer[5], kept) for layer, kept in zip(decode.caches, before, strict=True)
+        )
+
+
+def test_no_pickle_on_the_wire() -> None:
+    """CVE-2025-47277: a pickled frame is only a malformed frame."""
+    import pickle
+
+    with pytest.raises(Exception, match="not a control message"):
+        wire.decode_to_prefill(pickle.dumps({"tag": "ping"}))
+    assert msgspec.msgpack.decode(wire.encode(wire.Ping())) == {"type": "ping"}
+
+
+def test_everything_listens_on_loopback() -> None:
+    import psutil
+
+    with stream() as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5], 0, 9)
+        prefill.compute("r#1", [1], 9)
+        prefill.server.finish("r#1", 42, computed=True)
+        assert decode.result("r#1").complete
+        listening = [
+            c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"
+        ]
+        assert len(listening) >= 3, "the control server, the store, gloo"
+        assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}

@@ -1,0 +1,147 @@
+"""Both ends of a KV stream on small caches, for tests; also a prefill end as a process to kill."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kv_transfer.geometry import KvGeometry
+from kv_transfer.options import TransferOptions
+from kv_transfer.pages import KvPages
+from kv_transfer.receive import DecodeClient, Reservation, TransferResult
+from kv_transfer.send import PrefillServer, StepChunk
+
+LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 4, 2, 16, 8, 64
+GEOMETRY = KvGeometry(
+    "tiny", "float32", "LBHNC", LAYERS, HEADS, BLOCK_TOKENS, CONTENT, 4, tp_size=1, tp_rank=0
+)
+OPTIONS = TransferOptions(
+    host="127.0.0.1",
+    incarnation="",
+    token="secret",
+    message_bytes=3 * GEOMETRY.block_bytes,
+    staging_buffers=2,
+    pair_timeout_s=5,
+    reserve_timeout_s=30,
+    transfer_timeout_s=30,
+    peer_lease_s=3,
+    max_pairs=8,
+    max_pending=64,
+)
+
+
+def random_caches(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (BLOCKS, HEADS, BLOCK_TOKENS, CONTENT)
+    return [torch.randn(shape, generator=generator) for _ in range(LAYERS)]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+    """Poll a condition of other threads; AssertionError when it does not come true."""
+    deadline_s = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        pause.wait(0.002)
+
+
+class Prefill:
+    """A prefill end with an engine's calls around it."""
+
+    def __init__(self, caches: list[torch.Tensor], incarnation: str = "p1", **options: Any):
+        self.caches = caches
+        self.server = PrefillServer(
+            KvPages(caches), GEOMETRY, replace(OPTIONS, incarnation=incarnation, **options)
+        )
+        self.released: set[str] = set()
+
+    def compute(
+        self, key: str, block_ids: list[int], tokens: int, cached: int = 0, chunk: int = 40
+    ) -> None:
+        """Engine steps until the whole prompt is computed (the caches hold random KV already)."""
+        for start in range(cached, tokens, chunk):
+            end = min(tokens, start + chunk)
+            blocks = tuple(block_ids[: GEOMETRY.blocks_of(end)])
+            self.server.begin_step([StepChunk(key, f"engine-{key}", blocks, start, end, tokens)])
+            for layer in range(LAYERS):
+                self.server.layer_done(layer + 1)
+            self.server.end_step()
+
+    def wait_released(self, key: str) -> None:
+        def released() -> bool:
+            self.released |= self.server.take_released()
+            return f"engine-{key}" in self.released
+
+        wait_until(released, f"blocks of {key} are released")
+
+
+class Decode:
+    """A decode end that waits for the results it is asked about."""
+
+    def __init__(self, caches: list[torch.Tensor], incarnation: str = "d1", **options: Any):
+        self.caches = caches
+        self.client = DecodeClient(
+            KvPages(caches), GEOMETRY, replace(OPTIONS, incarnation=incarnation, **options)
+        )
+        self.results: dict[str, TransferResult] = {}
+
+    def reserve(
+        self, prefill: Prefill | str, key: str, block_ids: list[int], start: int, end: int,
+        incarnation: str = "p1",
+    ) -> None:  # fmt: skip
+        address = prefill if isinstance(prefill, str) else prefill.server.address
+        self.client.reserve(
+            Reservation(key, f"engine-{key}", address, incarnation, tuple(block_ids), start, end)
+        )
+
+    def result(self, key: str) -> TransferResult:
+        def arrived() -> bool:
+            for result in self.client.take_results():
+                assert result.key not in self.results, f"{result.key} was reported twice"
+                self.results[result.key] = result
+            return key in self.results
+
+        wait_until(arrived, f"transfer {key} ends")
+        return self.results[key]
+
+
+@contextmanager
+def stream(**options: Any) -> Iterator[tuple[Prefill, Decode]]:
+    """One prefill and one decode end; afterwards no thread of either is left."""
+    before = set(threading.enumerate())
+    prefill = Prefill(random_caches(1), **options)
+    decode = Decode(random_caches(2), **options)
+    try:
+        yield prefill, decode
+    finally:
+        decode.client.stop()
+        prefill.server.stop()
+        wait_until(lambda: not _kv_threads() - before, "all threads of the stream have ended")
+
+
+def _kv_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("kv-")}
+
+
+def same_blocks(
+    source: list[torch.Tensor], source_ids: list[int], target: list[torch.Tensor],
+    target_ids: list[int], first: int = 0,
+) -> bool:  # fmt: skip
+    """Whether all layers' blocks agree from position ``first`` on."""
+    return all(
+        torch.equal(a[source_ids[first:]], b[target_ids[first:]])
+        for a, b in zip(source, target, strict=True)
+    )
+
+
+if __name__ == "__main__":  # a prefill process: prints its address, then idles until killed
+    print(Prefill(random_caches(1)).server.address, flush=True)
+    os.read(sys.stdin.fileno(), 1)

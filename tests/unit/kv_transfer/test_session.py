@@ -1,0 +1,243 @@
+"""Both sides' state machines: every (state, event) pair, and never ready with a part missing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.errors import ProtocolError
+from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.session import (
+    RECEIVE_TABLE,
+    SEND_TABLE,
+    ReceiveEvent,
+    ReceiveSession,
+    ReceiveState,
+    SendEvent,
+    SendSession,
+    SendState,
+)
+from kv_transfer.wire import End
+
+LAYERS = 3
+BLOCK = 4  # tokens
+GEOMETRY = KvGeometry("tiny", "float32", "LBHNC", LAYERS, 1, BLOCK, 2, 4, 1, 0)
+TOKENS = 10  # two whole blocks and a part
+
+
+def send_in(state: SendState) -> SendSession:
+    session = SendSession("r#1", TOKENS, GEOMETRY, 2)
+    session.add_chunk(0, TOKENS, LAYERS)
+    session.finish(7)
+    if state in (SendState.SENDING, SendState.ENDED):
+        session.reserve(0, TOKENS)
+    if state is SendState.ENDED:
+        while (area := session.next_message()) is not None:
+            session.message_sent(area)
+        assert session.take_end() is not None
+    if state is SendState.CANCELLED:
+        session.cancel()
+    if state is SendState.FAILED:
+        session.fail()
+    assert session.state is state
+    return session
+
+
+def send_event(session: SendSession, event: SendEvent) -> None:
+    if event is SendEvent.RESERVE:
+        session.reserve(0, TOKENS)
+    else:
+        session._apply(event)
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(SendState, SendEvent)))
+def test_every_send_event_in_every_state(state: SendState, event: SendEvent) -> None:
+    session = send_in(state)
+    if (state, event) in SEND_TABLE:
+        send_event(session, event)
+        assert session.state is SEND_TABLE[state, event]
+    else:
+        with pytest.raises(ProtocolError, match=rf"{event.value} in state {state.value}"):
+            send_event(session, event)
+        assert session.state is state
+
+
+def manifest(session: ReceiveSession, first_token: int | None = None) -> End:
+    return End(
+        session.key,
+        session.token_start,
+        session.token_end,
+        session.messages,
+        session.num_bytes,
+        first_token,
+    )
+
+
+def arrive(session: ReceiveSession, area: Rectangle) -> None:
+    session.header(area, area.num_blocks * GEOMETRY.block_bytes)
+    session.received(area)
+
+
+def receive_in(state: ReceiveState) -> ReceiveSession:
+    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    if state in (ReceiveState.RECEIVING, ReceiveState.COMPLETE):
+        arrive(session, Rectangle(0, LAYERS, 0, 3))
+    if state is ReceiveState.COMPLETE:
+        session.end(manifest(session))
+    if state is ReceiveState.CANCELLED:
+        session.cancel()
+    if state is ReceiveState.FAILED:
+        session.fail()
+    assert session.state is state
+    return session
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(ReceiveState, ReceiveEvent)))
+def test_every_receive_event_in_every_state(state: ReceiveState, event: ReceiveEvent) -> None:
+    session = receive_in(state)
+    if (state, event) in RECEIVE_TABLE:
+        session._apply(event)
+        assert session.state is RECEIVE_TABLE[state, event]
+    else:
+        with pytest.raises(ProtocolError, match=rf"{event.value} in state {state.value}"):
+            session._apply(event)
+        assert session.state is state
+
+
+def test_nothing_is_sent_before_its_layers_were_computed() -> None:
+    session = SendSession("r#1", 8, GEOMETRY, 2)
+    session.reserve(0, 8)
+    session.add_chunk(0, 8, 0)
+    assert session.next_message() is None
+    session.advance(1)
+    assert session.next_message() == Rectangle(0, 1, 0, 2)
+    assert session.next_message() is None
+    session.advance(3)
+    assert session.next_message() == Rectangle(1, 2, 0, 2)
+
+
+def test_a_block_waits_for_the_chunk_that_completes_it() -> None:
+    session = SendSession("r#1", TOKENS, GEOMETRY, 100)
+    session.reserve(0, TOKENS)
+    session.add_chunk(0, 6, LAYERS)  # block 1 has tokens 4 and 5 only
+    assert session.next_message() == Rectangle(0, LAYERS, 0, 1)
+    assert session.next_message() is None
+    session.add_chunk(6, TOKENS, LAYERS)
+    assert session.next_message() == Rectangle(0, LAYERS, 1, 3)
+
+
+def test_no_manifest_while_a_message_is_in_flight_or_the_engine_computes() -> None:
+    session = SendSession("r#1", 4, GEOMETRY, 100)
+    session.reserve(0, 4)
+    session.add_chunk(0, 4, LAYERS)
+    area = session.next_message()
+    assert area is not None
+    session.finish(7)
+    assert session.take_end() is None, "the message has not left"
+    session.message_sent(area)
+    end = session.take_end()
+    assert end == End("r#1", 0, 4, 1, 3 * GEOMETRY.block_bytes, 7)
+    assert session.take_end() is None, "a manifest is sent once"
+
+
+def test_a_reservation_must_name_the_prompt_and_begin_at_a_block() -> None:
+    for start, end in [(0, 9), (0, 11), (3, 10), (10, 10), (-4, 10)]:
+        session = SendSession("r#1", TOKENS, GEOMETRY, 2)
+        with pytest.raises(ProtocolError, match="reservation"):
+            session.reserve(start, end)
+        assert session.state is SendState.OFFERED
+
+
+def test_a_manifest_that_disagrees_is_refused() -> None:
+    wrong: list[Callable[[End], End]] = [
+        lambda end: replace_end(end, token_start=4),
+        lambda end: replace_end(end, token_end=9),
+        lambda end: replace_end(end, messages=end.messages + 1),
+        lambda end: replace_end(end, num_bytes=end.num_bytes - 1),
+    ]
+    for spoil in wrong:
+        session = receive_in(ReceiveState.RECEIVING)
+        with pytest.raises(ProtocolError, match="manifest"):
+            session.end(spoil(manifest(session)))
+        assert session.state is ReceiveState.RECEIVING
+
+
+def replace_end(end: End, **changes: int) -> End:
+    fields = {name: getattr(end, name) for name in End.__struct_fields__}
+    return End(**(fields | changes))
+
+
+def test_a_missing_layer_is_not_complete() -> None:
+    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    arrive(session, Rectangle(0, LAYERS - 1, 0, 3))
+    with pytest.raises(ProtocolError, match="1 layers incomplete"):
+        session.end(manifest(session))
+
+
+@pytest.mark.parametrize(
+    "area",
+    [
+        Rectangle(0, 1, 1, 2),  # skips a block
+        Rectangle(0, LAYERS + 1, 0, 1),  # a layer that is not there
+        Rectangle(0, 1, 0, 4),  # beyond the reservation
+    ],
+)
+def test_a_message_outside_what_was_reserved_is_refused(area: Rectangle) -> None:
+    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    with pytest.raises(ProtocolError):
+        session.header(area, area.num_blocks * GEOMETRY.block_bytes)
+    assert session.state is ReceiveState.RESERVED
+
+
+def test_a_repeated_message_is_refused() -> None:
+    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    arrive(session, Rectangle(0, 1, 0, 1))
+    with pytest.raises(ProtocolError, match="repeated"):
+        arrive(session, Rectangle(0, 1, 0, 1))
+
+
+@given(data=st.data(), max_blocks=st.integers(1, 12), tokens=st.integers(1, 40))
+def test_whatever_the_chunks_d_gets_each_block_it_lacks_once(
+    data: st.DataObject, max_blocks: int, tokens: int
+) -> None:
+    """Chunks, prefix hits on both sides and the moment of reservation are arbitrary."""
+    last_block = (tokens - 1) // BLOCK
+    reserved_from = BLOCK * data.draw(st.integers(0, last_block), label="D's prefix blocks")
+    cached = BLOCK * data.draw(st.integers(0, last_block), label="P's prefix blocks")
+    cuts = data.draw(st.sets(st.integers(cached + 1, tokens)), label="chunk ends") | {tokens}
+    reserve_at = data.draw(st.integers(0, len(cuts)), label="reserved before chunk")
+
+    send = SendSession("r#1", tokens, GEOMETRY, max_blocks)
+    receive = ReceiveSession("r#1", reserved_from, tokens, GEOMETRY)
+
+    def pump() -> None:
+        while (area := send.next_message()) is not None:
+            arrive(receive, area)
+            send.message_sent(area)
+
+    if cached:
+        send.add_chunk(0, cached, LAYERS)
+    start = cached
+    for index, end in enumerate(sorted(cuts)):
+        if index == reserve_at:
+            send.reserve(reserved_from, tokens)
+        send.add_chunk(start, end, 0)
+        for layer in range(1, LAYERS + 1):
+            send.advance(layer)
+            pump()
+            assert send.take_end() is None, "no manifest before the engine has finished"
+        start = end
+    if reserve_at == len(cuts):
+        send.reserve(reserved_from, tokens)
+        pump()
+    send.finish(7)
+    end_message = send.take_end()
+    assert end_message is not None
+    receive.end(end_message)
+    assert receive.state is ReceiveState.COMPLETE
+    blocks = GEOMETRY.blocks_of(tokens) - reserved_from // BLOCK
+    assert receive.num_bytes == blocks * LAYERS * GEOMETRY.block_bytes

@@ -1,0 +1,64 @@
+"""Control frames: what we send decodes to itself, everything else is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer import wire
+from kv_transfer.errors import ProtocolError
+from kv_transfer.geometry import KvGeometry, Rectangle
+
+GEOMETRY = KvGeometry("tiny", "float32", "LBHNC", 2, 1, 4, 2, 4, 1, 0)
+TO_PREFILL: list[wire.ToPrefill] = [
+    wire.Hello(1, "token", "p", "d", GEOMETRY, "gloo", "pair", "127.0.0.1", 1234),
+    wire.Reserve("r#1", 0, 9),
+    wire.Cancel("r#1"),
+    wire.Release("token", "r#1"),
+    wire.Ping(),
+    wire.Bye(),
+]
+TO_DECODE: list[wire.ToDecode] = [
+    wire.Welcome("pair"),
+    wire.Refuse("pair", "because"),
+    wire.Header("r#1", Rectangle(0, 2, 0, 3), 64),
+    wire.End("r#1", 0, 9, 3, 64, None),
+    wire.Fail("r#1", "because"),
+    wire.Pong(),
+]
+
+
+def test_messages_survive_the_wire() -> None:
+    for to_prefill in TO_PREFILL:
+        assert wire.decode_to_prefill(wire.encode(to_prefill)) == to_prefill
+    for to_decode in TO_DECODE:
+        assert wire.decode_to_decode(wire.encode(to_decode)) == to_decode
+
+
+def test_a_message_of_the_other_direction_is_refused() -> None:
+    for to_prefill in TO_PREFILL:
+        with pytest.raises(ProtocolError):
+            wire.decode_to_decode(wire.encode(to_prefill))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(frame: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        wire.decode_to_prefill(frame)
+
+
+@given(data=st.data())
+def test_a_damaged_frame_is_refused_or_a_valid_message(data: st.DataObject) -> None:
+    frame = bytearray(wire.encode(data.draw(st.sampled_from(TO_PREFILL))))
+    frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        message = wire.decode_to_prefill(bytes(frame))
+    except ProtocolError:
+        return
+    assert isinstance(message, wire.ToPrefill)
+
+
+def test_an_oversized_frame_is_refused_unread() -> None:
+    with pytest.raises(ProtocolError, match="allowed"):
+        wire.decode_to_prefill(bytes(wire.MAX_FRAME_BYTES + 1))
