@@ -56,7 +56,7 @@ class EngineOutput:
     first_index: int  # output position of token_ids[0]; 1 if token 0 came with the KV
     token_ids: tuple[int, ...]
     logprobs: tuple[inference_pb2.TokenLogprobs, ...]
-    finish_reason: inference_pb2.FinishReason.ValueType  # UNSPECIFIED: more will come
+    finish_reason: inference_pb2.FinishReason  # UNSPECIFIED: more will come
     kv: inference_pb2.KvReport | None  # first output only
     cached_tokens: int  # prompt positions found in this engine's own prefix cache
     queue_ms: float  # accepted -> first step; first output only, else 0

@@ -61,7 +61,7 @@ class VllmEngine:
     ) -> None:
         self._config = config
         self._pool = pool
-        self._pool_config = config.prefill if pool is Pool.PREFILL else config.decode
+        self._pool_config = config.pool(pool)
         self._model = model
         self._cpu_binding = cpu_binding
         self._kv_token = kv_token
@@ -104,29 +104,20 @@ class VllmEngine:
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         if not torch.cuda.is_available():
             os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+            # enforce_eager leaves some of vLLM's helpers (logprobs) to torch.compile, which needs
+            # a C++ compiler and takes half a minute at the first request that asks for them.
+            if self._pool_config.engine.get("enforce_eager", True):
+                os.environ["TORCHDYNAMO_DISABLE"] = "1"
             if self._cpu_binding is not None:
                 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_binding
 
     def _make_llm(self, report_to: str) -> AsyncLLM:
-        pool, model = self._pool_config, self._config.model
-        arguments: dict[str, Any] = {
-            "model": str(self._model.path),
-            "served_model_name": self._model.served_name,
-            "dtype": model.dtype,
-            "trust_remote_code": model.trust_remote_code,
-            "tensor_parallel_size": pool.tensor_parallel_size,
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "kv_transfer_config": self._kv_transfer_config(report_to),
-        }
-        if model.max_model_len is not None:
-            arguments["max_model_len"] = model.max_model_len
-        if not torch.cuda.is_available():
-            arguments["kv_cache_memory_bytes"] = pool.kv_cache_gib * 2**30
-            arguments["enforce_eager"] = True
+        arguments = engine_arguments(self._config, self._pool, self._model)
+        arguments["kv_transfer_config"] = self._kv_transfer_config(report_to)
         try:
-            engine_args = AsyncEngineArgs(**(arguments | pool.engine))
-            return AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stats.logger])
+            return AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**arguments), stat_loggers=[self._stats.logger]
+            )
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"vLLM refuses the {self._pool} engine: {error}") from error
         except RuntimeError as error:
@@ -223,6 +214,29 @@ class VllmEngine:
         if self._llm is None:
             raise WorkerLostError("the engine of this worker is not running")
         return self._llm
+
+
+def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[str, Any]:
+    """Arguments for ``AsyncEngineArgs``: the pool's own over ours, without the KV stream.
+
+    Benchmarks and tests start the aggregated engine that they compare with from the same ones.
+    """
+    pool_config = config.pool(pool)
+    arguments: dict[str, Any] = {
+        "model": model.path,
+        "served_model_name": model.served_name,
+        "dtype": config.model.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+        "tensor_parallel_size": pool_config.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if config.model.max_model_len is not None:
+        arguments["max_model_len"] = config.model.max_model_len
+    if not torch.cuda.is_available():
+        arguments["kv_cache_memory_bytes"] = pool_config.kv_cache_gib * 2**30
+        arguments["enforce_eager"] = True
+    return arguments | pool_config.engine
 
 
 class _Stats:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.receive import DecodeClient, Reservation, TransferResult
 from kv_transfer.send import PrefillServer, StepChunk
+from tests.support.waiting import wait_until
 
 LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 4, 2, 16, 8, 64
 GEOMETRY = KvGeometry(
@@ -42,15 +42,6 @@ def random_caches(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (BLOCKS, HEADS, BLOCK_TOKENS, CONTENT)
     return [torch.randn(shape, generator=generator) for _ in range(LAYERS)]
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    """Poll a condition of other threads; AssertionError when it does not come true."""
-    deadline_s = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
-        pause.wait(0.002)
 
 
 class Prefill:
@@ -80,7 +71,7 @@ class Prefill:
             self.released |= self.server.take_released()
             return f"engine-{key}" in self.released
 
-        wait_until(released, f"blocks of {key} are released")
+        wait_until(released, what=f"blocks of {key} are released")
 
 
 class Decode:
@@ -109,7 +100,7 @@ class Decode:
                 self.results[result.key] = result
             return key in self.results
 
-        wait_until(arrived, f"transfer {key} ends")
+        wait_until(arrived, what=f"transfer {key} ends")
         return self.results[key]
 
 
@@ -124,7 +115,7 @@ def stream(**options: Any) -> Iterator[tuple[Prefill, Decode]]:
     finally:
         decode.client.stop()
         prefill.server.stop()
-        wait_until(lambda: not _kv_threads() - before, "all threads of the stream have ended")
+        wait_until(lambda: not _kv_threads() - before, what="all threads have ended")
 
 
 def _kv_threads() -> set[threading.Thread]:

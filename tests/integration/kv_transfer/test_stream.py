@@ -26,8 +26,8 @@ from tests.support.kv_stream import (
     random_caches,
     same_blocks,
     stream,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 
 def blocks_for(tokens: int, rng: random.Random) -> list[int]:
@@ -233,7 +233,7 @@ def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
             decode.reserve(address, "doomed#1", [5], 0, 9)
             wait_until(
                 lambda: any(peer._pair is not None for peer in decode.client._peers.values()),
-                "the pair with the victim is made",
+                what="the pair with the victim is made",
             )
             victim.send_signal(signal.SIGKILL)
             assert not decode.result("doomed#1").complete
@@ -251,7 +251,7 @@ def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
 def test_death_of_decode_frees_prefill() -> None:
     with stream(peer_lease_s=1.5) as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 0, 20)
-        wait_until(lambda: bool(prefill.server._waiting), "the reservation has arrived")
+        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
         for peer in list(decode.client._peers.values()):
             peer.stop()  # what the peer sees of a process that ends: silence after BYE
         prefill.compute("r#1", [1, 2], 20)
@@ -295,7 +295,7 @@ def test_a_message_that_was_not_reserved_fails_the_transfer() -> None:
     """V#48633: blocks of one range must never land in another."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 16, 20)
-        wait_until(lambda: bool(prefill.server._waiting), "the reservation has arrived")
+        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
         with prefill.server._changed:  # the peer believes that D lacks everything
             prefill.server._waiting["r#1"].token_start = 0
         before = [layer[5].clone() for layer in decode.caches]

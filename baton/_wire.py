@@ -1,0 +1,199 @@
+"""Between the public values and the protocol. Pure: shared by the sync and the async client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, Final, Unpack
+
+from google.protobuf.message import Message
+
+from baton.errors import InternalError, InvalidArgumentError
+from baton.types import (
+    FinishReason,
+    KvOutcome,
+    KvReport,
+    Phases,
+    RequestFields,
+    Response,
+    SamplingParams,
+    TokenLogprobs,
+    TopLogprob,
+    Usage,
+)
+from baton.v1 import inference_pb2 as pb
+
+DEFAULT_MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024  # the router's own default
+
+# Later ones win, so what a caller passes overrides these.
+ChannelOptions = Sequence[tuple[str, str | int]]
+
+_FINISH_REASONS: Final[dict[int, FinishReason]] = {
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+_KV_OUTCOMES: Final[dict[int, KvOutcome]] = {
+    pb.KV_OUTCOME_TRANSFERRED: KvOutcome.TRANSFERRED,
+    pb.KV_OUTCOME_RECOMPUTED: KvOutcome.RECOMPUTED,
+    pb.KV_OUTCOME_LOCAL: KvOutcome.LOCAL,
+}
+
+
+def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple[str, str | int]]:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # A proxy named in the environment for the web must not capture calls to the cluster.
+        ("grpc.enable_http_proxy", 0),
+        # A backend that starts before its cluster finds it within seconds, not minutes.
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        *extra,
+    ]
+
+
+def build_request(
+    prompt: str | None, max_message_bytes: int, **fields: Unpack[RequestFields]
+) -> pb.GenerateRequest:
+    """Whether the values make sense is the router's to say.
+
+    Raises:
+        InvalidArgumentError: not exactly one input, or a value that the protocol cannot carry.
+        TypeError: a keyword argument that does not exist.
+    """
+    messages = fields.pop("messages", None)
+    token_ids = fields.pop("token_ids", None)
+    if sum(value is not None for value in (prompt, messages, token_ids)) != 1:
+        raise InvalidArgumentError(
+            "give exactly one of prompt, messages and token_ids", reason="INVALID_INPUT"
+        )
+    request = pb.GenerateRequest()
+    _set(request, "request_id", fields.pop("request_id", None))
+    _set(request, "model", fields.pop("model", None))
+    _set(request, "prompt", prompt)
+    if messages is not None:
+        request.chat.SetInParent()  # an empty list is still the input that was chosen
+        for message in messages:
+            chat_message = request.chat.messages.add()
+            _set(chat_message, "role", message.role)
+            _set(chat_message, "content", message.content)
+    if token_ids is not None:
+        request.token_ids.SetInParent()
+        _set(request.token_ids, "ids", token_ids)
+
+    sampling = fields.pop("sampling", None) or SamplingParams()
+    changes: dict[str, Any] = dict(fields)  # what is left: fields of SamplingParams
+    sampling = replace(sampling, **changes)
+    if isinstance(sampling.stop, str):
+        sampling = replace(sampling, stop=(sampling.stop,))
+    for name, value in asdict(sampling).items():
+        _set(request.sampling, name, value)
+
+    if (size_bytes := request.ByteSize()) > max_message_bytes:
+        raise InvalidArgumentError(
+            f"the request has {size_bytes} bytes, more than max_message_bytes={max_message_bytes}",
+            reason="MESSAGE_TOO_LARGE",
+        )
+    return request
+
+
+def _set(message: Message, name: str, value: Any) -> None:
+    """Set a scalar or repeated scalar field; ``None`` leaves it unset."""
+    if value is None:
+        return
+    try:
+        if isinstance(value, str | bytes | int | float):
+            setattr(message, name, value)
+        else:
+            getattr(message, name).extend(value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidArgumentError(f"{name}: {error}") from error
+
+
+class StreamReader:
+    """Turns the messages of one stream into responses, and checks that none is missing.
+
+    Raises InternalError when the stream breaks the protocol.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._next_sequence = 0
+        self._finished = False
+
+    def read(self, message: pb.GenerateResponse) -> Response:
+        self.request_id = message.request_id or self.request_id
+        if message.sequence != self._next_sequence:
+            raise self._broken(
+                f"response {message.sequence} arrived where {self._next_sequence} was due",
+                "SEQUENCE_GAP",
+            )
+        if self._finished:
+            raise self._broken("a response arrived after the last one", "RESPONSE_AFTER_END")
+        self._next_sequence += 1
+        self._finished = message.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+        return _response(message)
+
+    def end(self) -> None:
+        """The stream ended with status OK."""
+        if not self._finished:
+            raise self._broken("the stream ended without a finish reason", "TRUNCATED_STREAM")
+
+    def _broken(self, message: str, reason: str) -> InternalError:
+        return InternalError(message, reason=reason, request_id=self.request_id)
+
+
+def _response(message: pb.GenerateResponse) -> Response:
+    last = message.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+    return Response(
+        request_id=message.request_id,
+        sequence=message.sequence,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprobs(each) for each in message.logprobs),
+        finish_reason=(
+            _FINISH_REASONS.get(message.finish_reason, FinishReason.UNKNOWN) if last else None
+        ),
+        usage=_usage(message.usage) if last else None,
+        phases=_phases(message.phases) if last else None,
+    )
+
+
+def _logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(TopLogprob(each.token_id, each.logprob) for each in message.top)
+    return TokenLogprobs(message.logprob, top)
+
+
+def _usage(message: pb.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        cached_prompt_tokens=message.cached_prompt_tokens,
+    )
+
+
+def _phases(message: pb.Phases) -> Phases:
+    return Phases(
+        queue_ms=message.queue_ms,
+        prefill_ms=message.prefill_ms,
+        ttft_ms=message.ttft_ms,
+        handoff_ms=message.handoff_ms,
+        decode_ms=message.decode_ms,
+        tokens_per_s=message.tokens_per_s,
+        kv=_kv_report(message.kv) if message.HasField("kv") else None,
+        prefill_worker=message.prefill_worker,
+        decode_worker=message.decode_worker,
+        attempts=message.attempts,
+    )
+
+
+def _kv_report(message: pb.KvReport) -> KvReport:
+    return KvReport(
+        outcome=_KV_OUTCOMES.get(message.outcome, KvOutcome.UNKNOWN),
+        backend=message.backend,
+        bytes=message.bytes,
+        messages=message.messages,
+        tokens=message.tokens,
+        transfer_ms=message.transfer_ms,
+        cached_tokens=message.cached_tokens,
+        computed_tokens=message.computed_tokens,
+    )

@@ -1,0 +1,201 @@
+"""The asyncio client. It belongs to the event loop of its first call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Protocol, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from baton._wire import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    ChannelOptions,
+    StreamReader,
+    build_request,
+    channel_options,
+)
+from baton.errors import BatonError, CancelledError, from_status
+from baton.types import Completion, RequestFields, Response
+from baton.v1 import inference_pb2, inference_pb2_grpc
+
+
+class _Call(Protocol):
+    """The part of a grpc.aio call that is used here."""
+
+    async def read(self) -> inference_pb2.GenerateResponse | object: ...
+    def cancel(self) -> bool: ...
+
+
+class AsyncClient:
+    """A connection to one router. The arguments are those of ``baton.Client``.
+
+    It may be made before the event loop runs; nothing is opened until the first call.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        tls: grpc.ChannelCredentials | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        options: ChannelOptions = (),
+    ) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._tls = tls
+        self._max_message_bytes = max_message_bytes
+        self._options = channel_options(max_message_bytes, options)
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        **request: Unpack[RequestFields],
+    ) -> AsyncResponseStream:
+        """Send a request and return the stream of its responses, for ``async for``.
+
+        Give exactly one input: ``prompt``, ``messages=[ChatMessage(...)]`` or ``token_ids``.
+        The request ends with the stream: leaving the loop early, an exception in its body,
+        cancelling the task that reads or ``aclose()`` cancels it.
+
+        Raises:
+            InvalidArgumentError: here, if the request cannot be sent as it is; each other
+                ``BatonError`` comes while iterating.
+        """
+        message = build_request(prompt, self._max_message_bytes, **request)
+        stub = inference_pb2_grpc.InferenceStub(self._connect())
+        call = stub.Generate(message, timeout=self._deadline_s(timeout_s))
+        return AsyncResponseStream(call, StreamReader(message.request_id), self._address)
+
+    async def complete(
+        self,
+        prompt: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        **request: Unpack[RequestFields],
+    ) -> Completion:
+        """``generate``, waiting for the whole answer.
+
+        Raises:
+            BatonError: the request failed.
+        """
+        async with self.generate(prompt, timeout_s=timeout_s, **request) as stream:
+            return Completion.join([response async for response in stream])
+
+    async def health(self, *, timeout_s: float | None = None) -> bool:
+        """Whether the router says that it serves requests.
+
+        Raises:
+            BatonError: it gave no answer.
+        """
+        stub = health_pb2_grpc.HealthStub(self._connect())
+        try:
+            answer = await stub.Check(
+                health_pb2.HealthCheckRequest(), timeout=self._deadline_s(timeout_s)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _error(error, self._address) from error
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def aclose(self) -> None:
+        """Cancel what runs and disconnect. Idempotent."""
+        self._closed = True
+        if self._channel is not None:
+            channel, self._channel = self._channel, None
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def _connect(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise ValueError("the client is closed")
+        if self._channel is None:
+            self._channel = (
+                grpc.aio.insecure_channel(self._address, self._options)
+                if self._tls is None
+                else grpc.aio.secure_channel(self._address, self._tls, self._options)
+            )
+        return self._channel
+
+    def _deadline_s(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+
+class AsyncResponseStream(AsyncIterator[Response]):
+    """The responses of one request. Closing it, or dropping it, cancels the request."""
+
+    def __init__(self, call: _Call, reader: StreamReader, address: str) -> None:
+        self._call = call
+        self._reader = reader
+        self._address = address
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def request_id(self) -> str:
+        """Empty until the first response, if the router mints it."""
+        return self._reader.request_id
+
+    async def __anext__(self) -> Response:
+        try:
+            message = await self._call.read()
+            if isinstance(message, inference_pb2.GenerateResponse):
+                return self._reader.read(message)
+            self._reader.end()
+        except grpc.aio.AioRpcError as error:
+            raise _error(error, self._address, self.request_id) from error
+        except asyncio.CancelledError:
+            self._call.cancel()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # grpc.aio says so too when the stream or the client was closed meanwhile.
+            raise CancelledError("the stream was closed", request_id=self.request_id) from None
+        except BaseException:  # a broken stream
+            self._call.cancel()
+            raise
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the request if it still runs. Idempotent."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not self._loop.is_closed():
+            self._call.cancel()
+
+
+def _error(error: grpc.aio.AioRpcError, address: str, request_id: str = "") -> BatonError:
+    return from_status(
+        error.code(),
+        error.details() or "",
+        error.trailing_metadata() or (),
+        address=address,
+        request_id=request_id,
+    )

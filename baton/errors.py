@@ -1,0 +1,152 @@
+"""The errors that a caller of this package may see, one class by whose fault it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from baton.v1 import inference_pb2
+
+ERROR_DETAIL_KEY = "baton-error-bin"
+
+
+class BatonError(Exception):
+    """Base of them all, and the class of those with a status code that has none of its own.
+
+    Attributes:
+        code: gRPC status of the call, or the one that fits if it never reached the router.
+        reason: stable upper-case word for programs, e.g. ``PROMPT_TOO_LONG``.
+        retry_after_s: when trying again may help; ``None`` when the router names no time.
+        request_id: of the request that failed; empty if the router had not named it yet.
+    """
+
+    default_code = grpc.StatusCode.UNKNOWN
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        reason: str | None = None,
+        retry_after_s: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.code = code or self.default_code
+        self.reason = reason or self.code.name
+        self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+
+class InvalidArgumentError(BatonError):
+    """The request can never succeed as it is."""
+
+    default_code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotFoundError(BatonError):
+    """The request names something that the cluster does not have."""
+
+    default_code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExistsError(BatonError):
+    """A request with this id is in flight."""
+
+    default_code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class CapacityError(BatonError):
+    """A bound of the cluster was reached; trying later may help."""
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class UnavailableError(BatonError):
+    """The router cannot be reached, or has no worker for the request now."""
+
+    default_code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineError(BatonError):
+    """The request's deadline passed."""
+
+    default_code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class CancelledError(BatonError):
+    """The call was cancelled, here or by the router."""
+
+    default_code = grpc.StatusCode.CANCELLED
+
+
+class InternalError(BatonError):
+    """A defect of the cluster, e.g. a stream with a gap."""
+
+    default_code = grpc.StatusCode.INTERNAL
+
+
+_CLASSES: tuple[type[BatonError], ...] = (
+    InvalidArgumentError,
+    NotFoundError,
+    AlreadyExistsError,
+    CapacityError,
+    UnavailableError,
+    DeadlineError,
+    CancelledError,
+    InternalError,
+)
+_BY_CODE: dict[grpc.StatusCode, type[BatonError]] = {
+    **{cls.default_code: cls for cls in _CLASSES},
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.UNKNOWN: InternalError,
+    grpc.StatusCode.DATA_LOSS: InternalError,
+}
+
+
+def from_status(
+    code: grpc.StatusCode,
+    details: str,
+    trailing_metadata: Iterable[tuple[str, str | bytes]],
+    *,
+    address: str,
+    request_id: str = "",
+) -> BatonError:
+    """The error for a call to ``address`` that ended with this status."""
+    detail = _error_detail(trailing_metadata)
+    if detail is None and code is grpc.StatusCode.UNAVAILABLE:
+        # Baton's router always sends a detail: this status is the transport's own.
+        message = f"no connection to a Baton router at {address}: {details}"
+        return UnavailableError(message, reason="CONNECTION_FAILED", request_id=request_id)
+    if (
+        detail is None
+        and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        and "larger than max" in details
+    ):
+        # gRPC's own refusal of a message, which no waiting will make smaller.
+        return InvalidArgumentError(
+            details, code=code, reason="MESSAGE_TOO_LARGE", request_id=request_id
+        )
+    if detail is None:
+        detail = inference_pb2.ErrorDetail()
+    return _BY_CODE.get(code, BatonError)(
+        details or f"the call failed with {code.name}",
+        code=code,
+        reason=detail.reason or None,
+        retry_after_s=detail.retry_after_ms / 1000 if detail.retry_after_ms else None,
+        request_id=detail.request_id or request_id,
+    )
+
+
+def _error_detail(
+    metadata: Iterable[tuple[str, str | bytes]],
+) -> inference_pb2.ErrorDetail | None:
+    for key, value in metadata:
+        if key == ERROR_DETAIL_KEY and isinstance(value, bytes):
+            try:
+                return inference_pb2.ErrorDetail.FromString(value)
+            except DecodeError:
+                return None  # the status code and message still say what happened
+    return None

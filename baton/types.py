@@ -1,0 +1,171 @@
+"""Values that go into a request and come out of a response. Durations carry their unit."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, TypedDict
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. What is ``None`` takes the router's default (in brackets)."""
+
+    temperature: float | None = None  # [1]; in [0, 2], 0 is greedy
+    top_p: float | None = None  # [1]; in (0, 1]
+    top_k: int | None = None  # [0, off]
+    min_p: float | None = None  # [0]; in [0, 1]
+    presence_penalty: float | None = None  # [0]; in [-2, 2]
+    frequency_penalty: float | None = None  # [0]; in [-2, 2]
+    repetition_penalty: float | None = None  # [1]; in (0, 2]
+    seed: int | None = None  # [not reproducible]
+    stop: str | Sequence[str] | None = None  # [none]; not part of the text returned
+    stop_token_ids: Sequence[int] | None = None  # [none]
+    max_tokens: int | None = None  # [up to the model's context]
+    min_tokens: int | None = None  # [0]
+    ignore_eos: bool | None = None  # [False]
+    logprobs: int | None = None  # [none]; top alternatives per token, at most 20
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of ``SamplingParams``, as keyword arguments."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    max_tokens: int | None
+    min_tokens: int | None
+    ignore_eos: bool | None
+    logprobs: int | None
+
+
+class RequestFields(SamplingFields, total=False):
+    """Keyword arguments of ``generate`` and ``complete``, beside the prompt and the timeout.
+
+    Exactly one input: the prompt, ``messages`` or ``token_ids``.
+    """
+
+    messages: Sequence[ChatMessage] | None  # rendered with the model's chat template
+    token_ids: Sequence[int] | None  # used as they are
+    sampling: SamplingParams | None  # single fields given beside it win
+    request_id: str | None  # unique among the requests in flight; None: the router mints one
+    model: str | None  # served name; None: the one that the cluster serves
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # end of sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the model's context
+    UNKNOWN = "unknown"  # a reason that is newer than this client
+
+
+class KvOutcome(enum.StrEnum):
+    TRANSFERRED = "transferred"
+    RECOMPUTED = "recomputed"  # a transfer failed, and the decode worker prefilled
+    LOCAL = "local"  # no transfer was asked for
+    UNKNOWN = "unknown"  # an outcome that is newer than this client
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    logprob: float  # of the token that was chosen
+    top: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int  # found in the prefill worker's prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class KvReport:
+    """What came over the process group for one request, all tensor-parallel ranks together."""
+
+    outcome: KvOutcome
+    backend: str  # "nccl" or "gloo"
+    bytes: int
+    messages: int
+    tokens: int  # positions whose KV was received
+    transfer_ms: float  # first header -> manifest complete
+    cached_tokens: int  # positions found in the decode worker's prefix cache
+    computed_tokens: int  # positions that the decode engine computed itself
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Where the time of one request went, seen from the router."""
+
+    queue_ms: float  # accepted -> dispatched
+    prefill_ms: float  # dispatched -> first token at the router
+    ttft_ms: float  # accepted -> first token handed to the stream
+    handoff_ms: float  # first token -> second token
+    decode_ms: float  # second token -> last token
+    tokens_per_s: float  # tokens after the first / (handoff + decode)
+    kv: KvReport | None
+    prefill_worker: str  # empty: prefilled by the decode worker
+    decode_worker: str
+    attempts: int  # dispatches; 1 when nothing failed
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One message of a stream. ``finish_reason``, ``usage`` and ``phases``: the last one only."""
+
+    request_id: str
+    sequence: int  # 0, 1, 2, … without a gap
+    text: str  # final; may be empty while token_ids are not
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]  # one per token, if asked for
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    phases: Phases | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer: all responses of a stream, joined."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    phases: Phases
+
+    @classmethod
+    def join(cls, responses: Sequence[Response]) -> Self:
+        """Raises ValueError unless these are the responses of a stream up to its end."""
+        last = responses[-1] if responses else None
+        if last is None or last.finish_reason is None or last.usage is None or last.phases is None:
+            raise ValueError("the stream has not ended")
+        return cls(
+            request_id=last.request_id,
+            text="".join(each.text for each in responses),
+            token_ids=tuple(token for each in responses for token in each.token_ids),
+            logprobs=tuple(logprob for each in responses for logprob in each.logprobs),
+            finish_reason=last.finish_reason,
+            usage=last.usage,
+            phases=last.phases,
+        )

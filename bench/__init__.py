@@ -1,0 +1,1 @@
+"""Measurements. Timings are printed and saved, never asserted; docs/measurements.md keeps them."""

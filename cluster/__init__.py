@@ -1,0 +1,1 @@
+"""Configuration, state, launch and command line of a Baton cluster."""

@@ -1,0 +1,198 @@
+"""The command ``baton``. Commands that talk to a running cluster start in well under a second:
+Ray, vLLM and PyTorch are only imported by what needs them.
+
+Exit status: 0 done, 1 failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, load_config
+from cluster.errors import BatonError, ConfigError
+from cluster.run_dir import ClusterState, is_held, read_state
+from cluster.types import Pool
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    run: Command = options.run
+    import baton
+
+    try:
+        return run(options)
+    except (ConfigError, BatonError, baton.BatonError) as error:
+        print(f"baton: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _up(options: argparse.Namespace) -> int:
+    from cluster.launch import Cluster, StartInterruptedError
+    from cluster.progress import Progress
+    from cluster.signals import Signals
+
+    config = _load(options)
+    with Signals() as signals, Progress(sys.stdout) as progress:
+        cluster = Cluster(config, progress.step, signals)
+        try:
+            cluster.start()
+            signals.install()  # Ray may have set its own
+            progress.done()
+            print(f"ready: gRPC at {cluster.address}; Ctrl-C stops it", flush=True)
+            cluster.watch()
+        except StartInterruptedError:
+            pass
+        finally:
+            cluster.stop()
+            progress.done()
+    print("stopped", flush=True)
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    from cluster.down import take_down
+
+    config = _load(options)
+    take_down(config.cluster.run_path, config.cluster.name, lambda line: print(line, flush=True))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.status import as_json, as_table, read_workers
+
+    state = _running(_load(options))
+    workers = read_workers(state) if state.redis_url else ()
+    print((as_json if options.json else as_table)(state, workers))
+    return 0
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from cluster.progress import Progress
+    from cluster.scale import scale
+
+    with Progress(sys.stdout) as progress:
+        scale(_running(_load(options)), dict(options.targets), progress.step)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from cluster.cli_client import generate
+
+    return generate(options, _address(options))
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from cluster.cli_client import chat
+
+    return chat(options, _address(options))
+
+
+def _load(options: argparse.Namespace) -> Config:
+    given = {
+        "cluster.name": options.name,
+        "prefill.replicas": getattr(options, "prefill", None),
+        "decode.replicas": getattr(options, "decode", None),
+        "model.path": getattr(options, "model", None),
+        "router.port": getattr(options, "port", None),
+    }
+    overrides: dict[str, Any] = {path: value for path, value in given.items() if value is not None}
+    return load_config(options.config, overrides)
+
+
+def _running(config: Config) -> ClusterState:
+    """Raises ConfigError if no cluster of this name runs."""
+    base, name = config.cluster.run_path, config.cluster.name
+    state = read_state(base, name)
+    if state is None or not is_held(base, name):
+        raise ConfigError(f"no cluster named {name!r} is running; start one with: baton up")
+    return state
+
+
+def _address(options: argparse.Namespace) -> str:
+    if options.address is not None:
+        address: str = options.address
+        return address
+    config = _load(options)
+    state = read_state(config.cluster.run_path, config.cluster.name)
+    return DEFAULT_ADDRESS if state is None else state.address
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton", description="An LLM serving cluster that splits prefill and decode."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    up = _command(commands, "up", _up, "start a cluster and stay in the foreground")
+    up.add_argument("--prefill", type=int, metavar="N", help="prefill workers")
+    up.add_argument("--decode", type=int, metavar="N", help="decode workers")
+    up.add_argument("--model", metavar="NAME_OR_PATH", help="what to serve")
+    up.add_argument("--port", type=int, help="gRPC port of the router; 0 takes a free one")
+
+    _command(commands, "down", _down, "stop a cluster")
+
+    status = _command(commands, "status", _status, "show a cluster's workers")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+
+    scale = _command(commands, "scale", _scale, "change the number of workers")
+    scale.add_argument(
+        "targets", nargs="+", type=_target, metavar="POOL=N", help="such as prefill=2"
+    )
+
+    generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")
+    generate.add_argument("prompt", help="the text; - reads it from standard input")
+    generate.add_argument("--chat", action="store_true", help="send it as a user's chat message")
+    generate.add_argument("--json", action="store_true", help="one JSON object a response")
+    _sampling(generate)
+
+    chat = _command(commands, "chat", _chat, "talk to the model; Ctrl-D ends")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    _sampling(chat)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Command, about: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--name", help="cluster's name (default: baton)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", metavar="HOST:PORT", help=f"default: {DEFAULT_ADDRESS}")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of a request")
+
+
+def _target(text: str) -> tuple[Pool, int]:
+    pool, _, count = text.partition("=")
+    try:
+        return Pool(pool), int(count)
+    except ValueError:
+        known = " or ".join(f"{pool}=N" for pool in Pool)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {known}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

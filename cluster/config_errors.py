@@ -1,0 +1,55 @@
+"""Says what is wrong with a configuration, in the words of the person who wrote it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from cluster.engine_args import ENGINE_ARGS
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that looks most like ``name``; ``known`` must not be empty."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted path of a tree of models, with its field, sections included."""
+    paths: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        paths[path] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            paths.update(field_paths(field.annotation, f"{path}."))
+    return paths
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for each thing that is wrong: where, what, and what to write instead."""
+    return "\n".join(_describe_one(entry, model) for entry in error.errors())
+
+
+def _describe_one(entry: Any, model: type[BaseModel]) -> str:
+    location = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return f"{location}: unknown field; {_suggestion(location, model)}"
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    if entry["type"] == "value_error":  # ours: they name the value themselves
+        return f"{location}: {message}" if location else message
+    shown = "" if location == "redis.url" else f", not {entry['input']!r}"  # it may hold a password
+    return f"{location}: {message}{shown}"
+
+
+def _suggestion(location: str, model: type[BaseModel]) -> str:
+    section, _, name = location.rpartition(".")
+    paths = field_paths(model)
+    if f"{section}.engine" in paths and name in ENGINE_ARGS:
+        return f"as an argument of the engine it is {section}.engine.{name}"
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"there is {' and '.join(elsewhere)}"
+    siblings = [path for path in paths if path.rpartition(".")[0] == section]
+    return f"the nearest known name is {nearest(location, siblings)}"

@@ -1,0 +1,28 @@
+"""Keeps the workers' last words when a cluster fails, since its run folder is removed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_LINES_PER_FILE = 200
+
+
+def keep_logs(name: str, logs: Sequence[Path]) -> Path:
+    """Copy the ends of ``logs`` into one file and return its path.
+
+    One file per cluster name, in $XDG_STATE_HOME/baton (default ~/.local/state/baton); the
+    next failure replaces it.
+    """
+    base = os.environ.get("XDG_STATE_HOME")
+    folder = (Path(base) if base else Path.home() / ".local" / "state") / "baton"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    kept = folder / f"{name}-failure.log"
+    parts = []
+    for log in logs:
+        lines = log.read_text(errors="replace").splitlines()[-_LINES_PER_FILE:]
+        if lines:
+            parts.append("\n".join([f"==> {log.name}", *lines, ""]))
+    kept.write_text("\n".join(parts))
+    return kept

@@ -1,0 +1,197 @@
+"""How responses look on a terminal, in a pipe and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, TextIO
+
+from baton.types import Completion, KvOutcome, KvReport, Phases, Response, Usage
+
+_COLOURS: Final = ("36", "33", "35", "32")  # ANSI: cyan, yellow, magenta, green
+_MIB: Final = 1024 * 1024
+
+
+def response_json(response: Response) -> str:
+    """One response as one line of JSON; keys that say nothing yet are left out."""
+    value: dict[str, object] = {
+        "request_id": response.request_id,
+        "sequence": response.sequence,
+        "text": response.text,
+        "token_ids": response.token_ids,
+    }
+    if response.logprobs:
+        value["logprobs"] = [asdict(each) for each in response.logprobs]
+    if response.finish_reason is not None:
+        value["finish_reason"] = response.finish_reason
+    if response.usage is not None:
+        value["usage"] = asdict(response.usage)
+    if response.phases is not None:
+        value["phases"] = asdict(response.phases)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def phases_line(answer: Response | Completion) -> str:
+    """Where the time of a finished request went, in one line."""
+    if answer.finish_reason is None or answer.usage is None or answer.phases is None:
+        raise ValueError("only a finished request has phases")
+    phases = answer.phases
+    parts = [
+        _tokens(answer.usage) + f" ({answer.finish_reason})",
+        f"queue {_ms(phases.queue_ms)}",
+        f"prefill {_ms(phases.prefill_ms)}",
+        _kv(phases.kv),
+    ]
+    if answer.usage.completion_tokens > 1:  # one token has no hand-off and no rate
+        parts += [
+            f"hand-off {_ms(phases.handoff_ms)}",
+            f"{phases.tokens_per_s:.1f} tokens/s",
+        ]
+    parts.append(_workers(phases))
+    if phases.attempts > 1:
+        parts.append(f"{phases.attempts} attempts")
+    return " | ".join(parts)
+
+
+def _tokens(usage: Usage) -> str:
+    cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
+    return f"{usage.prompt_tokens} tokens in{cached}, {usage.completion_tokens} out"
+
+
+def _kv(kv: KvReport | None) -> str:
+    if kv is None:
+        return "no KV report"
+    if kv.outcome is KvOutcome.LOCAL:
+        return "no KV sent (local prefill)"
+    if kv.outcome is KvOutcome.RECOMPUTED:
+        return "KV transfer failed, recomputed"
+    return f"KV {kv.bytes / _MIB:.2f} MiB in {_ms(kv.transfer_ms)} over {kv.backend}"
+
+
+def _workers(phases: Phases) -> str:
+    if not phases.prefill_worker:
+        return phases.decode_worker
+    return f"{phases.prefill_worker} -> {phases.decode_worker}"
+
+
+def _ms(value_ms: float) -> str:
+    return f"{value_ms:.1f} ms" if value_ms < 10 else f"{value_ms:.0f} ms"
+
+
+def printable(text: str) -> str:
+    """Without what could steer a terminal: a model's output is not to be trusted with that."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for char in text
+    )
+
+
+@dataclass(slots=True)
+class _Stream:
+    label: str
+    pending: str = ""
+    finished: bool = False
+
+
+class StreamPrinter:
+    """Prints streams that run at the same time, token by token, into one column of lines.
+
+    One stream at a time has the floor: its text is written the moment it arrives. What the
+    others say meanwhile waits until the line is full, and then gets the next line:
+
+          1.2 s  paris | The capital of France is Paris.
+          3.4 s  alice | Alice was very much surprised to see the Rabbit again, and
+
+    The time is that of the line's first token, since the printer was made. No more than a
+    line of another stream waits: then it takes the floor, if the one that has it is slow.
+
+    Args:
+        clock: seconds, monotonic.
+        colour: mark the labels with ANSI colours; for terminals only.
+        width_columns: of the text; a line ends with the first word that reaches it.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        labels: Sequence[str],
+        *,
+        clock: Callable[[], float],
+        colour: bool = False,
+        width_columns: int = 76,
+    ) -> None:
+        self._out = out
+        self._streams = {label: _Stream(label) for label in labels}
+        self._clock = clock
+        self._start_s = clock()
+        self._colour = colour
+        self._width = width_columns
+        self._label_columns = max(map(len, labels))
+        self._speaker: _Stream | None = None
+        self._last_speaker = ""
+        self._column = 0
+
+    def write(self, label: str, text: str) -> None:
+        """Some more text of one stream."""
+        self._streams[label].pending += printable(text)
+        self._print()
+
+    def finish(self, label: str) -> None:
+        """Nothing more will come; ends the stream's line."""
+        self._streams[label].finished = True
+        self._print()
+
+    def _print(self) -> None:
+        while True:
+            if self._speaker is None:
+                self._speaker = self._next_speaker()
+                if self._speaker is None:
+                    break
+                self._begin_line(self._speaker)
+            if not self._say(self._speaker) and not self._must_yield(self._speaker):
+                break
+            self._end_line()
+        self._out.flush()
+
+    def _next_speaker(self) -> _Stream | None:
+        """In turn: the first after the last speaker that has more than white space to say."""
+        labels = list(self._streams)
+        turn = labels.index(self._last_speaker) + 1 if self._last_speaker else 0
+        for label in labels[turn:] + labels[:turn]:
+            stream = self._streams[label]
+            stream.pending = stream.pending.lstrip()
+            if stream.pending:
+                return stream
+        return None
+
+    def _say(self, stream: _Stream) -> bool:
+        """Write what is pending, up to the end of the line; whether the line ended."""
+        words = re.split(r"(\s+)", stream.pending)
+        for index, word in enumerate(words):
+            if word.isspace() and ("\n" in word or self._column >= self._width):
+                stream.pending = "".join(words[index + 1 :])
+                return True
+            self._out.write(word)
+            self._column += len(word)
+        stream.pending = ""
+        return False
+
+    def _must_yield(self, speaker: _Stream) -> bool:
+        others = (each for each in self._streams.values() if each is not speaker)
+        return speaker.finished or any(len(each.pending) >= self._width for each in others)
+
+    def _begin_line(self, stream: _Stream) -> None:
+        label = stream.label.rjust(self._label_columns)
+        if self._colour:
+            index = list(self._streams).index(stream.label)
+            label = f"\x1b[{_COLOURS[index % len(_COLOURS)]}m{label}\x1b[0m"
+        self._out.write(f"{self._clock() - self._start_s:6.1f} s  {label} | ")
+        self._column = 0
+
+    def _end_line(self) -> None:
+        assert self._speaker is not None
+        self._out.write("\n")
+        self._last_speaker = self._speaker.label
+        self._speaker = None

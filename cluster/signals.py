@@ -1,0 +1,39 @@
+"""Signals as two flags, looked at by whoever waits."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Signals:
+    """While entered, the first signal sets ``requested`` and the second ``hurry``.
+
+    Must be entered from the main thread. ``install`` again after code that sets handlers.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.hurry = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take over the signals."""
+        for number in _SIGNALS:
+            before = signal.signal(number, self._handle)
+            self._before.setdefault(number, before)
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.hurry = self.requested
+        self.requested = True

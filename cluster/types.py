@@ -1,0 +1,45 @@
+"""Values shared by the workers, the router and the registry."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Pool(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(enum.StrEnum):
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker says about itself with each lease renewal."""
+
+    queue_depth: int  # requests waiting in the engine
+    running: int  # requests in the engine's batch
+    queued_tokens: int  # prompt tokens accepted and not yet computed
+    kv_blocks_free: int
+    kv_blocks_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """One worker's lease in the registry.
+
+    ``incarnation`` is new at each process start, so a restarted worker under the same
+    address is never taken for the one that held a request.
+    """
+
+    id: str
+    pool: Pool
+    state: WorkerState
+    incarnation: str
+    address: str  # gRPC, "host:port"
+    kv_addresses: tuple[str, ...]  # KV control, "tcp://host:port", one per TP rank
+    model: str  # served name
+    load: WorkerLoad

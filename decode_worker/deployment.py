@@ -1,0 +1,36 @@
+"""The decode worker as Ray Serve runs it: one object per replica."""
+
+from __future__ import annotations
+
+import grpc
+
+from baton.v1 import worker_pb2_grpc
+from cluster.ray_replica import bind_internal_server, local_slot
+from decode_worker.servicer import DecodeServicer
+from engine.intake import Intake
+from engine.protocol import Engine
+from engine.replica import WorkerReplica, WorkerSettings, start_worker
+
+
+class DecodeWorker:
+    """Serve awaits the constructor, calls ``check_health`` and drains with ``__del__``."""
+
+    async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
+        bind_internal_server(settings.config.cluster.host)
+        self._grace_s = settings.config.decode.shutdown_grace_s
+        self._worker: WorkerReplica | None = None
+        self._worker = await start_worker(settings, _add_service, slot=local_slot())
+
+    async def check_health(self) -> None:
+        """Raises WorkerLostError if the worker can serve no more."""
+        assert self._worker is not None, "Serve checks no replica before it is constructed"
+        await self._worker.check_health()
+
+    async def __del__(self) -> None:
+        if self._worker is not None:
+            await self._worker.stop(self._grace_s)
+
+
+def _add_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+    servicer = DecodeServicer(engine, intake)
+    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)

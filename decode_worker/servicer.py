@@ -1,0 +1,59 @@
+"""Decode over gRPC: token ids in, a stream of token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from baton.v1 import worker_pb2, worker_pb2_grpc
+from engine.calls import closing, engine_key, errors_to_status
+from engine.intake import Intake
+from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
+
+_Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
+
+
+class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
+    """See ``worker.proto``."""
+
+    def __init__(self, engine: Engine, intake: Intake) -> None:
+        self._engine = engine
+        self._intake = intake
+
+    async def Decode(
+        self, request: worker_pb2.DecodeRequest, context: _Context
+    ) -> AsyncIterator[worker_pb2.DecodeResponse]:
+        """Stream the tokens of one attempt as the engine makes them."""
+        async with errors_to_status(context, request.key.request_id):
+            key = engine_key(request.key)
+            with self._intake.admit(key):
+                outputs = self._engine.generate(_engine_request(key, request))
+                async with closing(outputs):  # a call that ends early aborts the request
+                    async for output in outputs:
+                        yield _response(output)
+
+
+def _engine_request(key: str, request: worker_pb2.DecodeRequest) -> EngineRequest:
+    source = request.kv_source
+    receive = KvReceive(
+        incarnation=source.incarnation,
+        control_addresses=tuple(source.control_addresses),
+        first_token=source.first_token,
+    )
+    return EngineRequest(
+        key=key,
+        token_ids=tuple(request.token_ids),
+        sampling=request.sampling,
+        kv=receive if request.HasField("kv_source") else None,
+    )
+
+
+def _response(output: EngineOutput) -> worker_pb2.DecodeResponse:
+    return worker_pb2.DecodeResponse(
+        first_index=output.first_index,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs,
+        finish_reason=output.finish_reason,
+        kv=output.kv,
+    )

@@ -1,0 +1,54 @@
+"""What the servicers of both pools do alike around one call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from baton.v1 import worker_pb2
+from cluster.errors import BatonError, InternalError
+from cluster.grpc_status import abort
+from engine.protocol import EngineOutput
+
+_log = logging.getLogger(__name__)
+
+
+def engine_key(key: worker_pb2.TransferKey) -> str:
+    """The engine's name for one attempt of one request."""
+    return f"{key.request_id}#{key.attempt}"
+
+
+@asynccontextmanager
+async def errors_to_status(
+    context: grpc.aio.ServicerContext[Any, Any], request_id: str
+) -> AsyncIterator[None]:
+    """End the call with a status when the body raises.
+
+    A cancelled call passes through: gRPC has told the caller, or was told by it.
+    """
+    try:
+        yield
+    except BatonError as error:
+        await abort(context, error, request_id)
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception:  # noqa: BLE001 - whatever it is, the caller gets a typed end
+        _log.exception("request %s failed", request_id)
+        await abort(context, InternalError("the worker failed on this request"), request_id)
+
+
+@asynccontextmanager
+async def closing(
+    outputs: AsyncIterator[EngineOutput],
+) -> AsyncIterator[AsyncIterator[EngineOutput]]:
+    """Close an engine's stream with the block, which aborts the request if it still runs."""
+    try:
+        yield outputs
+    finally:
+        if isinstance(outputs, AsyncGenerator):
+            await outputs.aclose()

@@ -1,0 +1,292 @@
+"""A deterministic engine with a latency model, for tests of everything around an engine.
+
+Each token is a pure function of all tokens before it, so any worker continues a text in the
+same way and a test can say what the answer must be. Time passes only in the ``sleep`` that
+is passed in. KV is counted in blocks, and not computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+from baton.v1 import inference_pb2
+from cluster.config import Config
+from cluster.errors import InvalidArgumentError, WorkerLostError
+from cluster.types import Pool, WorkerLoad
+from engine.protocol import EngineFacts, EngineOutput, EngineRequest, KvReceive, KvSend
+
+VOCAB_SIZE = 1024
+MAX_MODEL_LEN = 8192  # tokens, if the configuration names no other
+_FIRST_TOKEN_ID = 3  # ids below are special in most vocabularies
+_HASH_PRIME = (1 << 61) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLatency:
+    """How long things take; the defaults are about a small model on one core, tenfold."""
+
+    prefill_ms_per_token: float = 0.2
+    decode_step_ms: float = 3.0
+    transfer_ms: float = 5.0  # how long a hand-off takes, and its blocks are held
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSize:
+    """How much the engine holds."""
+
+    kv_blocks: int = 4096
+    kv_block_tokens: int = 16
+    kv_bytes_per_token: int = 1024  # only reported
+
+
+class FakeEngine:
+    """See the module; implements ``engine.protocol.Engine``.
+
+    Args:
+        sleep: waits for so many seconds.
+        clock: seconds on any monotonic scale.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pool: Pool,
+        *,
+        latency: FakeLatency | None = None,
+        size: FakeSize | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_model_len = config.model.max_model_len or MAX_MODEL_LEN
+        self._pool = pool
+        self._latency = latency or FakeLatency()
+        self._size = size or FakeSize()
+        self._sleep = sleep
+        self._clock = clock
+        self._kv = _KvBlocks(self._size.kv_blocks)
+        self._prefill_turn = asyncio.Lock()  # one prompt at a time, in order of arrival
+        self._held: dict[str, asyncio.Future[None]] = {}  # key -> end of its blocks
+        self._queued_tokens = 0
+        self._queued = 0
+        self._running = 0
+        self._failure: str | None = None
+
+    async def start(self) -> EngineFacts:
+        """See ``Engine``."""
+        return EngineFacts(
+            max_model_len=self._max_model_len,
+            vocab_size=VOCAB_SIZE,
+            kv_block_tokens=self._size.kv_block_tokens,
+            kv_blocks_total=self._size.kv_blocks,
+            kv_addresses=("tcp://127.0.0.1:1",),  # nothing connects to it
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See ``Engine``."""
+        length = len(request.token_ids)
+        sampling = request.sampling
+        room = self._max_model_len - length
+        if length < 1 or room < 1:
+            raise InvalidArgumentError(
+                f"the prompt has {length} tokens, the model takes 1 to {self._max_model_len - 1}",
+                reason="PROMPT_TOO_LONG" if length else "EMPTY_PROMPT",
+            )
+        wanted = min(sampling.max_tokens if sampling.HasField("max_tokens") else room, room)
+        blocks = -(-(length + wanted) // self._size.kv_block_tokens)
+        accepted_s = self._clock()
+        await self._take_blocks(blocks, length)
+        hold = False
+        try:
+            report, first_s = await self._prompt(request)
+            state = _hash(request.token_ids)
+            seeded = isinstance(request.kv, KvReceive) and request.kv.first_token
+            for index in range(wanted):
+                self._check()
+                token = _token(state)
+                state = _extend(state, token)
+                finish = _finish(token, index, wanted, sampling)
+                if index == 0 and seeded and not finish:
+                    continue  # it came with the KV
+                if index > 0:
+                    await self._sleep(self._latency.decode_step_ms / 1000)
+                    self._check()
+                is_first = report is not None
+                hold = bool(finish) and isinstance(request.kv, KvSend)
+                yield EngineOutput(
+                    first_index=index,
+                    token_ids=(token,),
+                    logprobs=_logprobs(token, sampling),
+                    finish_reason=finish,
+                    kv=report,
+                    cached_tokens=0,
+                    queue_ms=(first_s - accepted_s) * 1000 if is_first else 0.0,
+                    prefill_ms=(self._clock() - first_s) * 1000 if is_first else 0.0,
+                )
+                report = None
+                if finish:
+                    return
+        finally:
+            self._running -= 1
+            if hold:
+                self._hold(request.key, blocks)
+            else:
+                self._kv.give_back(blocks)
+
+    async def release(self, key: str) -> None:
+        """See ``Engine``."""
+        task = self._held.get(key)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def load(self) -> WorkerLoad:
+        """See ``Engine``."""
+        return WorkerLoad(
+            queue_depth=self._queued,
+            running=self._running,
+            queued_tokens=self._queued_tokens,
+            kv_blocks_free=self._kv.free,
+            kv_blocks_total=self._size.kv_blocks,
+        )
+
+    async def check_health(self) -> None:
+        """See ``Engine``."""
+        self._check()
+
+    async def stop(self) -> None:
+        """See ``Engine``."""
+        self.fail("the engine was stopped")
+        for key in list(self._held):
+            await self.release(key)
+
+    def fail(self, message: str = "the engine died") -> None:
+        """Die: all requests end in WorkerLostError, now and from now on."""
+        self._failure = message
+        self._kv.wake()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise WorkerLostError(self._failure)
+
+    async def _take_blocks(self, blocks: int, tokens: int) -> None:
+        """Wait in the queue until the blocks are free, then count as running."""
+        self._queued += 1
+        self._queued_tokens += tokens
+        try:
+            await self._kv.take(blocks, self._check)
+        finally:
+            self._queued -= 1
+            self._queued_tokens -= tokens
+        self._running += 1
+
+    async def _prompt(self, request: EngineRequest) -> tuple[inference_pb2.KvReport | None, float]:
+        """Compute or receive the prompt's KV. Returns the report and the first step's time."""
+        tokens = len(request.token_ids)
+        if isinstance(request.kv, KvReceive):
+            first_s = self._clock()
+            await self._sleep(self._latency.transfer_ms / 1000)
+            received = tokens if request.kv.first_token else tokens - 1
+            report = inference_pb2.KvReport(
+                outcome=inference_pb2.KV_OUTCOME_TRANSFERRED,
+                backend="fake",
+                bytes=received * self._size.kv_bytes_per_token,
+                messages=1,
+                tokens=received,
+                transfer_ms=self._latency.transfer_ms,
+                computed_tokens=1,
+            )
+            return report, first_s
+        async with self._prefill_turn:
+            first_s = self._clock()
+            await self._sleep(tokens * self._latency.prefill_ms_per_token / 1000)
+        report = inference_pb2.KvReport(
+            outcome=inference_pb2.KV_OUTCOME_LOCAL, computed_tokens=tokens
+        )
+        return report, first_s
+
+    def _hold(self, key: str, blocks: int) -> None:
+        """Keep blocks as long as a transfer takes, or until they are released."""
+
+        def end(_: object) -> None:
+            self._kv.give_back(blocks)
+            self._held.pop(key, None)
+
+        task = asyncio.ensure_future(self._sleep(self._latency.transfer_ms / 1000))
+        task.add_done_callback(end)
+        self._held[key] = task
+
+
+class _KvBlocks:
+    """Free blocks, handed out in order of arrival."""
+
+    def __init__(self, total: int) -> None:
+        self.free = total
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    async def take(self, blocks: int, check: Callable[[], None]) -> None:
+        async with self._turn:
+            check()
+            while self.free < blocks:
+                self._changed.clear()
+                await self._changed.wait()
+                check()
+            self.free -= blocks
+
+    def give_back(self, blocks: int) -> None:
+        self.free += blocks
+        self.wake()
+
+    def wake(self) -> None:
+        self._changed.set()
+
+
+def next_tokens(token_ids: Iterable[int], count: int) -> tuple[int, ...]:
+    """What a fake engine answers to ``token_ids`` when nothing stops it."""
+    state = _hash(token_ids)
+    tokens = []
+    for _ in range(count):
+        tokens.append(_token(state))
+        state = _extend(state, tokens[-1])
+    return tuple(tokens)
+
+
+def _hash(token_ids: Iterable[int]) -> int:
+    state = 1
+    for token in token_ids:
+        state = _extend(state, token)
+    return state
+
+
+def _extend(state: int, token: int) -> int:
+    return (state * 1_000_003 + token + 1) % _HASH_PRIME
+
+
+def _token(state: int) -> int:
+    return _FIRST_TOKEN_ID + state % (VOCAB_SIZE - _FIRST_TOKEN_ID)
+
+
+def _finish(
+    token: int, index: int, wanted: int, sampling: inference_pb2.SamplingParams
+) -> inference_pb2.FinishReason:
+    if token in sampling.stop_token_ids and index + 1 > sampling.min_tokens:
+        return inference_pb2.FINISH_REASON_STOP
+    if index + 1 == wanted:
+        return inference_pb2.FINISH_REASON_LENGTH
+    return inference_pb2.FINISH_REASON_UNSPECIFIED
+
+
+def _logprobs(
+    token: int, sampling: inference_pb2.SamplingParams
+) -> tuple[inference_pb2.TokenLogprobs, ...]:
+    """Made up, but the chosen token is the most probable one."""
+    if not sampling.HasField("logprobs"):
+        return ()
+    top = [
+        inference_pb2.TopLogprob(token_id=(token + rank) % VOCAB_SIZE, logprob=-0.5 * (rank + 1))
+        for rank in range(sampling.logprobs)
+    ]
+    return (inference_pb2.TokenLogprobs(logprob=-0.5, top=top),)

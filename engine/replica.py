@@ -1,0 +1,241 @@
+"""One worker: an engine, its gRPC server, and its lease in the registry.
+
+    start: engine ▸ gRPC server ▸ lease READY      (the router sends work from here on)
+    stop:  lease DRAINING, nothing new ▸ what runs ends, or the grace does ▸ server ▸ engine
+
+Knows neither Ray nor a pool's protocol: the pool passes in what it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from cluster.config import Config
+from cluster.errors import InternalError, UnavailableError, WorkerLostError
+from cluster.model import ResolvedModel
+from cluster.orders import report_failure
+from cluster.registry import RedisRegistry, Registry
+from cluster.types import Pool, WorkerRecord, WorkerState
+from engine.intake import Intake
+from engine.protocol import Engine
+
+_log = logging.getLogger(__name__)
+
+AddService = Callable[[grpc.aio.Server, Engine, Intake], None]
+
+_CANCEL_GRACE_S = 0.2  # for cancelled calls to say so to their callers
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What each replica of a pool is started with."""
+
+    config: Config
+    pool: Pool
+    model: ResolvedModel
+    redis_url: str = field(repr=False)
+    kv_token: str = field(repr=False)  # secret of the KV control channels
+
+
+async def start_worker(
+    settings: WorkerSettings, add_service: AddService, *, slot: int
+) -> WorkerReplica:
+    """Start a worker, and tell the launcher why if that fails.
+
+    Args:
+        slot: counts the pool's workers on this machine; chooses the CPU cores.
+
+    Raises:
+        ConfigError, BatonError: the reason.
+    """
+    config = settings.config
+    incarnation = secrets.token_hex(8)
+    try:
+        engine = _make_engine(settings, slot, incarnation)
+        registry = RedisRegistry(
+            settings.redis_url,
+            cluster=config.cluster.name,
+            lease_s=config.redis.lease_s,
+            socket_timeout_s=config.redis.socket_timeout_s,
+        )
+        worker = WorkerReplica(
+            config,
+            settings.pool,
+            settings.model.served_name,
+            engine,
+            registry,
+            add_service,
+            incarnation=incarnation,
+        )
+        await worker.start()
+    except Exception as error:
+        _log.exception("this %s worker cannot start", settings.pool)
+        await report_failure(settings.redis_url, config, settings.pool, error)
+        raise
+    return worker
+
+
+class WorkerReplica:
+    """See the module. Belongs to one event loop; started once and stopped once.
+
+    Args:
+        model: served name.
+        incarnation: new at each process start.
+        add_service: registers the pool's servicer on the server.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pool: Pool,
+        model: str,
+        engine: Engine,
+        registry: Registry,
+        add_service: AddService,
+        *,
+        incarnation: str,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._model = model
+        self._engine = engine
+        self._registry = registry
+        self._add_service = add_service
+        self._incarnation = incarnation
+        self._id = f"{pool}-{secrets.token_hex(3)}"
+        self._intake = Intake(config.pool(pool).max_concurrent)
+        self._health = health_aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._record: WorkerRecord | None = None
+        self._lease: asyncio.Task[None] | None = None
+        self._stopped: asyncio.Task[None] | None = None
+
+    async def start(self) -> WorkerRecord:
+        """Be ready for requests, and in the registry soon after.
+
+        Raises:
+            ConfigError, BatonError: the engine or the server does not start.
+        """
+        try:
+            facts = await self._engine.start()
+            address = await self._serve()
+        except BaseException:
+            await self._engine.stop()
+            await self._registry.close()
+            raise
+        self._record = WorkerRecord(
+            id=self._id,
+            pool=self._pool,
+            state=WorkerState.READY,
+            incarnation=self._incarnation,
+            address=address,
+            kv_addresses=facts.kv_addresses,
+            model=self._model,
+            load=self._engine.load(),
+        )
+        self._lease = asyncio.create_task(self._keep_lease())
+        return self._record
+
+    async def check_health(self) -> None:
+        """Raises WorkerLostError if this worker can serve no more.
+
+        A registry that is away is no reason: running requests do not need it.
+        """
+        await self._engine.check_health()
+        if self._lease is None or (self._lease.done() and self._stopped is None):
+            raise WorkerLostError(f"{self._id} does not renew its lease")
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain for at most ``grace_s``, then end everything. Later calls wait for the first."""
+        if self._stopped is None:
+            self._stopped = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopped)
+
+    async def _serve(self) -> str:
+        """Start the server on a free port and return "host:port"."""
+        limit = int(self._config.router.max_message_bytes)
+        server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+            )
+        )
+        self._add_service(server, self._engine, self._intake)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        host = self._config.cluster.host
+        host = f"[{host}]" if ":" in host else host
+        try:
+            port = server.add_insecure_port(f"{host}:0")
+        except RuntimeError as error:
+            raise InternalError(f"cannot listen on {host}: {error}") from None
+        await server.start()
+        self._server = server
+        return f"{host}:{port}"
+
+    async def _keep_lease(self) -> None:
+        away = False
+        while True:
+            try:
+                await self._renew()
+                if away:
+                    _log.warning("%s: the registry is back", self._id)
+                away = False
+            except UnavailableError as error:
+                if not away:
+                    _log.warning("%s: %s; trying on", self._id, error)
+                away = True
+            await asyncio.sleep(self._config.redis.renew_s)
+
+    async def _renew(self) -> None:
+        assert self._record is not None
+        await self._registry.put(replace(self._record, load=self._engine.load()))
+
+    async def _stop(self, grace_s: float) -> None:
+        self._intake.close()
+        await self._health.enter_graceful_shutdown()
+        if self._record is not None:
+            self._record = replace(self._record, state=WorkerState.DRAINING)
+            await self._tell(self._renew())
+        try:
+            await asyncio.wait_for(self._intake.drained(), grace_s)
+        except TimeoutError:
+            _log.warning("%s: requests were still running after %.1f s", self._id, grace_s)
+        if self._server is not None:
+            await self._server.stop(_CANCEL_GRACE_S)
+        await self._engine.stop()
+        if self._lease is not None:
+            self._lease.cancel()
+            await asyncio.wait([self._lease])
+        await self._tell(self._registry.remove(self._id))
+        await self._registry.close()
+
+    async def _tell(self, change: Coroutine[None, None, None]) -> None:
+        """Change the registry if it is there; without it, the lease runs out by itself."""
+        try:
+            await change
+        except UnavailableError as error:
+            _log.warning("%s: %s", self._id, error)
+
+
+def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engine:
+    pool = settings.config.pool(settings.pool)
+    if pool.engine_kind == "fake":
+        from engine.fake import FakeEngine
+
+        return FakeEngine(settings.config, settings.pool)
+    from engine.vllm_engine import VllmEngine  # seconds of import
+
+    binding = pool.cpu_binding[slot % len(pool.cpu_binding)] if pool.cpu_binding else None
+    return VllmEngine(
+        settings.config, settings.pool, settings.model, binding, settings.kv_token, incarnation
+    )

@@ -1,0 +1,81 @@
+"""Prefill over gRPC: token ids in, the first token out."""
+
+from __future__ import annotations
+
+import grpc
+
+from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from cluster.errors import InternalError
+from engine.calls import closing, engine_key, errors_to_status
+from engine.intake import Intake
+from engine.protocol import Engine, EngineOutput, EngineRequest, KvSend
+
+_PrefillContext = grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
+_ReleaseContext = grpc.aio.ServicerContext[worker_pb2.ReleaseRequest, worker_pb2.ReleaseResponse]
+
+
+class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
+    """See ``worker.proto``."""
+
+    def __init__(self, engine: Engine, intake: Intake) -> None:
+        self._engine = engine
+        self._intake = intake
+
+    async def Prefill(
+        self, request: worker_pb2.PrefillRequest, context: _PrefillContext
+    ) -> worker_pb2.PrefillResponse:
+        """Compute the prompt and answer with the first token."""
+        async with errors_to_status(context, request.key.request_id):
+            key = engine_key(request.key)
+            with self._intake.admit(key):
+                output = await self._first_token(_engine_request(key, request))
+        return _response(output, request)
+
+    async def Release(
+        self, request: worker_pb2.ReleaseRequest, context: _ReleaseContext
+    ) -> worker_pb2.ReleaseResponse:
+        """Drop KV that nobody will fetch."""
+        async with errors_to_status(context, request.key.request_id):
+            await self._engine.release(engine_key(request.key))
+        return worker_pb2.ReleaseResponse()
+
+    async def _first_token(self, request: EngineRequest) -> EngineOutput:
+        """Read the engine's stream to its end: closing it earlier would drop the KV."""
+        first: EngineOutput | None = None
+        async with closing(self._engine.generate(request)) as outputs:
+            async for output in outputs:
+                first = first or output
+        if first is None or not first.token_ids:
+            raise InternalError("the engine ended a prefill without a token")
+        return first
+
+
+def _engine_request(key: str, request: worker_pb2.PrefillRequest) -> EngineRequest:
+    sampling = inference_pb2.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    sampling.max_tokens = 1
+    if sampling.min_tokens > 1:  # the rest of them is the decode worker's to keep
+        sampling.min_tokens = 1
+    return EngineRequest(
+        key=key,
+        token_ids=tuple(request.token_ids),
+        sampling=sampling,
+        kv=KvSend(first_token=request.first_token) if request.transfer else None,
+    )
+
+
+def _response(
+    output: EngineOutput, request: worker_pb2.PrefillRequest
+) -> worker_pb2.PrefillResponse:
+    response = worker_pb2.PrefillResponse(
+        token_id=output.token_ids[0],
+        cached_tokens=output.cached_tokens,
+        queue_ms=output.queue_ms,
+        prefill_ms=output.prefill_ms,
+    )
+    if output.logprobs:
+        response.logprobs.CopyFrom(output.logprobs[0])
+    if output.finish_reason == inference_pb2.FINISH_REASON_STOP or request.sampling.max_tokens == 1:
+        # Otherwise it only ended because we asked for no more than one token.
+        response.finish_reason = output.finish_reason
+    return response

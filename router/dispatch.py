@@ -1,0 +1,269 @@
+"""A request's way through the workers: attempts, failover, and what is left behind.
+
+Every attempt sends prompt + tokens so far, so a retry, a failover and a first try are the
+same act. What a new attempt cannot restore: the random state of a seed, and which of the
+tokens penalties count as output; such a request goes on, with other tokens than it would
+have had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+import grpc
+
+from baton.v1 import inference_pb2, worker_pb2
+from cluster.errors import (
+    BatonError,
+    CapacityError,
+    DeadlineError,
+    InternalError,
+    UnavailableError,
+)
+from cluster.types import WorkerRecord
+from router.assemble import TokenBatch
+from router.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
+from router.book import PlacementBook
+from router.first_token import first_token_rule
+from router.phases import PhaseClock
+from router.placement import LocalPrefill, Placement, PlacementFacts, WorkerKey, worker_key
+from router.validate import TokenRequest
+from router.worker_client import WorkerClient
+from router.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+RETRYABLE = (UnavailableError, CapacityError, InternalError)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSettings:
+    model: str
+    local_prefill: LocalPrefill
+    max_attempts: int
+    buffer_responses: int
+    release_timeout_s: float
+    max_releases: int  # under way at a time; the prefill worker's own timeout covers the rest
+
+
+@dataclass(slots=True)
+class DispatchCounters:
+    """Since the start; for metrics and tests."""
+
+    failovers: int = 0
+    local_prefills: int = 0
+    first_tokens_forwarded: int = 0
+    first_tokens_differed: int = 0
+    kv_recomputed: int = 0
+    releases_dropped: int = 0
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one request has come, over all its attempts."""
+
+    request: TokenRequest
+    transfer_id: str  # for the workers: never used before, unlike a client's request id
+    deadline_s: float
+    phases: PhaseClock
+    token_ids: list[int] = field(default_factory=list)
+    attempts: int = 0
+    excluded: set[WorkerKey] = field(default_factory=set)
+    prefill_id: str = ""
+    decode_id: str = ""
+    attempt: Attempt | None = None  # the latest
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.request.sampling.max_tokens - len(self.token_ids)
+
+    def sampling(self) -> inference_pb2.SamplingParams:
+        """For the next attempt: what is still to come."""
+        sampling = inference_pb2.SamplingParams()
+        sampling.CopyFrom(self.request.sampling)
+        sampling.max_tokens = self.remaining_tokens
+        sampling.min_tokens = max(0, sampling.min_tokens - len(self.token_ids))
+        return sampling
+
+
+class Dispatcher:
+    """Runs requests on the workers; shared by all of them.
+
+    Args:
+        clock: monotonic time, seconds; ``Progress.deadline_s`` is on it.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        book: PlacementBook,
+        settings: DispatchSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._workers = workers
+        self._book = book
+        self._settings = settings
+        self._clock = clock
+        self._releases: set[asyncio.Task[None]] = set()
+        self.counters = DispatchCounters()
+
+    async def run(self, progress: Progress, emit: Emit) -> None:
+        """Dispatch until the request has ended; its tokens go to ``emit`` in order.
+
+        Cancelling this cancels the work on both workers.
+
+        Raises:
+            BatonError: it ended without a finish reason.
+        """
+        facts = PlacementFacts(
+            self._settings.model, progress.remaining_tokens, self._settings.local_prefill
+        )
+        failure: BatonError | None = None
+        while progress.attempts < self._settings.max_attempts:
+            try:
+                placement = self._book.place(self._workers.snapshot, facts)
+            except UnavailableError as err:
+                raise failure or err from None  # what happened first says more
+            try:
+                await self._attempt(progress, placement, emit)
+                return
+            except AttemptFailedError as err:
+                failure = err.error
+                if not isinstance(failure, RETRYABLE):
+                    raise failure from err
+                facts = self._note_failure(progress, placement, err)
+            if progress.remaining_tokens == 0:
+                await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
+                return
+        assert failure is not None
+        raise failure
+
+    async def close(self) -> None:
+        """Wait for releases under way; each is bounded by its timeout."""
+        await asyncio.gather(*self._releases, return_exceptions=True)
+
+    async def _attempt(self, progress: Progress, placement: Placement, emit: Emit) -> None:
+        plan = self._plan(progress, placement)
+        attempt = Attempt(plan, self._clock)
+        progress.attempt = attempt
+        self._count_start(plan)
+
+        async def emit_and_note(batch: TokenBatch) -> bool:
+            progress.token_ids.extend(batch.token_ids)
+            progress.phases.tokens_arrived(len(batch.token_ids))
+            return await emit(batch)
+
+        async with contextlib.AsyncExitStack() as stack:
+            prefill = await self._enter(stack, attempt, placement.prefill, len(plan.token_ids))
+            decode = await self._enter(stack, attempt, placement.decode, len(plan.token_ids))
+            progress.phases.dispatched()
+            try:
+                await attempt.run(prefill, decode, emit_and_note)
+            finally:
+                self._count_end(attempt)
+                if attempt.holds_kv and placement.prefill is not None:
+                    self._release(placement.prefill, plan.key)
+
+    async def _enter(
+        self,
+        stack: contextlib.AsyncExitStack,
+        attempt: Attempt,
+        worker: WorkerRecord | None,
+        tokens: int,
+    ) -> WorkerClient | None:
+        """Hold a worker for an attempt: its channel, and a place in the book."""
+        if worker is None:
+            return None
+        stack.enter_context(self._book.on_worker(worker_key(worker), tokens))
+        return await stack.enter_async_context(
+            self._workers.connection(worker, lambda: attempt.worker_lost(worker))
+        )
+
+    def _plan(self, progress: Progress, placement: Placement) -> AttemptPlan:
+        timeout_s = progress.deadline_s - self._clock()
+        if timeout_s <= 0:
+            raise DeadlineError("the deadline passed before the request was dispatched")
+        progress.attempts += 1
+        progress.prefill_id = placement.prefill.id if placement.prefill else ""
+        progress.decode_id = placement.decode.id if placement.decode else ""
+        sampling = progress.sampling()
+        # With one token there is nothing to carry over, so it is always valid.
+        forwards = placement.prefill is not None and (
+            placement.decode is None or first_token_rule(sampling).forward
+        )
+        return AttemptPlan(
+            key=worker_pb2.TransferKey(request_id=progress.transfer_id, attempt=progress.attempts),
+            token_ids=(*progress.request.prompt, *progress.token_ids),
+            sampling=sampling,
+            placement=placement,
+            forwards=forwards,
+            timeout_s=timeout_s,
+            buffer_responses=self._settings.buffer_responses,
+            lost_after_s=self._workers.lost_after_s,
+        )
+
+    def _note_failure(
+        self, progress: Progress, placement: Placement, failed: AttemptFailedError
+    ) -> PlacementFacts:
+        """What the next attempt must mind. Slower is better than an error: whatever the
+        configuration says, it may prefill on the decode worker if no other way is left."""
+        self.counters.failovers += 1
+        local_prefill: LocalPrefill = "fallback"
+        preferred: WorkerKey | None = None
+        if failed.failed is not None:
+            progress.excluded.add(worker_key(failed.failed))
+            if isinstance(failed.error, UnavailableError):
+                self._book.suspect(worker_key(failed.failed))
+        elif placement.decode is not None:
+            self.counters.first_tokens_differed += 1
+            local_prefill = "always"
+            preferred = worker_key(placement.decode)
+        logger.warning(
+            "request %s: attempt %d failed after %d tokens: %s",
+            progress.request.request_id,
+            progress.attempts,
+            len(progress.token_ids),
+            failed.error.message,
+        )
+        return PlacementFacts(
+            self._settings.model,
+            progress.remaining_tokens,
+            local_prefill,
+            frozenset(progress.excluded),
+            preferred,
+        )
+
+    def _count_start(self, plan: AttemptPlan) -> None:
+        self.counters.first_tokens_forwarded += plan.forwards
+        if plan.placement.prefill is None:
+            self.counters.local_prefills += 1
+            logger.warning("request %s: prefilled by the decode worker", plan.key.request_id)
+
+    def _count_end(self, attempt: Attempt) -> None:
+        kv = attempt.kv
+        if kv is not None and kv.outcome == inference_pb2.KV_OUTCOME_RECOMPUTED:
+            self.counters.kv_recomputed += 1
+            logger.warning("a KV transfer failed; the decode worker recomputed the prompt")
+
+    def _release(self, worker: WorkerRecord, key: worker_pb2.TransferKey) -> None:
+        """Tell the prefill worker in the background that nobody will fetch this KV."""
+        if len(self._releases) >= self._settings.max_releases:
+            self.counters.releases_dropped += 1
+            return
+        self._spawn(self._call_release(worker, key))
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work, name="release")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _call_release(self, worker: WorkerRecord, key: worker_pb2.TransferKey) -> None:
+        async with self._workers.connection(worker, lambda: None) as client:
+            try:
+                await client.release(key, self._settings.release_timeout_s)
+            except grpc.aio.AioRpcError as err:
+                logger.warning("release on %s failed: %s", worker.id, err.details())

@@ -1,0 +1,33 @@
+"""Whether the prefill worker's first token may go to the application at once. Pure.
+
+The decode worker then continues from prompt + token as if both had been the prompt. That is
+wrong where sampling carries state from one token to the next, or where the decode engine
+must have produced the token itself; then it recomputes the last prompt token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.v1 import inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenRule:
+    forward: bool
+    reason: str
+
+
+def first_token_rule(sampling: inference_pb2.SamplingParams) -> FirstTokenRule:
+    """The rule for one request. A first token that ends the request is seen only later."""
+    if sampling.HasField("seed"):
+        return FirstTokenRule(False, "seed: the random state lives in one engine")
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        return FirstTokenRule(False, "penalties count output tokens, not prompt tokens")
+    if sampling.HasField("repetition_penalty") and sampling.repetition_penalty != 1:
+        return FirstTokenRule(False, "repetition_penalty counts output tokens")
+    if sampling.HasField("logprobs"):
+        return FirstTokenRule(False, "logprobs come from the engine that continues")
+    if sampling.min_tokens:
+        return FirstTokenRule(False, "min_tokens counts output tokens")
+    return FirstTokenRule(True, "nothing carries over")

@@ -1,0 +1,61 @@
+"""Stop strings in a stream of text, across any boundaries of its pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Cuts a text at the stop string that is complete first.
+
+    Text that may be the beginning of a stop string is held back. Which stop string wins
+    depends on the whole text alone, not on how it was cut into pieces: the one whose end
+    comes first, and of those the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise ValueError("a stop string is empty")
+        self._stops = tuple(stops)
+        self._first_chars = {stop[0] for stop in stops}
+        self._max_held_chars = max((len(stop) for stop in stops), default=1) - 1
+        self._held = ""
+        self.matched = False
+
+    def push(self, text: str) -> str:
+        """Add text; returns what no stop string can begin in. ``matched`` may be set."""
+        if self.matched:
+            return ""
+        text = self._held + text
+        start = self._match(text)
+        if start is not None:
+            self.matched = True
+            self._held = ""
+            return text[:start]
+        held_chars = self._held_chars(text)
+        cut = len(text) - held_chars
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """The text held back; nothing more will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _match(self, text: str) -> int | None:
+        """Where the winning stop string begins."""
+        best: tuple[int, int] | None = None
+        for stop in self._stops:
+            start = text.find(stop)
+            if start >= 0 and (best is None or (start + len(stop), start) < best):
+                best = (start + len(stop), start)
+        return None if best is None else best[1]
+
+    def _held_chars(self, text: str) -> int:
+        """Length of the longest end of ``text`` that a stop string begins with."""
+        for start in range(max(0, len(text) - self._max_held_chars), len(text)):
+            if text[start] in self._first_chars:
+                end = text[start:]
+                if any(stop.startswith(end) for stop in self._stops):
+                    return len(end)
+        return 0

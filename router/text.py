@@ -1,0 +1,153 @@
+"""The text side of the router: chat template and tokeniser, beside the event loop.
+
+Each request is tokenised once, in a thread: the tokeniser releases the GIL, so a long prompt
+does not hold up the streams of others. The number of threads is bounded by configuration,
+the number of waiting requests by the router's own bound on requests in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from cluster.errors import ConfigError, InvalidArgumentError
+from router.detokenizer import TokenDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the router must know of the model that the workers serve."""
+
+    served_name: str
+    max_model_len: int  # prompt and output together, tokens
+    vocab_size: int
+
+
+ChatRenderer = Callable[[Sequence["ChatTurn"]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    role: str
+    content: str
+
+
+class TextCodec:
+    """Text to token ids, for one model. Owns its threads: call ``close``.
+
+    Args:
+        render_chat: turns to the prompt's text, special tokens included; raises
+            ``InvalidArgumentError`` for turns that the template refuses.
+        threads: prompts tokenised at a time.
+    """
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        tokenizer: tokenizers.Tokenizer,
+        render_chat: ChatRenderer,
+        *,
+        threads: int = 1,
+    ) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        self._render_chat = render_chat
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+
+    @property
+    def decoder(self) -> TokenDecoder:
+        """Decodes output tokens; cheap enough for the event loop (microseconds a token)."""
+        return self._tokenizer
+
+    async def encode_prompt(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of ``prompt``, with the model's own rule for a BOS token."""
+        return await self._in_thread(lambda: self._encode(prompt, add_special_tokens=True))
+
+    async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
+        """Token ids of the rendered chat, ready for the assistant's turn.
+
+        Raises:
+            InvalidArgumentError: the model's template refuses these turns.
+        """
+        # The template writes the special tokens itself.
+        return await self._in_thread(
+            lambda: self._encode(self._render_chat(turns), add_special_tokens=False)
+        )
+
+    def close(self) -> None:
+        """End the threads; prompts that wait are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    async def _in_thread(self, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def load_text_codec(
+    path: Path | str,
+    *,
+    served_name: str,
+    max_model_len: int | None,
+    trust_remote_code: bool = False,
+    threads: int = 1,
+) -> TextCodec:
+    """Load a model's tokeniser and chat template; takes seconds, so call it in a thread.
+
+    Args:
+        path: the model's folder or hub name.
+        max_model_len: tokens; ``None`` takes the model's own context.
+
+    Raises:
+        ConfigError: no fast tokeniser, or no context length to be found.
+    """
+    from transformers import AutoConfig, AutoTokenizer  # seconds of import
+
+    name = str(path)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"model.path: no tokeniser can be loaded from {name}: {err}") from err
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise ConfigError(f"model.path: {name} has no fast tokeniser (tokenizer.json)")
+    backend.no_truncation()  # a file may carry both, from its training
+    backend.no_padding()
+    text_config = config.get_text_config()
+    context_tokens = max_model_len or getattr(text_config, "max_position_embeddings", None)
+    if context_tokens is None:
+        raise ConfigError(f"model.max_model_len: {name} does not say its context; set it")
+    facts = ModelFacts(served_name, int(context_tokens), int(text_config.vocab_size))
+    return TextCodec(facts, backend, _template_of(tokenizer), threads=threads)
+
+
+def _template_of(tokenizer: object) -> ChatRenderer:
+    """The chat template of a transformers tokeniser as a function."""
+    from jinja2 import TemplateError
+
+    apply_template = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - untyped library
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+
+    def render(turns: Sequence[ChatTurn]) -> str:
+        if not has_template:
+            raise InvalidArgumentError(
+                "chat: this model has no chat template; send prompt or token_ids",
+                reason="NO_CHAT_TEMPLATE",
+            )
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return str(apply_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as err:
+            raise InvalidArgumentError(
+                f"chat: the model's template refuses these messages: {err}",
+                reason="INVALID_CHAT",
+            ) from err
+
+    return render

@@ -1,0 +1,53 @@
+"""Typed calls to one worker process, over one channel."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import grpc
+
+from baton.v1 import worker_pb2, worker_pb2_grpc
+
+PrefillCall = grpc.aio.UnaryUnaryCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
+DecodeCall = grpc.aio.UnaryStreamCall[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
+
+MAX_RECONNECT_BACKOFF_MS = 1000
+
+
+class WorkerClient:
+    """Owns the channel to ``address`` ("host:port"), which connects with the first call.
+
+    Args:
+        connect_timeout_s: a connection that takes longer counts as refused.
+    """
+
+    def __init__(self, address: str, *, connect_timeout_s: float, max_message_bytes: int) -> None:
+        connect_timeout_ms = max(1, round(connect_timeout_s * 1000))
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=(
+                # gRPC core gives a connection attempt this long, although the name says less.
+                ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
+                ("grpc.initial_reconnect_backoff_ms", min(100, connect_timeout_ms)),
+                ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.enable_http_proxy", 0),  # workers are never behind one
+                ("grpc.use_local_subchannel_pool", 1),  # a new incarnation, a new connection
+            ),
+        )
+        self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)
+        self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+
+    def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> PrefillCall:
+        return cast(PrefillCall, self._prefill.Prefill(request, timeout=timeout_s))
+
+    def decode(self, request: worker_pb2.DecodeRequest, timeout_s: float) -> DecodeCall:
+        return cast(DecodeCall, self._decode.Decode(request, timeout=timeout_s))
+
+    async def release(self, key: worker_pb2.TransferKey, timeout_s: float) -> None:
+        """Raises grpc.aio.AioRpcError."""
+        await self._prefill.Release(worker_pb2.ReleaseRequest(key=key), timeout=timeout_s)
+
+    async def close(self) -> None:
+        await self._channel.close()

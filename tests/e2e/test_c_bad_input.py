@@ -1,0 +1,138 @@
+"""Wrong input gets a clear error at once and disturbs nobody."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import pytest
+
+import baton
+from tests.e2e.conftest import (
+    CASES,
+    MAX_TOKENS,
+    RunningCluster,
+    free_port,
+    random_prompt,
+    run_baton,
+)
+
+BAD: list[tuple[str, dict[str, Any], type[baton.BatonError], str]] = [
+    ("unknown model", {"prompt": "x", "model": "gpt-17"}, baton.NotFoundError, "gpt-17"),
+    ("empty prompt", {"prompt": ""}, baton.InvalidArgumentError, "prompt"),
+    ("no token ids", {"token_ids": []}, baton.InvalidArgumentError, "token_ids"),
+    ("longer than the context", {"token_ids": [5] * 2048}, baton.InvalidArgumentError, "2048"),
+    ("id out of range", {"token_ids": [5, 49_152]}, baton.InvalidArgumentError, "49152"),
+    ("negative", {"prompt": "x", "temperature": -1}, baton.InvalidArgumentError, "temperature"),
+    ("NaN", {"prompt": "x", "top_p": math.nan}, baton.InvalidArgumentError, "top_p"),
+    ("NaN", {"prompt": "x", "temperature": math.nan}, baton.InvalidArgumentError, "temperature"),
+    ("no tokens", {"prompt": "x", "max_tokens": 0}, baton.InvalidArgumentError, "max_tokens"),
+    ("bad id", {"prompt": "x", "request_id": "a b"}, baton.InvalidArgumentError, "request_id"),
+    ("too large", {"prompt": "x" * 5_000_000}, baton.CapacityError, ""),
+]
+
+
+@pytest.fixture
+def bystander(cluster: RunningCluster, reference: dict[str, list[int]]) -> Any:
+    """A stream that runs beside each bad request and must end as if nothing had been."""
+    case = next(case for case in CASES if case.name == "a block and one")
+    answers: list[baton.Completion] = []
+
+    def run() -> None:
+        with cluster.client() as client:
+            answers.append(
+                client.complete(
+                    token_ids=case.prompt, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True
+                )
+            )
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    thread.join(60)
+    assert [list(answer.token_ids) for answer in answers] == [reference[case.name]]
+
+
+@pytest.mark.parametrize(("name", "fields", "error", "said"), BAD, ids=[row[0] for row in BAD])
+def test_refused_with_a_sentence(
+    cluster: RunningCluster,
+    bystander: None,
+    name: str,
+    fields: dict[str, Any],
+    error: type[baton.BatonError],
+    said: str,
+) -> None:
+    with cluster.client() as client, pytest.raises(error) as caught:
+        client.complete(**fields)
+    assert said in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_request_id_in_flight_is_refused(cluster: RunningCluster) -> None:
+    with cluster.client() as client:
+        stream = client.generate(
+            token_ids=random_prompt(50, 90), max_tokens=500, ignore_eos=True, request_id="twin"
+        )
+        next(iter(stream))
+        with pytest.raises(baton.AlreadyExistsError, match="twin"):
+            client.complete("x", request_id="twin", max_tokens=2)
+        assert next(iter(stream)).token_ids, "the first one goes on"
+        stream.close()
+
+    def taken() -> bool:
+        with cluster.client() as client:
+            try:
+                client.complete("x", request_id="twin", max_tokens=2)
+            except baton.AlreadyExistsError:
+                return True
+        return False
+
+    cluster.wait(lambda: not taken(), "the id is free once its request has ended")
+
+
+def test_unknown_field_in_the_configuration(cluster: RunningCluster, tmp_path: Any) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("router: {prot: 1234}\n")
+    done = run_baton("up", "--config", str(file))
+    assert done.returncode == 1
+    assert "prot" in done.stderr
+    assert "port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_engine_argument(tmp_path: Any) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("decode: {engine: {max_num_seq: 4}}\n")
+    done = run_baton("up", "--config", str(file))
+    assert done.returncode == 1
+    assert "max_num_seqs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_path_that_is_not_there(tmp_path: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"cluster: {{name: other, run_dir: {tmp_path}/r}}\nrouter: {{port: {free_port()}}}\n"
+    )
+    done = run_baton("up", "--config", str(file), "--model", str(tmp_path / "nowhere"))
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use(cluster: RunningCluster, tmp_path: Any) -> None:
+    port = cluster.address.rsplit(":", 1)[1]
+    file = tmp_path / "c.yaml"
+    file.write_text(f"cluster: {{name: other, run_dir: {tmp_path}/r}}\nrouter: {{port: {port}}}\n")
+    done = run_baton("up", "--config", str(file))
+    assert done.returncode == 1
+    assert port in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_cluster_twice(cluster: RunningCluster) -> None:
+    done = run_baton("up", "--config", str(cluster.config_file))
+    assert done.returncode == 1
+    assert "running" in done.stderr or "in use" in done.stderr
+    assert "Traceback" not in done.stderr

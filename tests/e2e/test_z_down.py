@@ -1,0 +1,61 @@
+"""Down means down, however it comes: here the hardest way, with two vLLM engines running.
+
+``baton down``, Ctrl-C and SIGTERM are tested with the fake engine, see tests/integration.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.conftest import RunningCluster, random_prompt
+from tests.support.waiting import wait_until
+
+
+def members(cluster_id: str) -> list[int]:
+    """Processes that carry this cluster's mark in their environment."""
+    mark = f"BATON_CLUSTER_ID={cluster_id}".encode()
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue  # ended meanwhile, or not ours
+    return found
+
+
+def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
+    environ = Path(f"/proc/{cluster.process.pid}/environ").read_bytes()
+    children = psutil.Process(cluster.process.pid).children(recursive=True)
+    assert children
+    marks = {child.environ().get("BATON_CLUSTER_ID") for child in children} - {None}
+    assert len(marks) == 1, environ
+    (cluster_id,) = marks
+    assert cluster_id is not None
+    assert len(members(cluster_id)) > 5
+    ports = {
+        connection.laddr.port
+        for child in children
+        for connection in child.net_connections("tcp")
+        if connection.status == "LISTEN"
+    }
+    shared_before = set(os.listdir("/dev/shm"))
+
+    with cluster.client() as client:
+        stream = client.generate(token_ids=random_prompt(50, 95), max_tokens=1000, ignore_eos=True)
+        next(iter(stream))
+        cluster.process.kill()
+        cluster.process.wait()
+        wait_until(lambda: not members(cluster_id), what="no process is left", within_s=15)
+        stream.close()
+    wait_until(
+        lambda: not cluster.run_dir.exists() or not any(cluster.run_dir.iterdir()),
+        what="no temporary folder is left",
+    )
+    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
+    assert not ports & listening
+    ours = {name for name in shared_before if name.startswith(("psm_", "sem.", "plasma", "ray"))}
+    assert not ours & set(os.listdir("/dev/shm"))

@@ -1,0 +1,63 @@
+"""The embedded model, once unpacked, is the chat model that it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ModelConfig
+from cluster.model import resolve_model
+
+pytestmark = pytest.mark.integration
+
+QUESTION = "What is the capital of France?"
+RENDERED = f"""\
+<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+<|im_start|>user
+{QUESTION}<|im_end|>
+<|im_start|>assistant
+"""
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return Path(resolve_model(ModelConfig(), print).path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_chat_template_is_its_own(tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": QUESTION}]
+    assert (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == RENDERED
+    )
+
+
+def test_special_tokens_are_single_tokens(tokenizer: Any) -> None:
+    assert tokenizer("<|im_start|>user\nHi<|im_end|>")["input_ids"] == [1, 4093, 198, 26843, 2]
+
+
+@pytest.mark.parametrize(
+    "text", [QUESTION, " a  b\n\n", "In 2024, 12345 x=  3.14", "naïve 東京 🗼"]
+)
+def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_digits_stand_alone_and_spaces_before_them_do_not(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("x=  31") == ["x", "=", "ĠĠ", "3", "1"]
+
+
+def test_generation_ends_where_a_turn_ends(folder: Path, tokenizer: Any) -> None:
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id == 2
+    assert tokenizer.model_max_length == 8192

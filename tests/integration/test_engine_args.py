@@ -1,0 +1,19 @@
+"""The committed names of engine arguments are those of the vLLM that is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cluster.engine_args import ENGINE_ARGS
+
+pytestmark = pytest.mark.integration
+
+
+def test_the_committed_names_are_current() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    fields = dataclasses.fields(AsyncEngineArgs)
+    names = {field.name for field in fields if not field.name.startswith("_")}
+    assert names == ENGINE_ARGS, "run `make engine-args`"

@@ -1,0 +1,238 @@
+"""The registry in real servers: the embedded Valkey, and Debian's redis-server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from cluster.errors import ConfigError, UnavailableError
+from cluster.orders import ROUTER, Orders, StartFailure, report_failure
+from cluster.ports import free_port
+from cluster.redis_client import RedisClient
+from cluster.registry import RedisRegistry
+from cluster.types import Pool
+from cluster.valkey import EmbeddedValkey
+from tests.support import registry_rules as rules
+
+pytestmark = pytest.mark.integration
+
+HOST = "127.0.0.1"
+LEASE_S = 0.3
+TIMEOUT_S = 1.0
+WAIT_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey(HOST, tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server from the system's package, as in a cluster that brings its own Redis."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("redis-server is missing: apt-get install redis-server")
+        pytest.skip("redis-server is not installed (apt-get install redis-server)")
+    port = free_port(HOST)
+    folder = tmp_path_factory.mktemp("redis")
+    command = [binary, "--bind", HOST, "--port", str(port), "--save", "", "--dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        yield f"redis://{HOST}:{port}/1"
+        process.terminate()
+
+
+@pytest.fixture(params=["embedded Valkey", "redis-server"])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "redis-server":
+        found: str = request.getfixturevalue("redis_url")
+        return found
+    server: EmbeddedValkey = request.getfixturevalue("valkey")
+    return server.url
+
+
+@pytest.fixture
+def name() -> str:
+    """A cluster of its own for each test, in the server that they share."""
+    return f"test-{secrets.token_hex(4)}"
+
+
+def connect(url: str, name: str, lease_s: float = 60) -> RedisRegistry:
+    return RedisRegistry(url, cluster=name, lease_s=lease_s, socket_timeout_s=TIMEOUT_S)
+
+
+@pytest.fixture
+async def registry(url: str, name: str) -> AsyncIterator[RedisRegistry]:
+    registry = connect(url, name)
+    await until(lambda: answers(registry))
+    yield registry
+    await registry.close()
+
+
+async def answers(registry: RedisRegistry) -> bool:
+    try:
+        await registry.list()
+    except UnavailableError:
+        return False
+    return True
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not await condition():  # noqa: ASYNC110 - the server tells us nothing
+            await asyncio.sleep(0.01)
+
+
+async def test_put_list_remove(registry: RedisRegistry) -> None:
+    await rules.check_put_list_remove(registry)
+
+
+async def test_renewal_replaces(registry: RedisRegistry) -> None:
+    await rules.check_renewal_replaces(registry)
+
+
+async def test_a_removed_worker_can_come_back(registry: RedisRegistry) -> None:
+    await rules.check_a_removed_worker_can_come_back(registry)
+
+
+async def test_clusters_do_not_see_each_other(url: str, registry: RedisRegistry) -> None:
+    await registry.put(rules.DECODE)
+    other = connect(url, "another")
+    assert await other.list() == ()
+    await other.close()
+
+
+async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: str) -> None:
+    registry = connect(url, name, LEASE_S)
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+    await until(lambda: answers(registry))
+    began_s = time.monotonic()
+    await registry.put(rules.DECODE)
+    await registry.put(rules.PREFILL)
+
+    async def prefill_is_gone() -> bool:
+        await registry.put(rules.DECODE)
+        return await registry.list() == (rules.DECODE,)
+
+    await until(prefill_is_gone)
+    assert time.monotonic() - began_s > LEASE_S * 0.9
+    index = f"baton:{name}:workers"
+    assert (await client.execute(("SMEMBERS", index)))[0] == {b"decode-1"}
+    (ttl_ms,) = await client.execute(("PTTL", index))
+    assert ttl_ms > 0
+
+    async def all_gone() -> bool:
+        return await registry.list() == ()
+
+    await until(all_gone)
+    assert (await client.execute(("KEYS", f"baton:{name}:*")))[0] == []
+    await client.close()
+    await registry.close()
+
+
+async def test_orders_are_taken_once_and_expire(url: str, name: str) -> None:
+    orders = Orders(url, cluster=name, socket_timeout_s=TIMEOUT_S)
+    registry = connect(url, name)
+    await until(lambda: answers(registry))
+    assert await orders.take_scale() == {}
+    await orders.ask_scale(Pool.DECODE, 2)
+    await orders.ask_scale(Pool.DECODE, 3)
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+    (ttl_ms,) = await client.execute(("PTTL", f"baton:{name}:scale:decode"))
+    assert 0 < ttl_ms <= 60_000
+    assert await orders.take_scale() == {Pool.DECODE: 3}
+    assert await orders.take_scale() == {}
+
+    config = Config.model_validate({"cluster": {"name": name}})
+    await report_failure(url, config, ROUTER, ConfigError("router.port: taken"))
+    await report_failure(url, config, Pool.PREFILL, RuntimeError("first line\nsecond line"))
+    assert set(await orders.take_failures()) == {
+        StartFailure("router", "router.port: taken", is_config=True),
+        StartFailure("prefill", "RuntimeError: first line", is_config=False),
+    }
+    assert await orders.take_failures() == ()
+    for connection in (orders, registry, client):
+        await connection.close()
+
+
+async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str) -> None:
+    server = EmbeddedValkey(HOST, tmp_path)
+    server.start()
+    registry = connect(server.url, name)
+    await registry.put(rules.DECODE)
+    server.stop()
+    began_s = time.monotonic()
+    with pytest.raises(UnavailableError, match="the registry does not answer"):
+        await registry.list()
+    assert time.monotonic() - began_s < 4 * TIMEOUT_S + 1
+    server.start()  # on the same port, with the same password, and empty
+    assert await registry.list() == ()
+    await registry.put(rules.DECODE)
+    assert await registry.list() == (rules.DECODE,)
+    await registry.close()
+    server.stop()
+
+
+async def test_a_server_that_hangs_is_given_up(name: str) -> None:
+    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts, nobody answers
+        url = f"redis://{HOST}:{hung.getsockname()[1]}"
+        registry = RedisRegistry(url, cluster=name, lease_s=1, socket_timeout_s=0.1)
+        async with asyncio.timeout(2):
+            with pytest.raises(UnavailableError):
+                await registry.list()
+        await registry.close()
+
+
+async def test_the_embedded_server_wants_its_password(valkey: EmbeddedValkey, name: str) -> None:
+    stranger = connect("redis://" + valkey.url.partition("@")[2], name)
+    with pytest.raises(UnavailableError):
+        await stranger.list()
+    await stranger.close()
+
+
+def test_the_embedded_server_comes_back_after_a_crash(tmp_path: Path) -> None:
+    server = EmbeddedValkey(HOST, tmp_path)
+    server.start()
+    url = server.url
+    assert not server.ensure_running()
+    assert server._process is not None
+    server._process.kill()
+    server._process.wait()
+    assert server.ensure_running()
+    assert server.url == url
+    server.stop()
+
+
+def test_the_embedded_server_leaves_nobody_able_to_read_its_password(tmp_path: Path) -> None:
+    server = EmbeddedValkey(HOST, tmp_path)
+    with closing(_Stopping(server)):
+        server.start()
+        assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
+        assert server._process is not None
+        password = server.url.split("@")[0].rpartition(":")[2]
+        assert password not in Path(f"/proc/{server._process.pid}/cmdline").read_text()
+
+
+class _Stopping:
+    def __init__(self, server: EmbeddedValkey) -> None:
+        self.close = server.stop
+
+
+def test_a_url_that_is_none_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"redis\.url"):
+        RedisClient("redis://host:port-is-no-number", socket_timeout_s=1)

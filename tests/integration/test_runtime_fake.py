@@ -1,0 +1,469 @@
+"""A whole cluster with fake engines: everything but the model is real.
+
+One cluster serves most tests, in the order of the file; the last ones start their own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import baton
+from cluster import reaper
+from cluster.run_dir import ClusterState, read_state
+from engine.fake import next_tokens
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+
+START_S = 60.0  # Ray, Serve and the router's tokeniser take about 10 s
+GONE_S = 15.0  # what the issue of a cluster that ends allows
+PROMPT = [5, 6, 7]
+
+CONFIG = """\
+cluster: {{name: {name}, run_dir: {run_dir}, start_timeout_s: {start_s}, stop_grace_s: 8}}
+model: {{path: {model}}}
+router: {{port: {port}}}
+prefill: {{engine_kind: fake}}
+decode: {{engine_kind: fake}}
+"""
+
+
+@dataclass
+class Running:
+    """``baton up`` in a process of its own."""
+
+    file: Path
+    base: Path
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+    pids: set[int] = field(default_factory=set)
+
+    @property
+    def state(self) -> ClusterState:
+        state = read_state(self.base, self.name)
+        assert state is not None, self.log.read_text()
+        return state
+
+    def client(self) -> baton.Client:
+        return baton.Client(self.state.address, timeout_s=30)
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return cli(*arguments, "--config", str(self.file))
+
+    def workers(self) -> list[dict[str, Any]]:
+        done = self.cli("status", "--json")
+        assert done.returncode == 0, done.stderr
+        workers: list[dict[str, Any]] = json.loads(done.stdout)["workers"]
+        return workers
+
+    def ids(self, pool: str) -> set[str]:
+        return {worker["id"] for worker in self.workers() if worker["pool"] == pool}
+
+    def replicas(self) -> dict[int, str]:
+        """Processes of Ray Serve's replicas: pid to deployment."""
+        found = {}
+        for pid in reaper.find(self.state.cluster_id):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").decode()
+            if title.startswith("ray::ServeReplica:"):
+                found[pid] = title.rpartition(":")[2]
+        return found
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 30) -> None:
+        wait_until(condition, timeout_s, self.log)
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, log: Path) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the router needs of a model: a context length, and a word for each token id."""
+    folder = tmp_path_factory.mktemp("words")
+    words = {"<unk>": 0} | {f"w{number}": number for number in range(1, 1024)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {"model_type": "llama", "vocab_size": 1024, "max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_config(folder: Path, model: Path, name: str, *, start_s: float = START_S) -> Path:
+    file = folder / f"{name}.yaml"
+    file.write_text(
+        CONFIG.format(name=name, run_dir=folder / "run", model=model, port=0, start_s=start_s)
+    )
+    return file
+
+
+def start(folder: Path, model: Path, name: str, *arguments: str) -> Running:
+    file = write_config(folder, model, name)
+    log = folder / f"{name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "up", "--config", str(file), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    return Running(file, folder / "run", name, process, log)
+
+
+def is_ready(cluster: Running) -> bool:
+    assert cluster.process.poll() is None, cluster.log.read_text()
+    return "ready: gRPC" in cluster.log.read_text()
+
+
+def assert_nothing_is_left(cluster: Running, state: ClusterState) -> None:
+    """No process, folder, port or shared memory of ``state``, within 15 s."""
+
+    def gone() -> bool:
+        return not reaper.find(state.cluster_id) and not any(
+            Path(folder).exists() for folder in (*state.folders, cluster.base)
+        )
+
+    wait_until(gone, GONE_S, cluster.log)
+    host, _, port = state.address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, int(port)))
+    assert not (listening_sockets(cluster.pids))
+
+
+def listening_sockets(pids: set[int]) -> dict[str, str]:
+    """Addresses on which any of ``pids`` listens, with what the kernel says about them."""
+    lines = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for line in lines.splitlines():
+        if {int(pid) for pid in re.findall(r"pid=(\d+)", line)} & pids:
+            found[line.split()[3]] = line
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    cluster = start(tmp_path_factory.mktemp("cluster"), model, "shared")
+    try:
+        cluster.wait(lambda: is_ready(cluster), START_S)
+        cluster.pids = {cluster.process.pid} | reaper.find(cluster.state.cluster_id)
+        yield cluster
+    finally:
+        cluster.process.kill()
+        cluster.process.wait()
+
+
+def complete(cluster: Running, prompt: list[int], max_tokens: int) -> baton.Completion:
+    with cluster.client() as client:
+        return client.complete(token_ids=prompt, max_tokens=max_tokens, temperature=0.0)
+
+
+def test_a_request_goes_through_both_pools(cluster: Running) -> None:
+    answer = complete(cluster, PROMPT, 20)
+    assert answer.token_ids == next_tokens(PROMPT, 20)
+    assert {answer.phases.prefill_worker, answer.phases.decode_worker} == {
+        worker["id"] for worker in cluster.workers()
+    }
+    assert answer.phases.kv is not None
+    assert answer.phases.kv.outcome is baton.KvOutcome.TRANSFERRED
+
+
+def test_status_shows_each_worker(cluster: Running) -> None:
+    workers = cluster.workers()
+    assert sorted(worker["pool"] for worker in workers) == ["decode", "prefill"]
+    for worker in workers:
+        assert worker["state"] == "ready"
+        assert worker["kv_blocks_free"] == worker["kv_blocks_total"] > 0
+        assert worker["queue_depth"] == 0
+        assert worker["address"].startswith("127.0.0.1:")
+    table = cluster.cli("status").stdout
+    assert all(worker["id"] in table for worker in workers)
+
+
+def test_generate_prints_json_and_text(cluster: Running) -> None:
+    lines = cluster.cli("generate", "w5 w6 w7", "--max-tokens", "4", "--json").stdout.splitlines()
+    responses = [json.loads(line) for line in lines]
+    ids = [token for response in responses for token in response["token_ids"]]
+    assert ids == list(next_tokens(PROMPT, 4))
+    assert [response["sequence"] for response in responses] == list(range(len(responses)))
+    assert responses[-1]["finish_reason"] == "length"
+    assert responses[-1]["usage"]["prompt_tokens"] == 3
+    assert responses[-1]["phases"]["attempts"] == 1
+
+    plain = cluster.cli("generate", "w5 w6 w7", "--max-tokens", "4")
+    assert plain.stdout.split() == [f"w{token}" for token in next_tokens(PROMPT, 4)]
+    assert "4 out" in plain.stderr
+
+
+def test_everything_listens_on_loopback_only(cluster: Running) -> None:
+    pids = {cluster.process.pid} | reaper.find(cluster.state.cluster_id)
+    sockets = listening_sockets(pids)
+    assert len(sockets) > 10  # Ray's own, three replicas' and Valkey's
+    for address, line in sockets.items():
+        host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]").replace("*", "0.0.0.0"))
+        if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
+            host = host.ipv4_mapped
+        assert host.is_loopback, line
+
+
+def test_all_processes_of_the_cluster_carry_its_id(cluster: Running) -> None:
+    """Found by their folder instead: each has a log file or a socket of the cluster open."""
+    state = cluster.state
+    known = reaper.find(state.cluster_id) | {cluster.process.pid}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in known:
+            continue
+        try:
+            files = [
+                os.readlink(f"/proc/{entry}/fd/{fd}") for fd in os.listdir(f"/proc/{entry}/fd")
+            ]
+            command = Path(f"/proc/{entry}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"cluster/reaper.py" in command:
+            continue
+        assert not any(file.startswith(state.folders) for file in files), command
+
+
+def test_secrets_are_for_this_user_only(cluster: Running) -> None:
+    assert (cluster.base / cluster.name).stat().st_mode & 0o077 == 0
+    assert (cluster.base / cluster.name / "state.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_second_cluster_of_the_name_is_refused(cluster: Running) -> None:
+    began_s = time.monotonic()
+    done = cluster.cli("up")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"baton: the cluster 'shared' is running already (pid {cluster.process.pid}, "
+        f"{cluster.state.address}); stop it with: baton down --name shared\n"
+    )
+    assert time.monotonic() - began_s < 3  # before anything heavy
+
+
+def test_a_port_in_use_is_refused(cluster: Running) -> None:
+    port = cluster.state.address.rpartition(":")[2]
+    began_s = time.monotonic()
+    done = cluster.cli("up", "--name", "other", "--port", port)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"baton: router.port: port {port} on 127.0.0.1 is in use by another program; "
+        "stop it, or choose another port\n"
+    )
+    assert time.monotonic() - began_s < 3
+    assert not (cluster.base / "other").exists()
+
+
+def test_scale_up_keeps_the_workers_that_are_there(cluster: Running) -> None:
+    ids, replicas = {w["id"] for w in cluster.workers()}, cluster.replicas()
+    done = cluster.cli("scale", "prefill=2", "decode=2")
+    assert done.returncode == 0, done.stderr
+    assert {pool: len(cluster.ids(pool)) for pool in ("prefill", "decode")} == {
+        "prefill": 2,
+        "decode": 2,
+    }
+    assert ids < {worker["id"] for worker in cluster.workers()}
+    assert replicas.items() < cluster.replicas().items()
+
+    served: set[tuple[str, str]] = set()
+
+    def all_pairs_served() -> bool:
+        answer = complete(cluster, PROMPT, 3)
+        served.add((answer.phases.prefill_worker, answer.phases.decode_worker))
+        return len(served) == 4
+
+    cluster.wait(all_pairs_served)
+
+
+@pytest.mark.parametrize("target", ["prefill=0", "decode=9"])
+def test_scale_refuses_numbers_out_of_bounds(cluster: Running, target: str) -> None:
+    done = cluster.cli("scale", target)
+    assert done.returncode == 1
+    assert "is not within 1 and 8" in done.stderr
+
+
+def test_a_killed_worker_is_replaced(cluster: Running) -> None:
+    before = cluster.ids("decode")
+    victim = next(pid for pid, name in cluster.replicas().items() if name == "DecodeWorker")
+    os.kill(victim, signal.SIGKILL)
+
+    def replaced() -> bool:
+        now = cluster.ids("decode")
+        return len(now & before) == 1 and len(now - before) == 1
+
+    cluster.wait(replaced)
+    assert complete(cluster, PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
+
+
+def test_a_killed_router_comes_back_to_its_port(cluster: Running) -> None:
+    victim = next(pid for pid, name in cluster.replicas().items() if name == "Router")
+    os.kill(victim, signal.SIGKILL)
+
+    def serves() -> bool:
+        try:
+            return complete(cluster, PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
+        except baton.UnavailableError:
+            return False
+
+    cluster.wait(serves)
+
+
+def test_scale_down_drains_the_worker_that_leaves(cluster: Running) -> None:
+    with cluster.client() as client:
+        streams = [
+            client.generate(token_ids=[*PROMPT, seed], max_tokens=600, temperature=0.0)
+            for seed in range(8)
+        ]
+        for stream in streams:
+            next(stream)
+        order = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "scale", "decode=1", "prefill=1"]
+            + ["--config", str(cluster.file)]
+        )
+        for seed, stream in enumerate(streams):
+            tokens = [token for response in stream for token in response.token_ids]
+            assert tuple(tokens) == next_tokens([*PROMPT, seed], 600)[-len(tokens) :]
+    assert order.wait(60) == 0
+    assert len(cluster.workers()) == 2
+
+
+def test_valkey_comes_back_and_requests_never_notice(cluster: Running) -> None:
+    valkey = next(
+        pid
+        for pid in reaper.find(cluster.state.cluster_id)
+        if b"valkey-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    with cluster.client() as client:
+        stream = client.generate(token_ids=PROMPT, max_tokens=400, temperature=0.0)
+        next(stream)
+        os.kill(valkey, signal.SIGKILL)
+        for _ in stream:
+            pass
+        assert complete(cluster, PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
+    cluster.wait(lambda: len(cluster.workers()) == 2)
+
+
+def test_commands_that_talk_to_a_cluster_import_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "import cluster.cli, cluster.cli_client, cluster.status, cluster.scale, cluster.down\n"
+        "print([m for m in ('ray', 'vllm', 'torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_down_lets_running_requests_end_and_leaves_nothing(cluster: Running) -> None:
+    state = cluster.state
+    cluster.pids |= reaper.find(state.cluster_id)
+    with cluster.client() as client:
+        stream = client.generate(token_ids=PROMPT, max_tokens=300, temperature=0.0)
+        tokens = list(next(stream).token_ids)
+        down = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "down", "--config", str(cluster.file)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        tokens += [token for response in stream for token in response.token_ids]
+    assert tuple(tokens) == next_tokens(PROMPT, 300)
+    output, _ = down.communicate(timeout=30)
+    assert down.returncode == 0
+    assert output.endswith("shared is down\n")
+    assert cluster.process.wait(5) == 0
+    assert_nothing_is_left(cluster, state)
+    again = cluster.cli("down")
+    assert (again.returncode, again.stderr) == (1, "baton: no cluster named 'shared' is running\n")
+
+
+def test_no_cluster_is_a_clear_error(tmp_path: Path, model: Path) -> None:
+    file = write_config(tmp_path, model, "none")
+    for command in (["status"], ["scale", "prefill=2"]):
+        done = cli(*command, "--config", str(file))
+        assert done.returncode == 1
+        assert (
+            done.stderr == "baton: no cluster named 'none' is running; start one with: baton up\n"
+        )
+    done = cli("generate", "hi", "--address", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+def test_nothing_is_left_however_the_launcher_ends(
+    tmp_path: Path, model: Path, number: signal.Signals
+) -> None:
+    cluster = start(tmp_path, model, "victim", "--prefill", "2")
+    try:
+        cluster.wait(lambda: is_ready(cluster), START_S)
+        assert len(cluster.ids("prefill")) == 2
+        state = cluster.state
+        cluster.pids = {cluster.process.pid} | reaper.find(state.cluster_id)
+        cluster.process.send_signal(number)
+        status = cluster.process.wait(GONE_S)
+        assert status == (-number if number is signal.SIGKILL else 0), cluster.log.read_text()
+        assert_nothing_is_left(cluster, state)
+    finally:
+        cluster.process.kill()
+        cluster.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_is_left_when_the_start_is_interrupted(
+    tmp_path: Path, model: Path, number: signal.Signals
+) -> None:
+    cluster = start(tmp_path, model, "early")
+    try:
+        cluster.wait(lambda: "starting the workers" in cluster.log.read_text(), START_S)
+        state = cluster.state
+        cluster.process.send_signal(number)
+        cluster.process.wait(GONE_S)
+        assert_nothing_is_left(cluster, state)
+    finally:
+        cluster.process.kill()
+        cluster.process.wait()
+
+
+def test_a_part_that_cannot_start_is_one_clear_sentence(tmp_path: Path, model: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((model / "config.json").read_text())
+    cluster = start(tmp_path, broken, "broken")
+    assert cluster.process.wait(START_S) == 1
+    output = cluster.log.read_text()
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if line.startswith("baton: ")]
+    assert len(errors) == 1
+    assert "model.path: no tokeniser can be loaded" in errors[0]
+    assert not cluster.base.exists()

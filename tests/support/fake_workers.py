@@ -1,0 +1,187 @@
+"""Prefill and decode workers as real gRPC servers with scripted behaviour.
+
+Both "engines" compute the next token from all tokens before it, so any worker continues any
+answer the same way, as a greedy model would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from cluster.errors import BatonError
+from cluster.grpc_status import abort
+from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+
+PrefillScript = Callable[[worker_pb2.PrefillRequest], Awaitable[worker_pb2.PrefillResponse]]
+DecodeScript = Callable[[worker_pb2.DecodeRequest], AsyncGenerator[worker_pb2.DecodeResponse, None]]
+
+VOCAB = 256  # token ids that the fakes produce are below
+MODEL = "tiny"
+IDLE = WorkerLoad(
+    queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=100, kv_blocks_total=100
+)
+WAIT_S = 10.0  # a condition that takes longer never comes true
+
+STOP = inference_pb2.FINISH_REASON_STOP
+LENGTH = inference_pb2.FINISH_REASON_LENGTH
+UNFINISHED = inference_pb2.FINISH_REASON_UNSPECIFIED
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """What the fakes answer after ``token_ids``."""
+    value = 7
+    for token_id in token_ids:
+        value = (value * 31 + token_id + 1) % 65521
+    return value % VOCAB
+
+
+def answer_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    """The first ``count`` tokens of the answer to ``prompt``."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+async def prefill_answer(request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
+    """What a healthy prefill worker does."""
+    return worker_pb2.PrefillResponse(token_id=next_token(request.token_ids), cached_tokens=1)
+
+
+async def decode_answer(
+    request: worker_pb2.DecodeRequest,
+    *,
+    first_index: int | None = None,
+    outcome: inference_pb2.KvOutcome | None = None,
+) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+    """What a healthy decode worker does, one token a response."""
+    skipped = int(request.kv_source.first_token) if first_index is None else first_index
+    if outcome is None:
+        transferred = request.HasField("kv_source")
+        outcome = (
+            inference_pb2.KV_OUTCOME_TRANSFERRED if transferred else inference_pb2.KV_OUTCOME_LOCAL
+        )
+    tokens = answer_tokens(request.token_ids, request.sampling.max_tokens)
+    for index in range(skipped, len(tokens)):
+        last = index == len(tokens) - 1
+        response = worker_pb2.DecodeResponse(
+            first_index=index,
+            token_ids=[tokens[index]],
+            finish_reason=LENGTH if last else UNFINISHED,
+        )
+        if index == skipped:
+            response.kv.outcome = outcome
+            response.kv.backend = "gloo"
+        yield response
+
+
+def until_cancelled() -> asyncio.Future[Any]:
+    """A wait that only a cancel ends."""
+    return asyncio.get_running_loop().create_future()
+
+
+class _FakeWorker:
+    """One gRPC server on loopback, and what it saw."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, pool: Pool, worker_id: str) -> None:
+        self.record = WorkerRecord(
+            id=worker_id,
+            pool=pool,
+            state=WorkerState.READY,
+            incarnation=f"incarnation-{next(self._numbers)}",
+            address="",
+            kv_addresses=("tcp://127.0.0.1:1",),
+            model=MODEL,
+            load=IDLE,
+        )
+        self.requests: list[Any] = []
+        self.running: set[tuple[str, int]] = set()
+        self.cancelled: list[tuple[str, int]] = []
+        self.released: list[tuple[str, int]] = []
+        self._changed = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._add_to(self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.record = replace(self.record, address=f"127.0.0.1:{port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Ends at once, as a process that was killed."""
+        if self._server is not None:
+            await self._server.stop(None)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until what this worker saw makes ``condition`` true."""
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _add_to(self, server: grpc.aio.Server) -> None:
+        raise NotImplementedError
+
+    def note(self) -> None:
+        self._changed.set()
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, request: Any, context: Any) -> AsyncIterator[None]:
+        key = (request.key.request_id, request.key.attempt)
+        self.requests.append(request)
+        self.running.add(key)
+        self.note()
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cancelled.append(key)
+            raise
+        except BatonError as err:
+            await abort(context, err, request.key.request_id)
+        finally:
+            self.running.discard(key)
+            self.note()
+
+
+class FakePrefill(_FakeWorker, worker_pb2_grpc.PrefillWorkerServicer):
+    def __init__(self, worker_id: str = "prefill-1", script: PrefillScript = prefill_answer):
+        super().__init__(Pool.PREFILL, worker_id)
+        self.script = script
+
+    def _add_to(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
+
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: Any) -> Any:
+        async with self._serving(request, context):
+            return await self.script(request)
+
+    async def Release(self, request: worker_pb2.ReleaseRequest, context: Any) -> Any:
+        self.released.append((request.key.request_id, request.key.attempt))
+        self.note()
+        return worker_pb2.ReleaseResponse()
+
+
+class FakeDecode(_FakeWorker, worker_pb2_grpc.DecodeWorkerServicer):
+    def __init__(self, worker_id: str = "decode-1", script: DecodeScript = decode_answer):
+        super().__init__(Pool.DECODE, worker_id)
+        self.script = script
+
+    def _add_to(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
+
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> None:
+        async with self._serving(request, context), contextlib.AsyncExitStack() as stack:
+            stream = await stack.enter_async_context(contextlib.aclosing(self.script(request)))
+            async for response in stream:
+                await context.write(response)

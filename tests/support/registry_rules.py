@@ -1,0 +1,50 @@
+"""What every registry must do, for tests against the fake and against real servers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.registry import Registry
+from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+
+DECODE = WorkerRecord(
+    id="decode-1",
+    pool=Pool.DECODE,
+    state=WorkerState.READY,
+    incarnation="i1",
+    address="127.0.0.1:1",
+    kv_addresses=(),
+    model="tiny",
+    load=WorkerLoad(0, 0, 0, 10, 10),
+)
+PREFILL = replace(
+    DECODE,
+    id="prefill-1",
+    pool=Pool.PREFILL,
+    kv_addresses=("tcp://127.0.0.1:2", "tcp://127.0.0.1:3"),
+)
+
+
+async def check_put_list_remove(registry: Registry) -> None:
+    assert await registry.list() == ()
+    await registry.put(PREFILL)
+    await registry.put(DECODE)
+    assert await registry.list() == (DECODE, PREFILL)  # by id, every field intact
+    await registry.remove(PREFILL.id)
+    await registry.remove("never-there")
+    assert await registry.list() == (DECODE,)
+
+
+async def check_renewal_replaces(registry: Registry) -> None:
+    await registry.put(DECODE)
+    busy = replace(DECODE, state=WorkerState.DRAINING, load=WorkerLoad(1, 2, 3, 4, 5))
+    await registry.put(busy)
+    assert await registry.list() == (busy,)
+
+
+async def check_a_removed_worker_can_come_back(registry: Registry) -> None:
+    await registry.put(DECODE)
+    await registry.remove(DECODE.id)
+    reborn = replace(DECODE, incarnation="i2")
+    await registry.put(reborn)
+    assert await registry.list() == (reborn,)

@@ -1,0 +1,59 @@
+"""A tiny random Llama model with SmolLM2's tokenizer, for quick tests of real engines.
+
+``python -m tests.support.tiny_model FOLDER`` writes one; it takes a few seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from cluster.config import ModelConfig
+from cluster.model import resolve_model
+
+# What tests compute KV sizes from. head_dim is the least that vLLM's CPU attention takes.
+LAYERS = 2
+KV_HEADS = 2
+HEAD_DIM = 32
+MAX_MODEL_LEN = 4096  # tokens
+BYTES_PER_VALUE = 4  # float32: batching changes no token
+KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """Write a float32 checkpoint that vLLM and transformers load (50 MB) and return it."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    embedded = Path(resolve_model(ModelConfig(), print).path)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=4 * HEAD_DIM,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.2,  # far from flat: the best token wins clearly
+        tie_word_embeddings=False,  # tied random weights would repeat their input
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(folder)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(embedded / name, folder / name)
+    return folder
+
+
+if __name__ == "__main__":
+    print(make_tiny_model(Path(sys.argv[1])))

@@ -1,0 +1,117 @@
+"""A real gRPC server on a free loopback port whose answers are a script."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from baton.v1 import inference_pb2 as pb
+from baton.v1 import inference_pb2_grpc
+
+WAIT_S = 10.0  # for what should happen at once; only a failing test waits so long
+
+Script = Callable[[pb.GenerateRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
+
+
+@dataclass
+class ScriptedServer(inference_pb2_grpc.InferenceServicer):
+    script: Script
+    address: str = ""
+    health: health.HealthServicer = field(default_factory=health.HealthServicer)
+    requests: list[pb.GenerateRequest] = field(default_factory=list)
+    started: threading.Event = field(default_factory=threading.Event)  # a call began
+    ended: threading.Event = field(default_factory=threading.Event)  # a call ended, anyhow
+    deadline_s: float | None = None  # of the last call
+
+    def Generate(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        self.deadline_s = context.time_remaining()
+        context.add_callback(self.ended.set)
+        self.started.set()
+        yield from self.script(request, context)
+
+
+@contextmanager
+def serve(script: Script, *, max_message_bytes: int = 4 << 20) -> Iterator[ScriptedServer]:
+    servicer = ScriptedServer(script)
+    pool = futures.ThreadPoolExecutor(max_workers=8)
+    server = grpc.server(pool, options=[("grpc.max_receive_message_length", max_message_bytes)])
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
+    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    servicer.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    server.start()
+    try:
+        yield servicer
+    finally:
+        server.stop(grace=None).wait(WAIT_S)
+        pool.shutdown()
+
+
+PHASES = pb.Phases(
+    queue_ms=0.5,
+    prefill_ms=61.0,
+    ttft_ms=62.5,
+    handoff_ms=35.0,
+    decode_ms=240.0,
+    tokens_per_s=29.1,
+    kv=pb.KvReport(
+        outcome=pb.KV_OUTCOME_TRANSFERRED,
+        backend="gloo",
+        bytes=921_600,
+        messages=30,
+        tokens=40,
+        transfer_ms=12.25,
+        cached_tokens=0,
+        computed_tokens=1,
+    ),
+    prefill_worker="prefill-ab12cd",
+    decode_worker="decode-9f00aa",
+    attempts=1,
+)
+
+
+def answer(*texts: str, request_id: str = "r-1") -> list[pb.GenerateResponse]:
+    """A well-formed stream: one token a response, the last one with all that belongs there."""
+    responses = [
+        pb.GenerateResponse(request_id=request_id, sequence=i, text=text, token_ids=[100 + i])
+        for i, text in enumerate(texts)
+    ]
+    responses[-1].finish_reason = pb.FINISH_REASON_STOP
+    responses[-1].usage.CopyFrom(pb.Usage(prompt_tokens=40, completion_tokens=len(texts)))
+    responses[-1].phases.CopyFrom(PHASES)
+    return responses
+
+
+def say(*texts: str) -> Script:
+    return lambda request, context: iter(answer(*texts))
+
+
+def fail(code: grpc.StatusCode, message: str, detail: pb.ErrorDetail | None) -> Script:
+    def script(
+        request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        if detail is not None:
+            context.set_trailing_metadata((("baton-error-bin", detail.SerializeToString()),))
+        context.abort(code, message)
+
+    return script
+
+
+def endless(
+    request: pb.GenerateRequest, context: grpc.ServicerContext
+) -> Iterator[pb.GenerateResponse]:
+    """Two responses at once, then silence until the call ends."""
+    yield pb.GenerateResponse(request_id="r-1", sequence=0, text="a", token_ids=[1])
+    yield pb.GenerateResponse(request_id="r-1", sequence=1, text="b", token_ids=[2])
+    ended = threading.Event()
+    if context.add_callback(ended.set):
+        ended.wait(WAIT_S)

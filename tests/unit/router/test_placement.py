@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import UnavailableError
+from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from router.book import PlacementBook
+from router.placement import (
+    OwnLoad,
+    PlacementFacts,
+    PlacementState,
+    decide,
+    worker_key,
+)
+
+FACTS = PlacementFacts(model="m", max_tokens=10, local_prefill="never")
+IDLE = WorkerLoad(queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=50, kv_blocks_total=50)
+
+
+def worker(worker_id: str, **load: int) -> WorkerRecord:
+    return WorkerRecord(
+        id=worker_id,
+        pool=Pool.PREFILL if worker_id.startswith("p") else Pool.DECODE,
+        state=WorkerState.READY,
+        incarnation="1",
+        address="",
+        kv_addresses=(),
+        model="m",
+        load=replace(IDLE, **load),
+    )
+
+
+def choose(
+    *workers: WorkerRecord, facts: PlacementFacts = FACTS, state: PlacementState | None = None
+) -> tuple[str | None, str | None]:
+    placement = decide(workers, facts, state or PlacementState(), now_s=100.0)
+    return (
+        placement.prefill.id if placement.prefill else None,
+        placement.decode.id if placement.decode else None,
+    )
+
+
+def test_the_fewest_queued_tokens_win_on_prefill() -> None:
+    busy, free = worker("p1", queued_tokens=900), worker("p2", queued_tokens=100, queue_depth=9)
+    assert choose(busy, free, worker("d1")) == ("p2", "d1")
+
+
+def test_the_fewest_streams_win_on_decode() -> None:
+    assert choose(worker("p1"), worker("d1", running=3), worker("d2", running=2)) == ("p1", "d2")
+
+
+def test_scarce_kv_room_loses_on_decode() -> None:
+    full, busy = worker("d1", kv_blocks_free=1), worker("d2", running=7)
+    assert choose(worker("p1"), full, busy) == ("p1", "d2")
+
+
+def test_more_kv_room_breaks_a_tie_on_decode() -> None:
+    assert choose(worker("p1"), worker("d1", kv_blocks_free=20), worker("d2")) == ("p1", "d2")
+
+
+def test_idle_workers_take_turns() -> None:
+    workers = (worker("p1"), worker("p2"), worker("d1"), worker("d2"), worker("d3"))
+    state, chosen = PlacementState(), []
+    for _ in range(6):
+        placement = decide(workers, FACTS, state, now_s=0.0)
+        state = placement.state
+        assert placement.prefill is not None
+        assert placement.decode is not None
+        chosen.append((placement.prefill.id, placement.decode.id))
+    assert chosen == [
+        ("p1", "d1"),
+        ("p2", "d2"),
+        ("p1", "d3"),
+        ("p2", "d1"),
+        ("p1", "d2"),
+        ("p2", "d3"),
+    ]
+
+
+def test_what_was_sent_since_the_report_counts() -> None:
+    p1, p2 = worker("p1", queued_tokens=100), worker("p2", queued_tokens=150)
+    own = {worker_key(p1): OwnLoad(1, 80, 1, 80)}
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own=own)) == ("p2", "d1")
+
+
+def test_an_older_report_never_hides_what_this_router_sent() -> None:
+    d1, d2 = worker("d1"), worker("d2", running=1)
+    own = {worker_key(d1): OwnLoad(requests=2)}
+    assert choose(worker("p1"), d1, d2, state=PlacementState(own=own)) == ("p1", "d2")
+
+
+@pytest.mark.parametrize(
+    "unusable",
+    [
+        replace(worker("d1"), state=WorkerState.DRAINING),
+        replace(worker("d1"), model="other"),
+    ],
+)
+def test_draining_workers_and_other_models_are_left_out(unusable: WorkerRecord) -> None:
+    assert choose(worker("p1"), unusable, worker("d2", running=9)) == ("p1", "d2")
+
+
+def test_workers_that_failed_this_request_are_left_out_but_not_their_successors() -> None:
+    facts = replace(FACTS, excluded=frozenset({("d1", "1")}))
+    busy = worker("d2", running=9)
+    assert choose(worker("p1"), worker("d1"), busy, facts=facts) == ("p1", "d2")
+    restarted = replace(worker("d1"), incarnation="2")
+    assert choose(worker("p1"), restarted, busy, facts=facts) == ("p1", "d1")
+
+
+def test_suspects_are_the_last_resort() -> None:
+    state = PlacementState(suspects={("d1", "1"): 101.0, ("p1", "1"): 99.0})
+    assert choose(worker("p1"), worker("d1"), worker("d2", running=9), state=state) == ("p1", "d2")
+    assert choose(worker("p1"), worker("d1"), state=state) == ("p1", "d1")
+
+
+def test_one_token_needs_no_decode_worker() -> None:
+    assert choose(worker("p1"), facts=replace(FACTS, max_tokens=1)) == ("p1", None)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10])
+def test_local_prefill_where_it_is_allowed(max_tokens: int) -> None:
+    facts = replace(FACTS, local_prefill="fallback", max_tokens=max_tokens)
+    assert choose(worker("d1"), facts=facts) == (None, "d1")
+    always = replace(facts, local_prefill="always")
+    assert choose(worker("p1"), worker("d1"), facts=always) == (None, "d1")
+
+
+def test_the_worker_that_has_the_kv_is_preferred() -> None:
+    facts = replace(FACTS, local_prefill="always", preferred_decode=("d1", "1"))
+    assert choose(worker("d1", running=9), worker("d2"), facts=facts) == (None, "d1")
+    assert choose(worker("d2"), facts=facts) == (None, "d2")
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason"),
+    [((worker("d1"),), "NO_PREFILL_WORKER"), ((worker("p1"),), "NO_DECODE_WORKER")],
+)
+def test_an_empty_pool_is_unavailable_with_a_hint(
+    workers: tuple[WorkerRecord, ...], reason: str
+) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        choose(*workers)
+    assert caught.value.reason == reason
+    assert caught.value.retry_after_s
+
+
+def test_a_burst_between_two_snapshots_spreads_out() -> None:
+    book = PlacementBook(lambda: 0.0, suspect_s=1.0)
+    workers = (worker("p1"), worker("p2"), *(worker(f"d{i}", running=i) for i in range(4)))
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as running:
+        for _ in range(40):
+            placement = book.place(workers, FACTS)
+            for record in (placement.prefill, placement.decode):
+                assert record is not None
+                counts[record.id] += 1
+                running.enter_context(book.on_worker(worker_key(record), tokens=10))
+    assert counts["p1"] == counts["p2"] == 20
+    loads = [counts[f"d{i}"] + i for i in range(4)]
+    assert max(loads) - min(loads) <= 1
+
+
+def test_the_book_forgets_what_ended() -> None:
+    now_s = 0.0
+    book = PlacementBook(lambda: now_s, suspect_s=1.0)
+    with book.on_worker(("d1", "1"), 10):
+        book.new_snapshot(frozenset())
+        assert book.own_load(("d1", "1")) == OwnLoad(1, 10, 0, 0)
+    assert book.own_load(("d1", "1")) == OwnLoad()
+    book.suspect(("d1", "1"))
+    now_s = 1.0
+    book.new_snapshot(frozenset())
+    assert book.is_empty

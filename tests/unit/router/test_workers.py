@@ -1,0 +1,111 @@
+"""Snapshots outlive the registry's failures; channels live as long as their users."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.registry import MemoryRegistry
+from cluster.types import WorkerRecord
+from router.workers import Workers, WorkersSettings
+from tests.support.fake_workers import FakeDecode
+
+pytestmark = pytest.mark.asyncio
+
+SETTINGS = WorkersSettings(
+    poll_s=60, poll_timeout_s=1, lost_after_s=3, connect_timeout_s=1, max_message_bytes=1000
+)
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.registry = MemoryRegistry(lease_s=3600)
+        self.record = FakeDecode().record
+        self.seen: list[tuple[WorkerRecord, ...]] = []
+        self.workers = Workers(self.registry, SETTINGS, lambda: self.now_s, self.seen.append)
+        self.lost = 0
+
+    def on_lost(self) -> None:
+        self.lost += 1
+
+
+async def test_the_last_snapshot_stays_while_the_registry_is_away() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    await setup.workers.refresh()
+    setup.registry.available = False
+    await setup.workers.refresh()
+    assert setup.workers.snapshot == (setup.record,)
+    assert len(setup.seen) == 1
+    setup.registry.available = True
+    await setup.registry.remove(setup.record.id)
+    await setup.workers.refresh()
+    assert not setup.workers.snapshot
+
+
+async def test_a_registry_that_hangs_is_given_up() -> None:
+    class Hanging:
+        async def list(self) -> tuple[WorkerRecord, ...]:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError
+
+    settings = WorkersSettings(60, 0.01, 3, 1, 1000)
+    workers = Workers(Hanging(), settings, lambda: 0.0, lambda snapshot: None)
+    await workers.start()
+    await workers.stop()
+
+
+async def test_one_channel_per_incarnation_closed_after_its_last_user() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    await setup.workers.refresh()
+    async with setup.workers.connection(setup.record, setup.on_lost) as first:
+        async with setup.workers.connection(setup.record, setup.on_lost) as second:
+            assert first is second
+        await setup.registry.remove(setup.record.id)
+        await setup.workers.refresh()
+        assert setup.workers.open_channels == 1, "still used"
+    await setup.workers.refresh()
+    assert setup.workers.open_channels == 0
+    await setup.workers.stop()
+
+
+async def test_a_channel_stays_open_while_its_worker_lives() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    async with setup.workers.connection(setup.record, setup.on_lost) as first:
+        pass
+    await setup.workers.refresh()
+    async with setup.workers.connection(setup.record, setup.on_lost) as second:
+        assert first is second
+    await setup.workers.stop()
+    assert setup.workers.open_channels == 0
+
+
+async def test_users_are_told_when_a_lease_stays_away_and_only_then() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    async with setup.workers.connection(setup.record, setup.on_lost):
+        await setup.workers.refresh()
+        await setup.registry.remove(setup.record.id)
+        await setup.workers.refresh()
+        setup.now_s = 2.9
+        await setup.workers.refresh()
+        assert setup.lost == 0
+
+        setup.registry.available = False  # nobody is lost while nobody can be seen
+        setup.now_s = 50.0
+        await setup.workers.refresh()
+        setup.registry.available = True
+        await setup.workers.refresh()
+        assert setup.lost == 0
+
+        setup.now_s = 53.0
+        await setup.workers.refresh()
+        assert setup.lost == 1
+        await setup.registry.put(setup.record)
+        await setup.workers.refresh()
+        assert setup.lost == 1
+    await setup.workers.stop()

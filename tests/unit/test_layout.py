@@ -1,0 +1,89 @@
+"""The house: what is packaged, what the folders may hold, and habits that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+LOCKS = sorted((ROOT / "requirements").glob("*.lock.txt"))
+
+
+def test_every_folder_with_code_is_packaged() -> None:
+    tops = [path for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
+    found = {
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for top in tops
+        if top.name != "tests"
+        for init in top.rglob("__init__.py")
+    }
+    assert found == set(PACKAGES)
+
+
+def test_linters_know_every_package() -> None:
+    tops = {name.partition(".")[0] for name in PACKAGES}
+    assert set(PROJECT["tool"]["importlinter"]["root_packages"]) == tops
+    assert set(PROJECT["tool"]["mypy"]["packages"]) == tops | {"tests"}
+
+
+def test_no_python_lives_in_proto() -> None:
+    """An importable package ``proto`` would shadow proto-plus, which Ray needs."""
+    assert not list((ROOT / "proto").rglob("*.py*"))
+
+
+def test_unit_tests_need_no_engine_and_no_cluster() -> None:
+    script = (
+        "import sys, cluster.config, cluster.model, router, engine.protocol, baton; "
+        "sys.exit(' '.join({'ray', 'torch', 'transformers', 'vllm'} & sys.modules.keys()) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def sleeps(path: Path) -> Iterator[str]:
+    """Calls of time.sleep and asyncio.sleep, but for asyncio.sleep(0), which only yields."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("sleep"):
+            continue
+        if [ast.unparse(arg) for arg in node.args] != ["0"]:
+            yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+
+
+# The one place that looks again and again, with a deadline: tests wait for conditions with it.
+WAITING = ROOT / "tests" / "support" / "waiting.py"
+
+
+def test_tests_do_not_sleep() -> None:
+    assert not [line for path in TESTS if path != WAITING for line in sleeps(path)]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_locks_pin_each_package_once(lock: Path) -> None:
+    lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    names = [re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines]
+    assert len(names) == len(set(names))
+
+
+def test_locks_hold_what_the_extras_pin() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    for extra, lock in (("cpu", "cpu"), ("gpu", "gpu"), ("server", "cpu"), ("dev", "dev")):
+        lines = (ROOT / "requirements" / f"{lock}.lock.txt").read_text().splitlines()
+        pins = [re.sub(r"\[.*\]", "", line) for line in extras[extra] if "==" in line]
+        assert set(pins) <= set(lines)
+
+
+def test_the_cpu_lock_has_no_cuda_builds() -> None:
+    lines = (ROOT / "requirements" / "cpu.lock.txt").read_text().splitlines()
+    names = {line.partition("==")[0] for line in lines}
+    assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "llm"}

@@ -1,0 +1,176 @@
+"""The reaper against real processes: it kills what carries the id, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from multiprocessing import shared_memory
+from pathlib import Path
+
+import pytest
+
+from cluster import reaper
+from cluster.reaper import CLUSTER_ID_VARIABLE, Reaper
+from cluster.run_dir import RunDir, is_held
+
+WAIT_S = 10.0
+SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def cluster_id() -> Iterator[str]:
+    name = uuid.uuid4().hex
+    yield name
+    assert reaper.reap(name, [])
+
+
+def spawn(cluster_id: str | None, code: str = SLEEPER, **options: bool) -> subprocess.Popen[str]:
+    """A process that has printed its first line."""
+    environment = dict(os.environ)
+    if cluster_id is not None:
+        environment[CLUSTER_ID_VARIABLE] = cluster_id
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=options.get("session", False),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """Wait for a process that is ending, and return its status."""
+    assert process.stdout is not None
+    process.stdout.close()
+    return process.wait(WAIT_S)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_it_kills_all_processes_with_the_id_and_no_others(cluster_id: str) -> None:
+    ours = [spawn(cluster_id), spawn(cluster_id, session=True)]
+    longer = spawn(cluster_id + "0")
+    stranger = spawn(None)
+    try:
+        assert reaper.find(cluster_id) == {process.pid for process in ours}
+        assert reaper.reap(cluster_id, [])
+        assert [end(process) for process in ours] == [-signal.SIGKILL] * 2
+        assert (longer.poll(), stranger.poll()) == (None, None)
+    finally:
+        for process in (longer, stranger):
+            process.kill()
+            end(process)
+
+
+def test_descendants_that_dropped_the_id_are_found_too(cluster_id: str) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], env={{}}, start_new_session=True)\n"
+        "time.sleep(600)"
+    )
+    parent = spawn(cluster_id, code)  # the first line comes from the child
+    assert len(reaper.find(cluster_id)) == 2
+    assert reaper.reap(cluster_id, [])
+    end(parent)
+    assert reaper.find(cluster_id) == set()
+
+
+def test_processes_that_ignore_signals_and_breed_are_killed(cluster_id: str) -> None:
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "for number in (1, 2, 15): signal.signal(number, signal.SIG_IGN)\n"
+        "print('up', flush=True)\n"
+        "while True:\n"
+        "    subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'],\n"
+        "                     start_new_session=True)\n"
+        "    time.sleep(0.02)\n"
+    )
+    breeder = spawn(cluster_id, code)
+    wait_until(lambda: len(reaper.find(cluster_id)) > 3)
+    assert reaper.reap(cluster_id, [])
+    end(breeder)
+    assert reaper.find(cluster_id) == set()
+
+
+def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path) -> None:
+    code = (
+        "from multiprocessing import shared_memory\n"
+        "import time\n"
+        "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
+        "print(segment.name, flush=True)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, CLUSTER_ID_VARIABLE: cluster_id},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    segment = Path("/dev/shm") / process.stdout.readline().strip()
+    mine = shared_memory.SharedMemory(create=True, size=4096)
+    try:
+        assert segment.exists()
+        assert reaper.reap(cluster_id, [tmp_path / "never there"])
+        assert not segment.exists()
+        assert (Path("/dev/shm") / mine.name).exists()
+    finally:
+        mine.close()
+        mine.unlink()
+        end(process)
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from cluster.reaper import CLUSTER_ID_VARIABLE, Reaper
+from cluster.run_dir import RunDir
+run = RunDir(Path(sys.argv[1]), "c")
+reaper = Reaper(sys.argv[2], run.folders, run.lock_file, run.lock_fd)
+os.environ[CLUSTER_ID_VARIABLE] = sys.argv[2]
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_when_the_launcher_is_killed(
+    cluster_id: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    base = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, base, cluster_id], stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline()
+    assert is_held(base, "c")
+    assert len(reaper.find(cluster_id)) == 1
+    launcher.send_signal(number)
+    end(launcher)
+    wait_until(lambda: not base.exists())
+    assert reaper.find(cluster_id) == set()
+
+
+def test_finish_waits_until_all_is_gone(cluster_id: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run", "c")
+    watcher = Reaper(cluster_id, run.folders, run.lock_file, run.lock_fd)
+    child = spawn(cluster_id)
+    assert watcher.finish()
+    assert end(child) == -signal.SIGKILL
+    assert not run.path.exists()
+    run.release()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,97 @@
+"""Says what this machine lacks for Baton, and the command that installs it.
+
+Run by ``make`` before anything else, with the system's Python and nothing but its library:
+``python3 tools/check_system.py cpu`` (or gpu). Exits with 1 if something is missing.
+"""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+OLDEST, NEWEST = (3, 11), (3, 14)  # what the pinned vLLM and torch have wheels for
+DISK_GB = 6  # environment 3.1, its downloads while they are unpacked, the model 0.3
+MEMORY_GB = 8  # two engines, the router, Ray, Valkey
+
+GB = 1000**3
+
+
+def python_problem() -> "str | None":
+    here = sys.version_info[:2]
+    if OLDEST <= here <= NEWEST:
+        return None
+    return (
+        f"Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]} is needed; {sys.executable} "
+        f"is {here[0]}.{here[1]}. Install one (Debian 12, Ubuntu 24.04 or newer: apt-get install "
+        "-y python3 python3-venv), or name one: make PYTHON=/path/to/python3.12"
+    )
+
+
+def venv_problem() -> "str | None":
+    if all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
+        return None
+    return "Python's module venv is missing: apt-get install -y python3-venv"
+
+
+def platform_problem() -> "str | None":
+    if sys.platform != "linux":
+        return f"Baton runs on Linux, not on {sys.platform}"
+    if platform.machine() not in ("x86_64", "aarch64"):
+        return f"vLLM has no wheels for {platform.machine()}"
+    return None
+
+
+def processor_problem() -> "str | None":
+    if platform.machine() == "x86_64" and " avx2 " not in Path("/proc/cpuinfo").read_text():
+        return "vLLM's CPU build needs a processor with AVX2"
+    return None
+
+
+def library_problem() -> "str | None":
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return "vLLM's CPU build needs libnuma.so.1: apt-get install -y libnuma1"
+    return None
+
+
+def lscpu_problem() -> "str | None":
+    if shutil.which("lscpu"):
+        return None
+    return "vLLM's CPU build calls lscpu: apt-get install -y util-linux"
+
+
+def disk_problem(folder: Path) -> "str | None":
+    if (folder / ".venv").exists():
+        return None
+    free_gb = shutil.disk_usage(folder).free / GB
+    if free_gb >= DISK_GB:
+        return None
+    return f"{folder} has {free_gb:.1f} GB free; the environment needs {DISK_GB}"
+
+
+def memory_problem() -> "str | None":
+    have_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    if have_gb >= MEMORY_GB:
+        return None
+    return f"this machine has {have_gb:.1f} GB of memory; two workers need {MEMORY_GB}"
+
+
+def main() -> None:
+    folder = Path(__file__).resolve().parents[1]
+    found = [python_problem(), venv_problem(), platform_problem()]
+    if "gpu" not in sys.argv[1:]:
+        found += [processor_problem(), library_problem(), lscpu_problem()]
+    found += [disk_problem(folder), memory_problem()]
+    problems = [problem for problem in found if problem]
+    for problem in problems:
+        print(f"missing: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Generates baton/v1 from proto/: ``make proto``; with ``--check``, only compares.
+
+The stubs come from grpcio-tools 1.76.0, whose output old and new protobuf can load.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTO = ROOT / "proto"
+SOURCES = sorted(PROTO.glob("baton/v1/*.proto"))
+
+
+def generate(target: Path) -> list[Path]:
+    """Write the stubs under ``target`` and return their paths relative to it."""
+    outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
+    names = [str(source.relative_to(PROTO)) for source in SOURCES]
+    if protoc.main(["protoc", f"-I{PROTO}", *outputs, *names]):
+        sys.exit("protoc failed")
+    return sorted(path.relative_to(target) for path in target.glob("baton/v1/*_pb2*.py*"))
+
+
+def check() -> None:
+    """Exit with the names of stubs that differ from what proto/ says."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder)
+        expected = set(generate(fresh))
+        committed = {path.relative_to(ROOT) for path in ROOT.glob("baton/v1/*_pb2*.py*")}
+        drifted = expected ^ committed | {
+            path
+            for path in expected & committed
+            if (fresh / path).read_bytes() != (ROOT / path).read_bytes()
+        }
+    if drifted:
+        sys.exit("run `make proto`: " + ", ".join(str(path) for path in sorted(drifted)))
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        check()
+    else:
+        generate(ROOT)
