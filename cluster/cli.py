@@ -53,14 +53,14 @@ def _up(options: argparse.Namespace) -> int:
             cluster.start()
             signals.install()  # Ray may have set its own
             progress.done()
-            print(f"ready: gRPC at {cluster.address}; Ctrl-C stops it", flush=True)
-            cluster.watch()
+            _say(f"ready: gRPC at {cluster.address}; Ctrl-C stops it")
+            cluster.watch(_say)
         except StartInterruptedError:
             pass
         finally:
             cluster.stop()
             progress.done()
-    print("stopped", flush=True)
+    _say("stopped")
     return 0
 
 
@@ -68,7 +68,7 @@ def _down(options: argparse.Namespace) -> int:
     from cluster.down import take_down
 
     config = _load(options)
-    take_down(config.cluster.run_path, config.cluster.name, lambda line: print(line, flush=True))
+    take_down(config.cluster.run_path, config.cluster.name, _say)
     return 0
 
 
@@ -100,6 +100,10 @@ def _chat(options: argparse.Namespace) -> int:
     from cluster.cli_client import chat
 
     return chat(options, _address(options))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _load(options: argparse.Namespace) -> Config:

@@ -41,6 +41,8 @@ def cluster_environment(
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # A late call of one of Serve's threads must not start another Ray after ours ended.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
         # Ray runs code for whoever reaches its ports; with a token, only our processes do.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -71,17 +73,14 @@ _FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_TMPDIR", "RA
 
 @contextmanager
 def applied(variables: Mapping[str, str]) -> Iterator[None]:
-    """Put ``variables`` into this process's environment for a while."""
-    changed = (*variables, *_FOREIGN)
-    before = {name: os.environ.get(name) for name in changed}
+    """Put ``variables`` into this process's environment for a while; the end restores it as it
+    was, without what Ray has added."""
+    before = dict(os.environ)
     for name in _FOREIGN:
         os.environ.pop(name, None)
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)

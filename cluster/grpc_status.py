@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -58,9 +59,17 @@ def error_detail(error: errors.BatonError, request_id: str) -> inference_pb2.Err
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: errors.BatonError, request_id: str
 ) -> NoReturn:
-    """End a server-side call with ``error``; always raises gRPC's ``AbortError``."""
+    """End a server-side call with ``error``.
+
+    Raises:
+        grpc.aio.AbortError: always, for gRPC to end the handler with;
+        asyncio.CancelledError: instead, when the caller is gone and there is nobody to tell.
+    """
     detail = error_detail(error, request_id).SerializeToString()
-    await context.abort(status_code(error), error.message, ((DETAIL_KEY, detail),))
+    try:
+        await context.abort(status_code(error), error.message, ((DETAIL_KEY, detail),))
+    except grpc.aio.InternalError as err:
+        raise asyncio.CancelledError("the caller went away") from err
     raise AssertionError("abort returned")
 
 

@@ -64,7 +64,8 @@ class StartInterruptedError(Exception):
 
 
 class Cluster:
-    """One cluster. ``start`` and ``stop`` once each, from the main thread.
+    """One cluster. ``start`` and ``stop`` once each, from the main thread, and one in the life of
+    a process: Ray keeps what its first start read from the environment.
 
     Args:
         progress: told what is being done, with each change.
@@ -140,8 +141,11 @@ class Cluster:
             self._progress(self._waiting_for())
             time.sleep(_POLL_S)
 
-    def watch(self) -> None:
+    def watch(self, say: Callable[[str], None]) -> None:
         """Keep the cluster running and carry out orders, until the signal comes.
+
+        Args:
+            say: told of each thing that happens.
 
         Raises:
             InternalError: Ray ended.
@@ -152,13 +156,13 @@ class Cluster:
             if not self._runtime.is_alive():
                 raise InternalError("Ray ended unexpectedly; the cluster is taken down")
             if self._valkey is not None and self._valkey.ensure_running():
-                self._progress("the embedded Valkey had ended and was started again")
+                say("the embedded Valkey had ended and was started again")
             try:
-                self._carry_out_orders()
+                self._carry_out_orders(say)
                 away = False
             except UnavailableError as error:
                 if not away:
-                    self._progress(f"{error}; running requests go on")
+                    say(f"{error}; running requests go on")
                 away = True
             time.sleep(_POLL_S)
 
@@ -198,6 +202,7 @@ class Cluster:
 
     def _start(self) -> None:
         cluster = self.config.cluster
+        self._stack.callback(self._loop.close)
         run = RunDir(cluster.run_path, cluster.name)
         self._stack.callback(run.release)
         self._choose_port()
@@ -206,7 +211,8 @@ class Cluster:
         self._stack.callback(self._finish, reaper)
         self._run = run
         self._write_state(cluster_id, served_name="", redis_url="")
-        is_local = ":" in self.config.model.path or Path(self.config.model.path).exists()
+        path = self.config.model.path
+        is_local = path.startswith("embedded:") or Path(path).expanduser().exists()
         self._stack.enter_context(
             applied(
                 cluster_environment(cluster_id, cluster.host, run.scratch, model_is_local=is_local)
@@ -253,7 +259,6 @@ class Cluster:
         orders = self._orders = Orders(
             url, cluster=cluster.name, socket_timeout_s=redis.socket_timeout_s
         )
-        self._stack.callback(self._loop.close)
         self._stack.callback(lambda: self._await(registry.close()))
         self._stack.callback(lambda: self._await(orders.close()))
         if self._await(registry.list()):
@@ -354,16 +359,16 @@ class Cluster:
         assert self._runtime is not None
         return f"logs: {keep_logs(self.config.cluster.name, self._runtime.worker_logs())}"
 
-    def _carry_out_orders(self) -> None:
+    def _carry_out_orders(self, say: Callable[[str], None]) -> None:
         assert self._orders is not None
         for pool, replicas in self._await(self._orders.take_scale()).items():
-            self._progress(f"scaling {pool} from {self._wanted[pool]} to {replicas}")
+            say(f"scaling {pool} from {self._wanted[pool]} to {replicas}")
             try:
                 self.scale(pool, replicas)
             except ConfigError as error:
-                self._progress(str(error))
+                say(str(error))
         for failure in self._await(self._orders.take_failures()):
-            self._progress(f"a {failure.part} could not start: {failure.message}; trying again")
+            say(f"the {failure.part} could not start: {failure.message}; trying again")
 
     def _drain(self, runtime: RayRuntime) -> None:
         """Let requests end: first those in the router, so that no worker leaves before."""
@@ -380,14 +385,20 @@ class Cluster:
     def _bounded(self, step: Callable[[], object], deadline_s: float) -> None:
         """Run a step that may hang or fail, until it ends, time is up or the signal hurries."""
 
+        errors: list[Exception] = []
+
         def run() -> None:
-            with suppress(Exception):  # what is broken need not be drained
+            try:
                 step()
+            except Exception as error:  # noqa: BLE001 - what is broken is ended without it
+                errors.append(error)
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         while thread.is_alive() and time.monotonic() < deadline_s and not self._signal.hurry:
             thread.join(0.05)
+        for error in errors:
+            self._progress(f"not in good order: {type(error).__name__}: {error}")
 
     def _finish(self, reaper: Reaper) -> None:
         if not reaper.finish():

@@ -22,6 +22,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from cluster.config import Config
+from cluster.errors import InternalError
 from cluster.serve_app import DEPLOYMENTS, ROUTER
 from cluster.types import Pool
 
@@ -53,28 +54,14 @@ class RayRuntime:
 
         Must be called from the main thread: the kernel ends Ray's processes with the thread
         that started them.
+
+        Raises:
+            InternalError: Ray does not start.
         """
-        host = self._config.cluster.host
-        parameters = RayParams(
-            node_ip_address=host,
-            temp_dir=str(self._folder),
-            num_cpus=self._config.cluster.num_cpus,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            include_log_monitor=False,
-            no_monitor=True,
-            gcs_server_port=0,
-            dashboard_agent_listen_port=0,
-        )
-        self._node = _QuietNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
-        ray.init(
-            address=self._node.gcs_address,
-            _node_ip_address=host,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(proxy_location="Disabled")
+        try:
+            self._start()
+        except Exception as error:  # its own are plain Exceptions, too
+            raise InternalError(f"Ray does not start: {error}") from error
 
     def has_cuda(self) -> bool:
         """Whether Ray found GPUs."""
@@ -139,3 +126,26 @@ class RayRuntime:
         logs = [*self._folder.glob("session_latest/logs/worker-*.err")]
         logs += self._folder.glob("session_latest/logs/worker-*.out")
         return sorted(logs, key=os.path.getmtime)
+
+    def _start(self) -> None:
+        host = self._config.cluster.host
+        parameters = RayParams(
+            node_ip_address=host,
+            temp_dir=str(self._folder),
+            num_cpus=self._config.cluster.num_cpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            include_log_monitor=False,
+            no_monitor=True,
+            gcs_server_port=0,
+            dashboard_agent_listen_port=0,
+        )
+        self._node = _QuietNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+        ray.init(
+            address=self._node.gcs_address,
+            _node_ip_address=host,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(proxy_location="Disabled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -15,6 +16,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 from cluster.errors import (
     AlreadyExistsError,
     BatonError,
+    CancelledError,
     CapacityError,
     DeadlineError,
     InternalError,
@@ -86,7 +88,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def _generate(
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
     ) -> None:
-        phases = PhaseClock(self._clock)
+        phases = PhaseClock(time.perf_counter)  # uvloop's time has milliseconds only
         # None without a deadline, although the stubs say otherwise.
         remaining_s = cast("float | None", context.time_remaining())
         if remaining_s is None:
@@ -116,7 +118,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             transfer_id = f"{request_id}~{uuid.uuid4().hex[:12]}"
             progress = Progress(ready, transfer_id, deadline_s, phases)
             output = TextOutput(self._text.decoder, ready.stops, ready.sampling.min_tokens)
-            await self._dispatcher.run(progress, Answer(progress, output, context.write).emit)
+
+            async def write(response: inference_pb2.GenerateResponse) -> None:
+                try:
+                    await context.write(response)
+                except grpc.aio.InternalError as err:  # before its cancel reached this task
+                    raise CancelledError("the caller went away") from err
+
+            await self._dispatcher.run(progress, Answer(progress, output, write).emit)
 
     async def _tokenise(self, checked: CheckedRequest) -> tuple[int, ...]:
         if isinstance(checked.prompt, PromptText):

@@ -1,12 +1,13 @@
 """Which workers serve a request. Pure: ``router.book`` is the live shell.
 
-Least loaded wins, equal loads take turns. A worker's load is what it reported with its lease
-plus what this router sent it since; but at least what this router knows to be there, for a
-report may be older than the requests it misses.
+Least loaded wins; equal loads take turns, so that in time each pair of workers serves. A worker's
+load is what it reported with its lease plus what this router sent it since; but at least what this
+router knows to be there, for a report may be older than the requests it misses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -42,8 +43,7 @@ class OwnLoad:
 class PlacementState:
     own: Mapping[WorkerKey, OwnLoad] = field(default_factory=dict)
     suspects: Mapping[WorkerKey, float] = field(default_factory=dict)  # until then, by now_s
-    last_prefill_id: str = ""
-    last_decode_id: str = ""
+    turn: int = 0  # decisions so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +87,14 @@ def decide(
         prefill = None
     elif prefill is None and facts.local_prefill == "never":
         raise _unavailable(Pool.PREFILL, snapshot)
-    if prefill is not None:
-        state = replace(state, last_prefill_id=prefill.id)
-        if facts.max_tokens == 1:
-            return Placement(None, prefill, "the first token is all", state)
+    after = replace(state, turn=state.turn + 1)
+    if prefill is not None and facts.max_tokens == 1:
+        return Placement(None, prefill, "the first token is all", after)
     decode = _choose(Pool.DECODE, snapshot, facts, state, now_s)
     if decode is None:
         raise _unavailable(Pool.DECODE, snapshot)
-    state = replace(state, last_decode_id=decode.id)
     reason = "least loaded" if prefill is not None else "local prefill"
-    return Placement(decode, prefill, reason, state)
+    return Placement(decode, prefill, reason, after)
 
 
 def _choose(
@@ -122,17 +120,30 @@ def _choose(
         for record in candidates:
             if worker_key(record) == facts.preferred_decode:
                 return record
-    last_id = state.last_prefill_id if pool is Pool.PREFILL else state.last_decode_id
+    if not candidates:
+        return None
     score = _prefill_score if pool is Pool.PREFILL else _decode_score
+    order = sorted(record.id for record in candidates)
+    first = _turn(pool, snapshot, state.turn)
     return min(
         candidates,
         key=lambda record: (
             score(record, state.own.get(worker_key(record), OwnLoad())),
-            record.id <= last_id,  # those after the last one first: they take turns
-            record.id,
+            (order.index(record.id) - first) % len(order),
         ),
-        default=None,
     )
+
+
+def _turn(pool: Pool, snapshot: tuple[WorkerRecord, ...], turn: int) -> int:
+    """Whose turn it is among equals.
+
+    Both pools move on with each decision. Where their sizes have a common divisor they would
+    meet in the same pairs for ever, so the decode pool moves one further after each round.
+    """
+    if pool is Pool.PREFILL:
+        return turn
+    sizes = [max(1, sum(record.pool is each for record in snapshot)) for each in Pool]
+    return turn + turn // math.lcm(*sizes)
 
 
 def _prefill_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:

@@ -47,7 +47,7 @@ class RouterServer:
         self._serving: bool | None = None
         self.workers: Workers | None = None
         self._dispatcher: Dispatcher | None = None
-        self._servicer: InferenceServicer | None = None
+        self.servicer: InferenceServicer | None = None
 
     @property
     def counters(self) -> DispatchCounters:
@@ -77,7 +77,7 @@ class RouterServer:
         )
         router = self._config.router
         limits = AdmissionLimits(router.max_concurrent, router.max_queue, router.queue_timeout_s)
-        servicer = self._servicer = InferenceServicer(
+        servicer = self.servicer = InferenceServicer(
             text, self._dispatcher, limits, router.default_deadline_s, clock
         )
         try:
@@ -97,8 +97,8 @@ class RouterServer:
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None
-        if self._servicer is not None:
-            await self._servicer.drained()  # cancelled calls still end their work on workers
+        if self.servicer is not None:
+            await self.servicer.drained()  # cancelled calls still end their work on workers
         if self._dispatcher is not None:
             await self._dispatcher.close()
         if self.workers is not None:

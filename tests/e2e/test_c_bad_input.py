@@ -29,7 +29,7 @@ BAD: list[tuple[str, dict[str, Any], type[baton.BatonError], str]] = [
     ("NaN", {"prompt": "x", "temperature": math.nan}, baton.InvalidArgumentError, "temperature"),
     ("no tokens", {"prompt": "x", "max_tokens": 0}, baton.InvalidArgumentError, "max_tokens"),
     ("bad id", {"prompt": "x", "request_id": "a b"}, baton.InvalidArgumentError, "request_id"),
-    ("too large", {"prompt": "x" * 5_000_000}, baton.CapacityError, ""),
+    ("too large", {"prompt": "x" * 5_000_000}, baton.InvalidArgumentError, "max_message_bytes"),
 ]
 
 
@@ -67,6 +67,15 @@ def test_refused_with_a_sentence(
         client.complete(**fields)
     assert said in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_message_over_the_router_s_limit(cluster: RunningCluster, bystander: None) -> None:
+    """A client that would send it is stopped by the server."""
+    with (
+        baton.Client(cluster.address, max_message_bytes=100_000_000) as client,
+        pytest.raises(baton.InvalidArgumentError, match="larger than max"),
+    ):
+        client.complete("x" * 5_000_000)
 
 
 def test_a_request_id_in_flight_is_refused(cluster: RunningCluster) -> None:

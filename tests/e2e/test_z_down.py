@@ -55,7 +55,11 @@ def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
         lambda: not cluster.run_dir.exists() or not any(cluster.run_dir.iterdir()),
         what="no temporary folder is left",
     )
-    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
-    assert not ports & listening
+
+    def still_listening() -> set[int]:
+        listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
+        return ports & listening
+
+    wait_until(lambda: not still_listening(), what="no port is left", within_s=15)
     ours = {name for name in shared_before if name.startswith(("psm_", "sem.", "plasma", "ray"))}
     assert not ours & set(os.listdir("/dev/shm"))

@@ -156,3 +156,23 @@ async def test_random_comings_cancels_and_goings_leak_no_slot(seed: int) -> None
         leave.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert (gate.admission.state.running, gate.admission.state.waiting) == (0, 0), f"seed {seed}"
+
+
+@pytest.mark.asyncio
+async def test_a_slot_granted_to_one_who_is_cancelled_in_the_same_turn_goes_on() -> None:
+    gate = Gate(AdmissionLimits(1, 10, 30))
+
+    async def leave_and_cancel() -> None:
+        async with gate.admission.slot(FAR_S):
+            await turns()
+        second.cancel()  # it holds the slot already and has not run since
+
+    first = asyncio.create_task(leave_and_cancel())
+    await turns(1)
+    second, _ = gate.user("second")
+    third, leave_third = gate.user("third")
+    leave_third.set()
+    await asyncio.gather(first, third)
+    await asyncio.gather(second, return_exceptions=True)
+    assert gate.order == ["third"]
+    assert gate.admission.state.running == 0

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+from typing import Any, cast
+
 import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
 
 from baton.v1 import inference_pb2
 from cluster import errors
-from cluster.grpc_status import DETAIL_KEY, error_detail, from_rpc_error, status_code
+from cluster.grpc_status import DETAIL_KEY, abort, error_detail, from_rpc_error, status_code
 
 
 def all_errors(kind: type[errors.BatonError]) -> list[type[errors.BatonError]]:
@@ -82,3 +85,13 @@ def test_the_workers_detail_survives() -> None:
 def test_a_detail_that_cannot_be_read_is_left_out() -> None:
     error = from_rpc_error(rpc_error(grpc.StatusCode.UNAVAILABLE, b"\xff\xff"), "w")
     assert error.reason == "WORKER_LOST"
+
+
+@pytest.mark.asyncio
+async def test_nobody_is_told_when_the_caller_is_gone() -> None:
+    class GoneContext:
+        async def abort(self, *_: object) -> None:
+            raise grpc.aio.InternalError("the call has ended")
+
+    with pytest.raises(asyncio.CancelledError):
+        await abort(cast(Any, GoneContext()), errors.InternalError("x"), "id")

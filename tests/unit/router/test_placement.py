@@ -81,6 +81,23 @@ def test_idle_workers_take_turns() -> None:
     ]
 
 
+@pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 2), (3, 2), (4, 2), (3, 3), (4, 6)])
+def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) -> None:
+    """In lockstep, two pools of two would only ever make two of their four pairs."""
+    workers = (
+        *(worker(f"p{index}") for index in range(prefills)),
+        *(worker(f"d{index}") for index in range(decodes)),
+    )
+    state, pairs = PlacementState(), set()
+    for _ in range(prefills * decodes):
+        placement = decide(workers, FACTS, state, now_s=0.0)
+        state = placement.state
+        assert placement.prefill is not None
+        assert placement.decode is not None
+        pairs.add((placement.prefill.id, placement.decode.id))
+    assert len(pairs) == prefills * decodes
+
+
 def test_what_was_sent_since_the_report_counts() -> None:
     p1, p2 = worker("p1", queued_tokens=100), worker("p2", queued_tokens=150)
     own = {worker_key(p1): OwnLoad(1, 80, 1, 80)}

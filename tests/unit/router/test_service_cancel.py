@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -168,6 +169,31 @@ async def test_tokens_that_come_after_a_cancel_of_fifty_leave_no_request_behind(
             await prefill.until(lambda: not prefill.running)
         responses = await router.generate(max_tokens=4)
     assert [t for r in responses for t in r.token_ids] == answer_tokens((1, 2, 3), 4)
+
+
+async def test_a_write_to_a_caller_who_is_gone_is_a_cancel_and_no_defect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Between the client's cancel and the cancel of our task, a write fails."""
+
+    class GoneContext:
+        def time_remaining(self) -> float | None:
+            return None
+
+        async def write(self, response: inference_pb2.GenerateResponse) -> None:
+            raise grpc.aio.InternalError("the call has ended")
+
+        async def abort(self, *_: object) -> None:
+            raise grpc.aio.InternalError("the call has ended")
+
+    decode = FakeDecode(script=decode_hangs)
+    async with RouterHarness(prefill=[FakePrefill()], decode=[decode]) as router:
+        assert router.server.servicer is not None
+        request = inference_pb2.GenerateRequest(token_ids=PROMPT)
+        with pytest.raises(asyncio.CancelledError):
+            await router.server.servicer.Generate(request, cast(Any, GoneContext()))
+        await decode.until(lambda: not decode.running)
+    assert "failed" not in caplog.text
 
 
 async def _until_refused(router: RouterHarness, request_id: str, reason: str) -> None:

@@ -1,0 +1,124 @@
+"""A whole cluster on this machine: the hand-off, and what the router adds to the first token.
+
+hand-off      P's first token -> D's second token at the router, minus one decode step (the median
+              gap between later tokens of the same stream).
+router adds   the first token's time at a client of the router, minus the same at a client that
+              calls the prefill worker itself; both in turns, on prompts of the same length that no
+              cache knows. "alone": one token, so that no KV is streamed; "streamed": with the
+              decode worker and the KV stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import grpc
+
+import baton
+from baton.v1 import inference_pb2 as pb
+from baton.v1 import worker_pb2, worker_pb2_grpc
+from bench.report import Report, summary
+from cluster.config import load_config
+from cluster.launch import Cluster
+from cluster.progress import Progress
+from cluster.types import Pool
+
+
+def fresh_prompt(tokens: int, rng: random.Random) -> list[int]:
+    return [rng.randrange(100, 40_000) for _ in range(tokens)]
+
+
+def hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> None:
+    """One request at a time; the phases are the router's own."""
+    rng = random.Random(tokens)
+    handoff_ms, ttft_ms, step_ms = [], [], []
+    for index in range(rounds + 1):
+        answer = client.complete(
+            token_ids=fresh_prompt(tokens, rng), temperature=0, max_tokens=24, ignore_eos=True
+        )
+        phases = answer.phases
+        if phases.kv is None or phases.kv.outcome is not baton.KvOutcome.TRANSFERRED:
+            raise RuntimeError(f"the KV was not transferred: {phases}")
+        if index > 0:  # the first one makes the pair
+            one_step_ms = phases.decode_ms / (len(answer.token_ids) - 2)
+            handoff_ms.append(phases.handoff_ms - one_step_ms)
+            ttft_ms.append(phases.ttft_ms)
+            step_ms.append(one_step_ms)
+    report.add(
+        measurement="hand-off",
+        tokens=tokens,
+        **summary("handoff", handoff_ms),
+        **summary("ttft", ttft_ms),
+        **summary("decode_step", step_ms),
+    )
+
+
+def router_share(
+    client: baton.Client, worker_address: str, tokens: int, rounds: int, report: Report
+) -> None:
+    rng = random.Random(7 * tokens)
+    direct_ms: list[float] = []
+    alone_ms: list[float] = []
+    streamed_ms: list[float] = []
+    with grpc.insecure_channel(worker_address) as channel:
+        worker = worker_pb2_grpc.PrefillWorkerStub(channel)
+        for index in range(rounds + 1):
+            request = worker_pb2.PrefillRequest(
+                key=worker_pb2.TransferKey(request_id=f"bench-{tokens}-{index}", attempt=1),
+                token_ids=fresh_prompt(tokens, rng),
+                sampling=pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True),
+            )
+            began_s = time.perf_counter()
+            worker.Prefill(request, timeout=60)
+            at_s = [time.perf_counter() - began_s]
+            for max_tokens in (1, 8):
+                prompt = fresh_prompt(tokens, rng)
+                began_s = time.perf_counter()
+                stream = client.generate(
+                    token_ids=prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True
+                )
+                next(stream)
+                at_s.append(time.perf_counter() - began_s)
+                for _ in stream:
+                    pass
+            if index > 0:
+                for series, seconds in zip((direct_ms, alone_ms, streamed_ms), at_s, strict=True):
+                    series.append(seconds * 1000)
+    direct = statistics.median(direct_ms)
+    report.add(
+        measurement="router adds to TTFT",
+        tokens=tokens,
+        adds_alone_ms=round(statistics.median(alone_ms) - direct, 2),
+        adds_streamed_ms=round(statistics.median(streamed_ms) - direct, 2),
+        **summary("direct", direct_ms),
+        **summary("alone", alone_ms),
+        **summary("streamed", streamed_ms),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    report = Report(args.json)
+    config = load_config(
+        overrides={"cluster.name": "bench", "router.port": 0, "model.max_model_len": 4096}
+    )
+    with Progress(sys.stderr) as progress, Cluster(config, progress.step) as cluster:
+        (prefill,) = [worker for worker in cluster.workers() if worker.pool is Pool.PREFILL]
+        with baton.Client(cluster.address, timeout_s=120) as client:
+            for tokens in (32, 540, 1690):
+                hand_off(client, tokens, args.rounds if tokens < 1000 else 10, report)
+            for tokens in (16, 128):
+                router_share(client, prefill.address, tokens, args.rounds, report)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
