@@ -57,6 +57,8 @@ def cluster_environment(
         # every token.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Ray nices its workers so that its own daemons come first; here they carry the tokens.
+        "RAY_worker_niceness": "0",
     }
     if is_loopback(host):
         # The name is about other systems; its effect is that Ray does not replace

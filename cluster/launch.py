@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import baton
 from cluster.config import Config
@@ -30,7 +30,7 @@ from cluster.ports import check_port_is_free, free_port
 from cluster.reaper import Reaper
 from cluster.registry import RedisRegistry
 from cluster.run_dir import ClusterState, RunDir, process_started
-from cluster.signals import Signals
+from cluster.signals import NeverStop, Signals, StopSignal
 from cluster.types import Pool, WorkerRecord, WorkerState
 from cluster.valkey import EmbeddedValkey
 
@@ -43,20 +43,6 @@ T = TypeVar("T")
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 1.0
 _ROUTER_SHARE = 0.8  # of the grace; the rest is for workers and engines
-
-
-class StopSignal(Protocol):
-    """Tells a cluster that somebody wants it to end."""
-
-    requested: bool  # end, in good order
-    hurry: bool  # end at once
-
-
-class NeverStop:
-    """For callers that end the cluster themselves."""
-
-    requested = False
-    hurry = False
 
 
 class StartInterruptedError(Exception):
@@ -80,6 +66,7 @@ class Cluster:
         self._signal = signal or NeverStop()
         self._wanted = {pool: config.pool(pool).replicas for pool in Pool}
         self._stack = ExitStack()  # undoes each step of start, latest first
+        self._has_abandoned = False  # a thread that is still in a call of Ray's
         self._loop = LoopThread()
         self._run: RunDir | None = None
         self._valkey: EmbeddedValkey | None = None
@@ -276,7 +263,7 @@ class Cluster:
         from cluster.serve_app import Secrets, build_app
 
         runtime = RayRuntime(self.config, run.scratch / "ray")
-        self._stack.callback(runtime.stop)
+        self._stack.callback(lambda: runtime.stop(disconnect=not self._has_abandoned))
         runtime.start()
         self._runtime = runtime
         secrets = Secrets(redis_url, kv_token=token_hex(32))
@@ -397,6 +384,7 @@ class Cluster:
         thread.start()
         while thread.is_alive() and time.monotonic() < deadline_s and not self._signal.hurry:
             thread.join(0.05)
+        self._has_abandoned |= thread.is_alive()
         for error in errors:
             self._progress(f"not in good order: {type(error).__name__}: {error}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray.serve import Application
@@ -33,7 +34,7 @@ _DELETE_POLL_S = 0.05
 _CALL_TIMEOUT_S = 10.0
 
 
-class _QuietNode(Node):  # type: ignore[misc]
+class _QuietNode(Node):
     """A head node without the dashboard, whose process Ray starts even where it is switched
     off (75 MB). The log monitor and Ray's autoscaler are left out by parameters (95 MB)."""
 
@@ -113,12 +114,18 @@ class RayRuntime:
             time.sleep(_DELETE_POLL_S)
         return True
 
-    def stop(self) -> None:
-        """End Ray at once. Idempotent."""
+    def stop(self, *, disconnect: bool = True) -> None:
+        """End Ray at once. Idempotent.
+
+        Args:
+            disconnect: leave Ray's client in this process in good order. Not while another
+                thread is in a call of it: Ray then aborts the process.
+        """
         if self._node is None:
             return
         node, self._node = self._node, None
-        ray.shutdown()
+        if disconnect:
+            ray.shutdown()
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def worker_logs(self) -> list[Path]:
@@ -148,4 +155,6 @@ class RayRuntime:
             logging_level=logging.ERROR,
         )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        # Pages about a worker that died, which Ray prints here even without log_to_driver.
+        ray_worker._worker_logs_enabled = False
         serve.start(proxy_location="Disabled")

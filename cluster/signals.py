@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignal(Protocol):
+    """Tells a cluster that somebody wants it to end."""
+
+    requested: bool  # end, in good order
+    hurry: bool  # end at once
+
+
+class NeverStop:
+    """For callers that end the cluster themselves."""
+
+    requested = False
+    hurry = False
 
 
 class Signals:

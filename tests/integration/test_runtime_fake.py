@@ -417,9 +417,9 @@ def test_no_cluster_is_a_clear_error(tmp_path: Path, model: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("twice", [False, True], ids=["kill -9", "Ctrl-C twice"])
 def test_nothing_is_left_however_the_launcher_ends(
-    tmp_path: Path, model: Path, number: signal.Signals
+    tmp_path: Path, model: Path, twice: bool
 ) -> None:
     cluster = start(tmp_path, model, "victim", "--prefill", "2")
     try:
@@ -427,9 +427,19 @@ def test_nothing_is_left_however_the_launcher_ends(
         assert len(cluster.ids("prefill")) == 2
         state = cluster.state
         cluster.pids = {cluster.process.pid} | reaper.find(state.cluster_id)
-        cluster.process.send_signal(number)
-        status = cluster.process.wait(GONE_S)
-        assert status == (-number if number is signal.SIGKILL else 0), cluster.log.read_text()
+        with cluster.client() as client:
+            stream = client.generate(token_ids=PROMPT, max_tokens=8000)  # longer than any wait
+            next(stream)
+            if twice:
+                cluster.process.send_signal(signal.SIGINT)
+                cluster.wait(lambda: "draining" in cluster.log.read_text())
+                cluster.process.send_signal(signal.SIGINT)
+                assert cluster.process.wait(5) == 0, cluster.log.read_text()
+            else:
+                cluster.process.kill()
+                cluster.process.wait()
+            with pytest.raises(baton.BatonError):
+                list(stream)
         assert_nothing_is_left(cluster, state)
     finally:
         cluster.process.kill()

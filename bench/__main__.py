@@ -1,0 +1,33 @@
+"""``python -m bench``: all measurements, one after the other; each is a module of its own."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ALL = ("prefill", "serving")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}; all")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="save NAME.json there")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(ALL)
+    if unknown:
+        parser.error(f"no such measurement: {', '.join(sorted(unknown))}")
+    if options.json is not None:
+        options.json.mkdir(parents=True, exist_ok=True)
+    for name in options.names or ALL:
+        command = [sys.executable, "-m", f"bench.{name}"]
+        if options.json is not None:
+            command += ["--json", str(options.json / f"{name}.json")]
+        if code := subprocess.run(command, check=False).returncode:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
