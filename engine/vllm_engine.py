@@ -236,6 +236,8 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
     if not torch.cuda.is_available():
         arguments["kv_cache_memory_bytes"] = pool_config.kv_cache_gib * 2**30
         arguments["enforce_eager"] = True
+        # About a second of CPU a step: a short prompt need not wait for a whole long one.
+        arguments["long_prefill_token_threshold"] = 512
     return arguments | pool_config.engine
 
 
