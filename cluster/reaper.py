@@ -5,7 +5,7 @@
 
 When the pipe closes, the reaper kills every process that carries the cluster's id in its
 environment, and all their descendants, then removes the cluster's folders and the shared
-memory that those processes had open. Each process of a cluster inherits the id from the
+memory that its processes had open. Each process of a cluster inherits the id from the
 launcher, which itself does not carry it.
 
 The file runs as a script with nothing but the standard library (``python -I -S``), so that
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ CLUSTER_ID_VARIABLE = "BATON_CLUSTER_ID"
 
 KILL_TIMEOUT_S = 10.0  # SIGKILL works at once, but for processes stuck in a driver
 _POLL_S = 0.02
+_WATCH_S = 1.0  # between two looks at /dev/shm while the cluster lives
+_WATCH_TRIES = 5  # looks at a new segment until it counts as somebody else's
 _SHM = "/dev/shm/"
 
 
@@ -60,6 +63,45 @@ class Reaper:
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self._process.wait(KILL_TIMEOUT_S * 2) == 0
+
+
+class SharedMemoryWatch:
+    """Remembers which segments in /dev/shm a cluster's processes have had open.
+
+    A worker that is killed leaves its segments behind, and afterwards nothing says whose they
+    were: so new ones are looked at while their owners live, and go when the last owner has gone.
+    """
+
+    def __init__(self, cluster_id: str) -> None:
+        self._cluster_id = cluster_id
+        self._owners: dict[str, set[int]] = {}
+        self._unclaimed: dict[str, int] = {}  # looks without an owner
+
+    def look(self) -> None:
+        """Find the owners of new segments, remove those whose owners are all gone."""
+        present = {_SHM + name for name in os.listdir(_SHM)}
+        self._unclaimed = {path: n for path, n in self._unclaimed.items() if path in present}
+        new = {
+            path for path in present - self._owners.keys()
+            if self._unclaimed.get(path, 0) < _WATCH_TRIES
+        }  # fmt: skip
+        if new:
+            self._claim(new)
+        for path, pids in list(self._owners.items()):
+            if not any(_parent_of_living(pid) is not None for pid in pids):
+                _remove_shared(path)
+                del self._owners[path]
+
+    def remove_all(self) -> None:
+        for path in self._owners:
+            _remove_shared(path)
+
+    def _claim(self, paths: set[str]) -> None:
+        for pid in find(self._cluster_id):
+            for path in _shared_memory(pid) & paths:
+                self._owners.setdefault(path, set()).add(pid)
+        for path in paths - self._owners.keys():
+            self._unclaimed[path] = self._unclaimed.get(path, 0) + 1
 
 
 def reap(cluster_id: str, folders: Collection[Path]) -> bool:
@@ -159,9 +201,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     cluster_id, lock_file, *folders = sys.argv[1:]
-    while sys.stdin.buffer.read(1):
-        pass
+    watch = SharedMemoryWatch(cluster_id)
+    while not select.select([sys.stdin], [], [], _WATCH_S)[0]:
+        watch.look()
     gone = reap(cluster_id, [Path(folder) for folder in folders])
+    watch.remove_all()
     Path(lock_file).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other clusters of this user
         Path(lock_file).parent.rmdir()

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -24,13 +24,13 @@ from cluster.registry import RedisRegistry
 from cluster.types import Pool
 from cluster.valkey import EmbeddedValkey
 from tests.support import registry_rules as rules
+from tests.support.waiting import until_awaited
 
 pytestmark = pytest.mark.integration
 
 HOST = "127.0.0.1"
 LEASE_S = 0.3
 TIMEOUT_S = 1.0
-WAIT_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def connect(url: str, name: str, lease_s: float = 60) -> RedisRegistry:
 @pytest.fixture
 async def registry(url: str, name: str) -> AsyncIterator[RedisRegistry]:
     registry = connect(url, name)
-    await until(lambda: answers(registry))
+    await until_awaited(lambda: answers(registry), what="the store answers")
     yield registry
     await registry.close()
 
@@ -90,12 +90,6 @@ async def answers(registry: RedisRegistry) -> bool:
     except UnavailableError:
         return False
     return True
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not await condition():  # noqa: ASYNC110 - the server tells us nothing
-            await asyncio.sleep(0.01)
 
 
 async def test_put_list_remove(registry: RedisRegistry) -> None:
@@ -120,7 +114,7 @@ async def test_clusters_do_not_see_each_other(url: str, registry: RedisRegistry)
 async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: str) -> None:
     registry = connect(url, name, LEASE_S)
     client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
-    await until(lambda: answers(registry))
+    await until_awaited(lambda: answers(registry), what="the store answers")
     began_s = time.monotonic()
     await registry.put(rules.DECODE)
     await registry.put(rules.PREFILL)
@@ -129,7 +123,7 @@ async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: st
         await registry.put(rules.DECODE)
         return await registry.list() == (rules.DECODE,)
 
-    await until(prefill_is_gone)
+    await until_awaited(prefill_is_gone, what="the lease has run out")
     assert time.monotonic() - began_s > LEASE_S * 0.9
     index = f"baton:{name}:workers"
     assert (await client.execute(("SMEMBERS", index)))[0] == {b"decode-1"}
@@ -139,7 +133,7 @@ async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: st
     async def all_gone() -> bool:
         return await registry.list() == ()
 
-    await until(all_gone)
+    await until_awaited(all_gone, what="all leases have run out")
     assert (await client.execute(("KEYS", f"baton:{name}:*")))[0] == []
     await client.close()
     await registry.close()
@@ -148,7 +142,7 @@ async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: st
 async def test_orders_are_taken_once_and_expire(url: str, name: str) -> None:
     orders = Orders(url, cluster=name, socket_timeout_s=TIMEOUT_S)
     registry = connect(url, name)
-    await until(lambda: answers(registry))
+    await until_awaited(lambda: answers(registry), what="the store answers")
     assert await orders.take_scale() == {}
     await orders.ask_scale(Pool.DECODE, 2)
     await orders.ask_scale(Pool.DECODE, 3)

@@ -26,6 +26,7 @@ import baton
 from cluster import reaper
 from cluster.run_dir import ClusterState, read_state
 from engine.fake import next_tokens
+from tests.support import waiting
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -102,10 +103,10 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, log: Path) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.05)
+    try:
+        waiting.wait_until(condition, what="the cluster gets there", within_s=timeout_s)
+    except AssertionError as error:
+        raise AssertionError(log.read_text()) from error
 
 
 @pytest.fixture(scope="module")
@@ -264,26 +265,22 @@ def test_secrets_are_for_this_user_only(cluster: Running) -> None:
 
 
 def test_a_second_cluster_of_the_name_is_refused(cluster: Running) -> None:
-    began_s = time.monotonic()
     done = cluster.cli("up")
     assert done.returncode == 1
     assert done.stderr == (
         f"baton: the cluster 'shared' is running already (pid {cluster.process.pid}, "
         f"{cluster.state.address}); stop it with: baton down --name shared\n"
     )
-    assert time.monotonic() - began_s < 3  # before anything heavy
 
 
 def test_a_port_in_use_is_refused(cluster: Running) -> None:
     port = cluster.state.address.rpartition(":")[2]
-    began_s = time.monotonic()
     done = cluster.cli("up", "--name", "other", "--port", port)
     assert done.returncode == 1
     assert done.stderr == (
         f"baton: router.port: port {port} on 127.0.0.1 is in use by another program; "
         "stop it, or choose another port\n"
     )
-    assert time.monotonic() - began_s < 3
     assert not (cluster.base / "other").exists()
 
 

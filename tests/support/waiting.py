@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -29,6 +29,17 @@ async def until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> 
     """``wait_until`` for a test that shares its event loop with what it waits for."""
     deadline_s = time.monotonic() + within_s
     while not (value := look()):
+        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what} (last: {value!r})"
+        await asyncio.sleep(_LOOK_EVERY_S)
+    return value
+
+
+async def until_awaited(
+    look: Callable[[], Awaitable[T]], *, what: str, within_s: float = 10.0
+) -> T:
+    """``until`` for a condition that must be awaited."""
+    deadline_s = time.monotonic() + within_s
+    while not (value := await look()):
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what} (last: {value!r})"
         await asyncio.sleep(_LOOK_EVERY_S)
     return value

@@ -6,9 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from cluster import reaper
 from cluster.reaper import CLUSTER_ID_VARIABLE, Reaper
 from cluster.run_dir import RunDir, is_held
+from tests.support.waiting import wait_until
 
 WAIT_S = 10.0
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
@@ -51,13 +51,6 @@ def end(process: subprocess.Popen[str]) -> int:
     assert process.stdout is not None
     process.stdout.close()
     return process.wait(WAIT_S)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_it_kills_all_processes_with_the_id_and_no_others(cluster_id: str) -> None:
@@ -99,7 +92,7 @@ def test_processes_that_ignore_signals_and_breed_are_killed(cluster_id: str) -> 
         "    time.sleep(0.02)\n"
     )
     breeder = spawn(cluster_id, code)
-    wait_until(lambda: len(reaper.find(cluster_id)) > 3)
+    wait_until(lambda: len(reaper.find(cluster_id)) > 3, what="it has bred")
     assert reaper.reap(cluster_id, [])
     end(breeder)
     assert reaper.find(cluster_id) == set()
@@ -133,6 +126,39 @@ def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path)
         end(process)
 
 
+def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(cluster_id: str) -> None:
+    """vLLM keeps its segments from Python's resource tracker, so nobody else removes them."""
+    code = (
+        "from multiprocessing import resource_tracker, shared_memory\n"
+        "import time\n"
+        "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
+        "resource_tracker.unregister(segment._name, 'shared_memory')\n"
+        "print(segment.name, flush=True)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, CLUSTER_ID_VARIABLE: cluster_id},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    segment = Path("/dev/shm") / process.stdout.readline().strip()
+    mine = shared_memory.SharedMemory(create=True, size=4096)
+    watch = reaper.SharedMemoryWatch(cluster_id)
+    try:
+        watch.look()
+        assert segment.exists(), "its owner lives"
+        process.kill()
+        end(process)
+        watch.look()
+        assert not segment.exists()
+        assert (Path("/dev/shm") / mine.name).exists()
+    finally:
+        mine.close()
+        mine.unlink()
+
+
 LAUNCHER = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -161,7 +187,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(
     assert len(reaper.find(cluster_id)) == 1
     launcher.send_signal(number)
     end(launcher)
-    wait_until(lambda: not base.exists())
+    wait_until(lambda: not base.exists(), what="the run folder is gone")
     assert reaper.find(cluster_id) == set()
 
 
