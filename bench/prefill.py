@@ -27,7 +27,7 @@ from cluster.config import Config, load_config
 from cluster.model import ResolvedModel, resolve_model
 from cluster.types import Pool
 from engine.protocol import EngineRequest, KvReceive, KvSend
-from engine.vllm_engine import VllmEngine, engine_arguments
+from engine.vllm_engine import VllmEngine, engine_arguments, let_ranks_go_first
 
 _ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 _TWO_TOKENS = pb.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -85,6 +85,7 @@ async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace
         AsyncLLM.from_engine_args,
         AsyncEngineArgs(**engine_arguments(config, Pool.PREFILL, model)),
     )
+    let_ranks_go_first(plain)
     decode = VllmEngine(config, Pool.DECODE, model, "1", "bench", "decode")
     await decode.start()
     receive = KvReceive("prefill", facts.kv_addresses, True)
@@ -121,7 +122,7 @@ async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[540, 1690])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 540, 1690])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -28,7 +28,6 @@ from cluster.model import ResolvedModel
 from cluster.types import Pool, WorkerLoad
 from engine.protocol import EngineFacts, EngineOutput, EngineRequest, KvReceive, KvSend
 from kv_transfer.connector import ReceiveReport
-from kv_transfer.options import TransferOptions
 from kv_transfer.release import AddressBook, Releaser
 
 _FINISH = {
@@ -39,6 +38,7 @@ _FINISH = {
 # A report leaves the engine core in the same message as the first token, so this only bounds a
 # defect.
 _REPORT_TIMEOUT_S = 5.0
+_SPINNER_NICENESS = 10  # about a tenth of a core, where somebody else wants it
 
 
 class VllmEngine:
@@ -115,7 +115,7 @@ class VllmEngine:
         arguments = engine_arguments(self._config, self._pool, self._model)
         arguments["kv_transfer_config"] = self._kv_transfer_config(report_to)
         try:
-            return AsyncLLM.from_engine_args(
+            llm = AsyncLLM.from_engine_args(
                 AsyncEngineArgs(**arguments), stat_loggers=[self._stats.logger]
             )
         except (ValueError, TypeError, OSError) as error:
@@ -124,29 +124,24 @@ class VllmEngine:
             raise ConfigError(
                 f"the {self._pool} engine did not start ({error}); its log says why"
             ) from error
+        if self._pool is Pool.PREFILL:
+            let_ranks_go_first(llm)
+        return llm
 
     def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
         config = self._config.kv_transfer
-        options = TransferOptions(
-            host=self._config.cluster.host,
-            incarnation=self._incarnation,
-            token=self._kv_token,
-            message_bytes=int(config.message_bytes),
-            staging_buffers=config.staging_buffers,
-            pair_timeout_s=config.pair_timeout_s,
-            reserve_timeout_s=config.reserve_timeout_s,
-            transfer_timeout_s=config.transfer_timeout_s,
-            peer_lease_s=config.peer_lease_s,
-            max_pairs=config.max_pairs,
-            max_pending=config.max_pending,
-        )
-        extra = {name: getattr(options, name) for name in TransferOptions.__slots__}
+        options = {  # of TransferOptions
+            "host": self._config.cluster.host,
+            "incarnation": self._incarnation,
+            "token": self._kv_token,
+            **config.model_dump(),
+        }
         return KVTransferConfig(
             kv_connector="BatonConnector",
             kv_connector_module_path="kv_transfer.connector",
             kv_role="kv_producer" if self._pool is Pool.PREFILL else "kv_consumer",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config=extra
+            kv_connector_extra_config=options
             | {"report_to": report_to, "model": self._model.served_name},
         )
 
@@ -239,6 +234,17 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
         # About a second of CPU a step: a short prompt need not wait for a whole long one.
         arguments["long_prefill_token_threshold"] = 512
     return arguments | pool_config.engine
+
+
+def let_ranks_go_first(llm: AsyncLLM) -> None:
+    """On CPUs, lower the priority of the engine core's main thread.
+
+    It spins while the ranks compute, and the kernel now and then gives it a core that a rank
+    computes on. Good for prefill, whose steps are long; a decode step would wait for it.
+    """
+    if not torch.cuda.is_available():
+        for process in llm.engine_core.resources.engine_manager.processes:
+            os.setpriority(os.PRIO_PROCESS, process.pid, _SPINNER_NICENESS)
 
 
 class _Stats:

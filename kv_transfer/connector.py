@@ -16,6 +16,7 @@ Life of a send                              Life of a receive
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -399,7 +400,8 @@ class _WorkerSide:
         extra = dict(self._config.kv_connector_extra_config)
         report_to: str = extra.pop("report_to")
         model: str = extra.pop("model")
-        options = TransferOptions(**extra)
+        # The engine core, our parent, is not bound to the cores that this rank computes on.
+        options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
         self._tp_rank = get_tensor_model_parallel_rank()
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}

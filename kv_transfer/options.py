@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 
@@ -18,3 +19,11 @@ class TransferOptions:
     peer_lease_s: float  # a peer that is silent for so long is gone
     max_pairs: int
     max_pending: int  # transfers known at once, on either side
+    # Cores for the stream's threads; empty: as inherited. An engine that is bound to some cores
+    # would otherwise take turns on them with the threads that it started.
+    cores: frozenset[int] = frozenset()
+
+    def bind_this_thread(self) -> None:
+        """Called first in each thread of the stream."""
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)

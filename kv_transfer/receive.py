@@ -215,6 +215,7 @@ class _Peer:
     # ---- peer thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._client.options.bind_this_thread()
         reason = "this worker stops"
         control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave

@@ -278,6 +278,7 @@ class PrefillServer:
     # ---- control thread ------------------------------------------------------------------
 
     def _serve(self) -> None:
+        self._options.bind_this_thread()
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
@@ -417,6 +418,7 @@ class PrefillServer:
     # ---- sender thread, one per pair -----------------------------------------------------
 
     def _send_loop(self, peer: _Peer) -> None:
+        self._options.bind_this_thread()
         pair: Pair | None = None
         try:
             pair = self._make_pair(peer)
