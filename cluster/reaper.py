@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 
 CLUSTER_ID_VARIABLE = "BATON_CLUSTER_ID"
@@ -66,58 +66,62 @@ class Reaper:
 
 
 class SharedMemoryWatch:
-    """Remembers which segments in /dev/shm a cluster's processes have had open.
+    """Remembers which files in /dev/shm a cluster's processes have had open.
 
-    A worker that is killed leaves its segments behind, and afterwards nothing says whose they
-    were: so new ones are looked at while their owners live, and go when the last owner has gone.
+    A worker that is killed leaves its segments and semaphores behind, and afterwards nothing
+    says whose they were: so new ones are looked at while their owners live, and go when the
+    last owner has gone.
     """
 
     def __init__(self, cluster_id: str) -> None:
         self._cluster_id = cluster_id
-        self._owners: dict[str, set[int]] = {}
-        self._unclaimed: dict[str, int] = {}  # looks without an owner
+        self._owners: dict[int, set[int]] = {}  # inode: pids
+        self._unclaimed: dict[int, int] = {}  # inode: looks without an owner
 
     def look(self) -> None:
-        """Find the owners of new segments, remove those whose owners are all gone."""
-        present = {_SHM + name for name in os.listdir(_SHM)}
-        self._unclaimed = {path: n for path, n in self._unclaimed.items() if path in present}
+        """Find the owners of new files, remove those whose owners are all gone."""
+        present = _shared_files().keys()
+        self._unclaimed = {inode: n for inode, n in self._unclaimed.items() if inode in present}
         new = {
-            path for path in present - self._owners.keys()
-            if self._unclaimed.get(path, 0) < _WATCH_TRIES
+            inode for inode in present - self._owners.keys()
+            if self._unclaimed.get(inode, 0) < _WATCH_TRIES
         }  # fmt: skip
         if new:
             self._claim(new)
-        for path, pids in list(self._owners.items()):
-            if not any(_parent_of_living(pid) is not None for pid in pids):
-                _remove_shared(path)
-                del self._owners[path]
+        abandoned = {
+            inode
+            for inode, pids in self._owners.items()
+            if not any(_parent_of_living(pid) is not None for pid in pids)
+        }
+        _remove_shared(abandoned)
+        for inode in abandoned:
+            del self._owners[inode]
 
     def remove_all(self) -> None:
-        for path in self._owners:
-            _remove_shared(path)
+        """Remove every file that an owner was found for."""
+        _remove_shared(self._owners.keys())
 
-    def _claim(self, paths: set[str]) -> None:
+    def _claim(self, inodes: set[int]) -> None:
         for pid in find(self._cluster_id):
-            for path in _shared_memory(pid) & paths:
-                self._owners.setdefault(path, set()).add(pid)
-        for path in paths - self._owners.keys():
-            self._unclaimed[path] = self._unclaimed.get(path, 0) + 1
+            for inode in _open_shared(pid) & inodes:
+                self._owners.setdefault(inode, set()).add(pid)
+        for inode in inodes - self._owners.keys():
+            self._unclaimed[inode] = self._unclaimed.get(inode, 0) + 1
 
 
 def reap(cluster_id: str, folders: Collection[Path]) -> bool:
     """Kill the cluster's processes and remove what they left. False if one resisted."""
-    shared: set[str] = set()
+    shared: set[int] = set()
     deadline_s = time.monotonic() + KILL_TIMEOUT_S
     empty_looks = 0
     while empty_looks < 2 and time.monotonic() < deadline_s:  # one look may miss a fork
         pids = find(cluster_id)
         empty_looks = 0 if pids else empty_looks + 1
         for pid in pids:
-            shared |= _shared_memory(pid)
+            shared |= _open_shared(pid)
             _kill(pid)
         time.sleep(_POLL_S)
-    for path in shared:
-        _remove_shared(path)
+    _remove_shared(shared)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     return empty_looks >= 2
@@ -169,30 +173,42 @@ def _kill(pid: int) -> None:
             os.close(descriptor)
 
 
-def _shared_memory(pid: int) -> set[str]:
-    """Files in /dev/shm that a process maps or holds open, but for those deleted already."""
-    paths = {
-        line[line.index(_SHM) :]
-        for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
-        if _SHM in line
-    }
+def _shared_files() -> dict[int, str]:
+    """What lies in /dev/shm, by inode."""
+    with os.scandir(_SHM) as entries:
+        return {entry.inode(): entry.path for entry in entries}
+
+
+def _open_shared(pid: int) -> set[int]:
+    """Inodes of the files in /dev/shm that a process maps or holds open.
+
+    Not their names: a semaphore is mapped under a first name that it loses at once.
+    """
+    inodes = set()
+    for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
+        fields = line.split(maxsplit=5)  # address, mode, offset, device, inode, path
+        if len(fields) == 6 and fields[5].startswith(_SHM):
+            inodes.add(int(fields[4]))
     with contextlib.suppress(OSError):
         for descriptor in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                paths.add(os.readlink(descriptor.path))
-    return {path for path in paths if path.startswith(_SHM) and not path.endswith("(deleted)")}
+                if os.readlink(descriptor.path).startswith(_SHM):
+                    inodes.add(os.stat(descriptor.path).st_ino)
+    return inodes
 
 
-def _remove_shared(path: str) -> None:
-    """Remove a segment of this user that no living process has open."""
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_uid == os.getuid() and not _is_open(path):
-            os.unlink(path)
+def _remove_shared(inodes: Set[int]) -> None:
+    """Remove those files of this user that no living process has open."""
+    files = _shared_files() if inodes else {}
+    for inode in inodes & files.keys():
+        with contextlib.suppress(OSError):
+            if os.stat(files[inode]).st_uid == os.getuid() and not _is_open(inode):
+                os.unlink(files[inode])
 
 
-def _is_open(path: str) -> bool:
+def _is_open(inode: int) -> bool:
     return any(
-        path in _shared_memory(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()
+        inode in _open_shared(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()
     )
 
 

@@ -59,6 +59,7 @@ class RunningCluster:
     run_dir: Path
     log: Path
     address: str
+    foreign_shared_memory: frozenset[str]  # in /dev/shm before the cluster began
 
     def client(self) -> baton.Client:
         return baton.Client(self.address)
@@ -153,6 +154,7 @@ def cluster(
     log = tmp_path_factory.mktemp("log") / "up.log"
     run_dir = Path(f"/tmp/baton-e2e-{os.getpid()}")
     port = config_file.read_text().split("port: ")[1].split()[0]
+    foreign = frozenset(os.listdir("/dev/shm"))
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "up", "--config", str(config_file)],
@@ -160,7 +162,7 @@ def cluster(
             stderr=subprocess.STDOUT,
             text=True,
         )
-    running = RunningCluster(process, config_file, run_dir, log, f"127.0.0.1:{port}")
+    running = RunningCluster(process, config_file, run_dir, log, f"127.0.0.1:{port}", foreign)
     try:
         with running.client() as client:
 

@@ -126,14 +126,30 @@ def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path)
         end(process)
 
 
-def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(cluster_id: str) -> None:
-    """vLLM keeps its segments from Python's resource tracker, so nobody else removes them."""
-    code = (
-        "from multiprocessing import resource_tracker, shared_memory\n"
-        "import time\n"
+# Both keep what they make from Python's resource tracker, as vLLM does: nobody else removes it.
+KEEPS_SHARED_MEMORY = {
+    "a segment": (
         "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
         "resource_tracker.unregister(segment._name, 'shared_memory')\n"
-        "print(segment.name, flush=True)\n"
+        "name = segment.name\n"
+    ),
+    "a semaphore": (
+        "lock = multiprocessing.get_context('spawn').Lock()\n"
+        "resource_tracker.unregister(lock._semlock.name, 'semaphore')\n"
+        "name = 'sem.' + lock._semlock.name.lstrip('/')\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", KEEPS_SHARED_MEMORY)
+def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(
+    cluster_id: str, what: str
+) -> None:
+    code = (
+        "import multiprocessing, time\n"
+        "from multiprocessing import resource_tracker, shared_memory\n"
+        f"{KEEPS_SHARED_MEMORY[what]}"
+        "print(name, flush=True)\n"
         "time.sleep(600)"
     )
     process = subprocess.Popen(
