@@ -2,7 +2,8 @@
 
 Three engines: a prefill engine without the connector and one with it, both bound to core 0, and
 a decode engine on core 1 that receives. The two prefill engines answer the same kind of prompts in
-turns, so that drift of the machine hits both alike; while one works, the other sleeps.
+turns, so that drift of the machine hits both alike. While one works the other is stopped (SIGSTOP):
+an idle engine of vLLM's spins on its core for a second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import statistics
 import time
 from contextlib import aclosing
 from pathlib import Path
+from uuid import uuid4
 
+import psutil
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
@@ -37,6 +40,21 @@ def prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[tuple[i
     """Random prompts that share no prefix, so that no cache helps."""
     rng = random.Random(seed)
     return [tuple(rng.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
+
+
+class Resting:
+    """Processes that one engine's start added, to be stopped while another engine is timed."""
+
+    def __init__(self, before: set[psutil.Process]) -> None:
+        self._processes = set(psutil.Process().children(recursive=True)) - before
+
+    def __enter__(self) -> None:
+        for process in self._processes:
+            process.suspend()
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.resume()
 
 
 async def time_plain(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float:
@@ -78,17 +96,21 @@ async def time_streamed(
 
 async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace) -> None:
     report = Report(args.json)
-    prefill = VllmEngine(config, Pool.PREFILL, model, "0", "bench", "prefill")
+    incarnation = uuid4().hex
+    prefill = VllmEngine(config, Pool.PREFILL, model, "0", "bench", f"{incarnation}-p")
     facts = await prefill.start()
+    prefill_rests = Resting(set())
+    before = set(psutil.Process().children(recursive=True))
     # Same environment, and so the same core, as the engine just started.
     plain = await asyncio.to_thread(
         AsyncLLM.from_engine_args,
         AsyncEngineArgs(**engine_arguments(config, Pool.PREFILL, model)),
     )
     let_ranks_go_first(plain)
-    decode = VllmEngine(config, Pool.DECODE, model, "1", "bench", "decode")
+    plain_rests = Resting(before)
+    decode = VllmEngine(config, Pool.DECODE, model, "1", "bench", f"{incarnation}-d")
     await decode.start()
-    receive = KvReceive("prefill", facts.kv_addresses, True)
+    receive = KvReceive(f"{incarnation}-p", facts.kv_addresses, True)
     try:
         for tokens in args.tokens:
             with_ms: list[float] = []
@@ -96,10 +118,12 @@ async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace
             handoff_ms: list[float] = []
             rounds = prompts(2 * (args.rounds + 1), tokens, facts.vocab_size, seed=tokens)
             for index in range(args.rounds + 1):
-                plain_ms = await time_plain(plain, rounds[2 * index], f"plain-{tokens}-{index}")
-                streamed_ms, second_ms = await time_streamed(
-                    prefill, decode, receive, rounds[2 * index + 1], f"bench-{tokens}-{index}#1"
-                )
+                with prefill_rests:
+                    plain_ms = await time_plain(plain, rounds[2 * index], f"plain-{tokens}-{index}")
+                with plain_rests:
+                    streamed_ms, second_ms = await time_streamed(
+                        prefill, decode, receive, rounds[2 * index + 1], f"bench-{tokens}-{index}#1"
+                    )
                 if index > 0:  # the first round warms up, and makes the pair
                     without_ms.append(plain_ms)
                     with_ms.append(streamed_ms)

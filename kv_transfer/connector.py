@@ -41,12 +41,16 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
+from kv_transfer.doorbell import Doorbell, DoorbellButton
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import KvGeometry
 from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.receive import DecodeClient, Reservation, TransferResult
 from kv_transfer.send import PrefillServer, StepChunk
+
+# Of an engine core that only waits for KV; a new request may have to wait for the rest of it.
+_NAP_S = 0.005
 
 
 @dataclass(slots=True)
@@ -124,7 +128,12 @@ class BatonConnector(KVConnectorBase_V1):
                 "models whose layers need unlike KV caches (hybrid attention) cannot be split yet: "
                 f"{len(kv_cache_config.kv_cache_groups)} KV cache groups"
             )
-        self._scheduler = _SchedulerSide()
+        config = vllm_config.kv_transfer_config
+        self._scheduler = _SchedulerSide(
+            Doorbell(config.kv_connector_extra_config["incarnation"])
+            if role is KVConnectorRole.SCHEDULER and config.is_kv_consumer
+            else None
+        )
         self._worker = (
             _WorkerSide(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
         )
@@ -198,6 +207,7 @@ class BatonConnector(KVConnectorBase_V1):
         return self._rank.take_rank_results()
 
     def shutdown(self) -> None:
+        self._scheduler.stop()
         if self._worker is not None:
             self._worker.stop()
 
@@ -230,7 +240,9 @@ class _Receive:
 
 
 class _SchedulerSide:
-    def __init__(self) -> None:
+    def __init__(self, doorbell: Doorbell | None) -> None:
+        self._doorbell = doorbell
+        self._idle = False  # nothing was computed in the last step
         self._plan = StepPlan()
         self._sends: dict[str, Request] = {}  # scheduled at least once
         self._receives: dict[str, _Receive] = {}  # until the first step that samples
@@ -265,6 +277,7 @@ class _SchedulerSide:
         self._plan.reservations.append((reservation, tuple(params["addresses"])))
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
+        self._nap(busy=output.total_num_scheduled_tokens > 0)
         for new in output.scheduled_new_reqs:
             self._scheduled(output, new.req_id, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
@@ -275,6 +288,19 @@ class _SchedulerSide:
                 self._plan.preempted.append(request.kv_transfer_params["key"])
         plan, self._plan = self._plan, StepPlan()
         return plan
+
+    def _nap(self, *, busy: bool) -> None:
+        """Wait for KV in the second empty step in a row: the results of the last full one have
+        been handed out by then."""
+        if (
+            self._doorbell is not None
+            and self._idle
+            and not busy
+            and not (self._plan.reservations or self._plan.cancelled)
+            and any(receive.pending for receive in self._receives.values())
+        ):
+            self._doorbell.nap(_NAP_S)
+        self._idle = not busy
 
     def _scheduled(self, output: SchedulerOutput, req_id: str, num_computed: int) -> None:
         scheduled = output.num_scheduled_tokens[req_id]
@@ -377,6 +403,11 @@ class _SchedulerSide:
             self._plan.aborted.append(params["key"])
         return scheduled
 
+    def stop(self) -> None:
+        if self._doorbell is not None:
+            self._doorbell.close()
+            self._doorbell = None
+
     def take_stats(self) -> ConnectorStats | None:
         if not self._reports:
             return None
@@ -393,6 +424,7 @@ class _WorkerSide:
         self._layers_done = 0
         self._server: PrefillServer | None = None
         self._client: DecodeClient | None = None
+        self._button: DoorbellButton | None = None
         self._results: list[TransferResult] = []
         self._tp_rank = 0
 
@@ -411,7 +443,8 @@ class _WorkerSide:
             self._server = PrefillServer(pages, geometry, options)
             _report_address(report_to, self._tp_rank, self._server.address)
         else:
-            self._client = DecodeClient(pages, geometry, options)
+            self._button = DoorbellButton(options.incarnation)
+            self._client = DecodeClient(pages, geometry, options, on_result=self._button.ring)
 
     def _geometry(self, model: str, cache: torch.Tensor, num_layers: int) -> KvGeometry:
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec

@@ -76,7 +76,10 @@ class _Transfer:
 
 
 class DecodeClient:
-    """Reserves and receives. The engine-facing methods never block on the network."""
+    """Reserves and receives. The engine-facing methods never block on the network.
+
+    ``on_result`` is called, with the lock held, whenever ``take_results`` has something new.
+    """
 
     def __init__(
         self,
@@ -84,7 +87,9 @@ class DecodeClient:
         geometry: KvGeometry,
         options: TransferOptions,
         clock: Callable[[], float] = time.monotonic,
+        on_result: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_result = on_result
         self.pages = pages
         self.geometry = geometry
         self.options = options
@@ -173,6 +178,7 @@ class DecodeClient:
                 0.0 if began_s is None else (self.clock() - began_s) * 1000,
             )
         )
+        self._on_result()
 
     def forget(self, peer: _Peer, reason: str) -> None:
         """A peer is gone: its transfers fail, the next reservation starts a new pair."""
