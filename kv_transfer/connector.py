@@ -438,7 +438,7 @@ class _WorkerSide:
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}
         pages = KvPages([kv_caches[name] for name in names])
-        geometry = self._geometry(model, kv_caches[names[0]], len(names))
+        geometry = self._geometry(model, names[0], kv_caches[names[0]], len(names))
         if self._config.is_kv_producer:
             self._server = PrefillServer(pages, geometry, options)
             _report_address(report_to, self._tp_rank, self._server.address)
@@ -446,7 +446,9 @@ class _WorkerSide:
             self._button = DoorbellButton(options.incarnation)
             self._client = DecodeClient(pages, geometry, options, on_result=self._button.ring)
 
-    def _geometry(self, model: str, cache: torch.Tensor, num_layers: int) -> KvGeometry:
+    def _geometry(
+        self, model: str, layer_name: str, cache: torch.Tensor, num_layers: int
+    ) -> KvGeometry:
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         if type(spec) is not FullAttentionSpec:
             raise IncompatibleError(
@@ -458,10 +460,15 @@ class _WorkerSide:
                 f"KV cache of shape {tuple(cache.shape)} for blocks of {spec.block_size} tokens "
                 f"and {spec.num_kv_heads} heads"
             )
+        layout = self._vllm_config.cache_config.get_resolved_kv_cache_layout().name
+        if cache.device.type == "cpu":
+            # Kernels for unlike instruction sets pack the keys of a block in unlike orders.
+            context = self._vllm_config.compilation_config.static_forward_context
+            layout += f"/{context[layer_name].isa}"
         return KvGeometry(
             model,
             str(cache.dtype).removeprefix("torch."),
-            self._vllm_config.cache_config.get_resolved_kv_cache_layout().name,
+            layout,
             num_layers,
             kv_heads,
             block_tokens,

@@ -48,3 +48,6 @@ class DoorbellButton:
         """Never blocks: if nobody hears it, the nap ends by itself."""
         with contextlib.suppress(OSError):
             self._socket.sendto(b"\0", self._address)
+
+    def close(self) -> None:
+        self._socket.close()

@@ -15,7 +15,8 @@ class TransferOptions:
     staging_buffers: int  # messages in flight per pair
     pair_timeout_s: float  # HELLO to a usable process group
     reserve_timeout_s: float  # prefill holds KV that nobody reserves at most so long
-    transfer_timeout_s: float  # without progress, on either side
+    prefill_timeout_s: float  # a reservation waits at most so long for its prefill to begin
+    transfer_timeout_s: float  # without progress, once KV flows
     peer_lease_s: float  # a peer that is silent for so long is gone
     max_pairs: int
     max_pending: int  # transfers known at once, on either side

@@ -41,18 +41,21 @@ class KvPages:
         """Copy a rectangle of a request's KV into ``out``.
 
         Args:
-            block_ids: int64, on the cache's device: the request's blocks from token 0 on.
+            block_ids: int64, on the CPU: the request's blocks from token 0 on.
             out: contiguous, 1-D, the cache's dtype and device, exactly as long as the rectangle.
         """
-        ids = block_ids[area.block_start : area.block_end]
+        ids = self._ids(area, block_ids)
         for layer, view in self._views(area, out):
             torch.index_select(layer, 0, ids, out=view)
 
     def scatter(self, area: Rectangle, block_ids: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a message into a request's blocks; arguments as in ``gather``."""
-        ids = block_ids[area.block_start : area.block_end]
+        ids = self._ids(area, block_ids)
         for layer, view in self._views(area, source):
             layer.index_copy_(0, ids, view)
+
+    def _ids(self, area: Rectangle, block_ids: torch.Tensor) -> torch.Tensor:
+        return block_ids[area.block_start : area.block_end].to(self.device)
 
     def _views(
         self, area: Rectangle, buffer: torch.Tensor

@@ -7,6 +7,7 @@ carries CPU caches. Rank 0 is decode, rank 1 is prefill.
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from kv_transfer.errors import PairError
+from kv_transfer.side_stream import mark, wait_done
 
 DECODE_RANK = 0
 PREFILL_RANK = 1
@@ -109,13 +111,9 @@ class PendingWork:
 
     def __init__(self, work: Any, device: torch.device) -> None:
         self._work = work
-        self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            # NCCL's wait() orders the current stream behind the transfer and returns; the event
-            # tells the host when it is done, without a device-wide synchronisation.
-            work.wait()
-            self._event = torch.cuda.Event(blocking=True)
-            self._event.record(torch.cuda.current_stream(device))
+            work.wait()  # of NCCL: puts the current stream behind the transfer, and returns
+        self._event = mark(device)
 
     def wait(self, timeout_s: float) -> None:
         """Block this thread until the bytes have moved. Raises PairError."""
@@ -123,7 +121,7 @@ class PendingWork:
             if self._event is None:
                 self._work.wait(timedelta(seconds=timeout_s))
             else:
-                self._event.synchronize()
+                wait_done(self._event, timeout_s)
         except RuntimeError as error:
             raise PairError(_first_line(error)) from error
 
@@ -139,6 +137,8 @@ def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
 def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
     from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
 
+    # Our own deadlines give a pair up; torch's watchdog would end the whole process with it.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
     # Few channels: a pair's buffers cost memory and its kernels cost SMs that decoding needs.

@@ -31,6 +31,7 @@ from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.pair import DECODE_RANK, Pair, backend_for, host_store
 from kv_transfer.session import ReceiveSession, ReceiveState
+from kv_transfer.side_stream import SideStream, mark, wait_done
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class DecodeClient:
 
     def reserve(self, reservation: Reservation) -> None:
         """Ask the prefill peer for this KV; the outcome appears in ``take_results``."""
-        block_ids = torch.tensor(reservation.block_ids, dtype=torch.int64, device=self.pages.device)
+        block_ids = torch.tensor(reservation.block_ids, dtype=torch.int64)
         session = ReceiveSession(
             reservation.key, reservation.token_start, reservation.token_end, self.geometry
         )
@@ -221,17 +222,15 @@ class _Peer:
     # ---- peer thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._client.options.bind_this_thread()
         reason = "this worker stops"
-        control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave
-        control.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
-        control.setsockopt(zmq.IPV6, "[" in self.address)
-        monitor = control.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            control.connect(self.address)
-            self._pair = self._open(control)
-            self._loop(control, monitor)
+            with contextlib.ExitStack() as stack:
+                self._client.options.bind_this_thread()
+                stack.enter_context(SideStream(self._client.pages.device))
+                control, monitor = self._connect(stack)
+                self._pair = self._open(control)
+                stack.callback(self._pair.abort)
+                self._loop(control, monitor)
         except KvTransferError as error:
             reason = f"{self.address}: {error}"
         except Exception:  # a defect of ours: costs this pair, and is loud
@@ -239,13 +238,21 @@ class _Peer:
             reason = "internal error of the receiver"
         finally:
             self._client.forget(self, reason)
-            control.disable_monitor()
-            monitor.close()
-            control.close()
             self._wake_read.close()
             self._wake_write.close()
-            if self._pair is not None:
-                self._pair.abort()
+
+    def _connect(self, stack: contextlib.ExitStack) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """The control socket and its monitor, which tells of a lost connection."""
+        control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        stack.callback(control.close)
+        control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave
+        control.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
+        control.setsockopt(zmq.IPV6, "[" in self.address)
+        monitor = control.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        stack.callback(monitor.close)
+        stack.callback(control.disable_monitor)
+        control.connect(self.address)
+        return control, monitor
 
     def _open(self, control: zmq.Socket[bytes]) -> Pair:
         options, client = self._client.options, self._client
@@ -296,9 +303,9 @@ class _Peer:
             self._flush(control)
             if self._stopping:
                 return
-            while control.poll(0):
+            if control in ready:  # one at a time: a long stream must not hold up our PING
                 self._handle(wire.decode_to_decode(control.recv()))
-            if monitor in ready:
+            elif monitor in ready:  # after everything that it had sent
                 raise PairError("the prefill worker closed its control connection")
             self._expire(self._client.clock())
 
@@ -326,6 +333,8 @@ class _Peer:
                     transfer = client.transfers.get(message.key)
                     if transfer is not None:
                         client.fail(transfer, f"the prefill worker says: {message.reason}")
+            case wire.Refuse():
+                raise PairError(f"the prefill worker gave the pair up: {message.reason}")
             case wire.Pong():
                 pass
             case _:
@@ -362,8 +371,7 @@ class _Peer:
             transfer.scattering = True
         try:
             client.pages.scatter(header.area, transfer.block_ids, message)
-            if client.pages.device.type == "cuda":
-                torch.cuda.current_stream(client.pages.device).synchronize()
+            wait_done(mark(client.pages.device), options.transfer_timeout_s)
         finally:
             with client.lock:
                 transfer.scattering = False
@@ -385,6 +393,8 @@ class _Peer:
                 where = transfer.reservation
                 if (where.address, where.incarnation) != (self.address, self.incarnation):
                     continue
+                if transfer.first_header_at_s is None:
+                    continue  # the prefill worker answers for its queue: KV, FAIL or silence
                 if now_s - transfer.progress_at_s > options.transfer_timeout_s:
                     client.fail(transfer, "no progress (kv_transfer.transfer_timeout_s)")
                     self.post(wire.Cancel(transfer.session.key))

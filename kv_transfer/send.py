@@ -30,9 +30,11 @@ from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, backend_for, join_store
 from kv_transfer.session import SendSession, SendState
+from kv_transfer.side_stream import SideStream, mark, wait_done
 
 logger = logging.getLogger(__name__)
 
+_LINGER_MS = 500  # for the last words to the peers
 _SWEEP_S = 0.5  # resolution of the leases and reservations below, all of them seconds long
 
 
@@ -73,8 +75,9 @@ class _Peer:
     hello: wire.Hello
     last_heard_s: float
     closed: bool = False
+    pair: Pair | None = None
     keys: dict[str, None] = field(default_factory=dict)  # in order of reservation
-    thread: threading.Thread | None = None
+    thread: threading.Thread = field(init=False)
 
 
 class PrefillServer:
@@ -102,6 +105,7 @@ class PrefillServer:
         self._ended_keys: OrderedDict[str, str] = OrderedDict()  # key -> why, newest last
         self._released: set[str] = set()
         self._step: list[_Transfer] = []
+        self._computed: torch.cuda.Event | None = None  # all layers that were ever advanced
         self._peers: dict[bytes, _Peer] = {}
         self._stopping = False
         self._outgoing: deque[tuple[bytes, wire.ToDecode]] = deque()
@@ -124,12 +128,13 @@ class PrefillServer:
         """The engine starts to compute these chunks; earlier tokens of a new request are cached."""
         with self._changed:
             self._step = [t for chunk in chunks if (t := self._open(chunk)) is not None]
-            self._changed.notify_all()
 
     def layer_done(self, layers_done: int) -> None:
         """The first ``layers_done`` layers of the current step's chunks are in the cache."""
         if self._step:
+            computed = mark(self._pages.device)
             with self._changed:
+                self._computed = computed
                 for transfer in self._step:
                     transfer.session.advance(layers_done)
                 self._changed.notify_all()
@@ -168,7 +173,7 @@ class PrefillServer:
                 self._fail(transfer, "the prefill was preempted")
                 while transfer.gathering:  # one gather, milliseconds; holds the pages only
                     self._changed.wait()
-            self._settle()
+                self._settle()
 
     def take_released(self) -> set[str]:
         """Engine request ids whose blocks may be freed, each once."""
@@ -184,31 +189,39 @@ class PrefillServer:
             for transfer in self._transfers.values():
                 self._fail(transfer, "the prefill worker stops")
             self._stopping = True
+            peers = list(self._peers.values())
             self._changed.notify_all()
         self._wake()
-        self._control.join(timeout=self._options.pair_timeout_s)
+        for peer in peers:
+            if peer.pair is not None:
+                peer.pair.abort()  # wakes a sender whose peer does not take its message
+        for thread in (self._control, *(peer.thread for peer in peers)):
+            thread.join(timeout=self._options.pair_timeout_s)
 
     # ---- state, with the condition held --------------------------------------------------
 
     def _open(self, chunk: StepChunk) -> _Transfer | None:
-        transfer = self._transfers.get(chunk.key)
+        transfer, token_start = self._transfers.get(chunk.key), chunk.token_start
         if transfer is None:
-            if chunk.key in self._ended_keys:
-                return None
             session = SendSession(chunk.key, chunk.num_tokens, self._geometry, self._max_blocks)
             transfer = _Transfer(session, chunk.request_id, torch.empty(0), self._clock())
             self._transfers[chunk.key] = transfer
-            if chunk.token_start > 0:  # prefix hits never pass a layer hook: they are ready now
-                session.add_chunk(0, chunk.token_start, self._geometry.num_layers)
+            # Prefix hits leave with this step's layers, not at once: vLLM hands out a block that
+            # another request is only about to compute in this very step.
+            token_start = 0
+            if chunk.key in self._ended_keys:
+                session.cancel()  # over before it began; `finish` releases its blocks
             waiting = self._waiting.pop(chunk.key, None)
             if waiting is not None and not waiting.peer.closed:
                 self._reserve(transfer, waiting.peer, waiting.token_start, waiting.token_end)
         if transfer.session.terminal:
             return None
-        transfer.block_ids = torch.tensor(
-            chunk.block_ids, dtype=torch.int64, device=self._pages.device
-        )
-        transfer.session.add_chunk(chunk.token_start, chunk.token_end, 0)
+        transfer.block_ids = torch.tensor(chunk.block_ids, dtype=torch.int64)
+        try:
+            transfer.session.add_chunk(token_start, chunk.token_end, 0)
+        except ProtocolError as error:  # a defect; costs this transfer, not the engine
+            self._fail(transfer, str(error))
+            return None
         return transfer
 
     def _reserve(self, transfer: _Transfer, peer: _Peer, start: int, end: int) -> None:
@@ -265,6 +278,7 @@ class PrefillServer:
             self._fail(self._transfers[key], reason)
         for key in [k for k, w in self._waiting.items() if w.peer is peer]:
             del self._waiting[key]
+        self._post(peer, wire.Refuse(peer.hello.pair_id, reason))
         self._settle()
 
     def _post(self, peer: _Peer, message: wire.ToDecode) -> None:
@@ -298,7 +312,7 @@ class PrefillServer:
                 if self._clock() >= next_sweep_s:
                     next_sweep_s = self._clock() + _SWEEP_S
                     self._sweep()
-        self._router.close()
+        self._router.close(linger=_LINGER_MS)
         self._wake_read.close()
         self._wake_write.close()
 
@@ -317,6 +331,8 @@ class PrefillServer:
                     self._handle(routing_id, message)
             except ProtocolError as error:
                 logger.warning("KV control message dropped: %s", error)
+            except Exception:  # a defect of ours: costs this message, and is loud
+                logger.exception("KV control message failed")
 
     def _handle(self, routing_id: bytes, message: wire.ToPrefill) -> None:
         if isinstance(message, wire.Hello):
@@ -328,6 +344,7 @@ class PrefillServer:
             return
         peer = self._peers.get(routing_id)
         if peer is None:
+            self._outgoing.append((routing_id, wire.Refuse("", "no such pair")))
             raise ProtocolError(f"{type(message).__name__} before HELLO")
         peer.last_heard_s = self._clock()
         match message:
@@ -347,19 +364,19 @@ class PrefillServer:
     def _hello(self, routing_id: bytes, hello: wire.Hello) -> None:
         self._require_token(hello.token)
         refusal = self._refusal(hello)
-        peer = _Peer(routing_id, hello, self._clock())
         if refusal is not None:
             logger.error("KV pair refused: %s", refusal)
-            self._post(peer, wire.Refuse(hello.pair_id, refusal))
+            self._outgoing.append((routing_id, wire.Refuse(hello.pair_id, refusal)))
             return
-        if (old := self._peers.get(routing_id)) is not None:
-            self._close_peer(old, "the decode worker opened a new pair")
-        self._peers[routing_id] = peer
-        self._post(peer, wire.Welcome(hello.pair_id))
+        peer = _Peer(routing_id, hello, self._clock())
         peer.thread = threading.Thread(
             target=self._send_loop, args=(peer,), name="kv-send", daemon=True
         )
+        if (old := self._peers.get(routing_id)) is not None:
+            self._close_peer(old, "the decode worker opened a new pair")
         peer.thread.start()
+        self._peers[routing_id] = peer
+        self._post(peer, wire.Welcome(hello.pair_id))
 
     def _refusal(self, hello: wire.Hello) -> str | None:
         if hello.version != wire.PROTOCOL_VERSION:
@@ -408,21 +425,25 @@ class PrefillServer:
             ):
                 self._fail(transfer, "nobody reserved it in time (kv_transfer.reserve_timeout_s)")
         for key, waiting in list(self._waiting.items()):
-            if now_s - waiting.since_s > self._options.transfer_timeout_s:
-                self._end_unknown(key, "no such prefill came (kv_transfer.transfer_timeout_s)")
+            if now_s - waiting.since_s > self._options.prefill_timeout_s:
+                self._end_unknown(key, "no such prefill came (kv_transfer.prefill_timeout_s)")
         for peer in list(self._peers.values()):
-            if now_s - peer.last_heard_s > self._options.peer_lease_s:
+            # A peer that sets up its group does not speak; pair_timeout_s bounds that.
+            if peer.pair is not None and now_s - peer.last_heard_s > self._options.peer_lease_s:
                 self._close_peer(peer, "the decode worker went silent (kv_transfer.peer_lease_s)")
         self._settle()
 
     # ---- sender thread, one per pair -----------------------------------------------------
 
     def _send_loop(self, peer: _Peer) -> None:
-        self._options.bind_this_thread()
-        pair: Pair | None = None
         try:
+            self._options.bind_this_thread()
             pair = self._make_pair(peer)
-            self._stream(peer, pair)
+            with self._changed:
+                peer.last_heard_s = self._clock()
+                peer.pair = pair
+            with SideStream(self._pages.device) as side:
+                self._stream(peer, pair, side)
         except KvTransferError as error:
             with self._changed:
                 self._close_peer(peer, f"the pair broke: {error}")
@@ -431,8 +452,8 @@ class PrefillServer:
             with self._changed:
                 self._close_peer(peer, "internal error of the sender")
         finally:
-            if pair is not None:
-                pair.abort()
+            if peer.pair is not None:
+                peer.pair.abort()
 
     def _make_pair(self, peer: _Peer) -> Pair:
         hello, timeout_s = peer.hello, self._options.pair_timeout_s
@@ -441,7 +462,7 @@ class PrefillServer:
             store, hello.pair_id, PREFILL_RANK, self._pages.device, self._options.host, timeout_s
         )
 
-    def _stream(self, peer: _Peer, pair: Pair) -> None:
+    def _stream(self, peer: _Peer, pair: Pair, side: SideStream) -> None:
         block_elements = self._geometry.block_bytes // self._geometry.item_bytes
         staging = [
             torch.empty(
@@ -462,18 +483,22 @@ class PrefillServer:
                     self._changed.wait()
                 if peer.closed or self._stopping:
                     return
+                computed = self._computed
             if job is None:
                 transfer, area, work, buffer = in_flight.popleft()
                 work.wait(self._options.transfer_timeout_s)
                 staging.append(buffer)
                 with self._changed:
                     transfer.session.message_sent(area)
+                    peer.last_heard_s = self._clock()  # it took the message
                 continue
             transfer, area = job
             buffer = staging.pop()
             message = buffer[: area.num_blocks * block_elements]
             try:
+                side.after(computed)
                 self._pages.gather(area, transfer.block_ids, message)
+                wait_done(mark(self._pages.device), self._options.transfer_timeout_s)
             finally:
                 with self._changed:
                     transfer.gathering = False

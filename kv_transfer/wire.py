@@ -42,6 +42,8 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
 
 
 class Refuse(msgspec.Struct, tag="refuse", frozen=True):
+    """No pair, or no longer: D must open a new one."""
+
     pair_id: str
     reason: str
 
@@ -128,5 +130,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
         raise ProtocolError(f"control frame of {len(frame)} bytes, {MAX_FRAME_BYTES} allowed")
     try:
         return decoder.decode(frame)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a control message: {error}") from error

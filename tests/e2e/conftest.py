@@ -129,6 +129,11 @@ CASES = [
     Case("many chunks", random_prompt(1100, 9)),
     *(Case(f"batch {index}", random_prompt(40 + 37 * index, 20 + index)) for index in range(8)),
 ]
+# 640 tokens are five whole blocks, and two and a half steps of a prefill worker.
+SHARED_PREFIX = [
+    Case(f"shared {index}", random_prompt(640, 90) + random_prompt(20, 91 + index))
+    for index in range(4)
+]
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +148,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference(config_file: Path) -> dict[str, list[int]]:
     """What an aggregated vLLM answers, by the name of the case."""
-    answers = greedy(config_file, [case.prompt for case in CASES], MAX_TOKENS)
-    return {case.name: answer for case, answer in zip(CASES, answers, strict=True)}
+    cases = CASES + SHARED_PREFIX
+    answers = greedy(config_file, [case.prompt for case in cases], MAX_TOKENS)
+    return {case.name: answer for case, answer in zip(cases, answers, strict=True)}
 
 
 @pytest.fixture(scope="session")

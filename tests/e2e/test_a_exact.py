@@ -11,7 +11,14 @@ import pytest
 import baton
 from cluster.config import load_config
 from cluster.model import resolve_model
-from tests.e2e.conftest import CASES, MAX_TOKENS, Case, RunningCluster, random_prompt
+from tests.e2e.conftest import (
+    CASES,
+    MAX_TOKENS,
+    SHARED_PREFIX,
+    Case,
+    RunningCluster,
+    random_prompt,
+)
 
 BLOCK_TOKENS = 128
 
@@ -119,6 +126,16 @@ def test_eight_at_once_and_cold(cluster: RunningCluster) -> None:
         together = list(pool.map(lambda prompt: ask(cluster, prompt), prompts))
     for prompt, answer in zip(prompts, together, strict=True):
         assert ask(cluster, prompt).token_ids == answer.token_ids
+
+
+def test_a_cold_prefix_shared_by_prompts_at_once(
+    cluster: RunningCluster, reference: dict[str, list[int]]
+) -> None:
+    """A prompt may hit blocks that another one of the same step is only about to compute."""
+    with ThreadPoolExecutor(len(SHARED_PREFIX)) as pool:
+        answers = list(pool.map(lambda case: ask(cluster, case.prompt), SHARED_PREFIX))
+    for case, answer in zip(SHARED_PREFIX, answers, strict=True):
+        assert list(answer.token_ids) == reference[case.name], case.name
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ OPTIONS = TransferOptions(
     staging_buffers=2,
     pair_timeout_s=5,
     reserve_timeout_s=30,
+    prefill_timeout_s=30,
     transfer_timeout_s=30,
     peer_lease_s=3,
     max_pairs=8,

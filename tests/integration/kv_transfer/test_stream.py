@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +16,9 @@ import torch
 import zmq
 
 from kv_transfer import wire
+from kv_transfer.pages import KvPages
 from kv_transfer.release import Releaser
+from kv_transfer.send import StepChunk
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,
@@ -111,9 +115,49 @@ def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
             prefill.server.finish(key, 42, computed=False)
             if moment == "after":
                 assert not decode.result(key).complete
-            if moment != "before the prefill":  # that one was refused before it took blocks
-                prefill.wait_released(key)
+            prefill.wait_released(key)
         assert not decode.client.transfers
+
+
+def test_released_before_the_first_step_frees_what_the_step_took() -> None:
+    """A release overtakes the engine: the step that takes the blocks is planned already."""
+    with stream() as (prefill, decode):
+        owner = Releaser((prefill.server.address,), OPTIONS.token)
+        try:
+            owner.release("r#1")
+            wait_until(lambda: "r#1" in prefill.server._ended_keys, what="the release has arrived")
+            decode.reserve(prefill, "r#1", [5, 6], 0, 20)
+            prefill.compute("r#1", [1, 2], 20)
+            prefill.server.finish("r#1", 42, computed=True)
+            prefill.wait_released("r#1")
+            assert not decode.result("r#1").complete
+        finally:
+            owner.close()
+
+
+def test_prefix_hits_wait_for_the_layers_of_the_step_that_found_them() -> None:
+    """vLLM hits blocks that another request of the same step is only about to compute."""
+    with stream() as (prefill, decode):
+        blocks, target = [1, 2, 3], [11, 12, 13]
+        decode.reserve(prefill, "r#1", target, 0, 40)
+        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
+        prefill.server.begin_step([StepChunk("r#1", "engine-r#1", (1, 2, 3), 32, 40, 40)])
+        wait_until(
+            lambda: all(peer.pair is not None for peer in prefill.server._peers.values()),
+            what="the pair is made",
+        )
+        for layer in range(LAYERS):
+            assert prefill.server._transfers["r#1"].session.next_message() is None
+            prefill.caches[layer][blocks] += 1  # the step computes the layer
+            prefill.server.layer_done(layer + 1)
+            wait_until(
+                lambda layer=layer: decode.client.transfers["r#1"].session._arrived[layer] == 3,  # type: ignore[misc]
+                what="the layer has arrived",
+            )
+        prefill.server.end_step()
+        prefill.server.finish("r#1", 42, computed=True)
+        assert decode.result("r#1").complete
+        assert same_blocks(prefill.caches, blocks, decode.caches, target)
 
 
 def test_cancel_without_a_reservation_frees_prefill() -> None:
@@ -210,6 +254,8 @@ def test_random_bytes_on_the_control_channel_disturb_nobody() -> None:
     with stream() as (prefill, decode), stranger:
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(prefill.server.address)
+        nested = b"\x82\xa4type\xa4ping\xa1x" + b"\x91" * 60_000 + b"\xc0"
+        stranger.send(nested)
         for _ in range(200):
             stranger.send_multipart([rng.randbytes(rng.randrange(0, 50))] * rng.randrange(1, 4))
             stranger.send(wire.encode(wire.Reserve("r#1", 0, 9)))
@@ -278,6 +324,38 @@ def test_a_second_prefill_and_decode_pair_up_while_the_first_work() -> None:
         finally:
             d2.client.stop()
             p2.server.stop()
+
+
+def test_a_peer_that_was_given_up_is_told_and_comes_back() -> None:
+    """Else its next requests would wait for its lease to run out."""
+    with stream() as (prefill, decode):
+        decode.reserve(prefill, "r#1", [5], 0, 9)
+        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
+        (peer,) = prefill.server._peers.values()
+        with prefill.server._changed:
+            prefill.server._close_peer(peer, "given up")
+        assert not decode.result("r#1").complete
+        decode.reserve(prefill, "s#1", [5], 0, 9)
+        prefill.compute("s#1", [1], 9)
+        prefill.server.finish("s#1", 42, computed=True)
+        assert decode.result("s#1").complete
+
+
+def test_a_stream_longer_than_the_lease_keeps_its_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that never stop coming must not keep the receiver from its PING."""
+    scatter = KvPages.scatter
+
+    def slow_scatter(self: KvPages, *args: Any) -> None:
+        threading.Event().wait(0.05)
+        scatter(self, *args)
+
+    monkeypatch.setattr(KvPages, "scatter", slow_scatter)
+    with stream(peer_lease_s=1.5) as (prefill, decode):
+        tokens = 40 * BLOCK_TOKENS  # in 56 messages
+        decode.reserve(prefill, "r#1", list(range(20, 60)), 0, tokens)
+        prefill.compute("r#1", list(range(40)), tokens)
+        prefill.server.finish("r#1", 42, computed=True)
+        assert decode.result("r#1").complete
 
 
 def test_more_transfers_than_the_bound_are_failed_not_queued() -> None:

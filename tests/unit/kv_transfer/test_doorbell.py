@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from uuid import uuid4
 
 import pytest
@@ -20,30 +21,26 @@ def name() -> str:
 
 @pytest.mark.timeout(10)
 def test_a_ring_ends_the_nap(name: str) -> None:
-    bell = Doorbell(name)
-    thread = threading.Timer(0.02, DoorbellButton(name).ring)
-    thread.start()
-    bell.nap(LONG_S)
-    thread.join()
-    bell.close()
+    with closing(Doorbell(name)) as bell, closing(DoorbellButton(name)) as button:
+        thread = threading.Timer(0.02, button.ring)
+        thread.start()
+        bell.nap(LONG_S)
+        thread.join()
 
 
 @pytest.mark.timeout(10)
 def test_rings_before_the_nap_count_once(name: str) -> None:
-    bell = Doorbell(name)
-    button = DoorbellButton(name)
-    for _ in range(5000):  # more than the socket holds: none of them blocks
-        button.ring()
-    bell.nap(LONG_S)
-    began_s = time.monotonic()
-    bell.nap(0.05)
-    assert time.monotonic() - began_s >= 0.05
-    bell.close()
+    with closing(Doorbell(name)) as bell, closing(DoorbellButton(name)) as button:
+        for _ in range(5000):  # more than the socket holds: none of them blocks
+            button.ring()
+        bell.nap(LONG_S)
+        began_s = time.monotonic()
+        bell.nap(0.05)
+        assert time.monotonic() - began_s >= 0.05
 
 
 def test_ringing_where_nobody_listens_is_harmless(name: str) -> None:
-    button = DoorbellButton(name)
-    button.ring()
-    bell = Doorbell(name)
-    bell.close()
-    button.ring()
+    with closing(DoorbellButton(name)) as button:
+        button.ring()
+        Doorbell(name).close()
+        button.ring()

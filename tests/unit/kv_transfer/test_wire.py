@@ -62,3 +62,9 @@ def test_a_damaged_frame_is_refused_or_a_valid_message(data: st.DataObject) -> N
 def test_an_oversized_frame_is_refused_unread() -> None:
     with pytest.raises(ProtocolError, match="allowed"):
         wire.decode_to_prefill(bytes(wire.MAX_FRAME_BYTES + 1))
+
+
+def test_deep_nesting_is_a_malformed_frame() -> None:
+    nested = b"\x82\xa4type\xa4ping\xa1x" + b"\x91" * 60_000 + b"\xc0"
+    with pytest.raises(ProtocolError, match="not a control message"):
+        wire.decode_to_prefill(nested)
