@@ -18,8 +18,6 @@ from cluster.errors import BatonError, ConfigError
 from cluster.run_dir import ClusterState, is_held, read_state
 from cluster.types import Pool
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -51,7 +49,6 @@ def _up(options: argparse.Namespace) -> int:
         cluster = Cluster(config, progress.step, signals)
         try:
             cluster.start()
-            signals.install()  # Ray may have set its own
             progress.done()
             _say(f"ready: gRPC at {cluster.address}; Ctrl-C stops it")
             cluster.watch(_say)
@@ -125,8 +122,14 @@ def _running(config: Config) -> ClusterState:
     base, name = config.cluster.run_path, config.cluster.name
     state = read_state(base, name)
     if state is None or not is_held(base, name):
-        raise ConfigError(f"no cluster named {name!r} is running; start one with: baton up")
+        raise _not_running(config)
     return state
+
+
+def _not_running(config: Config) -> ConfigError:
+    return ConfigError(
+        f"no cluster named {config.cluster.name!r} is running; start one with: baton up"
+    )
 
 
 def _address(options: argparse.Namespace) -> str:
@@ -134,8 +137,15 @@ def _address(options: argparse.Namespace) -> str:
         address: str = options.address
         return address
     config = _load(options)
-    state = read_state(config.cluster.run_path, config.cluster.name)
-    return DEFAULT_ADDRESS if state is None else state.address
+    try:
+        state = read_state(config.cluster.run_path, config.cluster.name)
+    except ConfigError:  # the cluster may be another user's, or on another machine
+        state = None
+    if state is not None:
+        return state.address
+    if config.router.port == 0:
+        raise _not_running(config)
+    return config.router_address
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,7 +191,9 @@ def _command(commands: Any, name: str, run: Command, about: str) -> argparse.Arg
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", metavar="HOST:PORT", help=f"default: {DEFAULT_ADDRESS}")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="default: the cluster's, or as configured"
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     parser.add_argument("--top-p", type=float, metavar="P")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -31,10 +32,17 @@ from cluster.types import Pool
 KIB = 1024
 MIB = 1024 * KIB
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+# Strict: a quoted number, or a yes or no, stands where somebody meant something else.
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
 HostName = Annotated[str, Field(min_length=1, pattern=r"^[^\s/]+$")]
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number of bytes, not {value}")
+    return value
 
 
 def _check_size(size: ByteSize) -> ByteSize:
@@ -43,7 +51,8 @@ def _check_size(size: ByteSize) -> ByteSize:
     return size
 
 
-Size = Annotated[ByteSize, AfterValidator(_check_size)]  # bytes; "1 MiB" is understood
+# Bytes; "1 MiB" is understood.
+Size = Annotated[ByteSize, BeforeValidator(_refuse_bool), AfterValidator(_check_size)]
 
 
 class _Section(BaseModel):
@@ -129,6 +138,7 @@ class RouterConfig(_Section):
     port: Port = Field(default=50051, description="gRPC port; 0 takes a free one.")
     max_message_bytes: Size = Field(
         default=ByteSize(4 * MIB),
+        le=2**31 - 1,  # gRPC counts in 32 bits
         description="Largest gRPC message accepted, bytes; bounds a request's memory.",
     )
     max_concurrent: Count = Field(
@@ -137,6 +147,7 @@ class RouterConfig(_Section):
     max_queue: int = Field(
         default=256,
         ge=0,
+        strict=True,
         description="Requests waiting to be dispatched; beyond it they are refused at once.",
     )
     queue_timeout_s: Seconds = Field(
@@ -175,12 +186,15 @@ class PoolConfig(_Section):
         default=8, description="Workers that this pool may grow to; bounds connections."
     )
     tensor_parallel_size: Count = Field(
-        default=1, description="GPUs (or CPU groups) over which one worker splits the model."
+        default=1,
+        description="GPUs (or CPU groups) over which one worker splits the model; the same in "
+        "both pools.",
     )
     num_gpus_per_replica: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
+        strict=True,
         description="GPUs that Ray reserves per worker; below 1, workers share one. "
         "Default: tensor_parallel_size where there is CUDA, else 0.",
     )
@@ -253,9 +267,14 @@ class KvTransferConfig(_Section):
         default=60,
         description="Seconds that a prefill worker holds KV which no decode worker has reserved.",
     )
+    prefill_timeout_s: Seconds = Field(
+        default=600,
+        description="Seconds that a decode worker's reservation waits for its prefill to begin, "
+        "which includes the time in the prefill worker's queue.",
+    )
     transfer_timeout_s: Seconds = Field(
         default=60,
-        description="Seconds without progress until a decode worker gives a transfer up.",
+        description="Seconds without progress until a transfer that has begun is given up.",
     )
     max_pairs: Count = Field(
         default=64,
@@ -315,10 +334,26 @@ class Config(_Section):
     )
     redis: RedisConfig = Field(default=RedisConfig(), description="The registry's store.")
 
+    @model_validator(mode="after")
+    def _ranks_pair_up(self) -> Self:
+        prefill, decode = self.prefill.tensor_parallel_size, self.decode.tensor_parallel_size
+        if prefill != decode:
+            raise ValueError(
+                f"prefill.tensor_parallel_size {prefill} and decode.tensor_parallel_size {decode} "
+                "must be equal: KV is not mapped between unlike tensor-parallel sizes yet"
+            )
+        return self
+
     @property
     def router_host(self) -> str:
         """The address that the router listens on."""
         return self.router.host or self.cluster.host
+
+    @property
+    def router_address(self) -> str:
+        """The router's "host:port"; port 0 if only its start will tell."""
+        host = f"[{self.router_host}]" if ":" in self.router_host else self.router_host
+        return f"{host}:{self.router.port}"
 
     def pool(self, pool: Pool) -> PoolConfig:
         """The configuration of one pool."""

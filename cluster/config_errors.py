@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from cluster.engine_args import ENGINE_ARGS
+
+# Up to the last @: a password may hold one. In a query, redis-py takes it as well.
+_USERINFO = re.compile(r"://.*@")
+_QUERY_PASSWORD = re.compile(r"(password=)[^&\s'\"]*")
+
+
+def without_passwords(text: str) -> str:
+    """``text`` without what addresses in it tell about users and passwords."""
+    return _QUERY_PASSWORD.sub(r"\1…", _USERINFO.sub("://…@", text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -29,7 +39,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for each thing that is wrong: where, what, and what to write instead."""
-    return "\n".join(_describe_one(entry, model) for entry in error.errors())
+    return "\n".join(without_passwords(_describe_one(entry, model)) for entry in error.errors())
 
 
 def _describe_one(entry: Any, model: type[BaseModel]) -> str:

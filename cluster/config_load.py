@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,28 @@ from cluster.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML takes the last of two equal keys in silence; we do not."""
+    """YAML takes the last of two equal keys in silence; we do not.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is there twice", key_node.start_mark
+    Looked for as each mapping is read: later ones merged into it (<<) bring keys of their own.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(
+                    None,
+                    None,
+                    "a key must be a plain value; {{ }} is a template that was not filled in",
+                    key.start_mark,
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 def read_raw(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,13 +56,25 @@ def _read(path: Path) -> dict[str, Any]:
         raw = yaml.load(path.read_text(), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        # Not its own text: that quotes the line, which may hold a password.
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: is not YAML: {where}{error.problem}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold sections such as router:, not {type(raw).__name__}")
-    return {str(key): {} if value is None else value for key, value in raw.items()}
+    return {str(key): _section(value) for key, value in raw.items()}
+
+
+def _section(value: Any) -> Any:
+    """An empty section is None in YAML, and an alias the same object as what it refers to."""
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, dict) else value
 
 
 def _put(raw: dict[str, Any], parts: Sequence[str], value: Any, dotted: str) -> None:
@@ -67,7 +90,8 @@ def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
     """Where a pool says nothing, share the cores evenly among all first replicas.
 
     Two engines on the same cores slow each other down several times, so leaving the
-    choice to each engine is no default. The router and Ray keep a core if there is one.
+    choice to each engine is no default, and cores that the other pool names are left to it
+    as long as there are others. The router and Ray keep a core if there is one.
     """
     pools = [raw.setdefault(name, {}) for name in ("prefill", "decode")]
     if not all(isinstance(pool, dict) for pool in pools):
@@ -75,10 +99,24 @@ def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
     sizes = [(pool.get("replicas", 1), pool.get("tensor_parallel_size", 1)) for pool in pools]
     if not all(isinstance(size, int) and 1 <= size <= 1024 for pair in sizes for size in pair):
         return
-    ranks = iter(share_cores(cores, sum(replicas * ranks for replicas, ranks in sizes)))
-    for pool, (replicas, ranks_each) in zip(pools, sizes, strict=True):
-        own = ["|".join(next(ranks) for _ in range(ranks_each)) for _ in range(replicas)]
+    named = [_named_cores(pool.get("cpu_binding")) for pool in pools]
+    open_pools = [each for each in zip(pools, sizes, named, strict=True) if not each[2]]
+    if not open_pools:
+        return
+    taken = [span for spans in named for span in spans]
+    free = [core for core in cores if not any(low <= core <= high for low, high in taken)]
+    wanted = sum(replicas * ranks for _, (replicas, ranks), _ in open_pools)
+    shares = iter(share_cores(free or cores, wanted))
+    for pool, (replicas, ranks), _ in open_pools:
+        own = ["|".join(next(shares) for _ in range(ranks)) for _ in range(replicas)]
         pool.setdefault("cpu_binding", own)
+
+
+def _named_cores(binding: Any) -> list[tuple[int, int]]:
+    """First and last core of each part of a pool's bindings; not checked yet."""
+    lists = binding if isinstance(binding, list | tuple) else ()
+    parts = re.findall(r"(\d+)(?:-(\d+))?", " ".join(map(str, lists)))
+    return [(int(low), int(high or low)) for low, high in parts]
 
 
 def share_cores(cores: Sequence[int], ranks: int) -> list[str]:

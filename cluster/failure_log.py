@@ -14,6 +14,10 @@ def keep_logs(name: str, logs: Sequence[Path]) -> Path:
 
     One file per cluster name, in $XDG_STATE_HOME/baton (default ~/.local/state/baton); the
     next failure replaces it.
+
+    Raises:
+        OSError: it cannot be written, or a log cannot be read.
+        RuntimeError: this user has no home folder.
     """
     base = os.environ.get("XDG_STATE_HOME")
     folder = (Path(base) if base else Path.home() / ".local" / "state") / "baton"

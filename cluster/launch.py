@@ -77,9 +77,7 @@ class Cluster:
     @property
     def address(self) -> str:
         """The router's "host:port"."""
-        host = self.config.router_host
-        host = f"[{host}]" if ":" in host else host
-        return f"{host}:{self.config.router.port}"
+        return self.config.router_address
 
     def start(self) -> None:
         """Return when the router serves and all workers are ready.
@@ -105,6 +103,7 @@ class Cluster:
 
         Raises:
             ConfigError: ``replicas`` is out of the pool's bounds.
+            UnavailableError: Ray Serve does not answer.
         """
         limit = self.config.pool(pool).max_replicas
         if not 1 <= replicas <= limit:
@@ -117,15 +116,23 @@ class Cluster:
         """Wait until the wanted workers are ready and the router serves; see ``start``."""
         timeout_s = self.config.cluster.start_timeout_s
         deadline_s = time.monotonic() + timeout_s
-        while not self._is_ready():
+        while True:
             self._check_signal()
-            self._check_failures()
+            try:
+                if self._is_ready():
+                    return
+                self._check_failures()
+                waiting_for = self._waiting_for()
+            except UnavailableError as error:  # a store that hiccups may answer the next time
+                waiting_for = str(error)
+                if self._valkey is not None:
+                    self._valkey.ensure_running()
             if time.monotonic() > deadline_s:
                 raise InternalError(
-                    f"the cluster is not ready after {timeout_s:.0f} s: {self._census()}; "
+                    f"the cluster is not ready after {timeout_s:.0f} s: {waiting_for}; "
                     f"{self._where_logs_are()}"
                 )
-            self._progress(self._waiting_for())
+            self._progress(waiting_for)
             time.sleep(_POLL_S)
 
     def watch(self, say: Callable[[str], None]) -> None:
@@ -158,14 +165,16 @@ class Cluster:
 
         Running requests get ``cluster.stop_grace_s``, less if the signal says hurry.
         """
-        if self._run is not None:
-            with suppress(ConfigError, OSError):
-                self._run.set_phase("stopping")
-        if graceful and self._runtime is not None and self._runtime.is_alive():
-            self._drain(self._runtime)
-        self._runtime = None
-        self._run = None
-        self._stack.close()
+        try:
+            if self._run is not None:
+                with suppress(ConfigError, OSError):
+                    self._run.set_phase("stopping")
+            if graceful and self._runtime is not None and self._runtime.is_alive():
+                self._drain(self._runtime)
+        finally:  # also after a Ctrl-C while draining
+            self._runtime = None
+            self._run = None
+            self._stack.close()
 
     def __enter__(self) -> Self:
         with Signals() as signals:
@@ -195,7 +204,7 @@ class Cluster:
         self._choose_port()
         cluster_id = uuid.uuid4().hex
         reaper = Reaper(cluster_id, run.folders, run.lock_file, run.lock_fd)
-        self._stack.callback(self._finish, reaper)
+        self._stack.callback(self._finish, reaper, run)
         self._run = run
         self._write_state(cluster_id, served_name="", redis_url="")
         path = self.config.model.path
@@ -215,14 +224,19 @@ class Cluster:
 
     def _choose_port(self) -> None:
         host, port = self.config.router_host, self.config.router.port
+        host_field = "cluster.host" if self.config.router.host is None else "router.host"
         if port == 0:  # fixed from here on, so that a restarted router comes back to it
-            port = free_port(host)
-        check_port_is_free(host, port)
+            port = free_port(host, host_field)
+        check_port_is_free(host, port, host_field)
         router = self.config.router.model_copy(update={"port": port})
         self.config = self.config.model_copy(update={"router": router})
 
     def _resolve_model(self) -> ResolvedModel:
-        model = resolve_model(self.config.model, self._progress)
+        def progress(line: str) -> None:
+            self._check_signal()
+            self._progress(line)
+
+        model = resolve_model(self.config.model, progress)
         found = self.config.model.model_copy(
             update={"path": str(model.path), "served_name": model.served_name}
         )
@@ -254,6 +268,7 @@ class Cluster:
                 "choose another cluster.name, or wait until their leases end"
             )
         self._await(orders.take_failures())  # of an earlier start
+        self._await(orders.take_scale())  # for a cluster that died before it looked
         return url
 
     def _start_ray(self, run: RunDir, model: ResolvedModel, redis_url: str) -> None:
@@ -314,11 +329,8 @@ class Cluster:
         ready = self._ready()
         if all(ready[pool] == wanted for pool, wanted in self._wanted.items()):
             return "waiting for the router"
-        return f"starting the workers: {self._census()}"
-
-    def _census(self) -> str:
-        ready = self._ready()
-        return ", ".join(f"{pool} {ready[pool]} of {self._wanted[pool]} ready" for pool in Pool)
+        census = ", ".join(f"{pool} {ready[pool]} of {self._wanted[pool]} ready" for pool in Pool)
+        return f"starting the workers: {census}"
 
     def _check_signal(self) -> None:
         if self._signal.requested:
@@ -344,7 +356,10 @@ class Cluster:
     def _where_logs_are(self) -> str:
         """Save the workers' logs, which go with the run folder, and say where."""
         assert self._runtime is not None
-        return f"logs: {keep_logs(self.config.cluster.name, self._runtime.worker_logs())}"
+        try:
+            return f"logs: {keep_logs(self.config.cluster.name, self._runtime.worker_logs())}"
+        except (OSError, RuntimeError) as error:  # what failed matters more than that
+            return f"logs could not be kept: {error}"
 
     def _carry_out_orders(self, say: Callable[[str], None]) -> None:
         assert self._orders is not None
@@ -352,7 +367,7 @@ class Cluster:
             say(f"scaling {pool} from {self._wanted[pool]} to {replicas}")
             try:
                 self.scale(pool, replicas)
-            except ConfigError as error:
+            except (ConfigError, UnavailableError) as error:
                 say(str(error))
         for failure in self._await(self._orders.take_failures()):
             say(f"the {failure.part} could not start: {failure.message}; trying again")
@@ -388,8 +403,10 @@ class Cluster:
         for error in errors:
             self._progress(f"not in good order: {type(error).__name__}: {error}")
 
-    def _finish(self, reaper: Reaper) -> None:
+    def _finish(self, reaper: Reaper, run: RunDir) -> None:
         if not reaper.finish():
+            if reaper.is_at_work():
+                run.leave_to_reaper()
             self._progress("some processes of the cluster resist being killed")
 
     def _await(self, call: Coroutine[Any, Any, T]) -> T:

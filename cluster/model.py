@@ -66,7 +66,8 @@ def resolve_model(model: ModelConfig, progress: Progress) -> ResolvedModel:
     """Find the model, unpacking the embedded one at first use (about 20 s, 300 MB).
 
     Args:
-        progress: called with a short line now and then during a step that takes long.
+        progress: called with a short line about every second during a step that takes long;
+            what it raises ends the step.
 
     Raises:
         ConfigError: the model is not there, or could not be unpacked.
@@ -85,9 +86,14 @@ def resolve_model(model: ModelConfig, progress: Progress) -> ResolvedModel:
 
 
 def cache_dir() -> Path:
-    """Where unpacked models are kept."""
+    """Where unpacked models are kept. Raises ConfigError if this user has no home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "baton"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "baton"
+    except RuntimeError:
+        raise ConfigError(
+            "this user has no home folder to unpack models in: set HOME or XDG_CACHE_HOME"
+        ) from None
 
 
 def _check_folder(folder: Path) -> Path:
@@ -149,7 +155,6 @@ def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[Non
     """Hold a lock file; the kernel lets go of it when this process dies."""
     deadline_s = time.monotonic() + timeout_s
     with lock.open("w") as file:
-        announced = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,9 +165,7 @@ def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[Non
                         f"model.path: another process has held {lock} for {timeout_s:.0f} s "
                         "(model.prepare_timeout_s)"
                     ) from None
-            if not announced:
-                progress("another process unpacks the embedded model; waiting for it")
-                announced = True
+            progress("another process unpacks the embedded model; waiting for it")
             time.sleep(_LOCK_POLL_S)
         yield
 
@@ -189,6 +192,8 @@ def _convert(gguf: Path, target: Path, timeout_s: float, progress: Progress) -> 
 def run_with_progress(command: Sequence[str], timeout_s: float, progress: Progress) -> None:
     """Run a command that reports progress and ends itself when its stdin ends.
 
+    Whatever ``progress`` raises ends the command, too.
+
     Raises:
         ConfigError: it failed, with its last lines, or took longer than ``timeout_s``.
     """
@@ -199,6 +204,7 @@ def run_with_progress(command: Sequence[str], timeout_s: float, progress: Progre
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,  # Ctrl-C in a terminal is for us, who end it in good order
     ) as process:
         late = threading.Timer(timeout_s, process.kill)
         late.daemon = True

@@ -14,7 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-_HEARTBEAT_S = 5.0
+_HEARTBEAT_S = 1.0  # the parent looks at its signals with each line
+
+_step = "starting"
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -24,7 +26,7 @@ def convert(gguf: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _say(f"unpacking {gguf.name} (once; about 20 s)")
+    _say(f"unpacking {gguf.name} (once; about 20 seconds)")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -48,6 +50,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _say(text: str) -> None:
+    global _step
+    _step = text
     print(f"progress: {text}", flush=True)
 
 
@@ -61,7 +65,7 @@ def _tick() -> None:
     began_s = time.monotonic()
     while True:
         time.sleep(_HEARTBEAT_S)
-        _say(f"still unpacking, {time.monotonic() - began_s:.0f} s")
+        print(f"progress: {_step}, {time.monotonic() - began_s:.0f} s", flush=True)
 
 
 def main() -> None:

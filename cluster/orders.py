@@ -8,6 +8,7 @@ Each key is read once and expires on its own, so nothing is left when nobody rea
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +22,8 @@ ROUTER = "router"  # the part of a cluster that is no pool
 _PARTS = (*Pool, ROUTER)
 
 _ORDER_MS = 60_000  # an order that no launcher took by then is dropped
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,18 @@ class Orders:
         )
 
     async def take_scale(self) -> dict[Pool, int]:
-        """The orders given since the last call."""
+        """The orders given since the last call. What is none, is logged and dropped."""
         found = await self._client.execute(
             *(("GETDEL", f"{self._prefix}:scale:{pool}") for pool in Pool)
         )
-        return {
-            pool: int(value) for pool, value in zip(Pool, found, strict=True) if value is not None
-        }
+        orders = {}
+        for pool, value in zip(Pool, found, strict=True):
+            try:
+                if value is not None:
+                    orders[pool] = int(value)
+            except ValueError:
+                _log.warning("dropped an order to scale %s to %r, which is no number", pool, value)
+        return orders
 
     async def report_failure(self, failure: StartFailure) -> None:
         """Say why a part could not start."""
@@ -67,13 +75,18 @@ class Orders:
         )
 
     async def take_failures(self) -> tuple[StartFailure, ...]:
-        """The failures reported since the last call, one per part at most."""
+        """The failures reported since the last call, one per part at most; as ``take_scale``."""
         found = await self._client.execute(
             *(("GETDEL", f"{self._prefix}:failure:{part}") for part in _PARTS)
         )
-        return tuple(
-            msgspec.json.decode(value, type=StartFailure) for value in found if value is not None
-        )
+        failures = []
+        for part, value in zip(_PARTS, found, strict=True):
+            try:
+                if value is not None:
+                    failures.append(msgspec.json.decode(value, type=StartFailure))
+            except msgspec.MsgspecError:
+                _log.warning("dropped a failure of %s that cannot be read: %r", part, value)
+        return tuple(failures)
 
     async def close(self) -> None:
         """Disconnect. Idempotent."""

@@ -8,21 +8,24 @@ import socket
 from cluster.errors import ConfigError
 
 
-def free_port(host: str) -> int:
+def free_port(host: str, host_field: str = "cluster.host") -> int:
     """A port that nobody listens on now; somebody else may take it before the caller does.
+
+    Args:
+        host_field: where the configuration says ``host``, for the error.
 
     Raises:
         ConfigError: ``host`` is not an address of this machine.
     """
-    return _try_bind(host, 0, "cluster.host")
+    return _try_bind(host, 0, host_field, host_field)
 
 
-def check_port_is_free(host: str, port: int) -> None:
+def check_port_is_free(host: str, port: int, host_field: str = "cluster.host") -> None:
     """Raises ConfigError if ``router.port`` is taken, or ``host`` is not of this machine."""
-    _try_bind(host, port, "router.port")
+    _try_bind(host, port, host_field, "router.port")
 
 
-def _try_bind(host: str, port: int, field: str) -> int:
+def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -35,7 +38,7 @@ def _try_bind(host: str, port: int, field: str) -> int:
             bound: int = probe.getsockname()[1]
             return bound
     except socket.gaierror as error:
-        raise ConfigError(f"cluster.host: {host!r} cannot be resolved: {error.strerror}") from None
+        raise ConfigError(f"{host_field}: {host!r} cannot be resolved: {error.strerror}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
@@ -43,5 +46,5 @@ def _try_bind(host: str, port: int, field: str) -> int:
                 "stop it, or choose another port"
             ) from None
         if error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigError(f"cluster.host: {host} is not an address of this machine") from None
+            raise ConfigError(f"{host_field}: {host} is not an address of this machine") from None
         raise ConfigError(f"{field}: cannot listen on {host}:{port}: {error.strerror}") from None

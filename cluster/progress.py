@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, TextIO
 
@@ -85,5 +86,6 @@ class Progress:
             self._step = None
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        with suppress(OSError):  # nobody reads it any more, which must not stop what it is about
+            self._out.write(text)
+            self._out.flush()

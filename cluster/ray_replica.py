@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve._private import replica as serve_replica
+
+from cluster.config import Config
+from cluster.environment import is_loopback
 
 
 def local_slot() -> int:
@@ -13,6 +17,19 @@ def local_slot() -> int:
     of the one that it replaces."""
     slot: int = serve.get_replica_context().rank.local_rank
     return slot
+
+
+def on_this_node(config: Config) -> Config:
+    """``config`` for a replica that Ray may have put on another machine than the head.
+
+    ``cluster.host`` is the head's address; others must bind, and tell others, their own. On
+    loopback there is one machine only.
+    """
+    if is_loopback(config.cluster.host):
+        return config
+    host = ray.util.get_node_ip_address()
+    cluster = config.cluster.model_copy(update={"host": host})
+    return config.model_copy(update={"cluster": cluster})
 
 
 def bind_internal_server(host: str) -> None:

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from cluster.config import Config
-from cluster.errors import InternalError
+from cluster.errors import InternalError, UnavailableError
 from cluster.serve_app import DEPLOYMENTS, ROUTER
 from cluster.types import Pool
 
@@ -54,7 +60,7 @@ class RayRuntime:
         """Start Ray and Serve, without Serve's HTTP proxy. Takes some seconds.
 
         Must be called from the main thread: the kernel ends Ray's processes with the thread
-        that started them.
+        that started them. Signals stay with the handlers that they have.
 
         Raises:
             InternalError: Ray does not start.
@@ -87,13 +93,20 @@ class RayRuntime:
         return lines[-1].strip() if lines else "Ray Serve gives no reason"
 
     def scale(self, pool: Pool, replicas: int) -> None:
-        """Change a pool's number of replicas; those that stay are not touched."""
-        controller = _get_global_client()._controller
+        """Change a pool's number of replicas; those that stay are not touched.
+
+        Raises:
+            UnavailableError: Serve's controller is gone, or hangs.
+        """
         deployment = DeploymentID(name=DEPLOYMENTS[pool], app_name=APP)
-        ray.get(
-            controller.update_deployment_replicas.remote(deployment, replicas),
-            timeout=_CALL_TIMEOUT_S,
-        )
+        try:
+            controller = _get_global_client()._controller
+            ray.get(
+                controller.update_deployment_replicas.remote(deployment, replicas),
+                timeout=_CALL_TIMEOUT_S,
+            )
+        except (RayError, RayServeException) as error:
+            raise UnavailableError("Ray Serve does not answer") from error
 
     def is_alive(self) -> bool:
         """Whether Ray's own processes still run."""
@@ -148,13 +161,32 @@ class RayRuntime:
             dashboard_agent_listen_port=0,
         )
         self._node = _QuietNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
-        ray.init(
-            address=self._node.gcs_address,
-            _node_ip_address=host,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _sigterm_left_alone():
+            ray.init(
+                address=self._node.gcs_address,
+                _node_ip_address=host,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         # Pages about a worker that died, which Ray prints here even without log_to_driver.
         ray_worker._worker_logs_enabled = False
         serve.start(proxy_location="Disabled")
+
+
+@contextmanager
+def _sigterm_left_alone() -> Iterator[None]:
+    """Keep Ray from making SIGTERM end this process on the spot: the launcher handles it.
+
+    Only putting the handler back would leave the seconds of ``ray.init`` to Ray's. It is put
+    back, too, because Ray's C++ part slips one beneath it, which prints where it was.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    original = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = original
+        if handler is not None:  # it was set by Python code
+            signal.signal(signal.SIGTERM, handler)

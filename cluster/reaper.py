@@ -28,6 +28,7 @@ from pathlib import Path
 CLUSTER_ID_VARIABLE = "BATON_CLUSTER_ID"
 
 KILL_TIMEOUT_S = 10.0  # SIGKILL works at once, but for processes stuck in a driver
+_FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # it also removes folders and shared memory
 _POLL_S = 0.02
 _WATCH_S = 1.0  # between two looks at /dev/shm while the cluster lives
 _WATCH_TRIES = 5  # looks at a new segment until it counts as somebody else's
@@ -49,7 +50,7 @@ class Reaper:
     ) -> None:
         environment = {k: v for k, v in os.environ.items() if k != CLUSTER_ID_VARIABLE}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, cluster_id, lock_file, *folders],
+            [sys.executable, "-I", "-S", __file__, cluster_id, lock_file, str(lock_fd), *folders],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -59,10 +60,20 @@ class Reaper:
         )
 
     def finish(self) -> bool:
-        """Close the pipe and wait until all is gone. False if something resisted."""
+        """Close the pipe and wait until all is gone.
+
+        False if something resisted; the reaper may then still be at work, and hold the lock.
+        """
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return self._process.wait(KILL_TIMEOUT_S * 2) == 0
+        try:
+            return self._process.wait(_FINISH_TIMEOUT_S) == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def is_at_work(self) -> bool:
+        """Whether it still runs, and so will remove the folders itself."""
+        return self._process.poll() is None
 
 
 class SharedMemoryWatch:
@@ -121,7 +132,8 @@ def reap(cluster_id: str, folders: Collection[Path]) -> bool:
             shared |= _open_shared(pid)
             _kill(pid)
         time.sleep(_POLL_S)
-    _remove_shared(shared)
+    with contextlib.suppress(OSError):  # the folders go in any case
+        _remove_shared(shared)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     return empty_looks >= 2
@@ -200,31 +212,50 @@ def _open_shared(pid: int) -> set[int]:
 def _remove_shared(inodes: Set[int]) -> None:
     """Remove those files of this user that no living process has open."""
     files = _shared_files() if inodes else {}
-    for inode in inodes & files.keys():
+    left = inodes & files.keys()
+    if not left:
+        return
+    still_open = _all_open_shared()
+    for inode in left - still_open:
         with contextlib.suppress(OSError):
-            if os.stat(files[inode]).st_uid == os.getuid() and not _is_open(inode):
+            if os.stat(files[inode]).st_uid == os.getuid():
                 os.unlink(files[inode])
 
 
-def _is_open(inode: int) -> bool:
-    return any(
-        inode in _open_shared(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()
-    )
+def _all_open_shared() -> set[int]:
+    """One look at every process of the machine: there may be many, with long tables."""
+    inodes: set[int] = set()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            inodes |= _open_shared(int(entry))
+    return inodes
+
+
+def remove_lock(lock_file: Path, lock_fd: int) -> None:
+    """Remove the lock file that ``lock_fd`` has open, and its folder if nothing else is there.
+
+    It may be gone already, and somebody else's file lie under its name.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(lock_fd), lock_file.stat()):
+            lock_file.unlink()
+    with contextlib.suppress(OSError):  # other clusters of this user
+        lock_file.parent.rmdir()
 
 
 def main() -> int:
     """Wait for the launcher's end, then reap. Exit status 1 if something resisted."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    cluster_id, lock_file, *folders = sys.argv[1:]
+    cluster_id, lock_file, lock_fd, *folders = sys.argv[1:]
     watch = SharedMemoryWatch(cluster_id)
     while not select.select([sys.stdin], [], [], _WATCH_S)[0]:
-        watch.look()
+        with contextlib.suppress(OSError):  # the next look may do better; our end would not
+            watch.look()
     gone = reap(cluster_id, [Path(folder) for folder in folders])
-    watch.remove_all()
-    Path(lock_file).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # other clusters of this user
-        Path(lock_file).parent.rmdir()
+    with contextlib.suppress(OSError):
+        watch.remove_all()
+    remove_lock(Path(lock_file), int(lock_fd))
     return 0 if gone else 1
 
 

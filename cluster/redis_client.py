@@ -45,8 +45,11 @@ class RedisClient:
                 max_connections=_MAX_CONNECTIONS,
                 protocol=2,  # understood by every server since Redis 2
             )
-        except ValueError as error:
-            raise ConfigError(f"redis.url: {error}") from None
+        except ValueError:  # its text quotes what may be a part of the password
+            raise ConfigError(
+                "redis.url: no such address is possible; write special characters of a user's "
+                "name or password as %XX"
+            ) from None
 
     async def execute(self, *commands: Command) -> list[Any]:
         """Run the commands as one transaction and return their answers, bytes undecoded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, TextIO
@@ -12,10 +13,16 @@ from baton.types import Completion, KvOutcome, KvReport, Phases, Response, Usage
 
 _COLOURS: Final = ("36", "33", "35", "32")  # ANSI: cyan, yellow, magenta, green
 _MIB: Final = 1024 * 1024
+# Characters that reorder those around them, so that a line reads as something else.
+_BIDI_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_DEL_AND_C1: Final = re.compile(r"[\x7f-\x9f]")
 
 
 def response_json(response: Response) -> str:
-    """One response as one line of JSON; keys that say nothing yet are left out."""
+    """One response as one line of JSON; keys that say nothing yet are left out.
+
+    All control characters are escaped, so that the line cannot steer a terminal either.
+    """
     value: dict[str, object] = {
         "request_id": response.request_id,
         "sequence": response.sequence,
@@ -30,7 +37,8 @@ def response_json(response: Response) -> str:
         value["usage"] = asdict(response.usage)
     if response.phases is not None:
         value["phases"] = asdict(response.phases)
-    return json.dumps(value, ensure_ascii=False)
+    line = json.dumps(value, ensure_ascii=False)
+    return _DEL_AND_C1.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def phases_line(answer: Response | Completion) -> str:
@@ -81,11 +89,17 @@ def _ms(value_ms: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Without what could steer a terminal: a model's output is not to be trusted with that."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for char in text
-    )
+    """Without what could steer a terminal: a model's output is not to be trusted with that.
+
+    Invisible characters that scripts and emoji need (joiners, wide and unbreakable spaces) stay.
+    """
+    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    if char in "\n\t":
+        return False
+    return unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI_CONTROLS
 
 
 @dataclass(slots=True)

@@ -21,6 +21,9 @@ from cluster import reaper
 from cluster.errors import ConfigError
 
 _STATE = "state.json"
+_STATE_NEW = f"{_STATE}.new"  # while it is being written
+_SCRATCH = ("ray", "tmp", "valkey")
+_OURS = {_STATE, _STATE_NEW, *_SCRATCH}  # all that we ever make in a cluster's folder
 _LOCK_ATTEMPTS = 10
 
 # Linux ends a socket's path at 107 bytes, and Ray adds "/ray", its session and
@@ -59,24 +62,27 @@ class RunDir:
         """Take the name.
 
         Raises:
-            ConfigError: a cluster of this name runs, or the folder cannot be used.
+            ConfigError: a cluster of this name runs, the folder cannot be used, or holds what
+                is not a cluster's.
         """
         self.path = base / name
         self.lock_file = base / f"{name}.lock"
         try:
-            base.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if base.stat().st_uid != os.getuid():
-                raise ConfigError(f"cluster.run_dir: {base} belongs to another user")
             self.lock_fd = _lock(self.lock_file, base, name)
-            _clear_leftovers(base, name)
-            self.path.mkdir(mode=0o700)
+            try:
+                _clear_leftovers(base, name)
+                self.path.mkdir(mode=0o700)
+            except BaseException:
+                reaper.remove_lock(self.lock_file, self.lock_fd)
+                os.close(self.lock_fd)
+                raise
         except OSError as error:
             raise ConfigError(f"cluster.run_dir: {base}: {error.strerror}") from None
         self._released = False
         self.scratch = self.path
         if len(os.fsencode(self.path)) > _LONGEST_SCRATCH:
             self.scratch = Path(tempfile.mkdtemp(prefix="baton-", dir="/tmp"))
-        for folder in ("ray", "tmp", "valkey"):
+        for folder in _SCRATCH:
             (self.scratch / folder).mkdir(mode=0o700)
 
     @property
@@ -86,7 +92,7 @@ class RunDir:
 
     def write(self, state: ClusterState) -> None:
         """Publish ``state`` at once or not at all."""
-        new = self.path / f"{_STATE}.new"
+        new = self.path / _STATE_NEW
         with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             json.dump(asdict(state), file)
         new.replace(self.path / _STATE)
@@ -104,22 +110,35 @@ class RunDir:
         self._released = True
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # the reaper may have removed it, and somebody taken it since
-            if os.fstat(self.lock_fd).st_ino == self.lock_file.stat().st_ino:
-                self.lock_file.unlink()
-            self.lock_file.parent.rmdir()
+        reaper.remove_lock(self.lock_file, self.lock_fd)
         os.close(self.lock_fd)
+
+    def leave_to_reaper(self) -> None:
+        """Touch nothing any more: a reaper that is not done holds the name until it is."""
+        if not self._released:
+            self._released = True
+            os.close(self.lock_fd)
 
 
 def read_state(base: Path, name: str) -> ClusterState | None:
-    """The state of the cluster ``name``; None if there is none."""
+    """The state of the cluster ``name``; None if there is none.
+
+    Raises:
+        ConfigError: the file is damaged, or of another version of Baton.
+    """
+    file = base / name / _STATE
     try:
-        fields = json.loads((base / name / _STATE).read_text())
+        fields = json.loads(file.read_text())
         return ClusterState(**fields | {"folders": tuple(fields["folders"])})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{base / name / _STATE} cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"{file} is damaged, or of another version of Baton; if no cluster named {name!r} "
+            "runs, delete it"
+        ) from None
 
 
 def is_held(base: Path, name: str) -> bool:
@@ -148,19 +167,23 @@ def process_started(pid: int) -> int | None:
 
 
 def _lock(lock_file: Path, base: Path, name: str) -> int:
-    """A descriptor that holds the lock; a reaper may remove the file while we open it."""
+    """A descriptor that holds the lock; a reaper may remove file and folder while we open it."""
     for _ in range(_LOCK_ATTEMPTS):
-        descriptor = os.open(lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if base.stat().st_uid != os.getuid():
+                raise ConfigError(f"cluster.run_dir: {base} belongs to another user")
+            descriptor = os.open(lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise ConfigError(_held_message(base, name)) from None
-        try:
-            if os.fstat(descriptor).st_ino == lock_file.stat().st_ino:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock_file.stat()):
                 return descriptor
-        except FileNotFoundError:
-            base.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(descriptor)
     raise ConfigError(f"cluster.run_dir: {lock_file} cannot be locked")
 
@@ -176,9 +199,19 @@ def _held_message(base: Path, name: str) -> str:
 
 
 def _clear_leftovers(base: Path, name: str) -> None:
-    """Launcher and reaper were both killed: do the reaper's work now."""
+    """Launcher and reaper were both killed: do the reaper's work now.
+
+    Raises:
+        ConfigError: the folder is none of a cluster, but perhaps somebody's documents.
+    """
+    folder = base / name
     state = read_state(base, name)
     if state is not None:
-        reaper.reap(state.cluster_id, [Path(folder) for folder in state.folders])
-    elif (base / name).exists():
-        shutil.rmtree(base / name)
+        reaper.reap(state.cluster_id, [Path(each) for each in state.folders])
+    elif os.path.lexists(folder):
+        if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) - _OURS:
+            raise ConfigError(
+                f"cluster.run_dir: {folder} exists and is not a cluster's; choose another "
+                "cluster.run_dir or cluster.name"
+            )
+        shutil.rmtree(folder)

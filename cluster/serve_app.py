@@ -21,6 +21,8 @@ DEPLOYMENTS = {Pool.PREFILL: "PrefillWorker", Pool.DECODE: "DecodeWorker"}
 
 # Placement is by GPU and by label; the CPU cores of engines are bound, not counted by Ray.
 _NUM_CPUS = 0.01
+# Applications connect to the router at the head's address, so it must run nowhere else.
+_ON_HEAD = {"node:__internal_head__": 0.001}
 _HEALTH_TIMEOUT_S = 10.0  # an event loop that stands still for so long serves nobody
 _STOP_MARGIN_S = 5.0  # for the engine to end, after the requests' grace
 _DRAIN_POLL_S = 0.05
@@ -46,7 +48,7 @@ def build_app(config: Config, model: ResolvedModel, secrets: Secrets, *, cuda: b
     router = serve.deployment(
         name=ROUTER,
         num_replicas=1,
-        ray_actor_options={"num_cpus": _NUM_CPUS},
+        ray_actor_options={"num_cpus": _NUM_CPUS, "resources": _ON_HEAD},
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=config.cluster.stop_grace_s + _STOP_MARGIN_S,
         **_common(),

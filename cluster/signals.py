@@ -26,7 +26,7 @@ class NeverStop:
 class Signals:
     """While entered, the first signal sets ``requested`` and the second ``hurry``.
 
-    Must be entered from the main thread. ``install`` again after code that sets handlers.
+    Must be entered from the main thread.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,9 @@ class Signals:
         self.hurry = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def install(self) -> None:
-        """Take over the signals."""
-        for number in _SIGNALS:
-            before = signal.signal(number, self._handle)
-            self._before.setdefault(number, before)
-
     def __enter__(self) -> Self:
-        self.install()
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

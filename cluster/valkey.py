@@ -6,6 +6,7 @@ It holds nothing that must outlive the cluster, so it writes nothing to disk.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import secrets
@@ -88,8 +89,8 @@ class EmbeddedValkey:
             f"bind {self._host}\n"
             f"port {port}\n"
             f"requirepass {self._password}\n"
-            f"dir {self._folder}\n"
-            f"logfile {self._folder / 'valkey.log'}\n"
+            f"dir {_quoted(self._folder)}\n"
+            f"logfile {_quoted(self._folder / 'valkey.log')}\n"
             f"maxmemory {_MAX_MEMORY}\n"
             'save ""\n'
             "appendonly no\n"
@@ -135,6 +136,11 @@ class EmbeddedValkey:
         log = self._folder / "valkey.log"
         lines = log.read_text().splitlines() if log.exists() else []
         return lines[-1] if lines else "no output"
+
+
+def _quoted(path: Path) -> str:
+    """One argument of its configuration: a space would begin the next."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def find_binary() -> Path:

@@ -18,13 +18,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.serve.exceptions import RayServeException
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import baton
-from cluster import reaper
+from cluster import ray_runtime, reaper
+from cluster.config import Config
+from cluster.errors import UnavailableError
 from cluster.run_dir import ClusterState, read_state
+from cluster.types import Pool
+from cluster.valkey import EmbeddedValkey
 from engine.fake import next_tokens
 from tests.support import waiting
 
@@ -396,6 +403,7 @@ def test_down_lets_running_requests_end_and_leaves_nothing(cluster: Running) -> 
     assert down.returncode == 0
     assert output.endswith("shared is down\n")
     assert cluster.process.wait(5) == 0
+    assert "SIGTERM received" not in cluster.log.read_text()  # as Ray's own handler prints
     assert_nothing_is_left(cluster, state)
     again = cluster.cli("down")
     assert (again.returncode, again.stderr) == (1, "baton: no cluster named 'shared' is running\n")
@@ -443,7 +451,7 @@ def test_nothing_is_left_however_the_launcher_ends(
         cluster.process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
 def test_nothing_is_left_when_the_start_is_interrupted(
     tmp_path: Path, model: Path, number: signal.Signals
 ) -> None:
@@ -452,7 +460,10 @@ def test_nothing_is_left_when_the_start_is_interrupted(
         cluster.wait(lambda: "starting the workers" in cluster.log.read_text(), START_S)
         state = cluster.state
         cluster.process.send_signal(number)
-        cluster.process.wait(GONE_S)
+        status = cluster.process.wait(GONE_S)
+        if number is not signal.SIGKILL:
+            assert status == 0, cluster.log.read_text()
+            assert cluster.log.read_text().endswith("\nstopped\n")
         assert_nothing_is_left(cluster, state)
     finally:
         cluster.process.kill()
@@ -460,7 +471,7 @@ def test_nothing_is_left_when_the_start_is_interrupted(
 
 
 EMBEDDED = """
-import asyncio, os, sys, time
+import asyncio, os, signal, sys
 from pathlib import Path
 from cluster.config import load_config
 from cluster.launch import Cluster
@@ -473,6 +484,7 @@ async def main():
             answer = await client.complete(token_ids=[5, 6, 7], max_tokens=3)
         print(*answer.token_ids, flush=True)
     assert dict(os.environ) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 asyncio.run(main())
 print("end", flush=True)
@@ -491,6 +503,34 @@ def test_a_program_can_run_a_cluster_of_its_own(tmp_path: Path, model: Path) -> 
     assert " ".join(map(str, next_tokens(PROMPT, 3))) in lines
     assert lines[-1] == "end"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("ray.get", GetTimeoutError("late")),
+        ("ray.get", ActorDiedError()),
+        ("cluster.ray_runtime._get_global_client", RayServeException("no controller")),
+    ],
+)
+def test_serve_that_does_not_answer_a_scale_order_is_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    monkeypatch.setattr(ray_runtime, "_get_global_client", MagicMock())
+    monkeypatch.setattr(call, MagicMock(side_effect=error))
+    with pytest.raises(UnavailableError, match="Ray Serve does not answer"):
+        ray_runtime.RayRuntime(Config(), tmp_path).scale(Pool.DECODE, 2)
+
+
+def test_valkey_runs_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    folder = tmp_path / 'my "run" folder'
+    folder.mkdir()
+    server = EmbeddedValkey("127.0.0.1", folder)
+    try:
+        server.start()
+        assert (folder / "valkey.log").exists()
+    finally:
+        server.stop()
 
 
 def test_a_part_that_cannot_start_is_one_clear_sentence(tmp_path: Path, model: Path) -> None:

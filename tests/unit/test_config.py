@@ -35,15 +35,17 @@ def test_the_one_node_file_uses_each_of_eight_gpus_once() -> None:
         pool.replicas * (pool.num_gpus_per_replica or 0) for pool in (config.prefill, config.decode)
     ]
     assert gpus == [4, 4]
-    assert config.prefill.tensor_parallel_size != config.decode.tensor_parallel_size
+    assert config.prefill.tensor_parallel_size == config.decode.tensor_parallel_size == 4
     assert config.kv_transfer.message_bytes == 8 * MIB
 
 
-def test_the_two_pools_file_places_and_quantizes_them_differently() -> None:
+def test_the_two_pools_file_quantizes_them_differently_on_one_node() -> None:
     config = load_config(DEPLOY / "two-unlike-pools.yaml")
-    assert config.prefill.label_selector != config.decode.label_selector
     assert config.prefill.engine["quantization"] == "fp8"
     assert "quantization" not in config.decode.engine
+    assert config.prefill.max_replicas + config.decode.max_replicas == 8
+    assert not config.prefill.label_selector  # a node has one value of each label
+    assert config.cluster.host == "127.0.0.1"
 
 
 def test_every_example_is_loaded_by_a_test_here() -> None:
@@ -85,11 +87,21 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("prefill: 3", "prefill: Input should be"),
         ("prefill: {cpu_binding: [a]}", "prefill.cpu_binding: 'a' is no list of CPU cores"),
         ("router: {max_message_bytes: 0}", "router.max_message_bytes: must be at least 1 byte"),
+        ("router: {max_message_bytes: 2 GiB}", "router.max_message_bytes: Input should be less"),
+        ("router: {max_message_bytes: yes}", "max_message_bytes: must be a number of bytes"),
+        ("router: {port: yes}", "router.port: Input should be a valid integer, not True"),
+        ("router: {port: {{ port }}}", "line 1, column 17: a key must be a plain value"),
+        ("router: {1: 2}", "router.1: Keys should be strings"),
+        ("redis: {lease_s: yes}", "redis.lease_s: Input should be a valid number, not True"),
+        ("decode: {replicas: '2'}", "decode.replicas: Input should be a valid integer, not '2'"),
+        ("decode: {num_gpus_per_replica: yes}", "decode.num_gpus_per_replica: Input should be"),
+        ("prefill: {tensor_parallel_size: 2}", "prefill.tensor_parallel_size 2 and decode."),
         ("router: {queue_timeout_s: .nan}", "router.queue_timeout_s: Input should be"),
         ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
         ("redis: {url: localhost}", "redis.url: String should match pattern"),
         ("redis: {renew_s: 2}", "redis: renew_s 2.0 must be at most half of lease_s 3.0"),
-        ("router: {port: 1}\nrouter: {port: 2}", "'router' is there twice"),
+        ("router: {port: 1}\nrouter: {port: 2}", "line 2, column 1: 'router' is there twice"),
+        ("prefill: &p {replicas: 2}\ndecode: {<<: *p, replicas: 1, replicas: 3}", "is there twice"),
         ("router: [", "is not YAML"),
         ("- router", "must hold sections"),
     ],
@@ -144,6 +156,42 @@ def test_a_password_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "redis: redis://user:hush@10.0.0.1",
+        "redis: {url: redis//user:hush@10.0.0.1}",
+        "redis: {lease_s: 'redis://:hu@sh:hush@10.0.0.1'}",
+        "redis: {lease_s: 'redis://10.0.0.1?password=hush&db=1'}",
+        "redis: {url: redis://:hush@10.0.0.1",
+        "redis: {url: redis://:hush@10.0.0.1, x, url: 1}",
+    ],
+)
+def test_no_error_tells_a_password(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert "hush" not in str(caught.value)
+
+
+def test_sections_can_be_built_on_others(tmp_path: Path) -> None:
+    text = """\
+prefill: &common {replicas: 2, engine: {max_num_seqs: 8}}
+decode: {<<: *common, replicas: 3}
+"""
+    config = load_config(write(tmp_path, text))
+    assert (config.prefill.replicas, config.decode.replicas) == (2, 3)
+    assert config.decode.engine == {"max_num_seqs": 8}
+
+
+def test_pools_that_are_written_once_have_cores_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
+    path = write(tmp_path, "prefill: &pool {kv_cache_gib: 2}\ndecode: *pool\n")
+    config = load_config(path)
+    assert (config.prefill.cpu_binding, config.decode.cpu_binding) == (("0",), ("1",))
+
+
+@pytest.mark.parametrize(
     ("cores", "ranks", "shares"),
     [
         ([0, 1], 2, ["0", "1"]),
@@ -158,10 +206,29 @@ def test_cores_are_shared_evenly(cores: list[int], ranks: int, shares: list[str]
 
 
 def test_each_rank_of_a_worker_gets_its_own_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(5)))
-    config = load_config(None, {"prefill.tensor_parallel_size": 2, "decode.replicas": 2})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(7)))
+    ranks = {"prefill.tensor_parallel_size": 2, "decode.tensor_parallel_size": 2}
+    config = load_config(None, ranks | {"decode.replicas": 2})
     assert config.prefill.cpu_binding == ("0|1",)
-    assert config.decode.cpu_binding == ("2", "3")
+    assert config.decode.cpu_binding == ("2|3", "4|5")
+
+
+@pytest.mark.parametrize(
+    ("cores", "prefill", "decode"),
+    [
+        ({0, 1}, ["1"], ("0",)),
+        ({0, 1}, ["0-1"], ("0",)),  # all are named: one must be shared
+        ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # and one kept for the router
+        ({0, 1}, [], ("1",)),  # where vLLM chooses, nobody knows what is free
+    ],
+)
+def test_cores_that_one_pool_names_are_not_given_to_the_other(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], prefill: list[str], decode: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: cores)
+    config = load_config(None, {"prefill.cpu_binding": prefill})
+    assert config.prefill.cpu_binding == tuple(prefill)
+    assert config.decode.cpu_binding == decode
 
 
 def test_a_binding_that_is_written_down_is_kept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,10 @@ from cluster.model import ResolvedModel, resolve_model, run_with_progress
 
 def quiet(_line: str) -> None:
     """Progress that nobody reads."""
+
+
+class StopError(Exception):
+    """Somebody wants the step to end."""
 
 
 class FakeConversion:
@@ -167,6 +172,50 @@ def test_progress_of_a_process_is_passed_on() -> None:
     script = "print('noise'); print('progress: half done')"
     run_with_progress([sys.executable, "-c", script], 60, lines.append)
     assert lines == ["half done"]
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_process() -> None:
+    lines: list[str] = []
+    script = "import os; print('progress:', os.getsid(0))"
+    run_with_progress([sys.executable, "-c", script], 60, lines.append)
+    assert int(lines[0]) != os.getsid(0)
+
+
+def test_what_progress_raises_ends_the_process(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        raise StopError(line)
+
+    script = "import os; print('progress:', os.getpid(), flush=True); input()"
+    with pytest.raises(StopError) as caught:
+        run_with_progress([sys.executable, "-c", script], 60, stop)
+    assert not Path(f"/proc/{caught.value}").exists()
+
+
+def test_waiting_for_another_process_can_be_ended(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeConversion())
+    cache.mkdir(parents=True)
+    looks: list[str] = []
+
+    def stop_at_the_second_look(line: str) -> None:
+        looks.append(line)
+        if len(looks) == 2:
+            raise StopError
+
+    held = cache / "smollm2-135m-instruct-1.0-r1.lock"
+    with model._exclusive(held, 1, quiet), pytest.raises(StopError):
+        resolve_model(ModelConfig(), stop_at_the_second_look)
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match="no home folder"):
+        model.cache_dir()
 
 
 def test_a_failing_process_says_why() -> None:

@@ -175,6 +175,65 @@ def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(
         mine.unlink()
 
 
+def test_processes_are_looked_at_once_however_much_is_to_remove(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {inode: f"/dev/shm/never-there-{inode}" for inode in (1, 2, 3)}
+    looked_at: list[int] = []
+
+    def open_shared(pid: int) -> set[int]:
+        looked_at.append(pid)
+        return set()
+
+    monkeypatch.setattr(reaper, "_shared_files", lambda: files)
+    monkeypatch.setattr(reaper, "_open_shared", open_shared)
+    reaper._remove_shared(files.keys())
+    assert len(looked_at) == len(set(looked_at)) > 0
+
+
+def test_shared_memory_that_somebody_has_open_stays() -> None:
+    mine = shared_memory.SharedMemory(create=True, size=4096)
+    segment = Path("/dev/shm") / mine.name
+    try:
+        reaper._remove_shared({segment.stat().st_ino})
+        assert segment.exists()
+    finally:
+        mine.close()
+        mine.unlink()
+
+
+def test_a_look_that_fails_does_not_end_the_reaper(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, lock = tmp_path / "run" / "c", tmp_path / "run" / "c.lock"
+    folder.mkdir(parents=True)
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    looks = iter([False, True])  # the pipe closes after the first look
+
+    def fail(_watch: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(reaper.SharedMemoryWatch, "look", fail)
+    monkeypatch.setattr(reaper.SharedMemoryWatch, "remove_all", fail)
+    monkeypatch.setattr("cluster.reaper.select.select", lambda *_: ([next(looks)], [], []))
+    monkeypatch.setattr("cluster.reaper.signal.signal", lambda *_: None)
+    arguments = [uuid.uuid4().hex, str(lock), str(descriptor), str(folder)]
+    monkeypatch.setattr(sys, "argv", ["reaper.py", *arguments])
+    assert reaper.main() == 0
+    os.close(descriptor)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_is_somebody_elses_by_now_is_not_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "c.lock"
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    lock.unlink()
+    lock.touch()
+    reaper.remove_lock(lock, descriptor)
+    assert lock.exists()
+    os.close(descriptor)
+
+
 LAUNCHER = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -200,11 +259,39 @@ def test_nothing_is_left_when_the_launcher_is_killed(
     assert launcher.stdout is not None
     assert launcher.stdout.readline()
     assert is_held(base, "c")
-    assert len(reaper.find(cluster_id)) == 1
+    # The kernel shows a new program's environment a moment after its start.
+    wait_until(lambda: len(reaper.find(cluster_id)) == 1, what="the child is there")
     launcher.send_signal(number)
     end(launcher)
     wait_until(lambda: not base.exists(), what="the run folder is gone")
     assert reaper.find(cluster_id) == set()
+
+
+def test_a_reaper_that_is_not_done_keeps_the_name(
+    cluster_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "run"
+    run = RunDir(base, "c")
+    watcher = Reaper(cluster_id, run.folders, run.lock_file, run.lock_fd)
+    pid = watcher._process.pid
+    wait_until(lambda: ignores_signals(pid), what="the reaper waits for its pipe")
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(reaper, "_FINISH_TIMEOUT_S", 0.05)
+    assert not watcher.finish()
+    assert watcher.is_at_work()
+    run.leave_to_reaper()
+    run.release()
+    assert run.path.exists()
+    assert is_held(base, "c")
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not base.exists(), what="the reaper has done its work")
+    assert watcher._process.wait(WAIT_S) == 0
+
+
+def ignores_signals(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = next(line for line in status.splitlines() if line.startswith("SigIgn"))
+    return bool(int(ignored.split()[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def test_finish_waits_until_all_is_gone(cluster_id: str, tmp_path: Path) -> None:

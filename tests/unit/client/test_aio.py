@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -66,6 +67,20 @@ def test_a_stream() -> None:
     assert [each.WhichOneof("input") for each in server.requests] == ["prompt", "token_ids"]
     assert server.deadline_s is not None
     assert 20 < server.deadline_s < 31  # gRPC rounds it
+
+
+def test_timeouts_that_are_endless_or_no_length_of_time() -> None:
+    async def main() -> None:
+        async with AsyncClient(server.address, timeout_s=30) as client:
+            assert (await client.complete("a", timeout_s=math.inf)).text == "a"
+            with pytest.raises(InvalidArgumentError, match="timeout_s is nan"):
+                client.generate("a", timeout_s=math.nan)
+
+    with serve(say("a")) as server:
+        run(main())
+    assert server.deadline_s is not None
+    assert server.deadline_s > 1e9  # how gRPC's server says that there is none
+    assert len(server.requests) == 1
 
 
 def test_responses_that_wait_are_not_lost_when_the_server_is_done() -> None:

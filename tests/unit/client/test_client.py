@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -182,6 +183,25 @@ def test_the_deadline() -> None:
         with pytest.raises(DeadlineError):
             client.complete("a")
         assert server.ended.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e12, 1e8])
+def test_an_endless_timeout_is_no_deadline(timeout_s: float) -> None:
+    with serve(say("a")) as server, Client(server.address, timeout_s=30) as client:
+        assert client.complete("a", timeout_s=timeout_s).text == "a"
+        assert server.deadline_s is not None
+        assert server.deadline_s > 1e9  # how gRPC's server says that there is none
+        assert client.health(timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("timeout_s", [math.nan, -1.0, -math.inf])
+def test_a_timeout_that_is_no_length_of_time_is_refused(timeout_s: float) -> None:
+    with serve(say("a")) as server, Client(server.address) as client:
+        with pytest.raises(InvalidArgumentError, match="timeout_s is"):
+            client.generate("a", timeout_s=timeout_s)
+        with pytest.raises(InvalidArgumentError, match="timeout_s is"):
+            client.health(timeout_s=timeout_s)
+        assert server.requests == []
 
 
 def test_nobody_listens() -> None:

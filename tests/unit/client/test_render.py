@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from baton.types import (
     Usage,
 )
 from cluster.progress import Progress
-from cluster.render import StreamPrinter, phases_line, response_json
+from cluster.render import StreamPrinter, phases_line, printable, response_json
 
 KV = KvReport(
     outcome=KvOutcome.TRANSFERRED,
@@ -102,6 +103,14 @@ def test_json_with_logprobs() -> None:
             "top": [{"token_id": 7, "logprob": -0.5}, {"token_id": 9, "logprob": -2.0}],
         }
     ]
+
+
+def test_json_cannot_steer_a_terminal() -> None:
+    text = "a\x1b]52;c;\x07b\x7fc\x9b2Jd\u00a0\N{IDEOGRAPHIC SPACE}é"
+    line = response_json(replace(LAST, text=text))
+    assert not [char for char in line if unicodedata.category(char) == "Cc"]
+    assert "\u00a0\N{IDEOGRAPHIC SPACE}é" in line
+    assert json.loads(line)["text"] == text
 
 
 def test_phases_line() -> None:
@@ -214,6 +223,35 @@ def test_output_cannot_steer_the_terminal() -> None:
     printer.write("a", "x\x1b[2Jy\x07z")
     printer.finish("a")
     assert out.getvalue() == "   0.0 s  \x1b[36ma\x1b[0m | x�[2Jy�z\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Qui\N{NO-BREAK SPACE}? Oui\N{NARROW NO-BREAK SPACE}!",
+        "東京\N{IDEOGRAPHIC SPACE}大阪",
+        "می\N{ZERO WIDTH NON-JOINER}خواهم",
+        "👩\N{ZERO WIDTH JOINER}💻",
+        "a\n\tb",
+    ],
+)
+def test_what_scripts_and_emoji_need_is_printed(text: str) -> None:
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\r", "\x7f", "\x9b", "\ud800", "\u202e", "\u2066"])
+def test_what_steers_is_replaced(char: str) -> None:
+    assert printable(f"a{char}b") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_progress_goes_on_when_nobody_reads_it() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    progress = Progress(Gone())
+    progress.step("draining")
+    progress.done()
 
 
 def test_progress_counts_seconds() -> None:

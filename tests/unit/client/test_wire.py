@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import typing
+from typing import Any
 
 import grpc
 import pytest
@@ -63,6 +64,12 @@ def test_an_empty_input_is_still_the_one_that_was_chosen(
     prompt: str | None, fields: RequestFields, which: str
 ) -> None:
     assert build_request(prompt, LIMIT_BYTES, **fields).WhichOneof("input") == which
+
+
+def test_messages_of_another_kind_are_named() -> None:
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(InvalidArgumentError, match="holds a dict; give ChatMessage"):
+        build_request(None, LIMIT_BYTES, messages=messages)
 
 
 def test_all_of_a_request() -> None:
