@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, Unpack
@@ -24,6 +25,9 @@ from baton.types import (
 from baton.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024  # the router's own default
+
+# Three years. gRPC takes a deadline far beyond for one that has passed.
+_ENDLESS_S: Final = 1e8
 
 # Later ones win, so what a caller passes overrides these.
 ChannelOptions = Sequence[tuple[str, str | int]]
@@ -51,6 +55,21 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
     ]
 
 
+def deadline_s(timeout_s: float | None) -> float | None:
+    """The timeout to give gRPC, seconds; ``None`` leaves the deadline to the router.
+
+    Raises:
+        InvalidArgumentError: no length of time.
+    """
+    if timeout_s is None or timeout_s >= _ENDLESS_S:
+        return None
+    if math.isnan(timeout_s) or timeout_s < 0:
+        raise InvalidArgumentError(
+            f"timeout_s is {timeout_s}; must be 0 seconds or more", reason="INVALID_TIMEOUT"
+        )
+    return timeout_s
+
+
 def build_request(
     prompt: str | None, max_message_bytes: int, **fields: Unpack[RequestFields]
 ) -> pb.GenerateRequest:
@@ -73,9 +92,16 @@ def build_request(
     if messages is not None:
         request.chat.SetInParent()  # an empty list is still the input that was chosen
         for message in messages:
+            try:
+                role, content = message.role, message.content
+            except AttributeError:
+                raise InvalidArgumentError(
+                    f"messages holds a {type(message).__name__}; give ChatMessage(role, content)",
+                    reason="INVALID_INPUT",
+                ) from None
             chat_message = request.chat.messages.add()
-            _set(chat_message, "role", message.role)
-            _set(chat_message, "content", message.content)
+            _set(chat_message, "role", role)
+            _set(chat_message, "content", content)
     if token_ids is not None:
         request.token_ids.SetInParent()
         _set(request.token_ids, "ids", token_ids)

@@ -16,6 +16,7 @@ from baton._wire import (
     StreamReader,
     build_request,
     channel_options,
+    deadline_s,
 )
 from baton.errors import BatonError, CancelledError, from_status
 from baton.types import Completion, RequestFields, Response
@@ -134,7 +135,7 @@ class AsyncClient:
         return self._channel
 
     def _deadline_s(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        return deadline_s(self._timeout_s if timeout_s is None else timeout_s)
 
 
 class AsyncResponseStream(AsyncIterator[Response]):

@@ -15,6 +15,7 @@ from baton._wire import (
     StreamReader,
     build_request,
     channel_options,
+    deadline_s,
 )
 from baton.errors import BatonError, from_status
 from baton.types import Completion, RequestFields, Response
@@ -33,7 +34,8 @@ class Client:
 
     Args:
         address: "host:port" of the router's gRPC server.
-        timeout_s: deadline of each call that names none; ``None``: the router's default.
+        timeout_s: deadline of each call that names none. ``None`` and ``math.inf``: the
+            router's default.
         tls: ``None`` is plaintext; else e.g. ``grpc.ssl_channel_credentials(root_ca)``.
         max_message_bytes: bound of one message in either direction; the router has its own.
         options: more gRPC channel arguments; they win over those set here.
@@ -126,7 +128,7 @@ class Client:
         self.close()
 
     def _deadline_s(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        return deadline_s(self._timeout_s if timeout_s is None else timeout_s)
 
 
 class ResponseStream(Iterator[Response]):

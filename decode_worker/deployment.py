@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import grpc
 
 from baton.v1 import worker_pb2_grpc
-from cluster.ray_replica import bind_internal_server, local_slot
+from cluster.ray_replica import bind_internal_server, local_slot, on_this_node
 from decode_worker.servicer import DecodeServicer
 from engine.intake import Intake
 from engine.protocol import Engine
@@ -16,6 +18,7 @@ class DecodeWorker:
     """Serve awaits the constructor, calls ``check_health`` and drains with ``__del__``."""
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
+        settings = replace(settings, config=on_this_node(settings.config))
         bind_internal_server(settings.config.cluster.host)
         self._grace_s = settings.config.decode.shutdown_grace_s
         self._worker: WorkerReplica | None = None

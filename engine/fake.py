@@ -14,9 +14,16 @@ from dataclasses import dataclass
 
 from baton.v1 import inference_pb2
 from cluster.config import Config
-from cluster.errors import InvalidArgumentError, WorkerLostError
+from cluster.errors import WorkerLostError
 from cluster.types import Pool, WorkerLoad
-from engine.protocol import EngineFacts, EngineOutput, EngineRequest, KvReceive, KvSend
+from engine.protocol import (
+    EngineFacts,
+    EngineOutput,
+    EngineRequest,
+    KvReceive,
+    KvSend,
+    check_prompt,
+)
 
 VOCAB_SIZE = 1024
 MAX_MODEL_LEN = 8192  # tokens, if the configuration names no other
@@ -79,8 +86,6 @@ class FakeEngine:
         return EngineFacts(
             max_model_len=self._max_model_len,
             vocab_size=VOCAB_SIZE,
-            kv_block_tokens=self._size.kv_block_tokens,
-            kv_blocks_total=self._size.kv_blocks,
             kv_addresses=("tcp://127.0.0.1:1",),  # nothing connects to it
         )
 
@@ -88,12 +93,8 @@ class FakeEngine:
         """See ``Engine``."""
         length = len(request.token_ids)
         sampling = request.sampling
+        check_prompt(length, self._max_model_len)
         room = self._max_model_len - length
-        if length < 1 or room < 1:
-            raise InvalidArgumentError(
-                f"the prompt has {length} tokens, the model takes 1 to {self._max_model_len - 1}",
-                reason="PROMPT_TOO_LONG" if length else "EMPTY_PROMPT",
-            )
         wanted = min(sampling.max_tokens if sampling.HasField("max_tokens") else room, room)
         blocks = -(-(length + wanted) // self._size.kv_block_tokens)
         accepted_s = self._clock()

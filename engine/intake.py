@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from cluster.errors import AlreadyExistsError, CapacityError, UnavailableError
 
+WORKER_DRAINING = "WORKER_DRAINING"  # reason of a refusal: nothing was done, try another worker
+
 _RETRY_AFTER_S = 0.1  # about as long as a request takes to make room
 
 
@@ -35,7 +37,7 @@ class Intake:
             CapacityError: all places are taken.
         """
         if not self._open:
-            raise UnavailableError("this worker is shutting down", reason="WORKER_DRAINING")
+            raise UnavailableError("this worker is shutting down", reason=WORKER_DRAINING)
         if key in self._keys:
             raise AlreadyExistsError(f"the attempt {key} is in flight on this worker")
         if len(self._keys) >= self._limit:

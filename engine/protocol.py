@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.v1 import inference_pb2
+from cluster.errors import InvalidArgumentError
 from cluster.types import WorkerLoad
 
 
@@ -20,8 +21,6 @@ class EngineFacts:
 
     max_model_len: int  # prompt and output together, tokens
     vocab_size: int
-    kv_block_tokens: int
-    kv_blocks_total: int
     kv_addresses: tuple[str, ...]  # KV control channel, one per TP rank; empty: none
 
 
@@ -80,6 +79,7 @@ class Engine(Protocol):
         frees what it holds, on both sides of a transfer.
 
         Raises:
+            InvalidArgumentError: the engine cannot serve such a request.
             WorkerLostError: the engine died.
         """
 
@@ -94,3 +94,12 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Abort what runs and end all processes of the engine. Idempotent."""
+
+
+def check_prompt(tokens: int, max_model_len: int) -> None:
+    """Raises InvalidArgumentError unless a prompt of so many tokens leaves room for one more."""
+    if not 1 <= tokens < max_model_len:
+        raise InvalidArgumentError(
+            f"the prompt has {tokens} tokens, the model takes 1 to {max_model_len - 1}",
+            reason="PROMPT_TOO_LONG" if tokens else "EMPTY_PROMPT",
+        )

@@ -1,7 +1,8 @@
 """One worker: an engine, its gRPC server, and its lease in the registry.
 
     start: engine ▸ gRPC server ▸ lease READY      (the router sends work from here on)
-    stop:  lease DRAINING, nothing new ▸ what runs ends, or the grace does ▸ server ▸ engine
+    stop:  lease DRAINING ▸ routers have seen it ▸ nothing new ▸ what runs has ended and held KV
+           was fetched, or the grace is over ▸ server ▸ engine
 
 Knows neither Ray nor a pool's protocol: the pool passes in what it serves.
 """
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 AddService = Callable[[grpc.aio.Server, Engine, Intake], None]
 
+_KV_POLL_S = 0.05
 _CANCEL_GRACE_S = 0.2  # for cancelled calls to say so to their callers
 
 
@@ -201,15 +203,15 @@ class WorkerReplica:
         await self._registry.put(replace(self._record, load=self._engine.load()))
 
     async def _stop(self, grace_s: float) -> None:
-        self._intake.close()
-        await self._health.enter_graceful_shutdown()
-        if self._record is not None:
-            self._record = replace(self._record, state=WorkerState.DRAINING)
-            await self._tell(self._renew())
         try:
-            await asyncio.wait_for(self._intake.drained(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._announce_end()
+                self._intake.close()
+                await self._intake.drained()
+                await self._kv_fetched()
         except TimeoutError:
-            _log.warning("%s: requests were still running after %.1f s", self._id, grace_s)
+            self._intake.close()
+            _log.warning("%s: not all requests and KV transfers ended in %.1f s", self._id, grace_s)
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
         await self._engine.stop()
@@ -218,6 +220,24 @@ class WorkerReplica:
             await asyncio.wait([self._lease])
         await self._tell(self._registry.remove(self._id))
         await self._registry.close()
+
+    async def _announce_end(self) -> None:
+        """Return when the routers send nothing more here, or will find out by a refusal."""
+        await self._health.enter_graceful_shutdown()
+        if self._record is not None:
+            self._record = replace(self._record, state=WorkerState.DRAINING)
+            await self._tell(self._renew())
+            # One look that was under way, and the next.
+            await asyncio.sleep(2 * self._config.router.registry_poll_s)
+
+    async def _kv_fetched(self) -> None:
+        """Return when the engine holds no KV for a decode worker that is still receiving it."""
+        while True:
+            # First, for the engine reports its blocks just after the last output.
+            await asyncio.sleep(_KV_POLL_S)
+            load = self._engine.load()
+            if load.kv_blocks_free >= load.kv_blocks_total:
+                return
 
     async def _tell(self, change: Coroutine[None, None, None]) -> None:
         """Change the registry if it is there; without it, the lease runs out by itself."""

@@ -15,6 +15,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -23,10 +24,17 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from baton.v1 import inference_pb2 as pb
 from cluster.config import Config
-from cluster.errors import ConfigError, InternalError, WorkerLostError
+from cluster.errors import ConfigError, InternalError, InvalidArgumentError, WorkerLostError
 from cluster.model import ResolvedModel
 from cluster.types import Pool, WorkerLoad
-from engine.protocol import EngineFacts, EngineOutput, EngineRequest, KvReceive, KvSend
+from engine.protocol import (
+    EngineFacts,
+    EngineOutput,
+    EngineRequest,
+    KvReceive,
+    KvSend,
+    check_prompt,
+)
 from kv_transfer.connector import ReceiveReport
 from kv_transfer.release import AddressBook, Releaser
 
@@ -91,13 +99,9 @@ class VllmEngine:
         blocks = vllm_config.cache_config.num_gpu_blocks
         assert blocks is not None, "vLLM knows its number of blocks once it has started"
         self._stats.blocks_total = blocks - 1  # block 0 is vLLM's null block
-        return EngineFacts(
-            vllm_config.model_config.max_model_len,
-            vllm_config.model_config.get_vocab_size(),
-            vllm_config.cache_config.block_size,
-            self._stats.blocks_total,
-            addresses,
-        )
+        model_config = vllm_config.model_config
+        self._max_model_len: int = model_config.max_model_len
+        return EngineFacts(self._max_model_len, model_config.get_vocab_size(), addresses)
 
     def _set_environment(self) -> None:
         """What vLLM only takes from the environment; this process runs one engine."""
@@ -147,19 +151,27 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         llm = self._running()
+        check_prompt(len(request.token_ids), self._max_model_len)
         # vLLM refuses an id that it knows already; a key may come again after a cancel.
         engine_id = f"{request.key}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):
+            ranks = self._pool_config.tensor_parallel_size
+            if (
+                len(request.kv.control_addresses) != ranks
+            ):  # a rank without a peer would end the engine
+                raise InternalError(
+                    f"{len(request.kv.control_addresses)} KV addresses for {ranks} ranks"
+                )
             report = self._stats.expect(request.key)
         self._queued_tokens[request.key] = len(request.token_ids)
         index = 0
-        outputs = llm.generate(
-            {"type": "token", "prompt_token_ids": list(request.token_ids)},
-            _sampling_params(request),
-            engine_id,
-        )
         try:
+            outputs = llm.generate(
+                {"type": "token", "prompt_token_ids": list(request.token_ids)},
+                _sampling_params(request),
+                engine_id,
+            )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     first = self._queued_tokens.pop(request.key, None) is not None
@@ -173,6 +185,10 @@ class VllmEngine:
                     yield result
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
+        except (VLLMClientError, ValueError) as error:
+            if request.key not in self._queued_tokens:
+                raise  # it had accepted the request: a defect
+            raise InvalidArgumentError(f"the engine refuses the request: {error}") from error
         finally:
             self._queued_tokens.pop(request.key, None)
             self._stats.forget(request.key)
@@ -203,6 +219,8 @@ class VllmEngine:
             self._releaser.close()
             self._releaser = None
         if llm is not None:
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would report the end of the engine as a failure
             await asyncio.to_thread(llm.shutdown, self._pool_config.shutdown_grace_s)
 
     def _running(self) -> AsyncLLM:
@@ -373,7 +391,7 @@ def _engine_output(
     return EngineOutput(
         index,
         tuple(completion.token_ids),
-        _logprobs(completion),
+        _logprobs(completion, request.sampling.logprobs),
         _FINISH[completion.finish_reason],
         kv,
         (output.num_cached_tokens or 0) if first else 0,
@@ -382,19 +400,23 @@ def _engine_output(
     )
 
 
-def _logprobs(completion: CompletionOutput) -> tuple[pb.TokenLogprobs, ...]:
+def _logprobs(completion: CompletionOutput, wanted: int) -> tuple[pb.TokenLogprobs, ...]:
     if not completion.logprobs:
         return ()
     return tuple(
-        _token_logprobs(token, alternatives)
+        _token_logprobs(token, alternatives, wanted)
         for token, alternatives in zip(completion.token_ids, completion.logprobs, strict=True)
     )
 
 
-def _token_logprobs(token: int, alternatives: Mapping[int, Any]) -> pb.TokenLogprobs:
-    """vLLM lists the chosen token beside the top alternatives; ranks start at 1."""
+def _token_logprobs(token: int, alternatives: Mapping[int, Any], wanted: int) -> pb.TokenLogprobs:
+    """vLLM also lists the chosen token where it is not among the top ones; ranks start at 1."""
     top = sorted(alternatives.items(), key=lambda item: item[1].rank or math.inf)
     return pb.TokenLogprobs(
         logprob=alternatives[token].logprob,
-        top=[pb.TopLogprob(token_id=id_, logprob=entry.logprob) for id_, entry in top],
+        top=[
+            pb.TopLogprob(token_id=id_, logprob=entry.logprob)
+            for id_, entry in top
+            if (entry.rank or math.inf) <= wanted
+        ],
     )

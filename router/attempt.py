@@ -7,6 +7,9 @@ KV that nobody fetched is released.
     prefill reader --+
                      +--> events (bounded) --> run --> Assembler --> emit
     decode reader  --+
+
+While the prefill worker's token is awaited, what the decode worker says is held. The decode
+reader bounds that: it reads no more than fits the queue, and the decode worker waits.
 """
 
 from __future__ import annotations
@@ -83,16 +86,24 @@ class Attempt:
 
     Args:
         clock: monotonic time, seconds.
+        on_prefilled: called when the prefill call has ended, however it did.
     """
 
-    def __init__(self, plan: AttemptPlan, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, plan: AttemptPlan, clock: Callable[[], float], on_prefilled: Callable[[], None]
+    ) -> None:
         self._plan = plan
         self._clock = clock
+        self._on_prefilled = on_prefilled
         self._prefill = plan.placement.prefill
         self._decode = plan.placement.decode
         self._assembler = Assembler(forwards=plan.forwards, limit_tokens=plan.sampling.max_tokens)
         self._events: asyncio.Queue[_Event] = asyncio.Queue(plan.buffer_responses)
         self._heard_s = {record.id: clock() for record in (self._prefill, self._decode) if record}
+        self._first_token_known = asyncio.Event()
+        if not plan.forwards:
+            self._first_token_known.set()  # it comes with the decode stream
+        self._decode_held_back = False  # it may have said more than was read
         self._failed_ids: set[str] = set()
         self._prefill_answer: worker_pb2.PrefillResponse | None = None
         self.kv: inference_pb2.KvReport | None = None  # the decode worker's, once it came
@@ -118,6 +129,8 @@ class Attempt:
         """The worker's lease is gone. If it is silent as well, it fails the attempt."""
         if worker is self._prefill and self._prefill_answer is not None:
             return  # it has done its part; a transfer that is cut is the decode worker's to see
+        if worker is self._decode and self._decode_held_back:
+            return  # it is we who don't listen
         silent_s = self._clock() - self._heard_s[worker.id]
         silent = silent_s >= self._plan.lost_after_s and self._events.empty()
         if silent and worker.id not in self._failed_ids:
@@ -150,7 +163,10 @@ class Attempt:
 
     async def _step(self, event: _Event, emit: Emit) -> bool:
         """Handle one event; True when the request has ended."""
-        for batch in self._batches(event):
+        batches = self._batches(event)
+        if self._assembler.started:
+            self._first_token_known.set()
+        for batch in batches:
             if not await emit(batch) or batch.finish_reason != UNFINISHED:
                 return True
         return False
@@ -205,13 +221,20 @@ class Attempt:
             event: _Event = await call
         except grpc.aio.AioRpcError as err:
             event = _Failed(worker, from_rpc_error(err, worker.id))
+        except Exception as err:  # noqa: BLE001 - without an event, the request would hang
+            event = _Failed(worker, self._defect(worker, err))
         finally:
             call.cancel()
+            self._on_prefilled()
         await self._events.put(event)
 
     async def _read_decode(self, call: DecodeCall, worker: WorkerRecord) -> None:
         try:
+            responses = 0
             async for response in call:
+                responses += 1
+                if responses > self._plan.buffer_responses:
+                    await self._until_first_token_known()
                 self._heard_s[worker.id] = self._clock()
                 await self._events.put(response)
                 if response.finish_reason != UNFINISHED:
@@ -219,9 +242,22 @@ class Attempt:
             error: BatonError = WorkerLostError(f"worker {worker.id} ended its stream too early")
         except grpc.aio.AioRpcError as err:
             error = from_rpc_error(err, worker.id)
+        except Exception as err:  # noqa: BLE001 - without an event, the request would hang
+            error = self._defect(worker, err)
         finally:
             call.cancel()
         await self._events.put(_Failed(worker, error))
+
+    async def _until_first_token_known(self) -> None:
+        self._decode_held_back = True
+        try:
+            await self._first_token_known.wait()
+        finally:
+            self._decode_held_back = False
+
+    def _defect(self, worker: WorkerRecord, err: Exception) -> InternalError:
+        logger.error("%s: reading from %s failed", self._name, worker.id, exc_info=err)
+        return InternalError(f"the answer of worker {worker.id} could not be read")
 
     def _prefill_request(self) -> worker_pb2.PrefillRequest:
         return worker_pb2.PrefillRequest(

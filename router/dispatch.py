@@ -25,12 +25,20 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.types import WorkerRecord
+from engine.intake import WORKER_DRAINING
 from router.assemble import TokenBatch
 from router.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
 from router.book import PlacementBook
 from router.first_token import first_token_rule
 from router.phases import PhaseClock
-from router.placement import LocalPrefill, Placement, PlacementFacts, WorkerKey, worker_key
+from router.placement import (
+    RETRY_AFTER_S,
+    LocalPrefill,
+    Placement,
+    PlacementFacts,
+    WorkerKey,
+    worker_key,
+)
 from router.validate import TokenRequest
 from router.worker_client import WorkerClient
 from router.workers import Workers
@@ -72,6 +80,7 @@ class Progress:
     phases: PhaseClock
     token_ids: list[int] = field(default_factory=list)
     attempts: int = 0
+    refusals: int = 0  # attempts among them that a draining worker turned away
     excluded: set[WorkerKey] = field(default_factory=set)
     prefill_id: str = ""
     decode_id: str = ""
@@ -123,7 +132,8 @@ class Dispatcher:
             self._settings.model, progress.remaining_tokens, self._settings.local_prefill
         )
         failure: BatonError | None = None
-        while progress.attempts < self._settings.max_attempts:
+        # A refusal costs nothing, and no worker's comes twice: it is excluded from then on.
+        while progress.attempts - progress.refusals < self._settings.max_attempts:
             try:
                 placement = self._book.place(self._workers.snapshot, facts)
             except UnavailableError as err:
@@ -132,7 +142,7 @@ class Dispatcher:
                 await self._attempt(progress, placement, emit)
                 return
             except AttemptFailedError as err:
-                failure = err.error
+                failure = _with_retry_hint(err.error)
                 if not isinstance(failure, RETRYABLE):
                     raise failure from err
                 facts = self._note_failure(progress, placement, err)
@@ -148,8 +158,6 @@ class Dispatcher:
 
     async def _attempt(self, progress: Progress, placement: Placement, emit: Emit) -> None:
         plan = self._plan(progress, placement)
-        attempt = Attempt(plan, self._clock)
-        progress.attempt = attempt
         self._count_start(plan)
 
         async def emit_and_note(batch: TokenBatch) -> bool:
@@ -158,8 +166,13 @@ class Dispatcher:
             return await emit(batch)
 
         async with contextlib.AsyncExitStack() as stack:
-            prefill = await self._enter(stack, attempt, placement.prefill, len(plan.token_ids))
-            decode = await self._enter(stack, attempt, placement.decode, len(plan.token_ids))
+            prefill_load = stack.enter_context(self._load(placement.prefill, plan))
+            stack.enter_context(self._load(placement.decode, plan))
+            # Once it has answered, a prefill worker has nothing more to do for the request.
+            attempt = Attempt(plan, self._clock, on_prefilled=prefill_load.close)
+            progress.attempt = attempt
+            prefill = await self._connect(stack, attempt, placement.prefill)
+            decode = await self._connect(stack, attempt, placement.decode)
             progress.phases.dispatched()
             try:
                 await attempt.run(prefill, decode, emit_and_note)
@@ -168,17 +181,19 @@ class Dispatcher:
                 if attempt.holds_kv and placement.prefill is not None:
                     self._release(placement.prefill, plan.key)
 
-    async def _enter(
-        self,
-        stack: contextlib.AsyncExitStack,
-        attempt: Attempt,
-        worker: WorkerRecord | None,
-        tokens: int,
+    def _load(self, worker: WorkerRecord | None, plan: AttemptPlan) -> contextlib.ExitStack:
+        """The attempt's place in the book on one worker, until this is closed."""
+        load = contextlib.ExitStack()
+        if worker is not None:
+            load.enter_context(self._book.on_worker(worker_key(worker), len(plan.token_ids)))
+        return load
+
+    async def _connect(
+        self, stack: contextlib.AsyncExitStack, attempt: Attempt, worker: WorkerRecord | None
     ) -> WorkerClient | None:
-        """Hold a worker for an attempt: its channel, and a place in the book."""
+        """Hold the channel to a worker for an attempt."""
         if worker is None:
             return None
-        stack.enter_context(self._book.on_worker(worker_key(worker), tokens))
         return await stack.enter_async_context(
             self._workers.connection(worker, lambda: attempt.worker_lost(worker))
         )
@@ -215,6 +230,7 @@ class Dispatcher:
         local_prefill: LocalPrefill = "fallback"
         preferred: WorkerKey | None = None
         if failed.failed is not None:
+            progress.refusals += failed.error.reason == WORKER_DRAINING
             progress.excluded.add(worker_key(failed.failed))
             if isinstance(failed.error, UnavailableError):
                 self._book.suspect(worker_key(failed.failed))
@@ -267,3 +283,10 @@ class Dispatcher:
                 await client.release(key, self._settings.release_timeout_s)
             except grpc.aio.AioRpcError as err:
                 logger.warning("release on %s failed: %s", worker.id, err.details())
+
+
+def _with_retry_hint(error: BatonError) -> BatonError:
+    """Workers come and go, so another try may help; no hint would say that it won't."""
+    if isinstance(error, UnavailableError) and error.retry_after_s is None:
+        error.retry_after_s = RETRY_AFTER_S
+    return error

@@ -30,6 +30,7 @@ from router.output import TextOutput
 from router.phases import PhaseClock
 from router.text import TextCodec
 from router.validate import (
+    MAX_REQUEST_ID_CHARS,
     ChatTurns,
     CheckedRequest,
     PromptText,
@@ -75,15 +76,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         """See inference.proto."""
         request_id = request.request_id or f"req-{uuid.uuid4().hex}"
+        # One that is refused for its length would not fit into the metadata that says so.
+        shown_id = request_id[:MAX_REQUEST_ID_CHARS]
         try:
             await self._generate(request, request_id, context)
         except BatonError as err:
-            await abort(context, err, request_id)
+            await abort(context, err, shown_id)
         except Exception:
             # A defect of ours: all of it into the log, nothing of it to the caller.
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", shown_id)
             error = InternalError("the router failed; its log says why")
-            await abort(context, error, request_id)
+            await abort(context, error, shown_id)
 
     async def _generate(
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context

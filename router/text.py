@@ -144,7 +144,8 @@ def _template_of(tokenizer: object) -> ChatRenderer:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             return str(apply_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as err:
+        except (TemplateError, ValueError, TypeError) as err:
+            # Not only the template's own: of several named ones, none may be the default.
             raise InvalidArgumentError(
                 f"chat: the model's template refuses these messages: {err}",
                 reason="INVALID_CHAT",

@@ -26,7 +26,7 @@ class WorkerList(Protocol):
 class WorkersSettings:
     poll_s: float  # between two looks at the registry
     poll_timeout_s: float  # a look that takes longer has failed
-    lost_after_s: float  # a worker that is gone from the registry so long may be called lost
+    lost_after_s: float  # one lease: who is gone from the registry so long may be called lost
     connect_timeout_s: float
     max_message_bytes: int
 
@@ -42,8 +42,9 @@ class _Connection:
 class Workers:
     """Reads the registry again and again, and owns the channels to the workers in it.
 
-    If the registry fails, the last snapshot stays. A channel is closed when its worker has
-    left the registry and nobody uses it any more.
+    If the registry fails, the last snapshot stays. A store that was restarted knows nobody until
+    each worker has renewed its lease, so who is missing then stays for one lease. A channel is
+    closed when its worker has left the registry and nobody uses it any more.
 
     Args:
         clock: monotonic time, seconds.
@@ -64,6 +65,7 @@ class Workers:
         self._connections: dict[WorkerKey, _Connection] = {}
         self._missing_since_s: dict[WorkerKey, float] = {}
         self._registry_failed = False
+        self._refilling_since_s: float | None = None  # the registry may have been restarted
         self._poller: asyncio.Task[None] | None = None
         self.snapshot: tuple[WorkerRecord, ...] = ()
 
@@ -94,7 +96,7 @@ class Workers:
         """Look at the registry once. A failure is logged and changes nothing."""
         try:
             async with asyncio.timeout(self._settings.poll_timeout_s):
-                snapshot = await self._registry.list()
+                present = await self._registry.list()
         except Exception as err:  # noqa: BLE001 - whatever store it is, routing goes on
             if not self._registry_failed:
                 logger.warning("registry away, routing from the last snapshot: %r", err)
@@ -103,11 +105,13 @@ class Workers:
             return
         if self._registry_failed:
             logger.warning("registry is back")
+        returning = self._returning(present)
         self._registry_failed = False
-        self.snapshot = snapshot
-        self._on_snapshot(snapshot)
-        self._note_missing(frozenset(map(worker_key, snapshot)))
-        await self._close_unused()
+        self.snapshot = (*present, *returning)
+        self._on_snapshot(self.snapshot)
+        self._note_missing(frozenset(map(worker_key, present)))
+        if not returning:
+            await self._close_unused()
 
     @contextlib.asynccontextmanager
     async def connection(
@@ -134,6 +138,21 @@ class Workers:
         finally:
             connection.users -= 1
             connection.watchers.discard(on_lost)
+
+    def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:
+        """Workers of the last snapshot that a restarted registry need not know yet."""
+        keys = frozenset(map(worker_key, present))
+        missing = tuple(record for record in self.snapshot if worker_key(record) not in keys)
+        now_s = self._clock()
+        if not missing:
+            self._refilling_since_s = None
+        elif self._registry_failed or (self._refilling_since_s is None and not present):
+            self._refilling_since_s = now_s
+        since_s = self._refilling_since_s
+        if since_s is None or now_s - since_s >= self._settings.lost_after_s:
+            self._refilling_since_s = None
+            return ()
+        return missing
 
     def _note_missing(self, present: frozenset[WorkerKey]) -> None:
         now_s = self._clock()

@@ -12,7 +12,14 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
-from cluster.errors import CapacityError, InternalError, InvalidArgumentError, WorkerLostError
+from cluster.errors import (
+    CapacityError,
+    InternalError,
+    InvalidArgumentError,
+    UnavailableError,
+    WorkerLostError,
+)
+from engine.intake import WORKER_DRAINING
 from tests.support.fake_workers import (
     DecodeScript,
     FakeDecode,
@@ -50,6 +57,16 @@ def dies_after(
         raise error or WorkerLostError("the engine died")
 
     return script
+
+
+async def prefill_drains(request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
+    raise UnavailableError("shutting down", reason=WORKER_DRAINING)
+
+
+def decode_drains(
+    request: worker_pb2.DecodeRequest,
+) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+    raise UnavailableError("shutting down", reason=WORKER_DRAINING)
 
 
 async def prefill_dies(request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
@@ -174,6 +191,33 @@ async def test_no_decode_worker_left_is_the_first_error() -> None:
             await router.generate(PROMPT, max_tokens=4)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert error_detail(caught.value).reason == "WORKER_LOST"
+    assert error_detail(caught.value).retry_after_ms > 0
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+async def test_workers_that_drain_cost_no_attempt(pool: str) -> None:
+    leaving_prefills = [FakePrefill(f"prefill-{i}", prefill_drains) for i in range(3)]
+    leaving_decodes = [FakeDecode(f"decode-{i}", decode_drains) for i in range(3)]
+    async with RouterHarness(
+        prefill=[*(leaving_prefills if pool == "prefill" else ()), FakePrefill("prefill-9")],
+        decode=[*(leaving_decodes if pool == "decode" else ()), FakeDecode("decode-9")],
+        router={"max_attempts": 1},
+    ) as router:
+        responses = await router.generate(PROMPT, max_tokens=8)
+    assert token_ids(responses) == answer_tokens(PROMPT, 8)
+    assert responses[-1].phases.prefill_worker == "prefill-9"
+    assert responses[-1].phases.decode_worker == "decode-9"
+
+
+async def test_where_all_workers_drain_each_is_asked_once() -> None:
+    leaving = [FakeDecode(f"decode-{i}", decode_drains) for i in range(3)]
+    async with RouterHarness(prefill=[FakePrefill()], decode=leaving) as router:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.generate(PROMPT, max_tokens=8)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert error_detail(caught.value).reason == WORKER_DRAINING
+    assert error_detail(caught.value).retry_after_ms > 0
+    assert [len(decode.requests) for decode in leaving] == [1, 1, 1]
 
 
 async def test_a_lost_prefill_worker_is_replaced_by_another() -> None:

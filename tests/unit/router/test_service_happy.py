@@ -14,6 +14,7 @@ from tests.support.fake_workers import (
     answer_tokens,
     decode_answer,
     prefill_answer,
+    until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, make_tokenizer, token_ids
 
@@ -213,6 +214,28 @@ async def test_two_workers_of_each_pool_take_turns() -> None:
         for _ in range(4):
             await router.generate(PROMPT, max_tokens=2)
     assert [len(worker.requests) for worker in (*prefills, *decodes)] == [2, 2, 2, 2]
+
+
+async def test_a_long_answer_does_not_keep_the_worker_that_prefilled_it_from_others() -> None:
+    async def decode_hangs_after_one(
+        request: worker_pb2.DecodeRequest,
+    ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+        async for response in decode_answer(request):
+            yield response
+            await until_cancelled()
+
+    prefills = [FakePrefill(f"prefill-{i}") for i in (1, 2)]
+    decode = FakeDecode(script=decode_hangs_after_one)
+    async with RouterHarness(prefill=prefills, decode=[decode]) as router:
+        call = router.call(token_ids={"ids": range(40)})
+        stream = aiter(call)
+        await anext(stream)
+        await anext(stream)
+        for _ in range(4):
+            await router.generate(PROMPT, max_tokens=1)  # needs no decode worker
+        assert sorted(len(worker.requests) for worker in prefills) == [2, 3]
+        call.cancel()
+        await decode.until(lambda: not decode.running)
 
 
 async def test_health_and_reflection_answer() -> None:

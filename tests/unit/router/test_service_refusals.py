@@ -83,6 +83,15 @@ async def test_bad_input(fields: dict[str, Any], reason: str, words: str) -> Non
     assert not decode.requests
 
 
+async def test_a_request_id_that_is_too_long_is_named_in_short() -> None:
+    async with RouterHarness() as router:
+        code, message, detail = await refusal(router, token_ids=IDS, request_id="x" * 20_000)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert detail.reason == "INVALID_REQUEST_ID"
+    assert detail.request_id == "x" * 128
+    assert len(message) < 200
+
+
 async def test_a_message_over_the_limit() -> None:
     async with RouterHarness(router={"max_message_bytes": 1000}) as router:
         code, _, _ = await refusal(router, prompt="x" * 2000)

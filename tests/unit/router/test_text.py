@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path, **tokenizer_config: str) -> Path:
+def write_model(folder: Path, **tokenizer_config: object) -> Path:
     make_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config}
@@ -66,6 +66,26 @@ async def test_a_model_without_a_template_takes_no_chat(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         await codec.encode_chat([ChatTurn("user", "hi")])
     assert caught.value.reason == "NO_CHAT_TEMPLATE"
+    codec.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0].content + 1 }}", "str"),  # TypeError
+        # ValueError: several named templates, none of them the default.
+        ([{"name": name, "template": TEMPLATE} for name in ("rag", "tools")], "default"),
+    ],
+)
+async def test_a_template_that_fails_is_named_with_its_reason(
+    tmp_path: Path, template: object, words: str
+) -> None:
+    path = write_model(tmp_path, chat_template=template)
+    codec = load_text_codec(path, served_name="m", max_model_len=5)
+    with pytest.raises(InvalidArgumentError, match=words) as caught:
+        await codec.encode_chat([ChatTurn("user", "hi")])
+    assert caught.value.reason == "INVALID_CHAT"
     codec.close()
 
 

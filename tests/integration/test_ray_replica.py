@@ -1,0 +1,41 @@
+"""Where replicas run and which address they use; Ray itself is not started."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import Config
+from cluster.model import ResolvedModel
+
+pytestmark = pytest.mark.integration
+
+NODE = "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("localhost", "localhost"), ("10.0.0.1", NODE)],
+)
+def test_a_replica_uses_the_address_of_its_own_node(
+    host: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from cluster.ray_replica import on_this_node
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: NODE)
+    config = Config.model_validate({"cluster": {"host": host, "name": "c"}, "router": {"port": 1}})
+    changed = on_this_node(config)
+    assert changed.cluster.host == expected
+    assert changed.cluster.name == "c"
+    assert changed.router == config.router
+
+
+def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
+    from cluster.serve_app import Secrets, build_app
+
+    app = build_app(Config(), ResolvedModel("", "m"), Secrets("", ""), cuda=False)
+    router = app._bound_deployment
+    assert router.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
+    for worker in router.init_args[1:]:
+        assert not worker._bound_deployment.ray_actor_options.get("resources")

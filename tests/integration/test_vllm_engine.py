@@ -1,0 +1,106 @@
+"""What the engine makes of vLLM's answers; no vLLM engine is started."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from baton.v1 import inference_pb2
+from cluster.config import Config
+from cluster.errors import InvalidArgumentError
+from cluster.model import ResolvedModel
+from cluster.types import Pool
+from engine.protocol import Engine, EngineOutput, EngineRequest
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
+
+MAX_MODEL_LEN = 8
+
+
+class ScriptedLlm:
+    """In the place of ``AsyncLLM``: one answer, or an error before or after it."""
+
+    def __init__(self, *script: object) -> None:
+        self.script = script
+        self.asked = 0
+
+    async def generate(self, *_: object) -> AsyncIterator[Any]:
+        self.asked += 1
+        for step in self.script:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+
+def make(llm: ScriptedLlm) -> Engine:
+    """An engine that has started with ``llm``."""
+    from engine.vllm_engine import VllmEngine
+
+    engine = VllmEngine(Config(), Pool.DECODE, ResolvedModel("", "m"), None, "", "i")
+    engine._llm = llm
+    engine._max_model_len = MAX_MODEL_LEN
+    return engine
+
+
+def answer(token: int, logprobs: dict[int, tuple[int, float]] | None = None) -> Any:
+    """vLLM's output with one token, and for token ids their rank and logprob."""
+    entries = {
+        id_: SimpleNamespace(rank=rank, logprob=logprob)
+        for id_, (rank, logprob) in (logprobs or {}).items()
+    }
+    completion = SimpleNamespace(
+        token_ids=[token], finish_reason="length", logprobs=[entries] if entries else None
+    )
+    return SimpleNamespace(outputs=[completion], metrics=None, num_cached_tokens=0)
+
+
+async def read(engine: Engine, tokens: int = 3, **sampling: Any) -> list[EngineOutput]:
+    request = EngineRequest(
+        "r#1", (1,) * tokens, inference_pb2.SamplingParams(max_tokens=1, **sampling), None
+    )
+    return [output async for output in engine.generate(request)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [(MAX_MODEL_LEN, "PROMPT_TOO_LONG"), (0, "EMPTY_PROMPT")]
+)
+async def test_a_prompt_that_does_not_fit_never_reaches_vllm(tokens: int, reason: str) -> None:
+    llm = ScriptedLlm(answer(5))
+    with pytest.raises(InvalidArgumentError) as caught:
+        await read(make(llm), tokens)
+    assert caught.value.reason == reason
+    assert not llm.asked
+    (output,) = await read(make(llm), MAX_MODEL_LEN - 1)
+    assert output.token_ids == (5,)
+
+
+async def test_what_vllm_refuses_is_the_callers_fault() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    for error in (VLLMValidationError("no such thing"), ValueError("no such thing")):
+        engine = make(ScriptedLlm(error))
+        with pytest.raises(InvalidArgumentError, match="no such thing"):
+            await read(engine)
+        assert engine.load().queued_tokens == 0
+
+
+async def test_an_error_after_the_first_output_is_not_the_callers_fault() -> None:
+    with pytest.raises(ValueError, match="a defect"):
+        await read(make(ScriptedLlm(answer(5), ValueError("a defect"))))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "top"), [(0, []), (1, [7]), (2, [7, 8])], ids=["none", "one", "two"]
+)
+async def test_the_chosen_token_is_among_the_top_ones_only_if_it_is_one(
+    wanted: int, top: list[int]
+) -> None:
+    ranks = {5: (9, -4.0), 7: (1, -0.5), 8: (2, -1.0)}
+    listed = {5: ranks[5]} | {id_: ranks[id_] for id_ in top}
+    (output,) = await read(make(ScriptedLlm(answer(5, listed))), logprobs=wanted)
+    (logprobs,) = output.logprobs
+    assert logprobs.logprob == -4.0
+    assert [each.token_id for each in logprobs.top] == top
