@@ -2,8 +2,14 @@
 
 Three engines: a prefill engine without the connector and one with it, both bound to core 0, and
 a decode engine on core 1 that receives. The two prefill engines answer the same kind of prompts in
-turns, so that drift of the machine hits both alike. While one works the other is stopped (SIGSTOP):
-an idle engine of vLLM's spins on its core for a second.
+turns, so that drift of the machine hits both alike.
+
+    plain       without the connector
+    held        with the connector, and nobody fetches the KV
+    streamed    the decode engine gets the request at the same time, reserves and receives
+
+``prefill_slowdown`` is streamed / plain, ``connector_slowdown`` is held / plain. Between the two
+lies the KV itself and, on two cores, the decode engine's own work on the request.
 """
 
 from __future__ import annotations
@@ -18,9 +24,7 @@ from contextlib import aclosing
 from pathlib import Path
 from uuid import uuid4
 
-import psutil
 from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -30,7 +34,7 @@ from cluster.config import Config, load_config
 from cluster.model import ResolvedModel, resolve_model
 from cluster.types import Pool
 from engine.protocol import EngineRequest, KvReceive, KvSend
-from engine.vllm_engine import VllmEngine, engine_arguments, let_ranks_go_first
+from engine.vllm_engine import VllmEngine, engine_arguments, start_llm
 
 _ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 _TWO_TOKENS = pb.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -40,21 +44,6 @@ def prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[tuple[i
     """Random prompts that share no prefix, so that no cache helps."""
     rng = random.Random(seed)
     return [tuple(rng.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
-
-
-class Resting:
-    """Processes that one engine's start added, to be stopped while another engine is timed."""
-
-    def __init__(self, before: set[psutil.Process]) -> None:
-        self._processes = set(psutil.Process().children(recursive=True)) - before
-
-    def __enter__(self) -> None:
-        for process in self._processes:
-            process.suspend()
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.resume()
 
 
 async def time_plain(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float:
@@ -73,6 +62,16 @@ async def time_plain(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float:
         async for _ in outputs:
             pass
     return (time.perf_counter() - began_s) * 1000
+
+
+async def time_held(prefill: VllmEngine, ids: tuple[int, ...], key: str) -> float:
+    """Milliseconds to P's first token with a KV that is dropped unread."""
+    began_s = time.perf_counter()
+    async for _ in prefill.generate(EngineRequest(key, ids, _ONE_TOKEN, KvSend(True))):
+        pass
+    elapsed_ms = (time.perf_counter() - began_s) * 1000
+    await prefill.release(key)
+    return elapsed_ms
 
 
 async def time_streamed(
@@ -99,43 +98,38 @@ async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace
     incarnation = uuid4().hex
     prefill = VllmEngine(config, Pool.PREFILL, model, "0", "bench", f"{incarnation}-p")
     facts = await prefill.start()
-    prefill_rests = Resting(set())
-    before = set(psutil.Process().children(recursive=True))
     # Same environment, and so the same core, as the engine just started.
-    plain = await asyncio.to_thread(
-        AsyncLLM.from_engine_args,
-        AsyncEngineArgs(**engine_arguments(config, Pool.PREFILL, model)),
-    )
-    let_ranks_go_first(plain)
-    plain_rests = Resting(before)
+    plain = await asyncio.to_thread(start_llm, engine_arguments(config, Pool.PREFILL, model))
     decode = VllmEngine(config, Pool.DECODE, model, "1", "bench", f"{incarnation}-d")
     await decode.start()
     receive = KvReceive(f"{incarnation}-p", facts.kv_addresses, True)
     try:
         for tokens in args.tokens:
-            with_ms: list[float] = []
-            without_ms: list[float] = []
-            handoff_ms: list[float] = []
-            rounds = prompts(2 * (args.rounds + 1), tokens, facts.vocab_size, seed=tokens)
+            plain_ms: list[float] = []
+            held_ms: list[float] = []
+            streamed_ms: list[float] = []
+            second_ms: list[float] = []
+            fresh = iter(prompts(3 * (args.rounds + 1), tokens, facts.vocab_size, seed=tokens))
             for index in range(args.rounds + 1):
-                with prefill_rests:
-                    plain_ms = await time_plain(plain, rounds[2 * index], f"plain-{tokens}-{index}")
-                with plain_rests:
-                    streamed_ms, second_ms = await time_streamed(
-                        prefill, decode, receive, rounds[2 * index + 1], f"bench-{tokens}-{index}#1"
-                    )
-                if index > 0:  # the first round warms up, and makes the pair
-                    without_ms.append(plain_ms)
-                    with_ms.append(streamed_ms)
-                    handoff_ms.append(second_ms)
+                name = f"bench-{tokens}-{index}"
+                plain_ms.append(await time_plain(plain, next(fresh), name))
+                held_ms.append(await time_held(prefill, next(fresh), f"{name}#1"))
+                first, second = await time_streamed(
+                    prefill, decode, receive, next(fresh), f"{name}#2"
+                )
+                streamed_ms.append(first)
+                second_ms.append(second)
+            for series in (plain_ms, held_ms, streamed_ms, second_ms):
+                del series[0]  # the first round warms up, and makes the pair
+            base_ms = statistics.median(plain_ms)
             report.add(
                 tokens=tokens,
-                prefill_slowdown=round(
-                    statistics.median(with_ms) / statistics.median(without_ms), 4
-                ),
-                **summary("prefill_plain", without_ms),
-                **summary("prefill_streamed", with_ms),
-                **summary("first_to_second_token", handoff_ms),
+                prefill_slowdown=round(statistics.median(streamed_ms) / base_ms, 4),
+                connector_slowdown=round(statistics.median(held_ms) / base_ms, 4),
+                **summary("plain", plain_ms),
+                **summary("held", held_ms),
+                **summary("streamed", streamed_ms),
+                **summary("first_to_second_token", second_ms),
             )
     finally:
         await prefill.stop()

@@ -18,9 +18,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 
 from baton.v1 import inference_pb2 as pb
 from cluster.config import Config
@@ -46,11 +48,10 @@ _FINISH = {
 # A report leaves the engine core in the same message as the first token, so this only bounds a
 # defect.
 _REPORT_TIMEOUT_S = 5.0
-_SPINNER_NICENESS = 10  # about a tenth of a core, where somebody else wants it
 
 
 class VllmEngine:
-    """One AsyncLLM: an engine core and its ranks in processes of their own.
+    """One AsyncLLM: an engine core, in a process of its own with its rank if that is the only one.
 
     Args:
         cpu_binding: cores for vLLM's CPU backend (``VLLM_CPU_OMP_THREADS_BIND``), or None.
@@ -119,18 +120,13 @@ class VllmEngine:
         arguments = engine_arguments(self._config, self._pool, self._model)
         arguments["kv_transfer_config"] = self._kv_transfer_config(report_to)
         try:
-            llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**arguments), stat_loggers=[self._stats.logger]
-            )
+            return start_llm(arguments, [self._stats.logger])
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"vLLM refuses the {self._pool} engine: {error}") from error
         except RuntimeError as error:
             raise ConfigError(
                 f"the {self._pool} engine did not start ({error}); its log says why"
             ) from error
-        if self._pool is Pool.PREFILL:
-            let_ranks_go_first(llm)
-        return llm
 
     def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
         config = self._config.kv_transfer
@@ -249,20 +245,28 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
     if not torch.cuda.is_available():
         arguments["kv_cache_memory_bytes"] = pool_config.kv_cache_gib * 2**30
         arguments["enforce_eager"] = True
+        if pool_config.tensor_parallel_size == 1:
+            # The class, for vLLM takes the word "uni" for "mp" on CPUs: an engine core and a rank
+            # that spin for each other, on cores that the other pool computes on.
+            arguments["distributed_executor_backend"] = UniProcExecutor
         # About a second of CPU a step: a short prompt need not wait for a whole long one.
         arguments["long_prefill_token_threshold"] = 512
     return arguments | pool_config.engine
 
 
-def let_ranks_go_first(llm: AsyncLLM) -> None:
-    """On CPUs, lower the priority of the engine core's main thread.
-
-    It spins while the ranks compute, and the kernel now and then gives it a core that a rank
-    computes on. Good for prefill, whose steps are long; a decode step would wait for it.
-    """
-    if not torch.cuda.is_available():
-        for process in llm.engine_core.resources.engine_manager.processes:
-            os.setpriority(os.PRIO_PROCESS, process.pid, _SPINNER_NICENESS)
+def start_llm(
+    arguments: Mapping[str, Any], stat_loggers: list[StatLoggerFactory] | None = None
+) -> AsyncLLM:
+    """Start vLLM with ``engine_arguments``. Raises what vLLM raises."""
+    args = AsyncEngineArgs(**arguments)
+    config = args.create_engine_config()
+    with contextlib.ExitStack() as stack:
+        if args.distributed_executor_backend is UniProcExecutor:
+            # vLLM binds the OpenMP threads of ranks that are processes; this one inherits it.
+            stack.enter_context(OMPProcessManager(config).configure_omp_envs(0, 0))
+        return AsyncLLM.from_vllm_config(
+            config, stat_loggers=stat_loggers, disable_log_stats=args.disable_log_stats
+        )
 
 
 class _Stats:

@@ -432,7 +432,7 @@ class _WorkerSide:
         extra = dict(self._config.kv_connector_extra_config)
         report_to: str = extra.pop("report_to")
         model: str = extra.pop("model")
-        # The engine core, our parent, is not bound to the cores that this rank computes on.
+        # Our parent is not bound to the cores that this rank computes on.
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
         self._tp_rank = get_tensor_model_parallel_rank()
         names = sorted(kv_caches, key=extract_layer_index)

@@ -104,3 +104,34 @@ async def test_the_chosen_token_is_among_the_top_ones_only_if_it_is_one(
     (logprobs,) = output.logprobs
     assert logprobs.logprob == -4.0
     assert [each.token_id for each in logprobs.top] == top
+
+
+async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM has to keep the executor's class, and its OpenMP variables have to be there in time."""
+    import os
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from cluster.model import resolve_model
+    from engine.vllm_engine import engine_arguments, start_llm
+
+    seen: dict[str, Any] = {}
+
+    def started(config: Any, **_: object) -> str:
+        seen["executor"] = config.parallel_config.distributed_executor_backend
+        seen.update(
+            {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_CPU_AFFINITY")}
+        )
+        return "llm"
+
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", started)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "1")
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    config = Config()
+    arguments = engine_arguments(config, Pool.PREFILL, resolve_model(config.model, print))
+    assert start_llm(arguments) == "llm"
+    assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
+    assert "GOMP_CPU_AFFINITY" not in os.environ, "for that engine's process only"

@@ -36,20 +36,18 @@ def greedy(config_file: Path, prompts: list[list[int]], max_tokens: int) -> list
 
 async def _answer(job: dict[str, object]) -> list[list[int]]:
     from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     from cluster.config import load_config
     from cluster.model import resolve_model
     from cluster.types import Pool
-    from engine.vllm_engine import engine_arguments
+    from engine.vllm_engine import engine_arguments, start_llm
 
     config = load_config(Path(str(job["config"])))
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"
     arguments = engine_arguments(config, Pool.DECODE, resolve_model(config.model, lambda _: None))
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    llm = start_llm(arguments)
     params = SamplingParams(
         temperature=0,
         max_tokens=int(str(job["max_tokens"])),
