@@ -152,13 +152,10 @@ class VllmEngine:
         engine_id = f"{request.key}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):
+            given = len(request.kv.control_addresses)
             ranks = self._pool_config.tensor_parallel_size
-            if (
-                len(request.kv.control_addresses) != ranks
-            ):  # a rank without a peer would end the engine
-                raise InternalError(
-                    f"{len(request.kv.control_addresses)} KV addresses for {ranks} ranks"
-                )
+            if given != ranks:  # a rank without a peer would end the engine
+                raise InternalError(f"{given} KV addresses for {ranks} ranks")
             report = self._stats.expect(request.key)
         self._queued_tokens[request.key] = len(request.token_ids)
         index = 0
