@@ -1,0 +1,177 @@
+"""A prefill and a decode engine of vLLM's, without router and Ray, on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+
+from baton.v1 import inference_pb2 as pb
+from cluster.config import load_config
+from cluster.model import resolve_model
+from cluster.types import Pool
+from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
+from engine.vllm_engine import VllmEngine
+from tests.support.tiny_model import KV_BYTES_PER_TOKEN, make_tiny_model
+from tests.support.waiting import until
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(240),
+]
+
+BLOCK_TOKENS = 64
+MAX_TOKENS = 6
+
+
+@dataclass
+class Engines:
+    prefill: VllmEngine
+    decode: VllmEngine
+    receive: KvReceive
+
+    async def read(
+        self, engine: VllmEngine, key: str, prompt: list[int], kv: KvSend | KvReceive | None
+    ) -> list[EngineOutput]:
+        sampling = pb.SamplingParams(
+            temperature=0,
+            max_tokens=1 if isinstance(kv, KvSend) else MAX_TOKENS,
+            ignore_eos=True,
+        )
+        request = EngineRequest(key, tuple(prompt), sampling, kv)
+        return [output async for output in engine.generate(request)]
+
+    async def streamed(self, prompt: list[int]) -> tuple[list[int], pb.KvReport]:
+        """All tokens, the first one from prefill, and what decode says of the transfer."""
+        key = f"{uuid4().hex}#1"
+        sent, received = await asyncio.gather(
+            self.read(self.prefill, key, prompt, KvSend(True)),
+            self.read(self.decode, key, prompt, self.receive),
+        )
+        report = received[0].kv
+        assert report is not None
+        tokens = [token for output in received for token in output.token_ids]
+        if received[0].first_index == 1:
+            tokens = [*sent[0].token_ids, *tokens]
+        return tokens, report
+
+    async def aggregated(self, prompt: list[int]) -> list[int]:
+        """The same from the prefill engine alone."""
+        outputs = await self.read(self.prefill, f"{uuid4().hex}#1", prompt, None)
+        return [token for output in outputs for token in output.token_ids]
+
+    async def all_free(self) -> None:
+        """Until no engine holds a KV block."""
+        for engine in (self.prefill, self.decode):
+            await until(partial(_is_free, engine), what="all blocks are free")
+
+
+def _is_free(engine: VllmEngine) -> bool:
+    load = engine.load()
+    return load.kv_blocks_free == load.kv_blocks_total
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engines]:
+    environment = dict(os.environ)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    folder = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    arguments = {"max_num_batched_tokens": 192, "block_size": BLOCK_TOKENS}
+    config = load_config(
+        overrides={
+            "model.path": str(folder),
+            "model.dtype": "float32",
+            "model.max_model_len": 2048,
+            "prefill.engine": arguments,
+            "decode.engine": arguments,
+        }
+    )
+    model = resolve_model(config.model, print)
+    names = f"{uuid4().hex}-p", f"{uuid4().hex}-d"
+    prefill = VllmEngine(config, Pool.PREFILL, model, "0", "secret", names[0])
+    decode = VllmEngine(config, Pool.DECODE, model, "1", "secret", names[1])
+    try:
+        facts = await prefill.start()
+        await decode.start()
+        yield Engines(prefill, decode, KvReceive(names[0], facts.kv_addresses, True))
+    finally:
+        await prefill.stop()
+        await decode.stop()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def random_prompt(tokens: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, 40_000) for _ in range(tokens)]
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 192, 193, 700])
+async def test_streamed_tokens_are_the_aggregated_ones(engines: Engines, tokens: int) -> None:
+    prompt = random_prompt(tokens, tokens)
+    got, report = await engines.streamed(prompt)
+    assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
+    assert report.computed_tokens <= 1
+    blocks = -(-tokens // BLOCK_TOKENS)
+    assert report.bytes == blocks * BLOCK_TOKENS * KV_BYTES_PER_TOKEN
+    assert got == await engines.aggregated(prompt)
+    await engines.all_free()
+
+
+async def test_many_at_once_with_a_shared_cold_prefix(engines: Engines) -> None:
+    prefix = random_prompt(5 * BLOCK_TOKENS, 1)
+    prompts = [prefix + random_prompt(3 + 9 * index, 2 + index) for index in range(12)]
+    answers = await asyncio.gather(*(engines.streamed(prompt) for prompt in prompts))
+    for prompt, (got, report) in zip(prompts, answers, strict=True):
+        assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
+        assert got == await engines.aggregated(prompt)
+    await engines.all_free()
+
+
+async def test_a_transfer_that_fails_is_recomputed_to_the_same_tokens(engines: Engines) -> None:
+    prompt = random_prompt(500, 3)
+    key = f"{uuid4().hex}#1"
+    await engines.prefill.release(key)  # as if the router had given the prefill up
+    received = await engines.read(engines.decode, key, prompt, engines.receive)
+    assert received[0].kv is not None
+    assert received[0].kv.outcome == pb.KV_OUTCOME_RECOMPUTED
+    tokens = [token for output in received for token in output.token_ids]
+    assert tokens == await engines.aggregated(prompt)
+    await engines.all_free()
+
+
+async def test_a_release_that_overtakes_the_prefill_leaks_nothing(engines: Engines) -> None:
+    for index in range(8):
+        key = f"{uuid4().hex}#1"
+        await engines.prefill.release(key)
+        await engines.read(engines.prefill, key, random_prompt(200, 50 + index), KvSend(True))
+    await engines.all_free()
+
+
+async def test_cancelled_at_any_moment_nothing_stays_held(engines: Engines) -> None:
+    """Up to 0.3 s after the start: queued, prefilling, on the way, decoding or done."""
+    rng = random.Random(4)
+    for index in range(15):
+        key, prompt = f"{uuid4().hex}#1", random_prompt(400, 100 + index)
+        tasks = [
+            asyncio.create_task(engines.read(engines.prefill, key, prompt, KvSend(True))),
+            asyncio.create_task(engines.read(engines.decode, key, prompt, engines.receive)),
+        ]
+        await asyncio.wait(tasks, timeout=rng.random() * 0.3)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await engines.prefill.release(key)  # what the router does with KV that nobody fetched
+    await engines.all_free()
+    prompt = random_prompt(300, 5)
+    got, report = await engines.streamed(prompt)
+    assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
+    assert got == await engines.aggregated(prompt)
