@@ -525,6 +525,8 @@ class _WorkerSide:
             self._server.stop()
         if self._client is not None:
             self._client.stop()
+        if self._button is not None:
+            self._button.close()
 
 
 def _report_address(report_to: str, tp_rank: int, address: str) -> None:

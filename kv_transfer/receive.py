@@ -31,7 +31,7 @@ from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.pair import DECODE_RANK, Pair, backend_for, host_store
 from kv_transfer.session import ReceiveSession, ReceiveState
-from kv_transfer.side_stream import SideStream, mark, wait_done
+from kv_transfer.side_stream import mark, side_stream, wait_done
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class _Peer:
         try:
             with contextlib.ExitStack() as stack:
                 self._client.options.bind_this_thread()
-                stack.enter_context(SideStream(self._client.pages.device))
+                stack.enter_context(side_stream(self._client.pages.device))
                 control, monitor = self._connect(stack)
                 self._pair = self._open(control)
                 stack.callback(self._pair.abort)

@@ -30,7 +30,7 @@ from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, backend_for, join_store
 from kv_transfer.session import SendSession, SendState
-from kv_transfer.side_stream import SideStream, mark, wait_done
+from kv_transfer.side_stream import after, mark, side_stream, wait_done
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class PrefillServer:
             return None
         transfer.block_ids = torch.tensor(chunk.block_ids, dtype=torch.int64)
         try:
-            transfer.session.add_chunk(token_start, chunk.token_end, 0)
+            transfer.session.add_chunk(token_start, chunk.token_end)
         except ProtocolError as error:  # a defect; costs this transfer, not the engine
             self._fail(transfer, str(error))
             return None
@@ -442,8 +442,8 @@ class PrefillServer:
             with self._changed:
                 peer.last_heard_s = self._clock()
                 peer.pair = pair
-            with SideStream(self._pages.device) as side:
-                self._stream(peer, pair, side)
+            with side_stream(self._pages.device):
+                self._stream(peer, pair)
         except KvTransferError as error:
             with self._changed:
                 self._close_peer(peer, f"the pair broke: {error}")
@@ -462,7 +462,7 @@ class PrefillServer:
             store, hello.pair_id, PREFILL_RANK, self._pages.device, self._options.host, timeout_s
         )
 
-    def _stream(self, peer: _Peer, pair: Pair, side: SideStream) -> None:
+    def _stream(self, peer: _Peer, pair: Pair) -> None:
         block_elements = self._geometry.block_bytes // self._geometry.item_bytes
         staging = [
             torch.empty(
@@ -496,7 +496,7 @@ class PrefillServer:
             buffer = staging.pop()
             message = buffer[: area.num_blocks * block_elements]
             try:
-                side.after(computed)
+                after(computed, self._pages.device)
                 self._pages.gather(area, transfer.block_ids, message)
                 wait_done(mark(self._pages.device), self._options.transfer_timeout_s)
             finally:

@@ -86,7 +86,7 @@ RECEIVE_TERMINAL = frozenset({_R.COMPLETE, _R.CANCELLED, _R.FAILED})
 
 
 class _Chunk:
-    """Tokens that one engine step computes (or found cached), cut into messages."""
+    """Tokens that one engine step computes, and what it found cached, cut into messages."""
 
     __slots__ = ("layers_done", "messages")
 
@@ -144,17 +144,17 @@ class SendSession:
         for start, end, layers_done in self._computed:
             self._queue_chunk(start, end, layers_done)
 
-    def add_chunk(self, token_start: int, token_end: int, layers_done: int) -> None:
-        """Tokens whose KV is being written from now on (all layers, if they were cached)."""
+    def add_chunk(self, token_start: int, token_end: int) -> None:
+        """Tokens whose KV is written from now on, layer by layer; see ``advance``."""
         expected = self._computed[-1][1] if self._computed else 0
         if token_start != expected or not token_start < token_end <= self.num_tokens:
             raise ProtocolError(
                 f"transfer {self.key}: chunk [{token_start}, {token_end}) after {expected} "
                 f"of {self.num_tokens} tokens"
             )
-        self._computed.append([token_start, token_end, layers_done])
+        self._computed.append([token_start, token_end, 0])
         if self.state is SendState.SENDING:
-            self._queue_chunk(token_start, token_end, layers_done)
+            self._queue_chunk(token_start, token_end, 0)
 
     def advance(self, layers_done: int) -> None:
         """The first ``layers_done`` layers of the newest chunk have been written."""

@@ -8,8 +8,7 @@ the whole device. On CPUs a call that has returned is done, and all of this does
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -38,26 +37,15 @@ def wait_done(event: torch.cuda.Event | None, timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-class SideStream:
-    """The current CUDA stream of one thread while it is entered."""
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
+    """While entered, the calling thread's current stream is a new one of its own."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))
+    return stream
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._context: Any = torch.cuda.stream(self._stream)  # does nothing for None
 
-    def __enter__(self) -> SideStream:
-        self._context.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._context.__exit__(kind, error, traceback)
-
-    def after(self, event: torch.cuda.Event | None) -> None:
-        """Queue what follows behind the marked work."""
-        if self._stream is not None and event is not None:
-            self._stream.wait_event(event)
+def after(event: torch.cuda.Event | None, device: torch.device) -> None:
+    """Queue what the current stream is given from now on behind marked work."""
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)

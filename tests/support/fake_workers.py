@@ -88,6 +88,15 @@ def until_cancelled() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
 
 
+async def decode_hangs_after_one(
+    request: worker_pb2.DecodeRequest,
+) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+    """One token, and then nothing more."""
+    async for response in decode_answer(request):
+        yield response
+        await until_cancelled()
+
+
 class _FakeWorker:
     """One gRPC server on loopback, and what it saw."""
 

@@ -98,14 +98,8 @@ def test_processes_that_ignore_signals_and_breed_are_killed(cluster_id: str) -> 
     assert reaper.find(cluster_id) == set()
 
 
-def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path) -> None:
-    code = (
-        "from multiprocessing import shared_memory\n"
-        "import time\n"
-        "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
-        "print(segment.name, flush=True)\n"
-        "time.sleep(600)"
-    )
+def spawn_keeping(cluster_id: str, code: str) -> tuple[subprocess.Popen[str], Path]:
+    """A process of the cluster that says the name of what it keeps in /dev/shm."""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, CLUSTER_ID_VARIABLE: cluster_id},
@@ -114,6 +108,18 @@ def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path)
     )
     assert process.stdout is not None
     segment = Path("/dev/shm") / process.stdout.readline().strip()
+    return process, segment
+
+
+def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path) -> None:
+    code = (
+        "from multiprocessing import shared_memory\n"
+        "import time\n"
+        "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
+        "print(segment.name, flush=True)\n"
+        "time.sleep(600)"
+    )
+    process, segment = spawn_keeping(cluster_id, code)
     mine = shared_memory.SharedMemory(create=True, size=4096)
     try:
         assert segment.exists()
@@ -152,14 +158,7 @@ def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(
         "print(name, flush=True)\n"
         "time.sleep(600)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, CLUSTER_ID_VARIABLE: cluster_id},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    segment = Path("/dev/shm") / process.stdout.readline().strip()
+    process, segment = spawn_keeping(cluster_id, code)
     mine = shared_memory.SharedMemory(create=True, size=4096)
     watch = reaper.SharedMemoryWatch(cluster_id)
     try:

@@ -31,7 +31,8 @@ TOKENS = 10  # two whole blocks and a part
 
 def send_in(state: SendState) -> SendSession:
     session = SendSession("r#1", TOKENS, GEOMETRY, 2)
-    session.add_chunk(0, TOKENS, LAYERS)
+    session.add_chunk(0, TOKENS)
+    session.advance(LAYERS)
     session.finish(7)
     if state in (SendState.SENDING, SendState.ENDED):
         session.reserve(0, TOKENS)
@@ -111,7 +112,7 @@ def test_every_receive_event_in_every_state(state: ReceiveState, event: ReceiveE
 def test_nothing_is_sent_before_its_layers_were_computed() -> None:
     session = SendSession("r#1", 8, GEOMETRY, 2)
     session.reserve(0, 8)
-    session.add_chunk(0, 8, 0)
+    session.add_chunk(0, 8)
     assert session.next_message() is None
     session.advance(1)
     assert session.next_message() == Rectangle(0, 1, 0, 2)
@@ -123,17 +124,20 @@ def test_nothing_is_sent_before_its_layers_were_computed() -> None:
 def test_a_block_waits_for_the_chunk_that_completes_it() -> None:
     session = SendSession("r#1", TOKENS, GEOMETRY, 100)
     session.reserve(0, TOKENS)
-    session.add_chunk(0, 6, LAYERS)  # block 1 has tokens 4 and 5 only
+    session.add_chunk(0, 6)  # block 1 has tokens 4 and 5 only
+    session.advance(LAYERS)
     assert session.next_message() == Rectangle(0, LAYERS, 0, 1)
     assert session.next_message() is None
-    session.add_chunk(6, TOKENS, LAYERS)
+    session.add_chunk(6, TOKENS)
+    session.advance(LAYERS)
     assert session.next_message() == Rectangle(0, LAYERS, 1, 3)
 
 
 def test_no_manifest_while_a_message_is_in_flight_or_the_engine_computes() -> None:
     session = SendSession("r#1", 4, GEOMETRY, 100)
     session.reserve(0, 4)
-    session.add_chunk(0, 4, LAYERS)
+    session.add_chunk(0, 4)
+    session.advance(LAYERS)
     area = session.next_message()
     assert area is not None
     session.finish(7)
@@ -219,13 +223,11 @@ def test_whatever_the_chunks_d_gets_each_block_it_lacks_once(
             arrive(receive, area)
             send.message_sent(area)
 
-    if cached:
-        send.add_chunk(0, cached, LAYERS)
-    start = cached
+    start = 0  # what P has cached leaves with the first chunk
     for index, end in enumerate(sorted(cuts)):
         if index == reserve_at:
             send.reserve(reserved_from, tokens)
-        send.add_chunk(start, end, 0)
+        send.add_chunk(start, end)
         for layer in range(1, LAYERS + 1):
             send.advance(layer)
             pump()

@@ -15,6 +15,7 @@ from tests.support.fake_workers import (
     FakePrefill,
     answer_tokens,
     decode_answer,
+    decode_hangs_after_one,
     until_cancelled,
 )
 from tests.support.router_harness import RouterHarness
@@ -34,14 +35,6 @@ async def decode_hangs(
 ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
     await until_cancelled()
     yield worker_pb2.DecodeResponse()
-
-
-async def decode_hangs_after_one(
-    request: worker_pb2.DecodeRequest,
-) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-    async for response in decode_answer(request):
-        yield response
-        await until_cancelled()
 
 
 async def test_cancel_while_prefill_computes() -> None:

@@ -13,8 +13,8 @@ from tests.support.fake_workers import (
     FakePrefill,
     answer_tokens,
     decode_answer,
+    decode_hangs_after_one,
     prefill_answer,
-    until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, make_tokenizer, token_ids
 
@@ -217,13 +217,6 @@ async def test_two_workers_of_each_pool_take_turns() -> None:
 
 
 async def test_a_long_answer_does_not_keep_the_worker_that_prefilled_it_from_others() -> None:
-    async def decode_hangs_after_one(
-        request: worker_pb2.DecodeRequest,
-    ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-        async for response in decode_answer(request):
-            yield response
-            await until_cancelled()
-
     prefills = [FakePrefill(f"prefill-{i}") for i in (1, 2)]
     decode = FakeDecode(script=decode_hangs_after_one)
     async with RouterHarness(prefill=prefills, decode=[decode]) as router:
