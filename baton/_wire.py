@@ -222,4 +222,8 @@ def _kv_report(message: pb.KvReport) -> KvReport:
         transfer_ms=message.transfer_ms,
         cached_tokens=message.cached_tokens,
         computed_tokens=message.computed_tokens,
+        hidden_bytes=message.hidden_bytes,
+        tail_ms=message.tail_ms,
+        stall_ms=message.stall_ms,
+        retries=message.retries,
     )

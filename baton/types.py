@@ -110,6 +110,10 @@ class KvReport:
     transfer_ms: float  # first header -> manifest complete
     cached_tokens: int  # positions found in the decode worker's prefix cache
     computed_tokens: int  # positions that the decode engine computed itself
+    hidden_bytes: int  # of bytes, sent while the prefill was still computing
+    tail_ms: float  # prefill's last layer -> last byte sent; 0: all was hidden
+    stall_ms: float  # prefill's KV was ready and waited for the link
+    retries: int  # reservations repeated over a new process group
 
 
 @dataclass(frozen=True, slots=True)

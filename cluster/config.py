@@ -187,8 +187,8 @@ class PoolConfig(_Section):
     )
     tensor_parallel_size: Count = Field(
         default=1,
-        description="GPUs (or CPU groups) over which one worker splits the model; the same in "
-        "both pools.",
+        description="GPUs (or CPU groups) over which one worker splits the model; the pools may "
+        "differ.",
     )
     num_gpus_per_replica: float | None = Field(
         default=None,
@@ -276,9 +276,15 @@ class KvTransferConfig(_Section):
         default=60,
         description="Seconds without progress until a transfer that has begun is given up.",
     )
+    pair_idle_s: Seconds = Field(
+        default=600,
+        description="Seconds without a transfer until a process group is closed; the next request "
+        "makes it again.",
+    )
     max_pairs: Count = Field(
         default=64,
-        description="Process groups of one worker; a pair of GPUs costs 50 to 100 MB of memory.",
+        description="Process groups of one rank; beyond it the one that was idle longest is "
+        "closed. A pair of GPUs costs 50 to 100 MB of memory.",
     )
     peer_lease_s: Seconds = Field(
         default=5, description="Seconds without a sign of life until a peer counts as dead."
@@ -333,16 +339,6 @@ class Config(_Section):
         default=KvTransferConfig(), description="The KV stream between the pools."
     )
     redis: RedisConfig = Field(default=RedisConfig(), description="The registry's store.")
-
-    @model_validator(mode="after")
-    def _ranks_pair_up(self) -> Self:
-        prefill, decode = self.prefill.tensor_parallel_size, self.decode.tensor_parallel_size
-        if prefill != decode:
-            raise ValueError(
-                f"prefill.tensor_parallel_size {prefill} and decode.tensor_parallel_size {decode} "
-                "must be equal: KV is not mapped between unlike tensor-parallel sizes yet"
-            )
-        return self
 
     @property
     def router_host(self) -> str:

@@ -22,6 +22,7 @@ RESERVED_ENGINE_ARGS: Mapping[str, str] = {
     "trust_remote_code": "set model.trust_remote_code",
     "tensor_parallel_size": "set the pool's field tensor_parallel_size",
     "kv_transfer_config": "Baton brings its own connector; see kv_transfer",
+    "worker_extension_cls": "Baton brings its own, for the KV stream",
     "pipeline_parallel_size": _TP_ONLY,
     "prefill_context_parallel_size": _TP_ONLY,
     "decode_context_parallel_size": _TP_ONLY,

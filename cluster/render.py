@@ -75,7 +75,8 @@ def _kv(kv: KvReport | None) -> str:
         return "no KV sent (local prefill)"
     if kv.outcome is KvOutcome.RECOMPUTED:
         return "KV transfer failed, recomputed"
-    return f"KV {kv.bytes / _MIB:.2f} MiB in {_ms(kv.transfer_ms)} over {kv.backend}"
+    hidden = f" ({kv.hidden_bytes / kv.bytes:.0%} hidden)" if kv.bytes else ""
+    return f"KV {kv.bytes / _MIB:.2f} MiB{hidden} in {_ms(kv.transfer_ms)} over {kv.backend}"
 
 
 def _workers(phases: Phases) -> str:

@@ -19,6 +19,7 @@ _COLUMNS = (
     "running",
     "kv_blocks_free",
     "kv_blocks_total",
+    "metrics",
 )
 
 
@@ -81,4 +82,5 @@ def _row(worker: WorkerRecord) -> dict[str, str | int]:
         "queued_tokens": load.queued_tokens,
         "kv_blocks_free": load.kv_blocks_free,
         "kv_blocks_total": load.kv_blocks_total,
+        "metrics": worker.metrics,
     }

@@ -12,6 +12,7 @@ class Pool(enum.StrEnum):
 
 
 class WorkerState(enum.StrEnum):
+    STARTING = "starting"  # its engine runs; the KV pairs with the other pool are being made
     READY = "ready"
     DRAINING = "draining"
 
@@ -43,3 +44,4 @@ class WorkerRecord:
     kv_addresses: tuple[str, ...]  # KV control, "tcp://host:port", one per TP rank
     model: str  # served name
     load: WorkerLoad
+    metrics: str = ""  # Prometheus, "http://host:port/metrics"

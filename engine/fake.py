@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from baton.v1 import inference_pb2
@@ -88,6 +88,14 @@ class FakeEngine:
             vocab_size=VOCAB_SIZE,
             kv_addresses=("tcp://127.0.0.1:1",),  # nothing connects to it
         )
+
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:  # noqa: ARG002
+        """See ``Engine``."""
+        return set()
+
+    def must_be_replaced(self) -> str | None:
+        """See ``Engine``."""
+        return None
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See ``Engine``."""
@@ -194,6 +202,7 @@ class FakeEngine:
                 outcome=inference_pb2.KV_OUTCOME_TRANSFERRED,
                 backend="fake",
                 bytes=received * self._size.kv_bytes_per_token,
+                hidden_bytes=received * self._size.kv_bytes_per_token,
                 messages=1,
                 tokens=received,
                 transfer_ms=self._latency.transfer_ms,

@@ -6,7 +6,7 @@ a latency model, for tests of everything around the engine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +83,18 @@ class Engine(Protocol):
             WorkerLostError: the engine died.
         """
 
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+        """Make KV pairs with workers of the other pool before a request needs them.
+
+        A decode worker begins to, a prefill worker only looks; neither waits.
+
+        Args:
+            others: KV control addresses by incarnation.
+
+        Returns:
+            Incarnations of ``others`` whose pairs are not up yet and may still come up.
+        """
+
     async def release(self, key: str) -> None:
         """Drop KV held by a finished ``KvSend`` request. Unknown keys are ignored."""
 
@@ -91,6 +103,9 @@ class Engine(Protocol):
 
     async def check_health(self) -> None:
         """Raises WorkerLostError if the engine can serve no more."""
+
+    def must_be_replaced(self) -> str | None:
+        """Why this engine should be drained and ended although it serves, if it should."""
 
     async def stop(self) -> None:
         """Abort what runs and end all processes of the engine. Idempotent."""

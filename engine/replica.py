@@ -1,6 +1,7 @@
 """One worker: an engine, its gRPC server, and its lease in the registry.
 
-    start: engine ▸ gRPC server ▸ lease READY      (the router sends work from here on)
+    start: engine ▸ gRPC server ▸ lease STARTING ▸ KV pairs with the other pool ▸ lease READY
+           (the router sends work from here on)
     stop:  lease DRAINING ▸ routers have seen it ▸ nothing new ▸ what runs has ended and held KV
            was fetched, or the grace is over ▸ server ▸ engine
 
@@ -10,14 +11,17 @@ Knows neither Ray nor a pool's protocol: the pool passes in what it serves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass, field, replace
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
+from prometheus_client import start_http_server
 
 from cluster.config import Config
 from cluster.errors import InternalError, UnavailableError, WorkerLostError
@@ -116,8 +120,10 @@ class WorkerReplica:
         self._intake = Intake(config.pool(pool).max_concurrent)
         self._health = health_aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._metrics: WSGIServer | None = None
         self._record: WorkerRecord | None = None
         self._lease: asyncio.Task[None] | None = None
+        self._pairing: asyncio.Task[None] | None = None
         self._stopped: asyncio.Task[None] | None = None
 
     async def start(self) -> WorkerRecord:
@@ -128,22 +134,26 @@ class WorkerReplica:
         """
         try:
             facts = await self._engine.start()
-            address = await self._serve()
+            self._record = WorkerRecord(
+                id=self._id,
+                pool=self._pool,
+                state=WorkerState.STARTING,
+                incarnation=self._incarnation,
+                address=await self._serve(),
+                kv_addresses=facts.kv_addresses,
+                model=self._model,
+                load=self._engine.load(),
+                metrics=self._serve_metrics(),
+            )
+            self._lease = asyncio.create_task(self._keep_lease())
+            await self._pair_up()
         except BaseException:
-            await self._engine.stop()
-            await self._registry.close()
+            await self._end()
             raise
-        self._record = WorkerRecord(
-            id=self._id,
-            pool=self._pool,
-            state=WorkerState.READY,
-            incarnation=self._incarnation,
-            address=address,
-            kv_addresses=facts.kv_addresses,
-            model=self._model,
-            load=self._engine.load(),
-        )
-        self._lease = asyncio.create_task(self._keep_lease())
+        self._record = replace(self._record, state=WorkerState.READY)
+        await self._tell(self._renew())
+        if self._pool is Pool.DECODE:
+            self._pairing = asyncio.create_task(self._keep_pairing())
         return self._record
 
     async def check_health(self) -> None:
@@ -151,6 +161,10 @@ class WorkerReplica:
 
         A registry that is away is no reason: running requests do not need it.
         """
+        if self._stopped is None and (reason := self._engine.must_be_replaced()) is not None:
+            _log.error("%s drains, to be replaced: %s", self._id, reason)
+            grace_s = self._config.pool(self._pool).shutdown_grace_s
+            self._stopped = asyncio.create_task(self._stop(grace_s))
         await self._engine.check_health()
         if self._lease is None or (self._lease.done() and self._stopped is None):
             raise WorkerLostError(f"{self._id} does not renew its lease")
@@ -184,6 +198,55 @@ class WorkerReplica:
         self._server = server
         return f"{host}:{port}"
 
+    def _serve_metrics(self) -> str:
+        """Serve this process's Prometheus metrics on a free port, from a thread of its own."""
+        host = self._config.cluster.host
+        self._metrics, _ = start_http_server(0, host)
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{self._metrics.server_port}/metrics"
+
+    def _stop_metrics(self) -> None:
+        """Takes up to half a second."""
+        if self._metrics is not None:
+            self._metrics.shutdown()
+            self._metrics.server_close()
+
+    async def _pair_up(self) -> None:
+        """Wait for the KV pairs with the other pool's workers, so that no request has to."""
+        timeout_s = self._config.kv_transfer.pair_timeout_s
+        missing: Set[str] = set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._renew()  # so that the other pool knows of this worker
+                while True:
+                    missing = await self._engine.pair_up(await self._others())
+                    if not missing:
+                        return
+                    await asyncio.sleep(_KV_POLL_S)
+        except UnavailableError as error:
+            _log.warning("%s: no KV pairs are made in advance: %s", self._id, error)
+        except TimeoutError:
+            _log.warning("%s: no KV pair with %s in %.1f s", self._id, sorted(missing), timeout_s)
+
+    async def _keep_pairing(self) -> None:
+        """Make pairs with prefill workers that come later; those wait for it."""
+        met: Set[str] = set()
+        while True:
+            with contextlib.suppress(UnavailableError):  # the lease's task says so
+                others = await self._others()
+                if others.keys() - met:
+                    await self._engine.pair_up(others)
+                met = others.keys()
+            await asyncio.sleep(self._config.redis.renew_s)
+
+    async def _others(self) -> dict[str, tuple[str, ...]]:
+        """KV control addresses of the other pool's workers, by incarnation."""
+        return {
+            record.incarnation: record.kv_addresses
+            for record in await self._registry.list()
+            if record.pool is not self._pool and record.state is not WorkerState.DRAINING
+        }
+
     async def _keep_lease(self) -> None:
         away = False
         while True:
@@ -212,12 +275,17 @@ class WorkerReplica:
         except TimeoutError:
             self._intake.close()
             _log.warning("%s: not all requests and KV transfers ended in %.1f s", self._id, grace_s)
+        await self._end()
+
+    async def _end(self) -> None:
+        """End what has begun, in whatever state."""
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
-        await self._engine.stop()
-        if self._lease is not None:
-            self._lease.cancel()
-            await asyncio.wait([self._lease])
+        await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
+        tasks = [task for task in (self._lease, self._pairing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._tell(self._registry.remove(self._id))
         await self._registry.close()
 

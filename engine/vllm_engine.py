@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Set
 from typing import Any
 from uuid import uuid4
 
@@ -37,8 +37,8 @@ from engine.protocol import (
     KvSend,
     check_prompt,
 )
-from kv_transfer.connector import ReceiveReport
-from kv_transfer.release import AddressBook, Releaser
+from kv_transfer.release import RankReports, Releaser
+from kv_transfer.vllm_metrics import ReceiveReport
 
 _FINISH = {
     "stop": pb.FINISH_REASON_STOP,
@@ -76,25 +76,24 @@ class VllmEngine:
         self._kv_token = kv_token
         self._incarnation = incarnation
         self._llm: AsyncLLM | None = None
+        self._reports: RankReports | None = None
         self._releaser: Releaser | None = None
+        self._prewarmed: set[str] = set()  # incarnations
         self._stats = _Stats()
         self._queued_tokens: dict[str, int] = {}
 
     async def start(self) -> EngineFacts:
         self._set_environment()
-        book = AddressBook(self._config.cluster.host)
-        try:
-            llm = await asyncio.to_thread(self._make_llm, book.endpoint)
-            self._llm = llm
-            addresses: tuple[str, ...] = ()
-            if self._pool is Pool.PREFILL:
-                addresses = await asyncio.to_thread(
-                    book.collect,
-                    self._pool_config.tensor_parallel_size,
-                    self._config.kv_transfer.pair_timeout_s,
-                )
-        finally:
-            book.close()
+        self._reports = RankReports(self._config.cluster.host)
+        llm = await asyncio.to_thread(self._make_llm, self._reports.endpoint)
+        self._llm = llm
+        addresses: tuple[str, ...] = ()
+        if self._pool is Pool.PREFILL:
+            addresses = await asyncio.to_thread(
+                self._reports.addresses,
+                self._pool_config.tensor_parallel_size,
+                self._config.kv_transfer.pair_timeout_s,
+            )
         self._releaser = Releaser(addresses, self._kv_token)
         vllm_config = llm.vllm_config
         blocks = vllm_config.cache_config.num_gpu_blocks
@@ -119,6 +118,7 @@ class VllmEngine:
     def _make_llm(self, report_to: str) -> AsyncLLM:
         arguments = engine_arguments(self._config, self._pool, self._model)
         arguments["kv_transfer_config"] = self._kv_transfer_config(report_to)
+        arguments["worker_extension_cls"] = "kv_transfer.connector.RankCalls"
         try:
             return start_llm(arguments, [self._stats.logger])
         except (ValueError, TypeError, OSError) as error:
@@ -152,10 +152,6 @@ class VllmEngine:
         engine_id = f"{request.key}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):
-            given = len(request.kv.control_addresses)
-            ranks = self._pool_config.tensor_parallel_size
-            if given != ranks:  # a rank without a peer would end the engine
-                raise InternalError(f"{given} KV addresses for {ranks} ranks")
             report = self._stats.expect(request.key)
         self._queued_tokens[request.key] = len(request.token_ids)
         index = 0
@@ -186,6 +182,23 @@ class VllmEngine:
             self._queued_tokens.pop(request.key, None)
             self._stats.forget(request.key)
 
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+        if len(others) > self._config.kv_transfer.max_pairs:
+            return set()  # they cannot all be up at a time
+        llm = self._running()
+        try:
+            if self._pool is Pool.DECODE:
+                for incarnation in others.keys() - self._prewarmed:
+                    await llm.collective_rpc("kv_prewarm", args=(others[incarnation], incarnation))
+                self._prewarmed = set(others)
+            ranks = await llm.collective_rpc("kv_paired_with")
+        except EngineDeadError as error:
+            raise WorkerLostError("the engine of this worker died") from error
+        return others.keys() - set.intersection(*(set(paired) for paired in ranks))
+
+    def must_be_replaced(self) -> str | None:
+        return None if self._reports is None else self._reports.stuck()
+
     async def release(self, key: str) -> None:
         assert self._releaser is not None, "release before start"
         self._releaser.release(key)
@@ -211,6 +224,9 @@ class VllmEngine:
         if self._releaser is not None:
             self._releaser.close()
             self._releaser = None
+        if self._reports is not None:
+            self._reports.close()
+            self._reports = None
         if llm is not None:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # it would report the end of the engine as a failure
@@ -371,6 +387,10 @@ def _kv_report(
         messages=received.messages,
         tokens=received.tokens,
         transfer_ms=received.transfer_ms,
+        hidden_bytes=received.hidden_bytes,
+        tail_ms=received.tail_ms,
+        stall_ms=received.stall_ms,
+        retries=received.retries,
         cached_tokens=received.cached_tokens,
         computed_tokens=received.computed_tokens,
     )

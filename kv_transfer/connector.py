@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import torch
-import zmq
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -32,7 +31,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -47,7 +50,10 @@ from kv_transfer.geometry import KvGeometry
 from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages
 from kv_transfer.receive import DecodeClient, Reservation, TransferResult
+from kv_transfer.release import RankReport, report
 from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.vllm_cpu_packing import packed_positions
+from kv_transfer.vllm_metrics import ConnectorMetrics, ConnectorStats, ReceiveReport
 
 # Of an engine core that only waits for KV; a new request may have to wait for the rest of it.
 _NAP_S = 0.005
@@ -62,9 +68,9 @@ class StepPlan(KVConnectorMetadata):
     preempted: list[str] = field(default_factory=list)
     sampled: list[tuple[str, int | None]] = field(default_factory=list)  # key, first token
     aborted: list[str] = field(default_factory=list)
-    # decode; addresses are per rank
-    reservations: list[tuple[Reservation, tuple[str, ...]]] = field(default_factory=list)
-    cancelled: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
+    # decode
+    reservations: list[Reservation] = field(default_factory=list)
+    cancelled: list[tuple[str, tuple[str, ...], str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -78,42 +84,21 @@ class RankResults(KVConnectorWorkerMetadata):
         return RankResults(self.results + other.results)
 
 
-class ReceiveReport(msgspec.Struct):
-    """How one receive ended, for the engine's front end (all ranks together)."""
+class RankCalls:
+    """What the front end may call on each rank, through vLLM's ``collective_rpc``."""
 
-    key: str
-    complete: bool
-    first_index: int  # output position of the first token that this engine samples
-    backend: str
-    num_bytes: int
-    messages: int
-    tokens: int  # positions whose KV was received
-    transfer_ms: float
-    cached_tokens: int  # positions found in this engine's prefix cache
-    computed_tokens: int  # positions that this engine computed before its first token
+    def kv_prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
+        """Begin to make the pairs with a prefill worker; returns at once."""
+        self._kv_rank().prewarm(tuple(addresses), incarnation)
 
+    def kv_paired_with(self) -> list[str]:
+        """Incarnations of the other pool's workers with which all pairs of this rank are up."""
+        return sorted(self._kv_rank().paired_with())
 
-class ConnectorStats(KVConnectorStats):
-    """Reports of receives, on vLLM's own way of statistics to the front end."""
-
-    data: dict[str, list[dict[str, Any]]]
-
-    def reset(self) -> None:
-        self.data = {"receives": []}
-
-    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        return ConnectorStats({"receives": self.data["receives"] + other.data["receives"]})
-
-    def reduce(self) -> dict[str, int | float]:
-        receives = self.data["receives"]
-        return {
-            "receives": len(receives),
-            "failed": sum(not r["complete"] for r in receives),
-            "bytes": sum(r["num_bytes"] for r in receives),
-        }
-
-    def is_empty(self) -> bool:
-        return not self.data.get("receives")
+    def _kv_rank(self) -> _WorkerSide:
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, BatonConnector)
+        return connector._rank
 
 
 class BatonConnector(KVConnectorBase_V1):
@@ -222,6 +207,10 @@ class BatonConnector(KVConnectorBase_V1):
     ) -> KVConnectorStats | None:
         return ConnectorStats(data if data is not None else {"receives": []})
 
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics:
+        return ConnectorMetrics(*args)
+
 
 def _params(request: Request, kind: str) -> dict[str, Any] | None:
     params = request.kv_transfer_params
@@ -265,16 +254,17 @@ class _SchedulerSide:
             return
         start = request.num_prompt_tokens - num_external
         self._receives[request.request_id] = _Receive(request, num_external, start)
-        reservation = Reservation(
-            params["key"],
-            request.request_id,
-            "",  # the rank fills in its own
-            params["incarnation"],
-            tuple(blocks.get_block_ids()[0]),
-            start,
-            request.num_prompt_tokens,
+        self._plan.reservations.append(
+            Reservation(
+                params["key"],
+                request.request_id,
+                tuple(params["addresses"]),
+                params["incarnation"],
+                tuple(blocks.get_block_ids()[0]),
+                start,
+                request.num_prompt_tokens,
+            )
         )
-        self._plan.reservations.append((reservation, tuple(params["addresses"])))
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
         self._nap(busy=output.total_num_scheduled_tokens > 0)
@@ -372,6 +362,10 @@ class _SchedulerSide:
                 sum(result.messages for result in ranks),
                 0 if receive.failed else receive.reserved_tokens,
                 max(result.transfer_ms for result in ranks),
+                sum(result.hidden_bytes for result in ranks),
+                max(result.tail_ms for result in ranks),
+                max(result.stall_ms for result in ranks),
+                sum(result.retries for result in ranks),
                 receive.cached_tokens,
                 receive.computed_tokens,
             )
@@ -387,7 +381,7 @@ class _SchedulerSide:
             elif receive is not None or not request.num_output_tokens:
                 # vLLM itself keeps the blocks until the pending receive is reported.
                 self._plan.cancelled.append(
-                    (params["key"], params["incarnation"], tuple(params["addresses"]))
+                    (params["key"], tuple(params["addresses"]), params["incarnation"])
                 )
             return False
         if (params := _params(request, "send")) is None:
@@ -434,20 +428,37 @@ class _WorkerSide:
         model: str = extra.pop("model")
         # Our parent is not bound to the cores that this rank computes on.
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
-        self._tp_rank = get_tensor_model_parallel_rank()
+        self._tp_rank = rank = get_tensor_model_parallel_rank()
+
+        def on_stuck(reason: str) -> None:
+            report(report_to, RankReport(rank, stuck=reason))
+
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}
-        pages = KvPages([kv_caches[name] for name in names])
-        geometry = self._geometry(model, names[0], kv_caches[names[0]], len(names))
+        cache = kv_caches[names[0]]
+        isa = self._cpu_kernel(names[0]) if cache.device.type == "cpu" else None
+        positions = None if isa is None else packed_positions(cache, isa)
+        pages = KvPages([kv_caches[name] for name in names], positions)
+        # A CPU kernel packs the keys of a block in an order of its own.
+        by_token = isa is None or positions is not None
+        geometry = self._geometry(model, cache, len(names), isa, by_token)
         if self._config.is_kv_producer:
-            self._server = PrefillServer(pages, geometry, options)
-            _report_address(report_to, self._tp_rank, self._server.address)
+            self._server = PrefillServer(pages, geometry, options, on_stuck=on_stuck)
+            report(report_to, RankReport(self._tp_rank, address=self._server.address))
         else:
             self._button = DoorbellButton(options.incarnation)
-            self._client = DecodeClient(pages, geometry, options, on_result=self._button.ring)
+            self._client = DecodeClient(
+                pages, geometry, options, on_result=self._button.ring, on_stuck=on_stuck
+            )
+
+    def _cpu_kernel(self, layer_name: str) -> str:
+        """The instruction set for which vLLM's CPU kernels lay out this layer's cache."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        isa: str = context[layer_name].isa
+        return isa
 
     def _geometry(
-        self, model: str, layer_name: str, cache: torch.Tensor, num_layers: int
+        self, model: str, cache: torch.Tensor, num_layers: int, isa: str | None, by_token: bool
     ) -> KvGeometry:
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         if type(spec) is not FullAttentionSpec:
@@ -461,22 +472,24 @@ class _WorkerSide:
                 f"and {spec.num_kv_heads} heads"
             )
         layout = self._vllm_config.cache_config.get_resolved_kv_cache_layout().name
-        if cache.device.type == "cpu":
-            # Kernels for unlike instruction sets pack the keys of a block in unlike orders.
-            context = self._vllm_config.compilation_config.static_forward_context
-            layout += f"/{context[layer_name].isa}"
-        return KvGeometry(
+        geometry = KvGeometry(
             model,
             str(cache.dtype).removeprefix("torch."),
-            layout,
             num_layers,
-            kv_heads,
-            block_tokens,
+            self._vllm_config.model_config.get_total_num_kv_heads(),
             content,
             cache.element_size(),
+            block_tokens,
+            layout if isa is None else f"{layout}/{isa}",
+            by_token,
             self._vllm_config.parallel_config.tensor_parallel_size,
             self._tp_rank,
         )
+        if len(geometry.heads) != kv_heads:
+            raise IncompatibleError(
+                f"{kv_heads} KV heads on rank {self._tp_rank}, {len(geometry.heads)} expected"
+            )
+        return geometry
 
     def preempt(self, keys: Iterable[str]) -> None:
         if self._server is not None:
@@ -491,10 +504,18 @@ class _WorkerSide:
             self._layers_done = 0
             self._server.begin_step(plan.chunks)
         if self._client is not None:
-            for reservation, addresses in plan.reservations:
-                self._client.reserve(replace(reservation, address=addresses[self._tp_rank]))
-            for key, incarnation, addresses in plan.cancelled:
-                self._client.cancel(key, addresses[self._tp_rank], incarnation)
+            for reservation in plan.reservations:
+                self._client.reserve(reservation)
+            for key, addresses, incarnation in plan.cancelled:
+                self._client.cancel(key, addresses, incarnation)
+
+    def prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
+        assert self._client is not None, "a prefill worker opens no pair"
+        self._client.prewarm(addresses, incarnation)
+
+    def paired_with(self) -> set[str]:
+        end = self._server if self._server is not None else self._client
+        return set() if end is None else end.paired_with()
 
     def layer_done(self, layer_name: str) -> None:
         # Layers run in order; one that does not (a draft model's) waits for the step's end.
@@ -527,12 +548,3 @@ class _WorkerSide:
             self._client.stop()
         if self._button is not None:
             self._button.close()
-
-
-def _report_address(report_to: str, tp_rank: int, address: str) -> None:
-    """Tell the engine's front end where this rank's control server listens."""
-    push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-    with push:
-        push.setsockopt(zmq.LINGER, 10_000)  # ms; the front end has been listening since before
-        push.connect(report_to)
-        push.send(msgspec.msgpack.encode((tp_rank, address)))

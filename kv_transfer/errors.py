@@ -15,3 +15,7 @@ class IncompatibleError(KvTransferError):
 
 class PairError(KvTransferError):
     """The process group of a pair could not be made, or broke."""
+
+
+class PairClosedError(PairError):
+    """The peer closed the pair in good order; it may be made again."""

@@ -18,6 +18,7 @@ class TransferOptions:
     prefill_timeout_s: float  # a reservation waits at most so long for its prefill to begin
     transfer_timeout_s: float  # without progress, once KV flows
     peer_lease_s: float  # a peer that is silent for so long is gone
+    pair_idle_s: float  # a pair without a transfer is closed after so long
     max_pairs: int
     max_pending: int  # transfers known at once, on either side
     # Cores for the stream's threads; empty: as inherited. An engine that is bound to some cores

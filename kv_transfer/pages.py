@@ -1,17 +1,21 @@
 """Gather from and scatter into an engine's paged KV cache.
 
 Each layer's cache is a tensor ``[blocks, kv_heads, block_tokens, content]`` whose strides give its
-layout. Blocks are copied whole and in memory order, see ``geometry``.
+layout. A ``PageView`` is such a cache as one pair's plan sees it: pages of some of the heads, in an
+order on which both sides agree. That order becomes a list of rows, the longest runs that lie
+together in memory, so that one ``index_select`` a layer gathers a message: a whole block is one
+row, single tokens of a packed CPU block are many short ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from kv_transfer.errors import IncompatibleError
-from kv_transfer.geometry import Rectangle
+from kv_transfer.geometry import HeadRange, PairPlan, Rectangle
 
 
 class KvPages:
@@ -19,9 +23,16 @@ class KvPages:
 
     The caller owns the tensors; they must outlive this object. Whoever gathers or scatters must
     hold the blocks.
+
+    Args:
+        positions: int64 ``[block_tokens, content]``: where each element lies in the part of a
+            block that belongs to one head, if the attention kernel packs it otherwise than the
+            strides say.
     """
 
-    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, layers: Sequence[torch.Tensor], positions: torch.Tensor | None = None
+    ) -> None:
         first = layers[0]
         for layer in layers:
             if layer.dim() != 4 or layer.shape != first.shape or layer.stride() != first.stride():
@@ -29,13 +40,66 @@ class KvPages:
                     "KV caches of unlike shape per layer cannot be streamed: "
                     f"{tuple(first.shape)} and {tuple(layer.shape)}"
                 )
+        _, heads, tokens, content = first.shape
         # In memory order a block is one run of bytes, whichever of heads and tokens is outermost.
-        heads_first = first.stride(1) >= first.stride(2)
-        self._layers = [layer if heads_first else layer.transpose(1, 2) for layer in layers]
-        if not self._layers[0][0].is_contiguous():
+        self._heads_first = first.stride(1) >= first.stride(2)
+        inside = first[0] if self._heads_first else first[0].transpose(0, 1)
+        if not inside.is_contiguous():
             raise IncompatibleError(f"blocks with strides {first.stride()} are not contiguous")
+        if positions is None:
+            token = torch.arange(tokens).unsqueeze(1) * first.stride(2)
+            positions = token + torch.arange(content)
+        head = torch.arange(heads).view(-1, 1, 1) * first.stride(1)
+        self._elements = head + positions  # [heads, tokens, content] -> place in the block
+        self._layers = layers
         self.device = first.device
         self.dtype = first.dtype
+
+    def view(self, plan: PairPlan, held: HeadRange) -> PageView:
+        """The pages of a plan in this cache; ``held`` are the heads of this rank."""
+        head = plan.heads.start - held.start
+        _, heads, tokens, content = self._layers[0].shape
+        elements = self._elements
+        if plan.whole_blocks:  # in memory order, whatever it means
+            shape = (heads, tokens, content) if self._heads_first else (tokens, heads, content)
+            elements = torch.arange(elements.numel()).view(shape)
+            if not self._heads_first:
+                elements = elements.transpose(0, 1)
+        elements = elements[head : head + len(plan.heads)]
+        # [heads, tokens, content] -> [pages of a block, elements of a page]
+        by_page = elements.unflatten(1, (-1, plan.page_tokens)).transpose(0, 1)
+        if plan.whole_blocks and not self._heads_first:
+            by_page = by_page.transpose(1, 2)
+        return PageView(self._layers, by_page.flatten(1))
+
+
+class PageView:
+    """Pages in one rank's caches.
+
+    Args:
+        layers: of equal shape and strides, ``[blocks, ...]``.
+        elements: int64 ``[pages of a block, elements of a page]``: where in a block each element
+            of a page lies, in the order of the wire.
+    """
+
+    def __init__(self, layers: Sequence[torch.Tensor], elements: torch.Tensor) -> None:
+        first = layers[0]
+        self._pages_per_block, self.page_elements = elements.shape
+        self.device, self.dtype = first.device, first.dtype
+        run = _run_length(elements, first.stride(0)) if self.page_elements else 1
+        # Eight bytes at a time where possible: fewer elements to index, and any dtype will do.
+        at = [run, *(layer.storage_offset() for layer in layers)]
+        aligned = all(place * first.element_size() % 8 == 0 for place in at)
+        word = torch.int64 if aligned else first.dtype
+        self._run_words = run * first.element_size() // word.itemsize
+        block_elements = first[0].numel()
+        rows = ((first.shape[0] - 1) * first.stride(0) + block_elements) // run
+        self._layers = [
+            layer.as_strided((rows * run,), (1,)).view(word).view(rows, -1) for layer in layers
+        ]
+        self._word = word
+        self._rows_per_block = first.stride(0) // run
+        self._rows = elements[:, ::run] // run  # [pages of a block, rows of a page]
 
     def gather(self, area: Rectangle, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Copy a rectangle of a request's KV into ``out``.
@@ -44,24 +108,36 @@ class KvPages:
             block_ids: int64, on the CPU: the request's blocks from token 0 on.
             out: contiguous, 1-D, the cache's dtype and device, exactly as long as the rectangle.
         """
-        ids = self._ids(area, block_ids)
-        for layer, view in self._views(area, out):
-            torch.index_select(layer, 0, ids, out=view)
+        rows = self._rows_of(area, block_ids)
+        for layer, part in self._parts(area, out):
+            torch.index_select(layer, 0, rows, out=part)
 
     def scatter(self, area: Rectangle, block_ids: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a message into a request's blocks; arguments as in ``gather``."""
-        ids = self._ids(area, block_ids)
-        for layer, view in self._views(area, source):
-            layer.index_copy_(0, ids, view)
+        rows = self._rows_of(area, block_ids)
+        for layer, part in self._parts(area, source):
+            layer.index_copy_(0, rows, part)
 
-    def _ids(self, area: Rectangle, block_ids: torch.Tensor) -> torch.Tensor:
-        return block_ids[area.block_start : area.block_end].to(self.device)
+    def _rows_of(self, area: Rectangle, block_ids: torch.Tensor) -> torch.Tensor:
+        """The rows of one layer that a rectangle covers, in the order of the wire."""
+        pages = torch.arange(area.page_start, area.page_end)
+        blocks = block_ids[pages // self._pages_per_block]
+        inside = self._rows[pages % self._pages_per_block]
+        return (blocks.unsqueeze(1) * self._rows_per_block + inside).flatten().to(self.device)
 
-    def _views(
+    def _parts(
         self, area: Rectangle, buffer: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's cache beside its part of the buffer, shaped as its blocks."""
+        """Each layer's rows beside its part of the buffer."""
         layers = self._layers[area.layer_start : area.layer_end]
-        blocks = area.block_end - area.block_start
-        parts = buffer.view(len(layers), blocks, *layers[0].shape[1:])
+        parts = buffer.view(self._word).view(len(layers), -1, self._run_words)
         return zip(layers, parts, strict=True)
+
+
+def _run_length(elements: torch.Tensor, block_stride: int) -> int:
+    """The longest run into which all pages fall, each run a multiple of itself from its block."""
+    places = elements.flatten()
+    breaks = (places.diff() != 1).nonzero().flatten() + 1  # where a new run begins
+    page = elements.shape[1]
+    begins = places[torch.cat([torch.zeros(1, dtype=torch.int64), breaks])]
+    return math.gcd(block_stride, page, *breaks.tolist(), *begins.tolist())

@@ -7,8 +7,11 @@ carries CPU caches. Rank 0 is decode, rank 1 is prefill.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +20,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from kv_transfer.errors import PairError
 from kv_transfer.side_stream import mark, wait_done
+
+logger = logging.getLogger(__name__)
 
 DECODE_RANK = 0
 PREFILL_RANK = 1
@@ -75,6 +80,8 @@ class Pair:
     ) -> None:  # fmt: skip
         self._peer = 1 - rank
         self._device = device
+        self._lock = threading.Lock()
+        self._aborting: threading.Thread | None = None
         self.backend = backend_for(device)
         prefixed = PrefixStore(pair_id, store)
         timeout = timedelta(seconds=timeout_s)
@@ -102,8 +109,29 @@ class Pair:
             raise PairError(_first_line(error)) from error
 
     def abort(self) -> None:
-        """Give the group up; pending work of other threads fails."""
-        self._group.abort()
+        """Begin to give the group up: pending work of other threads fails. From any thread."""
+        with self._lock:
+            if self._aborting is None:
+                # NCCL's abort can hang; whoever calls this must not.
+                self._aborting = threading.Thread(
+                    target=self._group.abort, name="kv-abort", daemon=True
+                )
+                self._aborting.start()
+
+    def aborted(self, timeout_s: float) -> bool:
+        """Wait for the end of an ``abort``; False if it hangs."""
+        self.abort()
+        assert self._aborting is not None
+        self._aborting.join(timeout_s)
+        return not self._aborting.is_alive()
+
+
+def close_pair(pair: Pair | None, timeout_s: float, on_stuck: Callable[[str], None]) -> None:
+    """End a pair, at the end of the thread that used it; ``on_stuck`` if that does not work."""
+    if pair is not None and not pair.aborted(timeout_s):
+        reason = f"a process group could not be aborted within {timeout_s} s"
+        logger.critical("%s; this worker must be replaced", reason)
+        on_stuck(reason)
 
 
 class PendingWork:

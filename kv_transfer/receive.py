@@ -5,7 +5,7 @@
 
 A peer that is slow or dies costs its own transfers only. Incoming KV is written into blocks by
 this process alone, so a block is never written after its transfer was reported to the engine:
-``cancel`` waits with the report until a scatter that has begun is over.
+the report waits until each part has ended and no scatter is under way.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import zmq
 from torch.distributed import TCPStore
 
 from kv_transfer import wire
-from kv_transfer.errors import IncompatibleError, KvTransferError, PairError, ProtocolError
-from kv_transfer.geometry import KvGeometry
+from kv_transfer.errors import (
+    IncompatibleError,
+    KvTransferError,
+    PairClosedError,
+    PairError,
+    ProtocolError,
+)
+from kv_transfer.geometry import KvGeometry, PairPlan, plan_pair, sources
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
-from kv_transfer.pair import DECODE_RANK, Pair, backend_for, host_store
+from kv_transfer.pages import KvPages, PageView
+from kv_transfer.pair import DECODE_RANK, Pair, PendingWork, backend_for, close_pair, host_store
 from kv_transfer.session import ReceiveSession, ReceiveState
 from kv_transfer.side_stream import mark, side_stream, wait_done
 
@@ -44,7 +50,7 @@ class Reservation:
 
     key: str
     request_id: str  # the engine's
-    address: str  # control address of the prefill rank
+    addresses: tuple[str, ...]  # control addresses of the prefill worker, by its ranks
     incarnation: str  # of the prefill worker
     block_ids: tuple[int, ...]  # all blocks of the request from token 0 on
     token_start: int
@@ -53,7 +59,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """How a reservation ended; reported once, after the last write to its blocks."""
+    """How a reservation ended on this rank; reported once, after the last write to its blocks."""
 
     key: str
     request_id: str
@@ -63,23 +69,43 @@ class TransferResult:
     num_bytes: int
     messages: int
     tokens: int
-    transfer_ms: float  # first header -> manifest complete
+    transfer_ms: float  # first header -> last manifest
+    hidden_bytes: int = 0  # of num_bytes, sent while the prefill was still computing
+    tail_ms: float = 0.0  # the prefill's last layer -> last byte sent
+    stall_ms: float = 0.0  # the prefill waited for the link with all its buffers full
+    retries: int = 0  # reservations repeated over a new pair
+
+
+@dataclass(slots=True)
+class _Part:
+    """What comes from one prefill rank."""
+
+    session: ReceiveSession
+    peer: _Peer
+    progress_at_s: float
+    first_header_at_s: float | None = None
+    scattering: bool = False
+    retries: int = 0
 
 
 @dataclass(slots=True)
 class _Transfer:
-    session: ReceiveSession
     reservation: Reservation
     block_ids: torch.Tensor
-    progress_at_s: float
-    first_header_at_s: float | None = None
-    scattering: bool = False
+    since_s: float
+    parts: dict[str, _Part] = field(default_factory=dict)  # by control address
+
+    @property
+    def ended(self) -> bool:
+        return all(part.session.terminal for part in self.parts.values())
 
 
 class DecodeClient:
     """Reserves and receives. The engine-facing methods never block on the network.
 
-    ``on_result`` is called, with the lock held, whenever ``take_results`` has something new.
+    ``on_result`` is called, with the lock held, whenever ``take_results`` has something new;
+    ``on_stuck``, from any thread, if a process group cannot be aborted: this process should then
+    be replaced.
     """
 
     def __init__(
@@ -89,8 +115,10 @@ class DecodeClient:
         options: TransferOptions,
         clock: Callable[[], float] = time.monotonic,
         on_result: Callable[[], None] = lambda: None,
+        on_stuck: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._on_result = on_result
+        self.on_stuck = on_stuck
         self.pages = pages
         self.geometry = geometry
         self.options = options
@@ -102,33 +130,48 @@ class DecodeClient:
         self.store: TCPStore = host_store(options.host, options.pair_timeout_s)
 
     def reserve(self, reservation: Reservation) -> None:
-        """Ask the prefill peer for this KV; the outcome appears in ``take_results``."""
+        """Ask the prefill ranks for this KV; the outcome appears in ``take_results``."""
         block_ids = torch.tensor(reservation.block_ids, dtype=torch.int64)
-        session = ReceiveSession(
-            reservation.key, reservation.token_start, reservation.token_end, self.geometry
-        )
         with self.lock:
-            transfer = _Transfer(session, reservation, block_ids, self.clock())
+            transfer = _Transfer(reservation, block_ids, self.clock())
             self.transfers[reservation.key] = transfer
             if len(self.transfers) > self.options.max_pending:
                 self.fail(transfer, "too many transfers (kv_transfer.max_pending)")
                 return
-            peer = self._peer(reservation.address, reservation.incarnation)
-            if peer is None:
-                self.fail(transfer, "too many pairs (kv_transfer.max_pairs)")
+            peers = self._peers_of(reservation.addresses, reservation.incarnation)
+            if peers is None:
+                self.fail(transfer, "all pairs are busy (kv_transfer.max_pairs)")
                 return
-            peer.post(wire.Reserve(reservation.key, reservation.token_start, reservation.token_end))
+            for peer in peers:
+                session = ReceiveSession(
+                    reservation.key, reservation.token_start, reservation.token_end
+                )
+                part = _Part(session, peer, self.clock())
+                transfer.parts[peer.address] = part
+                peer.reserve(part)
 
-    def cancel(self, key: str, address: str, incarnation: str) -> None:
+    def cancel(self, key: str, addresses: tuple[str, ...], incarnation: str) -> None:
         """The engine dropped the request; a reservation that was made is still reported once."""
         with self.lock:
             transfer = self.transfers.get(key)
             if transfer is not None:
-                transfer.session.cancel()
+                for part in transfer.parts.values():
+                    part.session.cancel()
                 self.settle(transfer)
-            peer = self._peer(address, incarnation)
-            if peer is not None:
+            for peer in self._peers_of(addresses, incarnation) or ():
                 peer.post(wire.Cancel(key))
+
+    def prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
+        """Begin to make the pairs with a prefill worker before there is a request, if they fit."""
+        with self.lock:
+            if len(self._peers) + len(addresses) <= self.options.max_pairs:
+                self._peers_of(addresses, incarnation)
+
+    def paired_with(self) -> set[str]:
+        """Incarnations of the prefill workers all of whose pairs that were begun are up."""
+        with self.lock:
+            begun = {peer.incarnation for peer in self._peers.values()}
+            return begun - {p.incarnation for p in self._peers.values() if p.plan is None}
 
     def take_results(self) -> list[TransferResult]:
         with self.lock:
@@ -139,56 +182,134 @@ class DecodeClient:
         """Say goodbye to all peers and end the threads. Idempotent."""
         with self.lock:
             peers = list(self._peers.values())
+            for peer in peers:
+                peer.leave()
         for peer in peers:
-            peer.stop()
+            peer.join()
 
     # ---- with the lock held --------------------------------------------------------------
 
-    def _peer(self, address: str, incarnation: str) -> _Peer | None:
-        peer = self._peers.get((address, incarnation))
-        if peer is None:
-            if len(self._peers) >= self.options.max_pairs:
+    def _peers_of(self, addresses: tuple[str, ...], incarnation: str) -> list[_Peer] | None:
+        """The peers at those prefill ranks that this rank needs; None if there is no room."""
+        mine, total = self.geometry, self.geometry.total_kv_heads
+        try:
+            ranks = sources(mine.tp_rank, mine.tp_size, len(addresses), total)
+        except IncompatibleError as error:
+            logger.error("no prefill worker for this model: %s", error)
+            return None
+        needed = [(addresses[rank], incarnation) for rank in ranks]
+        for key in needed:
+            if key not in self._peers and not self._make_room(set(needed)):
                 return None
-            peer = self._peers[address, incarnation] = _Peer(self, address, incarnation)
-        return peer
+            if key not in self._peers:
+                self._peers[key] = _Peer(self, *key)
+        return [self._peers[key] for key in needed]
+
+    def _make_room(self, keep: set[tuple[str, str]]) -> bool:
+        """Whether one more pair fits, perhaps after the idle one that was used longest ago left."""
+        if len(self._peers) < self.options.max_pairs:
+            return True
+        idle = [p for key, p in self._peers.items() if key not in keep and not self.busy(p)]
+        if idle:
+            self.retire(min(idle, key=lambda peer: peer.last_used_s))
+        return bool(idle)
+
+    def busy(self, peer: _Peer) -> bool:
+        return any(
+            part.peer is peer
+            for transfer in self.transfers.values()
+            for part in transfer.parts.values()
+        )
+
+    def retire(self, peer: _Peer) -> None:
+        """Close a pair on which nothing happens; the next reservation makes a new one."""
+        self._peers.pop((peer.address, peer.incarnation), None)
+        peer.leave()
 
     def fail(self, transfer: _Transfer, reason: str) -> None:
-        if not transfer.session.terminal:
-            logger.warning("KV transfer %s failed: %s", transfer.session.key, reason)
-            transfer.session.fail()
-            self.settle(transfer)
+        """One part lost, and the others are of no use."""
+        if transfer.parts and transfer.ended:
+            return
+        logger.warning("KV transfer %s failed: %s", transfer.reservation.key, reason)
+        for part in transfer.parts.values():
+            if not part.session.terminal:
+                part.session.fail()
+                part.peer.post(wire.Cancel(transfer.reservation.key))
+        self.settle(transfer)
 
     def settle(self, transfer: _Transfer) -> None:
-        """Report a transfer that has ended, unless a scatter into its blocks is under way."""
-        session, reservation = transfer.session, transfer.reservation
-        if not session.terminal or transfer.scattering:
+        """Report a transfer all of whose parts have ended, and that nobody writes to any more."""
+        reservation, parts = transfer.reservation, list(transfer.parts.values())
+        if not transfer.ended or any(part.scattering for part in parts):
             return
-        if self.transfers.pop(session.key, None) is None:
+        if self.transfers.pop(reservation.key, None) is None:
             return
-        began_s = transfer.first_header_at_s
+        sessions = [part.session for part in parts]
+        ends = [session.end_message for session in sessions if session.end_message is not None]
+        began_s = [p.first_header_at_s for p in parts if p.first_header_at_s is not None]
+        now_s = self.clock()
+        for part in parts:
+            part.peer.last_used_s = now_s
         self._results.append(
             TransferResult(
-                session.key,
+                reservation.key,
                 reservation.request_id,
-                session.state is ReceiveState.COMPLETE,
-                session.first_token,
+                bool(parts) and all(s.state is ReceiveState.COMPLETE for s in sessions),
+                ends[0].first_token if ends else None,
                 backend_for(self.pages.device),
-                session.num_bytes,
-                session.messages,
-                session.token_end - session.token_start,
-                0.0 if began_s is None else (self.clock() - began_s) * 1000,
+                sum(session.num_bytes for session in sessions),
+                sum(session.messages for session in sessions),
+                reservation.token_end - reservation.token_start,
+                (now_s - min(began_s)) * 1000 if began_s else 0.0,
+                sum(end.hidden_bytes for end in ends),
+                max((end.tail_ms for end in ends), default=0.0),
+                max((end.stall_ms for end in ends), default=0.0),
+                sum(part.retries for part in parts),
             )
         )
         self._on_result()
 
-    def forget(self, peer: _Peer, reason: str) -> None:
-        """A peer is gone: its transfers fail, the next reservation starts a new pair."""
+    def part_of(self, key: str, peer: _Peer) -> tuple[_Transfer, _Part] | None:
+        """What is still to come for a transfer from this peer."""
+        transfer = self.transfers.get(key)
+        part = transfer.parts.get(peer.address) if transfer is not None else None
+        if transfer is None or part is None or part.peer is not peer or part.session.terminal:
+            return None
+        return transfer, part
+
+    def forget(self, peer: _Peer, reason: str, *, retry: bool) -> None:
+        """A pair is gone, and what it carried fails.
+
+        ``retry``: the peer only wanted the room. A reservation of which nothing has come, and
+        which it may not even have seen, is made once more.
+        """
         with self.lock:
-            self._peers.pop((peer.address, peer.incarnation), None)
+            key = peer.address, peer.incarnation
+            if self._peers.get(key) is peer:
+                del self._peers[key]
             for transfer in list(self.transfers.values()):
+                part = transfer.parts.get(peer.address)
+                if part is None or part.peer is not peer or part.session.terminal:
+                    continue
+                untouched = part.session.state is ReceiveState.RESERVED and not part.retries
                 where = transfer.reservation
-                if (where.address, where.incarnation) == (peer.address, peer.incarnation):
+                if retry and untouched and self._peers_of(where.addresses, where.incarnation):
+                    part.retries += 1
+                    part.peer = self._peers[key]
+                    part.peer.reserve(part)
+                else:
                     self.fail(transfer, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Incoming:
+    """A message that was announced and is on its way into a staging buffer."""
+
+    header: wire.Header
+    buffer: torch.Tensor
+    message: torch.Tensor
+    work: PendingWork
+    began_s: float
 
 
 class _Peer:
@@ -197,6 +318,8 @@ class _Peer:
     def __init__(self, client: DecodeClient, address: str, incarnation: str) -> None:
         self.address = address
         self.incarnation = incarnation
+        self.plan: PairPlan | None = None  # from when the pair is up
+        self.last_used_s = client.clock()
         self._client = client
         self._outgoing: deque[wire.ToPrefill] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -204,7 +327,9 @@ class _Peer:
         self._wake_write.setblocking(False)
         self._stopping = False
         self._pair: Pair | None = None
-        self._staging: torch.Tensor | None = None
+        self._view: PageView | None = None
+        self._staging: list[torch.Tensor] = []
+        self._incoming: deque[_Incoming] = deque()
         self._last_heard_s = client.clock()
         self._thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
         self._thread.start()
@@ -214,32 +339,43 @@ class _Peer:
         with contextlib.suppress(OSError):  # full: the thread is awake; closed: it has ended
             self._wake_write.send(b"\0")
 
-    def stop(self) -> None:
+    def reserve(self, part: _Part) -> None:
+        """With the client's lock held."""
+        session = part.session
+        if self.plan is not None:
+            session.follow(self.plan)
+        self.post(wire.Reserve(session.key, session.token_start, session.token_end))
+
+    def leave(self) -> None:
+        """Say goodbye when all that was posted has been said."""
         self._stopping = True
         self.post(wire.Bye())
+
+    def join(self) -> None:
         self._thread.join(timeout=self._client.options.pair_timeout_s)
 
     # ---- peer thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
-        reason = "this worker stops"
+        reason, retry = "this worker stops", False
+        client, options = self._client, self._client.options
         try:
             with contextlib.ExitStack() as stack:
-                self._client.options.bind_this_thread()
-                stack.enter_context(side_stream(self._client.pages.device))
+                options.bind_this_thread()
+                stack.enter_context(side_stream(client.pages.device))
                 control, monitor = self._connect(stack)
-                self._pair = self._open(control)
-                stack.callback(self._pair.abort)
+                self._open(control)
                 self._loop(control, monitor)
         except KvTransferError as error:
-            reason = f"{self.address}: {error}"
+            reason, retry = f"{self.address}: {error}", isinstance(error, PairClosedError)
         except Exception:  # a defect of ours: costs this pair, and is loud
             logger.exception("KV receiver failed")
             reason = "internal error of the receiver"
         finally:
-            self._client.forget(self, reason)
+            client.forget(self, reason, retry=retry)
             self._wake_read.close()
             self._wake_write.close()
+            close_pair(self._pair, options.pair_timeout_s, client.on_stuck)
 
     def _connect(self, stack: contextlib.ExitStack) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """The control socket and its monitor, which tells of a lost connection."""
@@ -254,7 +390,8 @@ class _Peer:
         control.connect(self.address)
         return control, monitor
 
-    def _open(self, control: zmq.Socket[bytes]) -> Pair:
+    def _open(self, control: zmq.Socket[bytes]) -> None:
+        """HELLO, WELCOME, the plan, the process group."""
         options, client = self._client.options, self._client
         pair_id = uuid.uuid4().hex
         hello = wire.Hello(
@@ -269,23 +406,39 @@ class _Peer:
             client.store.port,
         )
         control.send(wire.encode(hello))
-        deadline_s = client.clock() + options.pair_timeout_s
+        plan = plan_pair(self._welcome(control, pair_id).geometry, client.geometry)
+        # Reservations leave before the group is made, so that the peer can prepare meanwhile.
+        self._flush(control)
+        if plan.heads:
+            store, host, timeout_s = client.store, options.host, options.pair_timeout_s
+            self._pair = Pair(store, pair_id, DECODE_RANK, client.pages.device, host, timeout_s)
+        view = self._view = client.pages.view(plan, client.geometry.heads)
+        elements = plan.max_pages(options.message_bytes) * view.page_elements
+        self._staging = [
+            torch.empty(elements, dtype=view.dtype, device=view.device)
+            for _ in range(options.staging_buffers)
+        ]
+        with client.lock:
+            self.plan = plan
+            for transfer in client.transfers.values():
+                part = transfer.parts.get(self.address)
+                if part is not None and part.peer is self:
+                    part.session.follow(plan)
+        self._last_heard_s = client.clock()
+
+    def _welcome(self, control: zmq.Socket[bytes], pair_id: str) -> wire.Welcome:
+        client, timeout_s = self._client, self._client.options.pair_timeout_s
+        deadline_s = client.clock() + timeout_s
         while True:
             remaining_s = deadline_s - client.clock()
             if remaining_s <= 0 or not control.poll(int(remaining_s * 1000) + 1):
-                raise PairError(f"no answer to HELLO within {options.pair_timeout_s} s")
+                raise PairError(f"no answer to HELLO within {timeout_s} s")
             answer = wire.decode_to_decode(control.recv())
             if isinstance(answer, wire.Refuse):
                 raise IncompatibleError(answer.reason)
             if isinstance(answer, wire.Welcome) and answer.pair_id == pair_id:
-                break
+                return answer
             raise ProtocolError(f"{type(answer).__name__} before WELCOME")
-        # Reservations leave before the group is made, so that the peer can prepare meanwhile.
-        self._flush(control)
-        store, host = client.store, options.host
-        pair = Pair(store, pair_id, DECODE_RANK, client.pages.device, host, options.pair_timeout_s)
-        self._last_heard_s = client.clock()
-        return pair
 
     def _loop(self, control: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
@@ -293,21 +446,23 @@ class _Peer:
             poller.register(source, zmq.POLLIN)
         next_ping_s = 0.0
         while True:
-            ready = dict(poller.poll(int(_PING_S * 1000)))
+            ready = dict(poller.poll(0 if self._incoming else int(_PING_S * 1000)))
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
             now_s = self._client.clock()
             if now_s >= next_ping_s:
                 next_ping_s = now_s + _PING_S
                 control.send(wire.encode(wire.Ping()))
+                self._expire(now_s)
             self._flush(control)
             if self._stopping:
                 return
             if control in ready:  # one at a time: a long stream must not hold up our PING
                 self._handle(wire.decode_to_decode(control.recv()))
+            elif self._incoming:
+                self._take()
             elif monitor in ready:  # after everything that it had sent
                 raise PairError("the prefill worker closed its control connection")
-            self._expire(self._client.clock())
 
     def _flush(self, control: zmq.Socket[bytes]) -> None:
         while self._outgoing:
@@ -316,85 +471,93 @@ class _Peer:
     def _handle(self, message: wire.ToDecode) -> None:
         client = self._client
         self._last_heard_s = client.clock()
+        if isinstance(message, wire.Header):
+            self._announced(message)
+            return
+        while self._incoming:  # the rest is about what was announced before
+            self._take()
         match message:
-            case wire.Header():
-                self._receive(message)
             case wire.End():
                 with client.lock:
-                    transfer = client.transfers.get(message.key)
-                    if transfer is not None and not transfer.session.terminal:
+                    if (found := client.part_of(message.key, self)) is not None:
+                        transfer, part = found
                         try:
-                            transfer.session.end(message)
+                            part.session.end(message)
                         except ProtocolError as error:
                             client.fail(transfer, str(error))
                         client.settle(transfer)
             case wire.Fail():
                 with client.lock:
-                    transfer = client.transfers.get(message.key)
-                    if transfer is not None:
-                        client.fail(transfer, f"the prefill worker says: {message.reason}")
+                    if (found := client.part_of(message.key, self)) is not None:
+                        client.fail(found[0], f"the prefill worker says: {message.reason}")
             case wire.Refuse():
-                raise PairError(f"the prefill worker gave the pair up: {message.reason}")
+                raise PairClosedError(f"the prefill worker gave the pair up: {message.reason}")
             case wire.Pong():
                 pass
             case _:
                 raise ProtocolError(f"{type(message).__name__} after WELCOME")
 
-    def _receive(self, header: wire.Header) -> None:
-        """Take the announced tensor off the pair, and into the blocks if they are still ours."""
-        client, options = self._client, self._client.options
-        assert self._pair is not None
+    def _announced(self, header: wire.Header) -> None:
+        """Begin to receive a message; the one before may still be on its way into the blocks."""
+        client = self._client
+        if not self._staging:
+            self._take()
+        buffer = self._staging[-1]
         elements, rest = divmod(header.num_bytes, client.geometry.item_bytes)
-        if rest or not 0 < header.num_bytes <= self._staging_bytes:
+        if self._pair is None or rest or not 0 < elements <= buffer.numel():
             raise ProtocolError(f"a message of {header.num_bytes} bytes was announced")
-        if self._staging is None:
-            self._staging = torch.empty(
-                self._staging_bytes // client.geometry.item_bytes,
-                dtype=client.pages.dtype,
-                device=client.pages.device,
-            )
-        message = self._staging[:elements]
-        began_s = client.clock()
-        self._pair.receive(message).wait(options.transfer_timeout_s)
+        message = self._staging.pop()[:elements]
+        work = self._pair.receive(message)
+        self._incoming.append(_Incoming(header, buffer, message, work, client.clock()))
+
+    def _take(self) -> None:
+        """Wait for the oldest message, and put it into the blocks if they are still ours."""
+        client, incoming = self._client, self._incoming.popleft()
+        incoming.work.wait(client.options.transfer_timeout_s)
+        self._last_heard_s = client.clock()
+        try:
+            self._store(incoming)
+        finally:
+            self._staging.append(incoming.buffer)
+
+    def _store(self, incoming: _Incoming) -> None:
+        client, header = self._client, incoming.header
+        assert self._view is not None
         with client.lock:
-            transfer = client.transfers.get(header.key)
-            if transfer is None or transfer.session.terminal:
+            if (found := client.part_of(header.key, self)) is None:
                 return  # cancelled meanwhile; the bytes had to be taken all the same
+            transfer, part = found
             try:
-                transfer.session.header(header.area, header.num_bytes)
+                part.session.header(header.area, header.num_bytes)
             except ProtocolError as error:
                 client.fail(transfer, str(error))
                 return
-            transfer.progress_at_s = client.clock()
-            if transfer.first_header_at_s is None:
-                transfer.first_header_at_s = began_s
-            transfer.scattering = True
+            part.progress_at_s = client.clock()
+            if part.first_header_at_s is None:
+                part.first_header_at_s = incoming.began_s
+            part.scattering = True
         try:
-            client.pages.scatter(header.area, transfer.block_ids, message)
-            wait_done(mark(client.pages.device), options.transfer_timeout_s)
+            self._view.scatter(header.area, transfer.block_ids, incoming.message)
+            wait_done(mark(self._view.device), client.options.transfer_timeout_s)
         finally:
             with client.lock:
-                transfer.scattering = False
-                if not transfer.session.terminal:
-                    transfer.session.received(header.area)
+                part.scattering = False
+                if not part.session.terminal:
+                    part.session.received(header.area, header.num_bytes)
                 client.settle(transfer)
-
-    @property
-    def _staging_bytes(self) -> int:
-        """The largest message: ``message_bytes``, or one block of one layer if that is larger."""
-        return max(self._client.options.message_bytes, self._client.geometry.block_bytes)
 
     def _expire(self, now_s: float) -> None:
         client, options = self._client, self._client.options
         if now_s - self._last_heard_s > options.peer_lease_s:
             raise PairError("the prefill worker went silent (kv_transfer.peer_lease_s)")
         with client.lock:
+            if not client.busy(self) and now_s - self.last_used_s > options.pair_idle_s:
+                client.retire(self)
             for transfer in list(client.transfers.values()):
-                where = transfer.reservation
-                if (where.address, where.incarnation) != (self.address, self.incarnation):
-                    continue
-                if transfer.first_header_at_s is None:
+                part = transfer.parts.get(self.address)
+                if part is None or part.peer is not self or part.first_header_at_s is None:
                     continue  # the prefill worker answers for its queue: KV, FAIL or silence
-                if now_s - transfer.progress_at_s > options.transfer_timeout_s:
+                if part.session.terminal:
+                    continue
+                if now_s - part.progress_at_s > options.transfer_timeout_s:
                     client.fail(transfer, "no progress (kv_transfer.transfer_timeout_s)")
-                    self.post(wire.Cancel(transfer.session.key))

@@ -1,4 +1,8 @@
-"""The engine front end's two words with its own ranks: where they listen, and RELEASE."""
+"""What an engine's front end and its own ranks tell each other beside the engine.
+
+rank ▸ front end   the address of its control server; that it must be replaced
+front end ▸ rank   RELEASE
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,26 @@ from kv_transfer import wire
 from kv_transfer.errors import KvTransferError
 
 
-class AddressBook:
-    """Collects the control addresses that the ranks report while the engine starts.
+class RankReport(msgspec.Struct, frozen=True):
+    """One of its fields is set."""
+
+    rank: int
+    address: str = ""
+    stuck: str = ""  # why this process must be replaced
+
+
+def report(endpoint: str, message: RankReport) -> None:
+    """From a rank, from any thread."""
+    push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    with push:
+        push.setsockopt(zmq.LINGER, 10_000)  # ms; the front end has been listening since before
+        push.setsockopt(zmq.IPV6, "[" in endpoint)
+        push.connect(endpoint)
+        push.send(msgspec.msgpack.encode(message))
+
+
+class RankReports:
+    """Hears the ranks; for one thread at a time.
 
     Opened before the engine is made; ``endpoint`` goes to the ranks in the connector's
     configuration.
@@ -24,8 +46,8 @@ class AddressBook:
         bound = f"[{host}]" if ":" in host else host
         self.endpoint = f"tcp://{bound}:{self._pull.bind_to_random_port(f'tcp://{bound}')}"
 
-    def collect(self, ranks: int, timeout_s: float) -> tuple[str, ...]:
-        """The addresses by rank. Raises KvTransferError if one is missing in time."""
+    def addresses(self, ranks: int, timeout_s: float) -> tuple[str, ...]:
+        """The control addresses by rank. Raises KvTransferError if one is missing in time."""
         found: dict[int, str] = {}
         deadline_s = time.monotonic() + timeout_s
         while len(found) < ranks:
@@ -35,9 +57,16 @@ class AddressBook:
                     f"{len(found)} of {ranks} ranks have reported a KV control address "
                     f"within {timeout_s} s"
                 )
-            rank, address = msgspec.msgpack.decode(self._pull.recv(), type=tuple[int, str])
-            found[rank] = address
+            message = self._next()
+            found[message.rank] = message.address
         return tuple(found[rank] for rank in range(ranks))
+
+    def stuck(self) -> str | None:
+        """Why a rank must be replaced, if one has said so since the last call."""
+        return self._next().stuck if self._pull.poll(0) else None
+
+    def _next(self) -> RankReport:
+        return msgspec.msgpack.decode(self._pull.recv(), type=RankReport)
 
     def close(self) -> None:
         self._pull.close(linger=0)

@@ -4,8 +4,8 @@
                                                                     │          CANCEL ── control
     sender thread of a pair: next_message ▸ gather ▸ HEADER ▸ send ◂┘                    thread
 
-All state is guarded by one condition; nothing that blocks is done while it is held, so the
-engine's step never waits for a peer.
+All state is guarded by one lock; nothing that blocks is done while it is held, so the engine's
+step never waits for a peer. A sender sleeps until there is a whole message for its pair.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import logging
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 import zmq
 
 from kv_transfer import wire
 from kv_transfer.errors import IncompatibleError, KvTransferError, ProtocolError
-from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.geometry import KvGeometry, PairPlan, Rectangle, plan_pair
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
-from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, backend_for, join_store
+from kv_transfer.pages import KvPages, PageView
+from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, backend_for, close_pair, join_store
 from kv_transfer.session import SendSession, SendState
 from kv_transfer.side_stream import after, mark, side_stream, wait_done
 
@@ -56,9 +57,12 @@ class _Transfer:
     request_id: str
     block_ids: torch.Tensor
     since_s: float  # opened, then: the engine finished
-    peer: _Peer | None = None
-    gathering: bool = False
+    peers: dict[int, _Peer] = field(default_factory=dict)  # by decode rank
+    gathering: int = 0  # senders that read its blocks just now
     engine_finished: bool = False
+    computed_at_s: float | None = None  # all layers of all tokens
+    last_sent_s: float = 0.0  # to whichever decode rank
+    stall_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -73,18 +77,35 @@ class _WaitingReservation:
 class _Peer:
     routing_id: bytes
     hello: wire.Hello
+    plan: PairPlan
     last_heard_s: float
+    wake: threading.Condition  # over the server's lock: a message may be ready
+    last_used_s: float = 0.0
+    up: bool = False
     closed: bool = False
-    pair: Pair | None = None
+    pair: Pair | None = None  # also None if the plan carries nothing
     keys: dict[str, None] = field(default_factory=dict)  # in order of reservation
     thread: threading.Thread = field(init=False)
+
+    @property
+    def rank(self) -> int:
+        return self.hello.geometry.tp_rank
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    transfer: _Transfer
+    area: Rectangle
+    work: PendingWork
+    buffer: torch.Tensor
 
 
 class PrefillServer:
     """Holds the KV of finished and running prefills and streams it to whoever reserved it.
 
     ``pages`` must stay valid until ``stop`` returns. Methods named for the engine are called
-    from its thread and do not block on the network.
+    from its thread and do not block on the network. ``on_stuck`` is called, from any thread, if a
+    process group cannot be aborted: this process should then be replaced.
     """
 
     def __init__(
@@ -93,15 +114,17 @@ class PrefillServer:
         geometry: KvGeometry,
         options: TransferOptions,
         clock: Callable[[], float] = time.monotonic,
+        on_stuck: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._pages = pages
         self._geometry = geometry
         self._options = options
         self._clock = clock
-        self._max_blocks = max(1, options.message_bytes // geometry.block_bytes)
-        self._changed = threading.Condition()
+        self._on_stuck = on_stuck
+        self._lock = threading.Lock()
+        self._gathered = threading.Condition(self._lock)  # a sender has read some blocks
         self._transfers: dict[str, _Transfer] = {}
-        self._waiting: dict[str, _WaitingReservation] = {}
+        self._waiting: dict[str, list[_WaitingReservation]] = {}
         self._ended_keys: OrderedDict[str, str] = OrderedDict()  # key -> why, newest last
         self._released: set[str] = set()
         self._step: list[_Transfer] = []
@@ -126,18 +149,20 @@ class PrefillServer:
 
     def begin_step(self, chunks: Iterable[StepChunk]) -> None:
         """The engine starts to compute these chunks; earlier tokens of a new request are cached."""
-        with self._changed:
+        with self._lock:
             self._step = [t for chunk in chunks if (t := self._open(chunk)) is not None]
 
     def layer_done(self, layers_done: int) -> None:
         """The first ``layers_done`` layers of the current step's chunks are in the cache."""
         if self._step:
             computed = mark(self._pages.device)
-            with self._changed:
+            with self._lock:
                 self._computed = computed
                 for transfer in self._step:
                     transfer.session.advance(layers_done)
-                self._changed.notify_all()
+                    if transfer.computed_at_s is None and transfer.session.all_computed:
+                        transfer.computed_at_s = self._clock()
+                    self._wake_senders(transfer)
 
     def end_step(self) -> None:
         """The step's forward pass is over."""
@@ -147,7 +172,7 @@ class PrefillServer:
 
     def finish(self, key: str, first_token: int | None, *, computed: bool) -> None:
         """The engine request ended: sampled (``computed``) or aborted."""
-        with self._changed:
+        with self._lock:
             transfer = self._transfers.get(key)
             if transfer is None:
                 self._end_unknown(key, "the prefill was aborted")
@@ -158,6 +183,8 @@ class PrefillServer:
                     transfer.session.finish(first_token)
                 else:
                     self._fail(transfer, "the prefill was aborted")
+                for peer in transfer.peers.values():
+                    peer.wake.notify()
             self._settle()
 
     def preempt(self, keys: Iterable[str]) -> None:
@@ -165,45 +192,55 @@ class PrefillServer:
 
         What was not sent is lost to the decode side, which recomputes.
         """
-        with self._changed:
+        with self._lock:
             for key in keys:
                 transfer = self._transfers.get(key)
                 if transfer is None:
                     continue
                 self._fail(transfer, "the prefill was preempted")
                 while transfer.gathering:  # one gather, milliseconds; holds the pages only
-                    self._changed.wait()
+                    self._gathered.wait()
                 self._settle()
 
     def take_released(self) -> set[str]:
         """Engine request ids whose blocks may be freed, each once."""
-        with self._changed:
+        with self._lock:
             released, self._released = self._released, set()
             return released
 
+    def paired_with(self) -> set[str]:
+        """Incarnations of the decode workers all of whose pairs with this rank are up."""
+        with self._lock:
+            up = Counter(peer.hello.incarnation for peer in self._peers.values() if peer.up)
+            return {
+                peer.hello.incarnation
+                for peer in self._peers.values()
+                if up[peer.hello.incarnation] == peer.plan.decode_ranks
+            }
+
     def stop(self) -> None:
         """End all threads; transfers under way are failed to their peers. Idempotent."""
-        with self._changed:
+        with self._lock:
             if self._stopping:
                 return
             for transfer in self._transfers.values():
                 self._fail(transfer, "the prefill worker stops")
             self._stopping = True
             peers = list(self._peers.values())
-            self._changed.notify_all()
+            for peer in peers:
+                peer.wake.notify()
+                if peer.pair is not None:
+                    peer.pair.abort()  # wakes a sender whose peer does not take its message
         self._wake()
-        for peer in peers:
-            if peer.pair is not None:
-                peer.pair.abort()  # wakes a sender whose peer does not take its message
         for thread in (self._control, *(peer.thread for peer in peers)):
             thread.join(timeout=self._options.pair_timeout_s)
 
-    # ---- state, with the condition held --------------------------------------------------
+    # ---- state, with the lock held -------------------------------------------------------
 
     def _open(self, chunk: StepChunk) -> _Transfer | None:
         transfer, token_start = self._transfers.get(chunk.key), chunk.token_start
         if transfer is None:
-            session = SendSession(chunk.key, chunk.num_tokens, self._geometry, self._max_blocks)
+            session = SendSession(chunk.key, chunk.num_tokens, self._geometry.num_layers)
             transfer = _Transfer(session, chunk.request_id, torch.empty(0), self._clock())
             self._transfers[chunk.key] = transfer
             # Prefix hits leave with this step's layers, not at once: vLLM hands out a block that
@@ -211,9 +248,9 @@ class PrefillServer:
             token_start = 0
             if chunk.key in self._ended_keys:
                 session.cancel()  # over before it began; `finish` releases its blocks
-            waiting = self._waiting.pop(chunk.key, None)
-            if waiting is not None and not waiting.peer.closed:
-                self._reserve(transfer, waiting.peer, waiting.token_start, waiting.token_end)
+            for waiting in self._waiting.pop(chunk.key, ()):
+                if not waiting.peer.closed:
+                    self._reserve(transfer, waiting.peer, waiting.token_start, waiting.token_end)
         if transfer.session.terminal:
             return None
         transfer.block_ids = torch.tensor(chunk.block_ids, dtype=torch.int64)
@@ -225,27 +262,36 @@ class PrefillServer:
         return transfer
 
     def _reserve(self, transfer: _Transfer, peer: _Peer, start: int, end: int) -> None:
+        session = transfer.session
         try:
-            transfer.session.reserve(start, end)
+            session.reserve(peer.rank, peer.plan, self._options.message_bytes, start, end)
         except ProtocolError as error:
             logger.error("%s", error)
-            self._post(peer, wire.Fail(transfer.session.key, str(error)))
+            self._post(peer, wire.Fail(session.key, str(error)))
             return
-        transfer.peer = peer
-        peer.keys[transfer.session.key] = None
+        transfer.peers[peer.rank] = peer
+        peer.keys[session.key] = None
+        peer.wake.notify()
+
+    def _wake_senders(self, transfer: _Transfer) -> None:
+        for rank in transfer.session.ready_ranks():
+            transfer.peers[rank].wake.notify()
 
     def _fail(self, transfer: _Transfer, reason: str) -> None:
         if transfer.session.terminal:
             return
         transfer.session.fail()
-        if transfer.peer is not None:
-            self._post(transfer.peer, wire.Fail(transfer.session.key, reason))
+        self._tell_peers(transfer, reason)
         logger.warning("KV transfer %s failed: %s", transfer.session.key, reason)
+
+    def _tell_peers(self, transfer: _Transfer, reason: str, but: _Peer | None = None) -> None:
+        for peer in transfer.peers.values():
+            if peer is not but:
+                self._post(peer, wire.Fail(transfer.session.key, reason))
 
     def _end_unknown(self, key: str, reason: str) -> None:
         """Remember a key that ended before it began, so that a late reservation fails at once."""
-        waiting = self._waiting.pop(key, None)
-        if waiting is not None:
+        for waiting in self._waiting.pop(key, ()):
             self._post(waiting.peer, wire.Fail(key, reason))
         self._remember(key, reason)
 
@@ -265,9 +311,9 @@ class PrefillServer:
             transfer = self._transfers.pop(key)
             self._released.add(transfer.request_id)
             self._remember(key, transfer.session.state.value)
-            if transfer.peer is not None:
-                transfer.peer.keys.pop(key, None)
-        self._changed.notify_all()
+            for peer in transfer.peers.values():
+                peer.keys.pop(key, None)
+                peer.last_used_s = self._clock()
 
     def _close_peer(self, peer: _Peer, reason: str) -> None:
         if peer.closed:
@@ -275,10 +321,16 @@ class PrefillServer:
         peer.closed = True
         self._peers.pop(peer.routing_id, None)
         for key in list(peer.keys):
+            # One part lost, and the others are of no use.
             self._fail(self._transfers[key], reason)
-        for key in [k for k, w in self._waiting.items() if w.peer is peer]:
-            del self._waiting[key]
+        for key, waiting in list(self._waiting.items()):
+            self._waiting[key] = [w for w in waiting if w.peer is not peer]
+            if not self._waiting[key]:
+                del self._waiting[key]
         self._post(peer, wire.Refuse(peer.hello.pair_id, reason))
+        peer.wake.notify()
+        if peer.pair is not None:
+            peer.pair.abort()  # wakes its sender
         self._settle()
 
     def _post(self, peer: _Peer, message: wire.ToDecode) -> None:
@@ -306,7 +358,7 @@ class PrefillServer:
             while self._outgoing:
                 routing_id, message = self._outgoing.popleft()
                 self._router.send_multipart([routing_id, wire.encode(message)])
-            with self._changed:
+            with self._lock:
                 if self._stopping and not self._outgoing:
                     break
                 if self._clock() >= next_sweep_s:
@@ -327,7 +379,7 @@ class PrefillServer:
                 if len(frames) != 2:
                     raise ProtocolError(f"{len(frames)} frames")
                 message = wire.decode_to_prefill(frames[1])
-                with self._changed:
+                with self._lock:
                     self._handle(routing_id, message)
             except ProtocolError as error:
                 logger.warning("KV control message dropped: %s", error)
@@ -340,7 +392,7 @@ class PrefillServer:
             return
         if isinstance(message, wire.Release):
             self._require_token(message.token)
-            self._drop(message.key, "released by the router")
+            self._drop(message.key, "released by the router", None)
             return
         peer = self._peers.get(routing_id)
         if peer is None:
@@ -353,7 +405,7 @@ class PrefillServer:
             case wire.Reserve():
                 self._on_reserve(peer, message)
             case wire.Cancel():
-                self._drop(message.key, "cancelled by the decode worker")
+                self._drop(message.key, "cancelled by the decode worker", peer)
             case wire.Bye():
                 self._close_peer(peer, "the decode worker closed the pair")
 
@@ -363,12 +415,14 @@ class PrefillServer:
 
     def _hello(self, routing_id: bytes, hello: wire.Hello) -> None:
         self._require_token(hello.token)
-        refusal = self._refusal(hello)
-        if refusal is not None:
-            logger.error("KV pair refused: %s", refusal)
-            self._outgoing.append((routing_id, wire.Refuse(hello.pair_id, refusal)))
+        try:
+            plan = self._accept(hello)
+        except IncompatibleError as error:
+            logger.error("KV pair refused: %s", error)
+            self._outgoing.append((routing_id, wire.Refuse(hello.pair_id, str(error))))
             return
-        peer = _Peer(routing_id, hello, self._clock())
+        now_s = self._clock()
+        peer = _Peer(routing_id, hello, plan, now_s, threading.Condition(self._lock), now_s)
         peer.thread = threading.Thread(
             target=self._send_loop, args=(peer,), name="kv-send", daemon=True
         )
@@ -376,43 +430,56 @@ class PrefillServer:
             self._close_peer(old, "the decode worker opened a new pair")
         peer.thread.start()
         self._peers[routing_id] = peer
-        self._post(peer, wire.Welcome(hello.pair_id))
+        self._post(peer, wire.Welcome(hello.pair_id, self._geometry))
 
-    def _refusal(self, hello: wire.Hello) -> str | None:
+    def _accept(self, hello: wire.Hello) -> PairPlan:
+        """Raises IncompatibleError with the sentence that refuses this peer."""
         if hello.version != wire.PROTOCOL_VERSION:
-            return f"protocol version {hello.version}, {wire.PROTOCOL_VERSION} spoken here"
+            raise IncompatibleError(
+                f"protocol version {hello.version}, {wire.PROTOCOL_VERSION} spoken here"
+            )
         if hello.expected_incarnation != self._options.incarnation:
-            return "this prefill worker was restarted since"
+            raise IncompatibleError("this prefill worker was restarted since")
         if hello.backend != backend_for(self._pages.device):
-            return f"caches behind {hello.backend} and {backend_for(self._pages.device)}"
+            raise IncompatibleError(
+                f"caches behind {hello.backend} and {backend_for(self._pages.device)}"
+            )
+        plan = plan_pair(self._geometry, hello.geometry)
         if len(self._peers) >= self._options.max_pairs:
-            return f"{self._options.max_pairs} pairs are open already (kv_transfer.max_pairs)"
-        try:
-            self._geometry.require_compatible(hello.geometry)
-        except IncompatibleError as error:
-            return str(error)
-        return None
+            idle = [peer for peer in self._peers.values() if not self._busy(peer)]
+            if not idle:
+                raise IncompatibleError(
+                    f"{len(self._peers)} pairs are busy already (kv_transfer.max_pairs)"
+                )
+            oldest = min(idle, key=lambda peer: peer.last_used_s)
+            self._close_peer(oldest, "another pair needed the room (kv_transfer.max_pairs)")
+        return plan
+
+    def _busy(self, peer: _Peer) -> bool:
+        waits = any(w.peer is peer for waiting in self._waiting.values() for w in waiting)
+        return bool(peer.keys) or waits or not peer.up
 
     def _on_reserve(self, peer: _Peer, message: wire.Reserve) -> None:
         key = message.key
+        peer.last_used_s = self._clock()
         if key in self._ended_keys:
             self._post(peer, wire.Fail(key, f"transfer is over: {self._ended_keys[key]}"))
         elif (transfer := self._transfers.get(key)) is not None:
             self._reserve(transfer, peer, message.token_start, message.token_end)
-            self._changed.notify_all()
         elif len(self._waiting) >= self._options.max_pending:
             self._post(peer, wire.Fail(key, "too many reservations (kv_transfer.max_pending)"))
         else:
-            self._waiting[key] = _WaitingReservation(
-                peer, message.token_start, message.token_end, self._clock()
+            self._waiting.setdefault(key, []).append(
+                _WaitingReservation(peer, message.token_start, message.token_end, self._clock())
             )
 
-    def _drop(self, key: str, reason: str) -> None:
+    def _drop(self, key: str, reason: str, by: _Peer | None) -> None:
         transfer = self._transfers.get(key)
         if transfer is None:
             self._end_unknown(key, reason)
-        else:
+        elif not transfer.session.terminal:
             transfer.session.cancel()
+            self._tell_peers(transfer, reason, but=by)
         self._settle()
 
     def _sweep(self) -> None:
@@ -425,11 +492,11 @@ class PrefillServer:
             ):
                 self._fail(transfer, "nobody reserved it in time (kv_transfer.reserve_timeout_s)")
         for key, waiting in list(self._waiting.items()):
-            if now_s - waiting.since_s > self._options.prefill_timeout_s:
+            if now_s - waiting[0].since_s > self._options.prefill_timeout_s:
                 self._end_unknown(key, "no such prefill came (kv_transfer.prefill_timeout_s)")
         for peer in list(self._peers.values()):
             # A peer that sets up its group does not speak; pair_timeout_s bounds that.
-            if peer.pair is not None and now_s - peer.last_heard_s > self._options.peer_lease_s:
+            if peer.up and now_s - peer.last_heard_s > self._options.peer_lease_s:
                 self._close_peer(peer, "the decode worker went silent (kv_transfer.peer_lease_s)")
         self._settle()
 
@@ -438,22 +505,21 @@ class PrefillServer:
     def _send_loop(self, peer: _Peer) -> None:
         try:
             self._options.bind_this_thread()
-            pair = self._make_pair(peer)
-            with self._changed:
+            pair = self._make_pair(peer) if peer.plan.heads else None
+            with self._lock:
                 peer.last_heard_s = self._clock()
-                peer.pair = pair
+                peer.pair, peer.up = pair, True
             with side_stream(self._pages.device):
-                self._stream(peer, pair)
+                self._stream(peer)
         except KvTransferError as error:
-            with self._changed:
+            with self._lock:
                 self._close_peer(peer, f"the pair broke: {error}")
         except Exception:  # a defect of ours: costs this pair, and is loud
             logger.exception("KV sender failed")
-            with self._changed:
+            with self._lock:
                 self._close_peer(peer, "internal error of the sender")
         finally:
-            if peer.pair is not None:
-                peer.pair.abort()
+            close_pair(peer.pair, self._options.pair_timeout_s, self._on_stuck)
 
     def _make_pair(self, peer: _Peer) -> Pair:
         hello, timeout_s = peer.hello, self._options.pair_timeout_s
@@ -462,49 +528,61 @@ class PrefillServer:
             store, hello.pair_id, PREFILL_RANK, self._pages.device, self._options.host, timeout_s
         )
 
-    def _stream(self, peer: _Peer, pair: Pair) -> None:
-        block_elements = self._geometry.block_bytes // self._geometry.item_bytes
+    def _stream(self, peer: _Peer) -> None:
+        """Send what is ready until the peer is closed; one message a staging buffer at a time."""
+        view = self._pages.view(peer.plan, self._geometry.heads)
+        elements = peer.plan.max_pages(self._options.message_bytes) * view.page_elements
         staging = [
-            torch.empty(
-                self._max_blocks * block_elements,
-                dtype=self._pages.dtype,
-                device=self._pages.device,
-            )
+            torch.empty(elements, dtype=view.dtype, device=view.device)
             for _ in range(self._options.staging_buffers)
         ]
-        in_flight: deque[tuple[_Transfer, Rectangle, PendingWork, torch.Tensor]] = deque()
+        in_flight: deque[_InFlight] = deque()
         while True:
-            job: tuple[_Transfer, Rectangle] | None = None
-            with self._changed:
-                while not (peer.closed or self._stopping):
+            with self._lock:
+                while True:
+                    if peer.closed or self._stopping:
+                        return
                     job = self._next_job(peer) if staging else None
                     if job is not None or in_flight:
                         break
-                    self._changed.wait()
-                if peer.closed or self._stopping:
-                    return
+                    peer.wake.wait()
                 computed = self._computed
             if job is None:
-                transfer, area, work, buffer = in_flight.popleft()
-                work.wait(self._options.transfer_timeout_s)
-                staging.append(buffer)
-                with self._changed:
-                    transfer.session.message_sent(area)
-                    peer.last_heard_s = self._clock()  # it took the message
-                continue
-            transfer, area = job
-            buffer = staging.pop()
-            message = buffer[: area.num_blocks * block_elements]
-            try:
-                after(computed, self._pages.device)
-                self._pages.gather(area, transfer.block_ids, message)
-                wait_done(mark(self._pages.device), self._options.transfer_timeout_s)
-            finally:
-                with self._changed:
-                    transfer.gathering = False
-                    self._settle()
-            self._post(peer, wire.Header(transfer.session.key, area, message.nbytes))
-            in_flight.append((transfer, area, pair.send(message), buffer))
+                self._await_sent(peer, oldest := in_flight.popleft(), stalled=not staging)
+                staging.append(oldest.buffer)
+            else:
+                in_flight.append(self._send(peer, view, *job, computed, staging.pop()))
+
+    def _send(
+        self, peer: _Peer, view: PageView, transfer: _Transfer, area: Rectangle,
+        computed: torch.cuda.Event | None, buffer: torch.Tensor,
+    ) -> _InFlight:  # fmt: skip
+        message = buffer[: area.num_pages * view.page_elements]
+        # First, so that the peer is ready to receive when the message is.
+        self._post(peer, wire.Header(transfer.session.key, area, message.nbytes))
+        try:
+            after(computed, view.device)
+            view.gather(area, transfer.block_ids, message)
+            wait_done(mark(view.device), self._options.transfer_timeout_s)
+        finally:
+            with self._lock:
+                transfer.gathering -= 1
+                self._gathered.notify_all()
+                self._settle()
+        assert peer.pair is not None, "a plan without heads has no messages"
+        return _InFlight(transfer, area, peer.pair.send(message), buffer)
+
+    def _await_sent(self, peer: _Peer, sent: _InFlight, *, stalled: bool) -> None:
+        began_s = self._clock()
+        sent.work.wait(self._options.transfer_timeout_s)
+        with self._lock:
+            now_s = peer.last_heard_s = self._clock()  # it took the message
+            transfer = sent.transfer
+            if stalled:
+                transfer.stall_s += now_s - began_s
+            transfer.last_sent_s = now_s
+            hidden = transfer.computed_at_s is None
+            transfer.session.message_sent(peer.rank, sent.area, hidden=hidden)
 
     def _next_job(self, peer: _Peer) -> tuple[_Transfer, Rectangle] | None:
         """The next message of this pair, oldest reservation first; ends what is complete."""
@@ -512,13 +590,18 @@ class PrefillServer:
         try:
             for key in peer.keys:
                 transfer = self._transfers[key]
-                if (area := transfer.session.next_message()) is not None:
-                    transfer.gathering = True
+                if (area := transfer.session.next_message(peer.rank)) is not None:
+                    transfer.gathering += 1
                     return transfer, area
-                if (end := transfer.session.take_end()) is not None:
-                    self._post(peer, end)
+                if (end := transfer.session.take_end(peer.rank)) is not None:
+                    self._post(peer, self._timed(end, transfer))
                     ended = True
         finally:
             if ended:
                 self._settle()
         return None
+
+    def _timed(self, end: wire.End, transfer: _Transfer) -> wire.End:
+        computed_s = transfer.computed_at_s
+        tail_s = 0.0 if computed_s is None else max(0.0, transfer.last_sent_s - computed_s)
+        return msgspec.structs.replace(end, tail_ms=tail_s * 1000, stall_ms=transfer.stall_s * 1000)

@@ -21,7 +21,7 @@ from kv_transfer.geometry import KvGeometry, Rectangle
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
 
 
@@ -39,6 +39,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     pair_id: str
+    geometry: KvGeometry  # of P; each side plans the pair from both
 
 
 class Refuse(msgspec.Struct, tag="refuse", frozen=True):
@@ -95,7 +96,10 @@ class End(msgspec.Struct, tag="end", frozen=True):
     token_end: int
     messages: int
     num_bytes: int
+    hidden_bytes: int  # of num_bytes, sent before P had computed the last layer
     first_token: int | None
+    tail_ms: float = 0.0  # last layer computed -> this message; 0 if that was the engine's wait
+    stall_ms: float = 0.0  # messages were ready, and all staging buffers still on their way
 
 
 class Fail(msgspec.Struct, tag="fail", frozen=True):

@@ -166,7 +166,7 @@ class Phases(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., handoff_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class KvReport(_message.Message):
-    __slots__ = ("outcome", "backend", "bytes", "messages", "tokens", "transfer_ms", "cached_tokens", "computed_tokens")
+    __slots__ = ("outcome", "backend", "bytes", "messages", "tokens", "transfer_ms", "cached_tokens", "computed_tokens", "hidden_bytes", "tail_ms", "stall_ms", "retries")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +175,10 @@ class KvReport(_message.Message):
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TAIL_MS_FIELD_NUMBER: _ClassVar[int]
+    STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
     outcome: KvOutcome
     backend: str
     bytes: int
@@ -183,7 +187,11 @@ class KvReport(_message.Message):
     transfer_ms: float
     cached_tokens: int
     computed_tokens: int
-    def __init__(self, outcome: _Optional[_Union[KvOutcome, str]] = ..., backend: _Optional[str] = ..., bytes: _Optional[int] = ..., messages: _Optional[int] = ..., tokens: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
+    hidden_bytes: int
+    tail_ms: float
+    stall_ms: float
+    retries: int
+    def __init__(self, outcome: _Optional[_Union[KvOutcome, str]] = ..., backend: _Optional[str] = ..., bytes: _Optional[int] = ..., messages: _Optional[int] = ..., tokens: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., hidden_bytes: _Optional[int] = ..., tail_ms: _Optional[float] = ..., stall_ms: _Optional[float] = ..., retries: _Optional[int] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "request_id", "retry_after_ms")

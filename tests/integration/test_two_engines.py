@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from baton.v1 import inference_pb2 as pb
 from cluster.config import load_config
@@ -20,7 +22,7 @@ from cluster.types import Pool
 from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
 from engine.vllm_engine import VllmEngine
 from tests.support.tiny_model import KV_BYTES_PER_TOKEN, make_tiny_model
-from tests.support.waiting import until
+from tests.support.waiting import until, until_awaited
 
 pytestmark = [
     pytest.mark.integration,
@@ -28,8 +30,26 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-BLOCK_TOKENS = 64
 MAX_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tensor parallelism and tokens a block, of prefill and decode."""
+
+    tp: tuple[int, int] = (1, 1)
+    block_tokens: tuple[int, int] = (64, 64)
+
+    def __str__(self) -> str:
+        return "tp{}to{}-block{}to{}".format(*self.tp, *self.block_tokens)
+
+
+SHAPES = [
+    Shape(),
+    Shape(tp=(1, 2)),
+    Shape(tp=(2, 1), block_tokens=(32, 128)),
+    Shape(block_tokens=(128, 32)),
+]
 
 
 @dataclass
@@ -37,6 +57,8 @@ class Engines:
     prefill: VllmEngine
     decode: VllmEngine
     receive: KvReceive
+    decode_incarnation: str
+    block_tokens: tuple[int, int]
 
     async def read(
         self, engine: VllmEngine, key: str, prompt: list[int], kv: KvSend | KvReceive | None
@@ -79,29 +101,38 @@ def _is_free(engine: VllmEngine) -> bool:
     return load.kv_blocks_free == load.kv_blocks_total
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engines]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=SHAPES, ids=str)
+async def engines(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Engines]:
+    shape: Shape = request.param
     environment = dict(os.environ)
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     folder = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-    arguments = {"max_num_batched_tokens": 192, "block_size": BLOCK_TOKENS}
+    arguments = [
+        {"max_num_batched_tokens": 192, "block_size": tokens} for tokens in shape.block_tokens
+    ]
     config = load_config(
         overrides={
             "model.path": str(folder),
             "model.dtype": "float32",
             "model.max_model_len": 2048,
-            "prefill.engine": arguments,
-            "decode.engine": arguments,
+            "prefill.engine": arguments[0],
+            "decode.engine": arguments[1],
+            "prefill.tensor_parallel_size": shape.tp[0],
+            "decode.tensor_parallel_size": shape.tp[1],
         }
     )
     model = resolve_model(config.model, print)
     names = f"{uuid4().hex}-p", f"{uuid4().hex}-d"
-    prefill = VllmEngine(config, Pool.PREFILL, model, "0", "secret", names[0])
-    decode = VllmEngine(config, Pool.DECODE, model, "1", "secret", names[1])
+    cores = ["0|1" if tp == 2 else core for tp, core in zip(shape.tp, "01", strict=True)]
+    prefill = VllmEngine(config, Pool.PREFILL, model, cores[0], "secret", names[0])
+    decode = VllmEngine(config, Pool.DECODE, model, cores[1], "secret", names[1])
     try:
         facts = await prefill.start()
         await decode.start()
-        yield Engines(prefill, decode, KvReceive(names[0], facts.kv_addresses, True))
+        receive = KvReceive(names[0], facts.kv_addresses, True)
+        yield Engines(prefill, decode, receive, names[1], shape.block_tokens)
     finally:
         await prefill.stop()
         await decode.stop()
@@ -114,20 +145,50 @@ def random_prompt(tokens: int, seed: int) -> list[int]:
     return [rng.randrange(100, 40_000) for _ in range(tokens)]
 
 
+async def test_pairs_are_made_before_a_request_and_both_sides_know(engines: Engines) -> None:
+    prefill = {engines.receive.incarnation: engines.receive.control_addresses}
+    decode = {engines.decode_incarnation: ()}
+    assert await engines.prefill.pair_up(decode), "nobody has asked for pairs yet"
+
+    async def paired() -> bool:
+        missing = await engines.decode.pair_up(prefill), await engines.prefill.pair_up(decode)
+        return not any(missing)
+
+    await until_awaited(paired, what="all ranks are paired")
+
+
+async def test_a_transfer_is_counted_in_the_metrics(engines: Engines) -> None:
+    def count(name: str) -> float:
+        return sum(
+            sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name == f"vllm:baton_kv_{name}"
+        )
+
+    names = ("transfers_total", "bytes_total", "hidden_bytes_total", "tail_seconds_count")
+    before = [count(name) for name in names]
+    _, report = await engines.streamed(random_prompt(300, 77))
+    grown = [count(name) - was for name, was in zip(names, before, strict=True)]
+    assert grown == [1, report.bytes, report.hidden_bytes, 1]
+    assert 0 <= report.hidden_bytes <= report.bytes
+    assert report.retries == 0
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 192, 193, 700])
 async def test_streamed_tokens_are_the_aggregated_ones(engines: Engines, tokens: int) -> None:
     prompt = random_prompt(tokens, tokens)
     got, report = await engines.streamed(prompt)
     assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
     assert report.computed_tokens <= 1
-    blocks = -(-tokens // BLOCK_TOKENS)
-    assert report.bytes == blocks * BLOCK_TOKENS * KV_BYTES_PER_TOKEN
+    page = math.gcd(*engines.block_tokens)
+    assert report.bytes == -(-tokens // page) * page * KV_BYTES_PER_TOKEN
     assert got == await engines.aggregated(prompt)
     await engines.all_free()
 
 
 async def test_many_at_once_with_a_shared_cold_prefix(engines: Engines) -> None:
-    prefix = random_prompt(5 * BLOCK_TOKENS, 1)
+    prefix = random_prompt(5 * 64, 1)
     prompts = [prefix + random_prompt(3 + 9 * index, 2 + index) for index in range(12)]
     answers = await asyncio.gather(*(engines.streamed(prompt) for prompt in prompts))
     for prompt, (got, report) in zip(prompts, answers, strict=True):

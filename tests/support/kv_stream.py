@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 
 LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 4, 2, 16, 8, 64
 GEOMETRY = KvGeometry(
-    "tiny", "float32", "LBHNC", LAYERS, HEADS, BLOCK_TOKENS, CONTENT, 4, tp_size=1, tp_rank=0
+    "tiny", "float32", LAYERS, HEADS, CONTENT, 4, BLOCK_TOKENS, "LBHNC", True, 1, 0
 )
 OPTIONS = TransferOptions(
     host="127.0.0.1",
@@ -33,10 +33,15 @@ OPTIONS = TransferOptions(
     reserve_timeout_s=30,
     prefill_timeout_s=30,
     transfer_timeout_s=30,
+    pair_idle_s=60,
     peer_lease_s=3,
     max_pairs=8,
     max_pending=64,
 )
+
+
+def blocks_of(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
 
 
 def random_caches(seed: int) -> list[torch.Tensor]:
@@ -61,7 +66,7 @@ class Prefill:
         """Engine steps until the whole prompt is computed (the caches hold random KV already)."""
         for start in range(cached, tokens, chunk):
             end = min(tokens, start + chunk)
-            blocks = tuple(block_ids[: GEOMETRY.blocks_of(end)])
+            blocks = tuple(block_ids[: blocks_of(end)])
             self.server.begin_step([StepChunk(key, f"engine-{key}", blocks, start, end, tokens)])
             for layer in range(LAYERS):
                 self.server.layer_done(layer + 1)
@@ -91,8 +96,11 @@ class Decode:
     ) -> None:  # fmt: skip
         address = prefill if isinstance(prefill, str) else prefill.server.address
         self.client.reserve(
-            Reservation(key, f"engine-{key}", address, incarnation, tuple(block_ids), start, end)
+            Reservation(key, f"engine-{key}", (address,), incarnation, tuple(block_ids), start, end)
         )
+
+    def cancel(self, prefill: Prefill, key: str) -> None:
+        self.client.cancel(key, (prefill.server.address,), "p1")
 
     def result(self, key: str) -> TransferResult:
         def arrived() -> bool:

@@ -150,7 +150,7 @@ class SchedulerBench:
 
 def result_of(step: Step, *, complete: bool = True, first_token: int | None = 99) -> TransferResult:
     """How the only reservation of a step ends."""
-    ((reservation, _),) = step.plan.reservations
+    (reservation,) = step.plan.reservations
     return TransferResult(
         reservation.key,
         reservation.request_id,

@@ -95,7 +95,6 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("redis: {lease_s: yes}", "redis.lease_s: Input should be a valid number, not True"),
         ("decode: {replicas: '2'}", "decode.replicas: Input should be a valid integer, not '2'"),
         ("decode: {num_gpus_per_replica: yes}", "decode.num_gpus_per_replica: Input should be"),
-        ("prefill: {tensor_parallel_size: 2}", "prefill.tensor_parallel_size 2 and decode."),
         ("router: {queue_timeout_s: .nan}", "router.queue_timeout_s: Input should be"),
         ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
         ("redis: {url: localhost}", "redis.url: String should match pattern"),

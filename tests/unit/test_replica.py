@@ -1,8 +1,11 @@
-"""How a worker leaves: announced, after its requests, and after its KV was fetched."""
+"""How a worker comes, with its KV pairs made, and leaves, with its requests and KV fetched."""
 
 from __future__ import annotations
 
 import asyncio
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Set
 from typing import Any
 
 import grpc
@@ -10,13 +13,15 @@ import pytest
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from cluster.config import Config
+from cluster.errors import WorkerLostError
 from cluster.registry import MemoryRegistry
-from cluster.types import Pool, WorkerRecord, WorkerState
+from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 from engine.fake import FakeEngine, FakeLatency
 from engine.intake import Intake
 from engine.protocol import Engine
 from engine.replica import WorkerReplica
 from prefill_worker.servicer import PrefillServicer
+from tests.support.waiting import until, until_awaited
 
 pytestmark = pytest.mark.asyncio
 
@@ -54,7 +59,7 @@ class Setup:
     def __init__(self, *, poll_s: float = 0.01, transfer_ms: float = 0.0) -> None:
         self.config = Config.model_validate({"router": {"registry_poll_s": poll_s}})
         latency = FakeLatency(0, 0, transfer_ms)
-        self.engine = WatchedEngine(self.config, Pool.PREFILL, latency=latency)
+        self.engine: WatchedEngine = WatchedEngine(self.config, Pool.PREFILL, latency=latency)
         self.registry = WatchedRegistry()
         self.replica = WorkerReplica(
             self.config, Pool.PREFILL, "m", self.engine, self.registry, _add, incarnation="i"
@@ -113,3 +118,112 @@ async def test_kv_that_nobody_fetches_does_not_outlast_the_grace() -> None:
         await worker.prefill("a")
         await worker.replica.stop(0.2)
         assert worker.engine.held_at_stop == 1
+
+
+class PairingEngine(WatchedEngine):
+    """Its KV pairs come up when the test says so."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
+        self.up: set[str] = set()
+        self.asked: set[str] = set()
+        self.stuck: str | None = None
+
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+        self.asked |= others.keys()
+        return others.keys() - self.up
+
+    def must_be_replaced(self) -> str | None:
+        return self.stuck
+
+
+class PairingSetup(Setup):
+    """One worker of a pool, and what the registry says of the other pool."""
+
+    def __init__(self, pool: Pool, *, pair_timeout_s: float = NEVER_S) -> None:
+        super().__init__()
+        self.config = Config.model_validate(
+            {
+                "router": {"registry_poll_s": 0.01},
+                "redis": {"renew_s": 0.01},
+                "kv_transfer": {"pair_timeout_s": pair_timeout_s},
+            }
+        )
+        self.pairing = self.engine = PairingEngine(self.config, pool)
+        self.replica = WorkerReplica(
+            self.config, pool, "m", self.engine, self.registry, _add, incarnation="i"
+        )
+        self.pool = pool
+
+    async def add(self, name: str, state: WorkerState = WorkerState.READY) -> None:
+        pool = Pool.PREFILL if self.pool is Pool.DECODE else Pool.DECODE
+        load = WorkerLoad(0, 0, 0, 1, 1)
+        await self.registry.put(WorkerRecord(name, pool, state, name, "a", ("k",), "m", load))
+
+    async def state(self) -> WorkerState | None:
+        records = [r for r in await self.registry.list() if r.incarnation == "i"]
+        return records[0].state if records else None
+
+    async def until_state(self, state: WorkerState) -> None:
+        await until_awaited(lambda: self._is(state), what=f"the worker is {state}")
+
+    async def _is(self, state: WorkerState) -> bool:
+        return await self.state() is state
+
+
+@pytest.mark.parametrize("pool", list(Pool))
+async def test_a_worker_is_ready_when_its_kv_pairs_are_up(pool: Pool) -> None:
+    worker = PairingSetup(pool)
+    await worker.add("one")
+    await worker.add("two", WorkerState.STARTING)
+    await worker.add("leaving", WorkerState.DRAINING)
+    starting = asyncio.create_task(worker.replica.start())
+    try:
+        await worker.until_state(WorkerState.STARTING)
+        worker.pairing.up.add("one")
+        await until(lambda: worker.pairing.asked == {"one", "two"}, what="it asked for both")
+        assert not starting.done()
+        worker.pairing.up.add("two")
+        await starting
+        assert await worker.state() is WorkerState.READY
+    finally:
+        await worker.replica.stop(0.01)
+
+
+async def test_a_pair_that_does_not_come_up_holds_up_nobody_for_long() -> None:
+    worker = PairingSetup(Pool.PREFILL, pair_timeout_s=0.05)
+    await worker.add("broken")
+    await worker.replica.start()
+    assert await worker.state() is WorkerState.READY
+    await worker.replica.stop(0.01)
+
+
+async def test_decode_pairs_up_with_a_prefill_worker_that_comes_later() -> None:
+    worker = PairingSetup(Pool.DECODE)
+    await worker.replica.start()
+    await worker.add("later", WorkerState.STARTING)
+    await until(lambda: worker.pairing.asked == {"later"}, what="it pairs up")
+    await worker.replica.stop(0.01)
+
+
+async def test_a_worker_with_a_stuck_group_drains_and_then_is_unhealthy() -> None:
+    worker = PairingSetup(Pool.DECODE)
+    await worker.replica.start()
+    await worker.replica.check_health()
+    worker.pairing.stuck = "a process group could not be aborted"
+    await worker.replica.check_health()
+    await worker.registry.draining.wait()
+    await worker.replica.stop(0.01)
+    with pytest.raises(WorkerLostError):
+        await worker.replica.check_health()
+
+
+async def test_metrics_are_served_where_the_registry_says() -> None:
+    worker = PairingSetup(Pool.DECODE)
+    record = await worker.replica.start()
+    page = await asyncio.to_thread(urllib.request.urlopen, record.metrics)
+    with page:
+        assert b"process_resident_memory_bytes" in page.read()
+    await worker.replica.stop(0.01)
+    with pytest.raises(urllib.error.URLError):
+        await asyncio.to_thread(urllib.request.urlopen, record.metrics)

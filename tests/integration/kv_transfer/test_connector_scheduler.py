@@ -124,10 +124,10 @@ def test_decode_computes_one_token_after_the_transfer(bench: Make) -> None:
     first = decode.step()
     assert first.computed == {}
     assert request.status is RequestStatus.WAITING_FOR_REMOTE_KVS
-    ((reservation, addresses),) = first.plan.reservations
+    (reservation,) = first.plan.reservations
     assert (reservation.token_start, reservation.token_end) == (0, 40)
     assert len(reservation.block_ids) == 3
-    assert addresses == ("tcp://127.0.0.1:1",)
+    assert reservation.addresses == ("tcp://127.0.0.1:1",)
     assert decode.scheduler.has_requests(), "or nobody would ask the ranks again"
 
     decode.step(received=[result_of(first)])
@@ -159,11 +159,11 @@ def test_received_blocks_are_hit_by_the_next_prompt_but_not_before(bench: Make) 
     first = decode.step()
     decode.add("b", prompt(60), "receive")
     second = decode.step()
-    assert second.plan.reservations[0][0].token_start == 0, "a's blocks are still being written"
+    assert second.plan.reservations[0].token_start == 0, "a's blocks are still being written"
     decode.step(received=[result_of(first), result_of(second)])
     decode.step()
     decode.add("c", prompt(60), "receive")
-    ((reservation, _),) = decode.step().plan.reservations
+    (reservation,) = decode.step().plan.reservations
     assert reservation.token_start == 48
     assert reservation.token_start % BLOCK_TOKENS == 0
 
@@ -188,7 +188,7 @@ def test_blocks_of_an_aborted_receive_stay_until_it_has_ended(bench: Make, compl
     first = decode.step()
     decode.abort("r")
     assert decode.blocks_used == 3, "they may still be written"
-    assert decode.step().plan.cancelled == [("r#1", "p1", ("tcp://127.0.0.1:1",))]
+    assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
     assert decode.blocks_used == 3
     decode.step(received=[result_of(first, complete=complete)])
     assert decode.blocks_used == 0
@@ -212,7 +212,7 @@ def test_an_abort_before_blocks_are_free_tells_prefill(bench: Make) -> None:
     decode = bench("kv_consumer")
     decode.add("r", prompt(40), "receive")
     decode.abort("r")
-    assert decode.step().plan.cancelled == [("r#1", "p1", ("tcp://127.0.0.1:1",))]
+    assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
 
 
 def test_only_an_idle_step_that_waits_for_kv_naps(

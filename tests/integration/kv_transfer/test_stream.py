@@ -16,7 +16,7 @@ import torch
 import zmq
 
 from kv_transfer import wire
-from kv_transfer.pages import KvPages
+from kv_transfer.pages import PageView
 from kv_transfer.release import Releaser
 from kv_transfer.send import StepChunk
 from tests.support.kv_stream import (
@@ -27,6 +27,7 @@ from tests.support.kv_stream import (
     OPTIONS,
     Decode,
     Prefill,
+    blocks_of,
     random_caches,
     same_blocks,
     stream,
@@ -35,7 +36,7 @@ from tests.support.waiting import wait_until
 
 
 def blocks_for(tokens: int, rng: random.Random) -> list[int]:
-    return rng.sample(range(BLOCKS), GEOMETRY.blocks_of(tokens))
+    return rng.sample(range(BLOCKS), blocks_of(tokens))
 
 
 @pytest.mark.parametrize("reserve", ["before", "after"])
@@ -67,7 +68,7 @@ def test_exactly_the_lacking_blocks_arrive(
             decode.reserve(prefill, "r#1", target, cached_on_d, tokens)
         result = decode.result("r#1")
 
-        lacking = GEOMETRY.blocks_of(tokens) - cached_on_d // BLOCK_TOKENS
+        lacking = blocks_of(tokens) - cached_on_d // BLOCK_TOKENS
         assert result.complete
         assert result.first_token == 42
         assert result.backend == "gloo"
@@ -85,8 +86,8 @@ def test_many_transfers_at_once_over_one_pair() -> None:
         tokens = {f"r{i}#1": rng.randrange(1, 130) for i in range(40)}
         free = list(range(BLOCKS))
         for key, count in tokens.items():
-            source = rng.sample(range(BLOCKS), GEOMETRY.blocks_of(count))
-            target = rng.sample(free, GEOMETRY.blocks_of(count))
+            source = rng.sample(range(BLOCKS), blocks_of(count))
+            target = rng.sample(free, blocks_of(count))
             decode.reserve(prefill, key, target, 0, count)
             prefill.compute(key, source, count)
             prefill.server.finish(key, None, computed=True)
@@ -100,17 +101,16 @@ def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
     """V#46283, V#50425: decode gives up, and prefill's blocks must come back."""
     rng = random.Random(2)
     with stream() as (prefill, decode):
-        address = prefill.server.address
         for moment in ("before the prefill", "during", "after"):
             key = f"{moment}#1"
             source, target = blocks_for(100, rng), blocks_for(100, rng)
             decode.reserve(prefill, key, target, 0, 100)
             if moment == "before the prefill":
-                decode.client.cancel(key, address, "p1")
+                decode.cancel(prefill, key)
                 assert not decode.result(key).complete
             prefill.compute(key, source, 64)
             if moment == "during":
-                decode.client.cancel(key, address, "p1")
+                decode.cancel(prefill, key)
                 assert not decode.result(key).complete
             prefill.server.finish(key, 42, computed=False)
             if moment == "after":
@@ -146,12 +146,14 @@ def test_prefix_hits_wait_for_the_layers_of_the_step_that_found_them() -> None:
             lambda: all(peer.pair is not None for peer in prefill.server._peers.values()),
             what="the pair is made",
         )
+        (part,) = decode.client.transfers["r#1"].parts.values()
+        session = part.session
         for layer in range(LAYERS):
-            assert prefill.server._transfers["r#1"].session.next_message() is None
+            assert prefill.server._transfers["r#1"].session.next_message(0) is None
             prefill.caches[layer][blocks] += 1  # the step computes the layer
             prefill.server.layer_done(layer + 1)
             wait_until(
-                lambda layer=layer: decode.client.transfers["r#1"].session._arrived[layer] == 3,  # type: ignore[misc]
+                lambda layer=layer: session._arrived[layer] == 3,  # type: ignore[misc]
                 what="the layer has arrived",
             )
         prefill.server.end_step()
@@ -165,7 +167,7 @@ def test_cancel_without_a_reservation_frees_prefill() -> None:
     with stream() as (prefill, decode):
         prefill.compute("r#1", [1, 2], 20)
         prefill.server.finish("r#1", 42, computed=True)
-        decode.client.cancel("r#1", prefill.server.address, "p1")
+        decode.cancel(prefill, "r#1")
         prefill.wait_released("r#1")
 
 
@@ -233,10 +235,10 @@ def test_a_restarted_prefill_worker_is_not_taken_for_the_old_one() -> None:
 
 def test_unlike_caches_are_refused_with_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
     with stream() as (prefill, decode):
-        decode.client.geometry = replace(GEOMETRY, block_tokens=32)
+        decode.client.geometry = replace(GEOMETRY, content=16)
         decode.reserve(prefill, "r#1", [5], 0, 9)
         assert not decode.result("r#1").complete
-    assert "block_tokens is 16 here and 32 there" in caplog.text
+    assert "content is 8 in prefill and 16 in decode" in caplog.text
 
 
 def test_a_wrong_token_is_not_heard(caplog: pytest.LogCaptureFixture) -> None:
@@ -298,11 +300,12 @@ def test_death_of_decode_frees_prefill() -> None:
     with stream(peer_lease_s=1.5) as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 0, 20)
         wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        for peer in list(decode.client._peers.values()):
-            peer.stop()  # what the peer sees of a process that ends: silence after BYE
+        with decode.client.lock:
+            (peer,) = decode.client._peers.values()
+            decode.client.retire(peer)  # what a peer sees of a process that ends: BYE, silence
         prefill.compute("r#1", [1, 2], 20)
         prefill.server.finish("r#1", 42, computed=True)
-        decode.client.cancel("r#1", prefill.server.address, "p1")
+        decode.cancel(prefill, "r#1")
         prefill.wait_released("r#1")
 
 
@@ -332,24 +335,24 @@ def test_a_peer_that_was_given_up_is_told_and_comes_back() -> None:
         decode.reserve(prefill, "r#1", [5], 0, 9)
         wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
         (peer,) = prefill.server._peers.values()
-        with prefill.server._changed:
+        with prefill.server._lock:
             prefill.server._close_peer(peer, "given up")
-        assert not decode.result("r#1").complete
-        decode.reserve(prefill, "s#1", [5], 0, 9)
-        prefill.compute("s#1", [1], 9)
-        prefill.server.finish("s#1", 42, computed=True)
-        assert decode.result("s#1").complete
+        prefill.compute("r#1", [1], 9)
+        prefill.server.finish("r#1", 42, computed=True)
+        result = decode.result("r#1")
+        assert result.complete, "nothing had come yet, so it is reserved over a new pair"
+        assert result.retries == 1
 
 
 def test_a_stream_longer_than_the_lease_keeps_its_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that never stop coming must not keep the receiver from its PING."""
-    scatter = KvPages.scatter
+    scatter = PageView.scatter
 
-    def slow_scatter(self: KvPages, *args: Any) -> None:
+    def slow_scatter(self: PageView, *args: Any) -> None:
         threading.Event().wait(0.05)
         scatter(self, *args)
 
-    monkeypatch.setattr(KvPages, "scatter", slow_scatter)
+    monkeypatch.setattr(PageView, "scatter", slow_scatter)
     with stream(peer_lease_s=1.5) as (prefill, decode):
         tokens = 40 * BLOCK_TOKENS  # in 56 messages
         decode.reserve(prefill, "r#1", list(range(20, 60)), 0, tokens)
@@ -374,8 +377,8 @@ def test_a_message_that_was_not_reserved_fails_the_transfer() -> None:
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 16, 20)
         wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        with prefill.server._changed:  # the peer believes that D lacks everything
-            prefill.server._waiting["r#1"].token_start = 0
+        with prefill.server._lock:  # the peer believes that D lacks everything
+            prefill.server._waiting["r#1"][0].token_start = 0
         before = [layer[5].clone() for layer in decode.caches]
         prefill.compute("r#1", [1, 2], 20)
         prefill.server.finish("r#1", 42, computed=True)

@@ -34,6 +34,10 @@ KV = KvReport(
     transfer_ms=9.94,
     cached_tokens=0,
     computed_tokens=1,
+    hidden_bytes=28_016_640,
+    tail_ms=1.2,
+    stall_ms=0.0,
+    retries=0,
 )
 PHASES = Phases(
     queue_ms=0.42,
@@ -116,7 +120,7 @@ def test_json_cannot_steer_a_terminal() -> None:
 def test_phases_line() -> None:
     assert phases_line(LAST) == (
         "1281 tokens in, 48 out (length) | queue 0.4 ms | prefill 2150 ms"
-        " | KV 28.12 MiB in 9.9 ms over gloo | hand-off 38 ms | 31.2 tokens/s"
+        " | KV 28.12 MiB (95% hidden) in 9.9 ms over gloo | hand-off 38 ms | 31.2 tokens/s"
         " | prefill-ab12cd -> decode-9f00aa"
     )
 

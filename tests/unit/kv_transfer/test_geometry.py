@@ -1,49 +1,223 @@
-"""Which bytes a message carries: every block of an area exactly once, within the size bound."""
+"""Which rank sends what to which: every head once, every page once, within the size bound."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kv_transfer import geometry
 from kv_transfer.errors import IncompatibleError
-from kv_transfer.geometry import KvGeometry, Rectangle, split_into_messages
+from kv_transfer.geometry import (
+    HeadRange,
+    KvGeometry,
+    Rectangle,
+    heads_of,
+    plan_pair,
+    sources,
+    split_into_messages,
+)
 
-GEOMETRY = KvGeometry("tiny", "bfloat16", "LBHNC", 30, 3, 128, 128, 2, 1, 0)
+GEOMETRY = KvGeometry("tiny", "bfloat16", 30, 3, 128, 2, 128, "LBHNC", True, 1, 0)
 
 
 def test_block_bytes_of_smollm2() -> None:
     # 128 tokens x 3 heads x (64 K + 64 V) x 2 bytes
     assert GEOMETRY.block_bytes == 98_304
-    assert [GEOMETRY.blocks_of(n) for n in (1, 127, 128, 129)] == [1, 1, 1, 2]
+    assert replace(GEOMETRY, tp_size=3, tp_rank=2).block_bytes == 32_768
+    assert replace(GEOMETRY, tp_size=6, tp_rank=5).block_bytes == 32_768, "a copy, not a half"
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "total", "ranks"),
+    [
+        (1, 6, [(0, 6)]),
+        (3, 6, [(0, 2), (2, 4), (4, 6)]),
+        (2, 2, [(0, 1), (1, 2)]),
+        (6, 3, [(0, 1), (0, 1), (1, 2), (1, 2), (2, 3), (2, 3)]),
+        (4, 1, [(0, 1)] * 4),
+    ],
+)
+def test_heads_of_each_rank(tp_size: int, total: int, ranks: list[tuple[int, int]]) -> None:
+    """As vLLM loads its weights: neighbours hold copies."""
+    assert [heads_of(rank, tp_size, total) for rank in range(tp_size)] == [
+        HeadRange(*heads) for heads in ranks
+    ]
+
+
+@pytest.mark.parametrize(("tp_size", "total"), [(2, 3), (4, 6), (3, 2), (8, 6)])
+def test_heads_that_vllm_would_not_split_are_refused(tp_size: int, total: int) -> None:
+    with pytest.raises(IncompatibleError, match=f"{total} KV heads cannot be .* {tp_size} ranks"):
+        heads_of(0, tp_size, total)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tp_rank": 1},
+        {"tp_rank": -1},
+        {"tp_size": 0},
+        {"tp_size": 1025},
+        {"num_layers": 0},
+        {"total_kv_heads": 0},
+        {"content": 0},
+        {"item_bytes": 0},
+        {"block_tokens": 0},
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(change: dict[str, int]) -> None:
+    """A HELLO brings one; sizes of zero would be divided by."""
+    with pytest.raises(ValueError, match="no such KV cache"):
+        replace(GEOMETRY, **change)
+
+
+def tp_sizes(total: int) -> st.SearchStrategy[int]:
+    return st.sampled_from([n for n in range(1, 13) if total % n == 0 or n % total == 0])
+
+
+@settings(deadline=None)
+@given(data=st.data(), total=st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
+def test_every_head_comes_from_one_rank_and_every_rank_hears_of_each_transfer(
+    data: st.DataObject, total: int
+) -> None:
+    prefill_tp, decode_tp = data.draw(tp_sizes(total)), data.draw(tp_sizes(total))
+    readers: dict[int, list[int]] = {rank: [] for rank in range(prefill_tp)}
+    with_heads = dict.fromkeys(range(prefill_tp), 0)
+    for decode_rank in range(decode_tp):
+        got: list[int] = []
+        for rank, heads in sources(decode_rank, decode_tp, prefill_tp, total).items():
+            readers[rank].append(decode_rank)
+            with_heads[rank] += bool(heads)
+            assert heads & heads_of(rank, prefill_tp, total) == heads or not heads
+            got += range(heads.start, heads.end)
+        lacking = heads_of(decode_rank, decode_tp, total)
+        assert sorted(got) == list(range(lacking.start, lacking.end))
+    assert all(readers.values()), "a rank that nobody tells would hold its blocks for ever"
+    copies = max(1, prefill_tp // total)
+    for first in range(0, prefill_tp, copies):
+        loads = [with_heads[rank] for rank in range(first, first + copies)]
+        assert max(loads) - min(loads) <= 1, "copies share the decode ranks"
+
+    for prefill_rank, served in readers.items():
+        prefill = replace(GEOMETRY, total_kv_heads=total, tp_size=prefill_tp, tp_rank=prefill_rank)
+        for decode_rank in range(decode_tp):
+            decode = replace(GEOMETRY, total_kv_heads=total, tp_size=decode_tp, tp_rank=decode_rank)
+            if decode_rank in served:
+                plan = plan_pair(prefill, decode)
+                assert plan.decode_ranks == len(served)
+                assert (
+                    plan.heads == sources(decode_rank, decode_tp, prefill_tp, total)[prefill_rank]
+                )
+            else:
+                with pytest.raises(IncompatibleError, match="has no business with"):
+                    plan_pair(prefill, decode)
+
+
+def test_planning_for_many_ranks_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A HELLO names the size of its worker, and the engine waits while we plan for it."""
+    counted = 0
+
+    def counting(rank: int, tp_size: int, total: int) -> HeadRange:
+        nonlocal counted
+        counted += 1
+        return heads_of(rank, tp_size, total)
+
+    monkeypatch.setattr(geometry, "heads_of", counting)
+    plan_pair(replace(GEOMETRY, tp_size=3), replace(GEOMETRY, tp_size=96))
+    assert counted <= 3 * 3 * 96, "a few for each pair of ranks"
+
+
+def test_equal_blocks_travel_whole_and_unlike_ones_in_common_pages() -> None:
+    plan = plan_pair(GEOMETRY, GEOMETRY)
+    assert plan.whole_blocks
+    assert plan.page_tokens == 128
+    assert plan.page_bytes == GEOMETRY.block_bytes
+
+    plan = plan_pair(replace(GEOMETRY, block_tokens=48), replace(GEOMETRY, block_tokens=32))
+    assert not plan.whole_blocks
+    assert plan.page_tokens == 16
+    assert plan.page_bytes == 16 * 3 * 128 * 2
+    assert [plan.pages_of(tokens) for tokens in (1, 16, 17, 48)] == [1, 1, 2, 3]
+
+    plan = plan_pair(GEOMETRY, replace(GEOMETRY, layout="LBNHC"))
+    assert not plan.whole_blocks, "the same number of tokens, but elsewhere"
+
+
+def test_the_size_bound_counts_pages_and_one_always_fits() -> None:
+    plan = plan_pair(GEOMETRY, GEOMETRY)
+    pages = [plan.max_pages(n * plan.page_bytes + extra) for n, extra in [(0, 1), (1, 0), (3, -1)]]
+    assert pages == [1, 1, 2]
+    idle = plan_pair(
+        replace(GEOMETRY, tp_size=6, tp_rank=1), replace(GEOMETRY, tp_size=3, tp_rank=1)
+    )
+    assert not idle.heads
+    assert idle.page_bytes == 0
+    assert idle.max_pages(100) >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": "other"}, "model is tiny in prefill and other in decode"),
+        ({"dtype": "float16"}, "dtype is bfloat16 in prefill and float16 in decode"),
+        ({"num_layers": 31}, "num_layers is 30 in prefill and 31 in decode"),
+        ({"total_kv_heads": 1}, "total_kv_heads is 3 in prefill and 1 in decode"),
+        ({"content": 64}, "content is 128 in prefill and 64 in decode"),
+        ({"item_bytes": 1}, "item_bytes is 2 in prefill and 1 in decode"),
+    ],
+)
+def test_facts_that_no_mapping_bridges_are_named(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        plan_pair(GEOMETRY, replace(GEOMETRY, **change))  # type: ignore[arg-type]
+    assert str(caught.value) == f"KV caches cannot be mapped: {sentence}"
+
+
+def test_all_that_differs_is_named_at_once() -> None:
+    other = replace(GEOMETRY, model="other", content=64, block_tokens=16, by_token=False)
+    with pytest.raises(IncompatibleError) as caught:
+        plan_pair(GEOMETRY, other)
+    for fact in ("model is", "content is", "decode does not know where in a block a token lies"):
+        assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("change", [{"block_tokens": 64}, {"layout": "LBNHC"}])
+def test_only_equal_blocks_travel_if_a_side_does_not_know_its_tokens(
+    side: str, change: dict[str, object]
+) -> None:
+    both = {"prefill": GEOMETRY, "decode": replace(GEOMETRY, **change)}  # type: ignore[arg-type]
+    both[side] = replace(both[side], by_token=False)
+    with pytest.raises(IncompatibleError, match=f"and {side} does not know where in a block"):
+        plan_pair(**both)
+    assert plan_pair(both[side], both[side]).whole_blocks
 
 
 @given(
     layer_start=st.integers(0, 5),
     layers=st.integers(1, 40),
-    block_start=st.integers(0, 5),
-    blocks=st.integers(1, 40),
-    max_blocks=st.integers(1, 200),
+    page_start=st.integers(0, 5),
+    pages=st.integers(1, 40),
+    max_pages=st.integers(1, 200),
 )
 def test_messages_cover_an_area_exactly_once(
-    layer_start: int, layers: int, block_start: int, blocks: int, max_blocks: int
+    layer_start: int, layers: int, page_start: int, pages: int, max_pages: int
 ) -> None:
-    area = Rectangle(layer_start, layer_start + layers, block_start, block_start + blocks)
+    area = Rectangle(layer_start, layer_start + layers, page_start, page_start + pages)
     seen: dict[tuple[int, int], int] = {}
     last_layer_end = 0
-    for message in split_into_messages(area, max_blocks):
-        assert message.num_blocks <= max_blocks
+    for message in split_into_messages(area, max_pages):
+        assert message.num_pages <= max_pages
         assert message.layer_end >= last_layer_end, "a later message must not need fewer layers"
         last_layer_end = message.layer_end
         for layer in range(message.layer_start, message.layer_end):
-            for block in range(message.block_start, message.block_end):
-                seen[layer, block] = seen.get((layer, block), 0) + 1
+            for page in range(message.page_start, message.page_end):
+                seen[layer, page] = seen.get((layer, page), 0) + 1
     assert seen == {
-        (layer, block): 1
+        (layer, page): 1
         for layer in range(layer_start, layer_start + layers)
-        for block in range(block_start, block_start + blocks)
+        for page in range(page_start, page_start + pages)
     }
 
 
@@ -51,11 +225,3 @@ def test_messages_cover_an_area_exactly_once(
 def test_empty_and_negative_rectangles_are_refused(corners: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="rectangle"):
         Rectangle(*corners)
-
-
-def test_incompatible_caches_are_named_fact_by_fact() -> None:
-    GEOMETRY.require_compatible(GEOMETRY)
-    with pytest.raises(IncompatibleError, match=r"block_tokens is 128 here and 16 there") as caught:
-        GEOMETRY.require_compatible(replace(GEOMETRY, block_tokens=16, dtype="float32"))
-    assert "dtype is bfloat16 here and float32 there" in str(caught.value)
-    assert "kv_heads" not in str(caught.value)

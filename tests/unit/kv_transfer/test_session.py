@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.errors import ProtocolError
-from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.geometry import HeadRange, PairPlan, Rectangle
 from kv_transfer.session import (
     RECEIVE_TABLE,
     SEND_TABLE,
@@ -25,21 +25,28 @@ from kv_transfer.wire import End
 
 LAYERS = 3
 BLOCK = 4  # tokens
-GEOMETRY = KvGeometry("tiny", "float32", "LBHNC", LAYERS, 1, BLOCK, 2, 4, 1, 0)
+PLAN = PairPlan(HeadRange(0, 1), BLOCK, True, BLOCK * 2 * 4, LAYERS, decode_ranks=1)
 TOKENS = 10  # two whole blocks and a part
 
 
+def reserve(
+    session: SendSession, start: int = 0, end: int | None = None, max_pages: int = 2, rank: int = 0
+) -> None:
+    end = session.num_tokens if end is None else end
+    session.reserve(rank, PLAN, max_pages * PLAN.page_bytes, start, end)
+
+
 def send_in(state: SendState) -> SendSession:
-    session = SendSession("r#1", TOKENS, GEOMETRY, 2)
+    session = SendSession("r#1", TOKENS, LAYERS)
     session.add_chunk(0, TOKENS)
     session.advance(LAYERS)
     session.finish(7)
     if state in (SendState.SENDING, SendState.ENDED):
-        session.reserve(0, TOKENS)
+        reserve(session)
     if state is SendState.ENDED:
-        while (area := session.next_message()) is not None:
-            session.message_sent(area)
-        assert session.take_end() is not None
+        while (area := session.next_message(0)) is not None:
+            session.message_sent(0, area, hidden=True)
+        assert session.take_end(0) is not None
     if state is SendState.CANCELLED:
         session.cancel()
     if state is SendState.FAILED:
@@ -50,7 +57,7 @@ def send_in(state: SendState) -> SendSession:
 
 def send_event(session: SendSession, event: SendEvent) -> None:
     if event is SendEvent.RESERVE:
-        session.reserve(0, TOKENS)
+        reserve(session, rank=1)
     else:
         session._apply(event)
 
@@ -74,17 +81,25 @@ def manifest(session: ReceiveSession, first_token: int | None = None) -> End:
         session.token_end,
         session.messages,
         session.num_bytes,
+        0,
         first_token,
     )
 
 
 def arrive(session: ReceiveSession, area: Rectangle) -> None:
-    session.header(area, area.num_blocks * GEOMETRY.block_bytes)
-    session.received(area)
+    num_bytes = area.num_pages * PLAN.page_bytes
+    session.header(area, num_bytes)
+    session.received(area, num_bytes)
+
+
+def receive_session(start: int = 0, tokens: int = TOKENS) -> ReceiveSession:
+    session = ReceiveSession("r#1", start, tokens)
+    session.follow(PLAN)
+    return session
 
 
 def receive_in(state: ReceiveState) -> ReceiveSession:
-    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    session = receive_session()
     if state in (ReceiveState.RECEIVING, ReceiveState.COMPLETE):
         arrive(session, Rectangle(0, LAYERS, 0, 3))
     if state is ReceiveState.COMPLETE:
@@ -110,49 +125,51 @@ def test_every_receive_event_in_every_state(state: ReceiveState, event: ReceiveE
 
 
 def test_nothing_is_sent_before_its_layers_were_computed() -> None:
-    session = SendSession("r#1", 8, GEOMETRY, 2)
-    session.reserve(0, 8)
+    session = SendSession("r#1", 8, LAYERS)
+    reserve(session)
     session.add_chunk(0, 8)
-    assert session.next_message() is None
+    assert session.next_message(0) is None
+    assert session.ready_ranks() == []
     session.advance(1)
-    assert session.next_message() == Rectangle(0, 1, 0, 2)
-    assert session.next_message() is None
+    assert session.ready_ranks() == [0]
+    assert session.next_message(0) == Rectangle(0, 1, 0, 2)
+    assert session.next_message(0) is None
     session.advance(3)
-    assert session.next_message() == Rectangle(1, 2, 0, 2)
+    assert session.next_message(0) == Rectangle(1, 2, 0, 2)
 
 
 def test_a_block_waits_for_the_chunk_that_completes_it() -> None:
-    session = SendSession("r#1", TOKENS, GEOMETRY, 100)
-    session.reserve(0, TOKENS)
+    session = SendSession("r#1", TOKENS, LAYERS)
+    reserve(session, max_pages=100)
     session.add_chunk(0, 6)  # block 1 has tokens 4 and 5 only
     session.advance(LAYERS)
-    assert session.next_message() == Rectangle(0, LAYERS, 0, 1)
-    assert session.next_message() is None
+    assert session.next_message(0) == Rectangle(0, LAYERS, 0, 1)
+    assert session.next_message(0) is None
     session.add_chunk(6, TOKENS)
     session.advance(LAYERS)
-    assert session.next_message() == Rectangle(0, LAYERS, 1, 3)
+    assert session.next_message(0) == Rectangle(0, LAYERS, 1, 3)
 
 
 def test_no_manifest_while_a_message_is_in_flight_or_the_engine_computes() -> None:
-    session = SendSession("r#1", 4, GEOMETRY, 100)
-    session.reserve(0, 4)
+    session = SendSession("r#1", 4, LAYERS)
+    reserve(session, max_pages=100)
     session.add_chunk(0, 4)
     session.advance(LAYERS)
-    area = session.next_message()
+    area = session.next_message(0)
     assert area is not None
     session.finish(7)
-    assert session.take_end() is None, "the message has not left"
-    session.message_sent(area)
-    end = session.take_end()
-    assert end == End("r#1", 0, 4, 1, 3 * GEOMETRY.block_bytes, 7)
-    assert session.take_end() is None, "a manifest is sent once"
+    assert session.take_end(0) is None, "the message has not left"
+    session.message_sent(0, area, hidden=True)
+    end = session.take_end(0)
+    assert end == End("r#1", 0, 4, 1, 3 * PLAN.page_bytes, 3 * PLAN.page_bytes, 7)
+    assert session.take_end(0) is None, "a manifest is sent once"
 
 
 def test_a_reservation_must_name_the_prompt_and_begin_at_a_block() -> None:
     for start, end in [(0, 9), (0, 11), (3, 10), (10, 10), (-4, 10)]:
-        session = SendSession("r#1", TOKENS, GEOMETRY, 2)
+        session = SendSession("r#1", TOKENS, LAYERS)
         with pytest.raises(ProtocolError, match="reservation"):
-            session.reserve(start, end)
+            reserve(session, start, end)
         assert session.state is SendState.OFFERED
 
 
@@ -176,7 +193,7 @@ def replace_end(end: End, **changes: int) -> End:
 
 
 def test_a_missing_layer_is_not_complete() -> None:
-    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    session = receive_session()
     arrive(session, Rectangle(0, LAYERS - 1, 0, 3))
     with pytest.raises(ProtocolError, match="1 layers incomplete"):
         session.end(manifest(session))
@@ -191,22 +208,22 @@ def test_a_missing_layer_is_not_complete() -> None:
     ],
 )
 def test_a_message_outside_what_was_reserved_is_refused(area: Rectangle) -> None:
-    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    session = receive_session()
     with pytest.raises(ProtocolError):
-        session.header(area, area.num_blocks * GEOMETRY.block_bytes)
+        session.header(area, area.num_pages * PLAN.page_bytes)
     assert session.state is ReceiveState.RESERVED
 
 
 def test_a_repeated_message_is_refused() -> None:
-    session = ReceiveSession("r#1", 0, TOKENS, GEOMETRY)
+    session = receive_session()
     arrive(session, Rectangle(0, 1, 0, 1))
     with pytest.raises(ProtocolError, match="repeated"):
         arrive(session, Rectangle(0, 1, 0, 1))
 
 
-@given(data=st.data(), max_blocks=st.integers(1, 12), tokens=st.integers(1, 40))
+@given(data=st.data(), max_pages=st.integers(1, 12), tokens=st.integers(1, 40))
 def test_whatever_the_chunks_d_gets_each_block_it_lacks_once(
-    data: st.DataObject, max_blocks: int, tokens: int
+    data: st.DataObject, max_pages: int, tokens: int
 ) -> None:
     """Chunks, prefix hits on both sides and the moment of reservation are arbitrary."""
     last_block = (tokens - 1) // BLOCK
@@ -215,31 +232,33 @@ def test_whatever_the_chunks_d_gets_each_block_it_lacks_once(
     cuts = data.draw(st.sets(st.integers(cached + 1, tokens)), label="chunk ends") | {tokens}
     reserve_at = data.draw(st.integers(0, len(cuts)), label="reserved before chunk")
 
-    send = SendSession("r#1", tokens, GEOMETRY, max_blocks)
-    receive = ReceiveSession("r#1", reserved_from, tokens, GEOMETRY)
+    send = SendSession("r#1", tokens, LAYERS)
+    receive = receive_session(reserved_from, tokens)
 
     def pump() -> None:
-        while (area := send.next_message()) is not None:
-            arrive(receive, area)
-            send.message_sent(area)
+        for rank in send.ready_ranks():
+            while (area := send.next_message(rank)) is not None:
+                arrive(receive, area)
+                send.message_sent(rank, area, hidden=True)
 
     start = 0  # what P has cached leaves with the first chunk
     for index, end in enumerate(sorted(cuts)):
         if index == reserve_at:
-            send.reserve(reserved_from, tokens)
+            reserve(send, reserved_from, max_pages=max_pages)
         send.add_chunk(start, end)
         for layer in range(1, LAYERS + 1):
             send.advance(layer)
             pump()
-            assert send.take_end() is None, "no manifest before the engine has finished"
+            if send.state is SendState.SENDING:
+                assert send.take_end(0) is None, "no manifest before the engine has finished"
         start = end
     if reserve_at == len(cuts):
-        send.reserve(reserved_from, tokens)
+        reserve(send, reserved_from, max_pages=max_pages)
         pump()
     send.finish(7)
-    end_message = send.take_end()
+    end_message = send.take_end(0)
     assert end_message is not None
     receive.end(end_message)
     assert receive.state is ReceiveState.COMPLETE
-    blocks = GEOMETRY.blocks_of(tokens) - reserved_from // BLOCK
-    assert receive.num_bytes == blocks * LAYERS * GEOMETRY.block_bytes
+    pages = PLAN.pages_of(tokens) - reserved_from // BLOCK
+    assert receive.num_bytes == pages * LAYERS * PLAN.page_bytes

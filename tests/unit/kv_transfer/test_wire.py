@@ -10,7 +10,7 @@ from kv_transfer import wire
 from kv_transfer.errors import ProtocolError
 from kv_transfer.geometry import KvGeometry, Rectangle
 
-GEOMETRY = KvGeometry("tiny", "float32", "LBHNC", 2, 1, 4, 2, 4, 1, 0)
+GEOMETRY = KvGeometry("tiny", "float32", 2, 1, 2, 4, 4, "LBHNC", True, 1, 0)
 TO_PREFILL: list[wire.ToPrefill] = [
     wire.Hello(1, "token", "p", "d", GEOMETRY, "gloo", "pair", "127.0.0.1", 1234),
     wire.Reserve("r#1", 0, 9),
@@ -20,10 +20,10 @@ TO_PREFILL: list[wire.ToPrefill] = [
     wire.Bye(),
 ]
 TO_DECODE: list[wire.ToDecode] = [
-    wire.Welcome("pair"),
+    wire.Welcome("pair", GEOMETRY),
     wire.Refuse("pair", "because"),
     wire.Header("r#1", Rectangle(0, 2, 0, 3), 64),
-    wire.End("r#1", 0, 9, 3, 64, None),
+    wire.End("r#1", 0, 9, 3, 64, 32, None, 1.5, 0.5),
     wire.Fail("r#1", "because"),
     wire.Pong(),
 ]

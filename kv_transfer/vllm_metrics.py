@@ -1,0 +1,110 @@
+"""Reports of receives on vLLM's own way of statistics, and as Prometheus metrics.
+
+The scheduler side of a decode worker makes one report a transfer; vLLM carries it to the front end
+with the first token, where it reaches the request's phases and the counters below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class ReceiveReport(msgspec.Struct):
+    """How one receive ended, for the engine's front end (all ranks together)."""
+
+    key: str
+    complete: bool
+    first_index: int  # output position of the first token that this engine samples
+    backend: str
+    num_bytes: int
+    messages: int
+    tokens: int  # positions whose KV was received
+    transfer_ms: float
+    hidden_bytes: int  # of num_bytes, sent while the prefill was still computing
+    tail_ms: float  # the prefill's last layer -> last byte sent
+    stall_ms: float  # the prefill waited for the link
+    retries: int  # reservations repeated over a new pair
+    cached_tokens: int  # positions found in this engine's prefix cache
+    computed_tokens: int  # positions that this engine computed before its first token
+
+
+class ConnectorStats(KVConnectorStats):
+    """Reports of receives, on vLLM's own way of statistics to the front end."""
+
+    data: dict[str, list[dict[str, Any]]]
+
+    def reset(self) -> None:
+        self.data = {"receives": []}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return ConnectorStats({"receives": self.data["receives"] + other.data["receives"]})
+
+    def reduce(self) -> dict[str, int | float]:
+        receives = self.data["receives"]
+        return {
+            "receives": len(receives),
+            "failed": sum(not r["complete"] for r in receives),
+            "bytes": sum(r["num_bytes"] for r in receives),
+        }
+
+    def is_empty(self) -> bool:
+        return not self.data.get("receives")
+
+
+class ConnectorMetrics(KVConnectorPromMetrics):
+    """``vllm:baton_kv_*``, where vLLM's own metrics are, with their labels.
+
+    The prefix is needed: vLLM takes metrics of an earlier engine in this process away by it.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+        def counter(name: str, text: str) -> Any:
+            metric = self._counter_cls(f"vllm:baton_kv_{name}", text, labelnames)
+            return create_metric_per_engine(metric, per_engine_labelvalues)
+
+        def histogram(name: str, text: str) -> Any:
+            name = f"vllm:baton_kv_{name}_seconds"
+            metric = self._histogram_cls(name, text, labelnames, buckets=_SECONDS)
+            return create_metric_per_engine(metric, per_engine_labelvalues)
+
+        self._transfers = counter("transfers", "KV transfers that ended, failed ones included.")
+        self._failed = counter("transfers_failed", "KV transfers that failed and were recomputed.")
+        self._counts = {
+            "num_bytes": counter("bytes", "Bytes of KV received."),
+            "hidden_bytes": counter("hidden_bytes", "Of them, sent while prefill was computing."),
+            "messages": counter("messages", "Messages of KV received."),
+            "retries": counter("retries", "Reservations repeated over a new process group."),
+        }
+        self._times = {
+            "transfer_ms": histogram("transfer", "First byte to last."),
+            "tail_ms": histogram("tail", "Prefill's last layer to the last byte sent."),
+            "stall_ms": histogram("stall", "KV was ready and waited for the link."),
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for receive in transfer_stats_data["receives"]:
+            self._transfers[engine_idx].inc()
+            if not receive["complete"]:
+                self._failed[engine_idx].inc()
+            for name, metric in self._counts.items():
+                metric[engine_idx].inc(receive[name])
+            for name, metric in self._times.items():
+                if receive["complete"]:
+                    metric[engine_idx].observe(receive[name] / 1000)

@@ -1,0 +1,316 @@
+"""Faults for the KV stream, each a named object, and workers to suffer them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import zmq
+
+from kv_transfer import pair, wire
+from kv_transfer.pages import KvPages, PageView
+from kv_transfer.pair import PREFILL_RANK, Pair, host_store, join_store
+from kv_transfer.receive import DecodeClient
+from kv_transfer.send import PrefillServer
+from tests.support.kv_stream import (
+    BLOCK_TOKENS,
+    BLOCKS,
+    CONTENT,
+    GEOMETRY,
+    HEADS,
+    LAYERS,
+    OPTIONS,
+    Decode,
+    Prefill,
+    random_caches,
+)
+from tests.support.waiting import wait_until
+
+CPU = torch.device("cpu")
+CHILD_TOKENS = 30 * BLOCK_TOKENS  # of "child#1", in blocks 0 to 29: dozens of messages
+
+
+class Clock:
+    """Time that can be set ahead."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+class Gate:
+    """Holds up the calls of one method that ``when`` picks, until it is opened."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: type,
+        name: str,
+        when: Callable[..., bool] = lambda *_: True,
+    ) -> None:
+        self.entered = threading.Event()
+        self._opened = threading.Event()
+        original = getattr(owner, name)
+
+        def held(*args: Any) -> Any:
+            if when(*args):
+                self.entered.set()
+                assert self._opened.wait(60), f"{name} was held up for a minute"
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, held)
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def wait_entered(self) -> None:
+        assert self.entered.wait(10), "nobody came"
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
+
+
+class HangingAborts:
+    """Groups that are made while ``on`` cannot be aborted until ``release``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on = True
+        self._released = threading.Event()
+        make = pair._gloo
+        monkeypatch.setattr(
+            pair, "_gloo", lambda *args: _Hanging(make(*args), self._released, self.on)
+        )
+
+    def __enter__(self) -> HangingAborts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._released.set()
+
+
+class _Hanging:
+    def __init__(self, group: Any, released: threading.Event, hangs: bool) -> None:
+        self.send, self.recv = group.send, group.recv
+        self._group, self._released, self._hangs = group, released, hangs
+
+    def abort(self) -> None:
+        if self._hangs:
+            self._released.wait()
+        self._group.abort()
+
+
+class SilentPrefill:
+    """Says WELCOME, and makes its side of each group only when it is closed."""
+
+    def __init__(self) -> None:
+        self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.LINGER, 0)
+        port = self._router.bind_to_random_port("tcp://127.0.0.1")
+        self.address = f"tcp://127.0.0.1:{port}"
+        self._hellos: deque[wire.Hello] = deque()
+
+    def welcome(self) -> None:
+        """Answer one decode worker."""
+        assert self._router.poll(10_000), "no HELLO"
+        routing_id, frame = self._router.recv_multipart()
+        hello = wire.decode_to_prefill(frame)
+        assert isinstance(hello, wire.Hello)
+        welcome = wire.Welcome(hello.pair_id, GEOMETRY)
+        self._router.send_multipart([routing_id, wire.encode(welcome)])
+        self._hellos.append(hello)
+
+    def __enter__(self) -> SilentPrefill:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hello in self._hellos:
+            store = join_store(hello.store_host, hello.store_port, 5)
+            Pair(store, hello.pair_id, PREFILL_RANK, CPU, "127.0.0.1", 5)
+        self._router.close()
+
+
+class Stranger:
+    """Talks to a prefill rank's control server, and never makes a group."""
+
+    def __init__(self, address: str) -> None:
+        self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.LINGER, 0)
+        self._dealer.connect(address)
+        self._store = host_store("127.0.0.1", 5)
+
+    def say(self, message: wire.ToPrefill) -> None:
+        self._dealer.send(wire.encode(message))
+
+    def hear(self) -> wire.ToDecode:
+        assert self._dealer.poll(10_000), "no answer"
+        return wire.decode_to_decode(self._dealer.recv())
+
+    def hello(self, token: str = OPTIONS.token) -> None:
+        hello = wire.Hello(
+            wire.PROTOCOL_VERSION, token, "p1", "stranger", GEOMETRY, "gloo", "pair",
+            "127.0.0.1", self._store.port,
+        )  # fmt: skip
+        self.say(hello)
+
+    def flood(self, over: threading.Event) -> None:
+        """Send nonsense, as fast as it goes."""
+        while not over.is_set():
+            try:
+                self._dealer.send(b"nonsense", zmq.NOBLOCK)
+            except zmq.Again:  # full
+                over.wait(0.001)
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._dealer.close()
+        # Whoever waits for our side of the group hears that it will not come.
+        del self._store
+
+
+class PrefillEnd(Prefill):
+    """A ``Prefill`` whose rank, clock and way out are chosen."""
+
+    def __init__(
+        self,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        on_stuck: Callable[[str], None] = lambda _: None,
+        incarnation: str = "p1",
+        **options: Any,
+    ) -> None:
+        generator = torch.Generator().manual_seed(10 + tp_rank)
+        shape = (BLOCKS, HEADS // tp_size, BLOCK_TOKENS, CONTENT)
+        self.caches = [torch.randn(shape, generator=generator) for _ in range(LAYERS)]
+        self.server = PrefillServer(
+            KvPages(self.caches),
+            replace(GEOMETRY, tp_size=tp_size, tp_rank=tp_rank),
+            replace(OPTIONS, incarnation=incarnation, **options),
+            clock,
+            on_stuck,
+        )
+        self.released = set()
+
+
+class DecodeEnd(Decode):
+    """A ``Decode`` whose clock and way out are chosen."""
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_stuck: Callable[[str], None] = lambda _: None,
+        incarnation: str = "d1",
+        **options: Any,
+    ) -> None:
+        self.caches = random_caches(2)
+        self.client = DecodeClient(
+            KvPages(self.caches),
+            GEOMETRY,
+            replace(OPTIONS, incarnation=incarnation, **options),
+            clock,
+            on_stuck=on_stuck,
+        )
+        self.results = {}
+
+
+@contextmanager
+def running(*ends: Prefill | Decode) -> Iterator[None]:
+    """Stops them at last, in this order."""
+    try:
+        yield
+    finally:
+        for end in ends:
+            if isinstance(end, Decode):
+                end.client.stop()
+            else:
+                end.server.stop()
+
+
+def kv_threads(name: str = "kv-") -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith(name)}
+
+
+@contextmanager
+def child(role: str, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """A worker process that stops in the middle of a stream, as by SIGSTOP; see ``main``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.kv_faults", role, *args],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def wait_stopped(process: subprocess.Popen[str]) -> None:
+    wait_until(
+        lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED,
+        what="the child has stopped",
+        within_s=30,
+    )
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def _stop_in(name: str, calls: int) -> None:
+    """This process stops in that call of a ``PageView``, counted from 1."""
+    original, count = getattr(PageView, name), iter(range(1, sys.maxsize))
+
+    def stopping(*args: Any) -> None:
+        if next(count) == calls:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        original(*args)
+
+    setattr(PageView, name, stopping)
+
+
+def main(role: str, *args: str) -> None:
+    blocks = list(range(CHILD_TOKENS // BLOCK_TOKENS))
+    if role == "prefill":
+        _stop_in("gather", 8)
+        prefill = Prefill(random_caches(1))
+        prefill.compute("child#1", blocks, CHILD_TOKENS)
+        prefill.server.finish("child#1", 42, computed=True)
+        print(prefill.server.address, flush=True)
+    else:
+        (address,) = args
+        _stop_in("scatter", 8)
+        decode = Decode(random_caches(2), "child")
+        decode.reserve(address, "child#1", blocks, 0, CHILD_TOKENS)
+        results = wait_until(decode.client.take_results, what="the transfer ends", within_s=60)
+        print(results[0].complete, flush=True)
+    os.read(sys.stdin.fileno(), 1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
