@@ -13,9 +13,9 @@ receives, one client for each pair, each with a cache of its own.
     tail_ms           last layer computed -> manifest complete at decode
     handoff_ms        first token sampled -> the decode engine's thread has the result
 
-``--engines`` puts vLLM in the place of the made-up prefill where that is possible on this machine
-(SmolLM2, one pair): there ``handoff_ms`` is P's first token -> D's second token, minus a decode
-step, and ``prefill_slowdown`` and ``hidden_share`` are those of the real engines.
+For SmolLM2 and one pair, vLLM takes the place of the made-up prefill (``--no-engines``: not): there
+``handoff_ms`` is P's first token -> D's second, minus one decode step, and the slowdown, the hidden
+share and the tail are those of the real engines; see ``bench.prefill``.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ CHUNK_TOKENS = 512  # of all prompts together, in one engine step
 TIMEOUT_S = 120.0
 GEOMETRIES = {
     # As vLLM's CPU build lays it out, and as its CUDA build does by default.
-    "smollm2-135m": KvGeometry(
-        "smollm2-135m", "bfloat16", 30, 3, 128, 2, 128, "LBHNC", True, 1, 0
-    ),
+    "smollm2-135m": KvGeometry("smollm2-135m", "bfloat16", 30, 3, 128, 2, 128, "LBHNC", True, 1, 0),
     "llama-3-8b": KvGeometry("llama-3-8b", "bfloat16", 32, 8, 256, 2, 16, "LBHNC", True, 1, 0),
 }
 
@@ -401,17 +399,41 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget-s", type=float, default=30, help="of made-up prefills in a row")
     parser.add_argument("--tokens-per-s", type=float, default=2000, help="of the made-up prefill")
+    parser.add_argument("--engines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = Report(args.json)
+    engines = asyncio.run(measure_engines(args)) if args.engines else {}
     for name in args.geometry:
         for tokens in args.tokens:
             for pairs in args.pairs:
                 case = Case(
                     GEOMETRIES[name], tokens, pairs, args.message_bytes, args.staging_buffers
                 )
-                report.add(**measure(name, case, args))
+                real = engines.get((name, tokens, pairs), {})
+                report.add(**measure(name, case, args) | real)
     report.save()
+
+
+async def measure_engines(args: argparse.Namespace) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """What real engines say, by geometry, tokens and pairs."""
+    from bench import prefill  # vLLM: seconds of import
+
+    if "smollm2-135m" not in args.geometry or 1 not in args.pairs:
+        return {}
+    cases = [  # the model's context has to hold the answer too
+        (min(tokens, 8192 - 16), max(3, min(args.rounds, 20_000 // tokens)))
+        for tokens in args.tokens
+    ]
+    overrides = {
+        "kv_transfer.message_bytes": args.message_bytes,
+        "kv_transfer.staging_buffers": args.staging_buffers,
+    }
+    rows = [row async for row in prefill.measure(cases, overrides)]
+    return {
+        ("smollm2-135m", tokens, 1): row | {"tokens": tokens, "prefill": "vllm", "rounds": rounds}
+        for tokens, (_, rounds), row in zip(args.tokens, cases, rows, strict=True)
+    }
 
 
 if __name__ == "__main__":

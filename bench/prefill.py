@@ -9,19 +9,24 @@ turns, so that drift of the machine hits both alike.
     streamed    the decode engine gets the request at the same time, reserves and receives
 
 ``prefill_slowdown`` is streamed / plain, ``connector_slowdown`` is held / plain. Between the two
-lies the KV itself and, on two cores, the decode engine's own work on the request.
+lies the KV itself and, on two cores, the decode engine's own work on the request. ``handoff_ms`` is
+P's first token -> D's second, minus one decode step; ``tail_ms`` P's last layer -> last byte sent.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import statistics
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from vllm import SamplingParams
@@ -30,14 +35,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from baton.v1 import inference_pb2 as pb
 from bench.report import Report, summary
-from cluster.config import Config, load_config
-from cluster.model import ResolvedModel, resolve_model
+from cluster.config import load_config
+from cluster.model import resolve_model
 from cluster.types import Pool
 from engine.protocol import EngineRequest, KvReceive, KvSend
 from engine.vllm_engine import VllmEngine, engine_arguments, start_llm
 
 _ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-_TWO_TOKENS = pb.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+_SOME_TOKENS = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
@@ -74,27 +79,54 @@ async def time_held(prefill: VllmEngine, ids: tuple[int, ...], key: str) -> floa
     return elapsed_ms
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """One request through both engines, milliseconds."""
+
+    first_ms: float  # request -> P's first token
+    second_ms: float  # P's first token -> D's second
+    step_ms: float  # D's decode step: the median gap between later tokens
+    kv: pb.KvReport
+
+
 async def time_streamed(
     prefill: VllmEngine, decode: VllmEngine, receive: KvReceive, ids: tuple[int, ...], key: str
-) -> tuple[float, float]:
-    """Milliseconds to P's first token, and from there to D's second, with the KV stream."""
+) -> Streamed:
     began_s = time.perf_counter()
+    reports: list[pb.KvReport] = []
 
-    async def read(engine: VllmEngine, request: EngineRequest) -> float:
-        at_s = 0.0
-        async for _ in engine.generate(request):
-            at_s = time.perf_counter()
+    async def read(engine: VllmEngine, request: EngineRequest) -> list[float]:
+        at_s = []
+        async for output in engine.generate(request):
+            at_s.append(time.perf_counter())
+            if output.kv is not None:
+                reports.append(output.kv)
         return at_s
 
-    first_s, second_s = await asyncio.gather(
+    first_s, later_s = await asyncio.gather(
         read(prefill, EngineRequest(key, ids, _ONE_TOKEN, KvSend(True))),
-        read(decode, EngineRequest(key, ids, _TWO_TOKENS, receive)),
+        read(decode, EngineRequest(key, ids, _SOME_TOKENS, receive)),
     )
-    return (first_s - began_s) * 1000, (second_s - first_s) * 1000
+    (kv,) = (report for report in reports if report.outcome != pb.KV_OUTCOME_LOCAL)
+    if kv.outcome != pb.KV_OUTCOME_TRANSFERRED:
+        raise RuntimeError(f"the KV was not transferred: {kv}")
+    steps_s = [after - before for before, after in itertools.pairwise(later_s)]
+    return Streamed(
+        (first_s[0] - began_s) * 1000,
+        (later_s[0] - first_s[0]) * 1000,
+        statistics.median(steps_s) * 1000,
+        kv,
+    )
 
 
-async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace) -> None:
-    report = Report(args.json)
+async def measure(
+    cases: list[tuple[int, int]], overrides: dict[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """A row for each case, (tokens, rounds): SmolLM2 on this machine's CPUs."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    config = load_config(overrides=overrides)
+    model = resolve_model(config.model, print)
     incarnation = uuid4().hex
     prefill = VllmEngine(config, Pool.PREFILL, model, "0", "bench", f"{incarnation}-p")
     facts = await prefill.start()
@@ -104,37 +136,48 @@ async def measure(config: Config, model: ResolvedModel, args: argparse.Namespace
     await decode.start()
     receive = KvReceive(f"{incarnation}-p", facts.kv_addresses, True)
     try:
-        for tokens in args.tokens:
+        for tokens, rounds in cases:
             plain_ms: list[float] = []
             held_ms: list[float] = []
-            streamed_ms: list[float] = []
-            second_ms: list[float] = []
-            fresh = iter(prompts(3 * (args.rounds + 1), tokens, facts.vocab_size, seed=tokens))
-            for index in range(args.rounds + 1):
+            streamed: list[Streamed] = []
+            fresh = iter(prompts(3 * (rounds + 1), tokens, facts.vocab_size, seed=tokens))
+            for index in range(rounds + 1):
                 name = f"bench-{tokens}-{index}"
                 plain_ms.append(await time_plain(plain, next(fresh), name))
                 held_ms.append(await time_held(prefill, next(fresh), f"{name}#1"))
-                first, second = await time_streamed(
-                    prefill, decode, receive, next(fresh), f"{name}#2"
+                streamed.append(
+                    await time_streamed(prefill, decode, receive, next(fresh), f"{name}#2")
                 )
-                streamed_ms.append(first)
-                second_ms.append(second)
-            for series in (plain_ms, held_ms, streamed_ms, second_ms):
-                del series[0]  # the first round warms up, and makes the pair
+            # The first round warms up, and makes the pair.
+            del plain_ms[0], held_ms[0], streamed[0]
             base_ms = statistics.median(plain_ms)
-            report.add(
-                tokens=tokens,
-                prefill_slowdown=round(statistics.median(streamed_ms) / base_ms, 4),
-                connector_slowdown=round(statistics.median(held_ms) / base_ms, 4),
+            first_ms = [one.first_ms for one in streamed]
+            yield {
+                "tokens": tokens,
+                "prefill_slowdown": round(statistics.median(first_ms) / base_ms, 4),
+                "connector_slowdown": round(statistics.median(held_ms) / base_ms, 4),
+                "hidden_share": round(
+                    sum(one.kv.hidden_bytes for one in streamed)
+                    / sum(one.kv.bytes for one in streamed),
+                    4,
+                ),
+                "tail_ms": round(statistics.median(one.kv.tail_ms for one in streamed), 2),
+                **summary("handoff", [one.second_ms - one.step_ms for one in streamed]),
                 **summary("plain", plain_ms),
                 **summary("held", held_ms),
-                **summary("streamed", streamed_ms),
-                **summary("first_to_second_token", second_ms),
-            )
+                **summary("streamed", first_ms),
+                **summary("decode_step", [one.step_ms for one in streamed]),
+            }
     finally:
         await prefill.stop()
         await decode.stop()
         plain.shutdown()
+
+
+async def print_rows(args: argparse.Namespace) -> None:
+    report = Report(args.json)
+    async for row in measure([(tokens, args.rounds) for tokens in args.tokens], {}):
+        report.add(**row)
     report.save()
 
 
@@ -143,11 +186,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 540, 1690])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    config = load_config(overrides={"model.max_model_len": 4096})
-    asyncio.run(measure(config, resolve_model(config.model, print), args))
+    asyncio.run(print_rows(parser.parse_args()))
 
 
 if __name__ == "__main__":

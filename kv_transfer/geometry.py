@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kv_transfer.errors import IncompatibleError
 
@@ -97,20 +98,28 @@ def sources(decode_rank: int, decode_tp: int, prefill_tp: int, total: int) -> di
     themselves. A prefill rank that nobody needs has an empty range at one decode rank, so that it
     hears what became of each transfer.
     """
+    return _all_sources(decode_tp, prefill_tp, total)[decode_rank]
+
+
+@lru_cache(maxsize=64)
+def _all_sources(
+    decode_tp: int, prefill_tp: int, total: int
+) -> tuple[dict[int, HeadRange], ...]:  # by decode rank
     copies = max(1, prefill_tp // total)
-    chosen: dict[int, dict[int, HeadRange]] = {rank: {} for rank in range(decode_tp)}
+    chosen: tuple[dict[int, HeadRange], ...] = tuple({} for _ in range(decode_tp))
+    wanted = [heads_of(rank, decode_tp, total) for rank in range(decode_tp)]
     idle = set(range(prefill_tp))
     for first in range(0, prefill_tp, copies):
         held, readers = heads_of(first, prefill_tp, total), 0
         for rank in range(decode_tp):
-            common = held & heads_of(rank, decode_tp, total)
+            common = held & wanted[rank]
             if common:
                 chosen[rank][first + readers % copies] = common
                 idle.discard(first + readers % copies)
                 readers += 1
     for rank in idle:
         chosen[rank % decode_tp][rank] = HeadRange(0, 0)
-    return chosen[decode_rank]
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ import torch
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import HeadRange, PairPlan, Rectangle
 
+# By bytes; bits are moved, whatever they mean. torch copies 8-byte floats the fastest.
+_WORDS = {8: torch.float64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
 
 class KvPages:
     """The caches of all layers of one rank, in the order in which the model computes them.
@@ -35,10 +38,14 @@ class KvPages:
     ) -> None:
         first = layers[0]
         for layer in layers:
-            if layer.dim() != 4 or layer.shape != first.shape or layer.stride() != first.stride():
+            if (
+                layer.dim() != 4
+                or (layer.shape, layer.dtype) != (first.shape, first.dtype)
+                or layer.stride() != first.stride()
+            ):
                 raise IncompatibleError(
-                    "KV caches of unlike shape per layer cannot be streamed: "
-                    f"{tuple(first.shape)} and {tuple(layer.shape)}"
+                    "KV caches of unlike shape or type per layer cannot be streamed: "
+                    f"{tuple(first.shape)} {first.dtype} and {tuple(layer.shape)} {layer.dtype}"
                 )
         _, heads, tokens, content = first.shape
         # In memory order a block is one run of bytes, whichever of heads and tokens is outermost.
@@ -87,11 +94,10 @@ class PageView:
         self._pages_per_block, self.page_elements = elements.shape
         self.device, self.dtype = first.device, first.dtype
         run = _run_length(elements, first.stride(0)) if self.page_elements else 1
-        # Eight bytes at a time where possible: fewer elements to index, and any dtype will do.
         at = [run, *(layer.storage_offset() for layer in layers)]
-        aligned = all(place * first.element_size() % 8 == 0 for place in at)
-        word = torch.int64 if aligned else first.dtype
-        self._run_words = run * first.element_size() // word.itemsize
+        word_bytes = math.gcd(8, *(place * first.element_size() for place in at))
+        word = _WORDS[word_bytes]
+        self._run_words = run * first.element_size() // word_bytes
         block_elements = first[0].numel()
         rows = ((first.shape[0] - 1) * first.stride(0) + block_elements) // run
         self._layers = [

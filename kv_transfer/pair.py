@@ -7,6 +7,7 @@ carries CPU caches. Rank 0 is decode, rank 1 is prefill.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 DECODE_RANK = 0
 PREFILL_RANK = 1
-_TAG = 0
+_TAG, _ABORT_TAG = 0, 1
 
 
 def backend_for(device: torch.device) -> str:
@@ -154,12 +155,26 @@ class PendingWork:
             raise PairError(_first_line(error)) from error
 
 
+class _GlooGroup:
+    """A ProcessGroupGloo with an abort that works."""
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self.send, self.recv = group.send, group.recv
+        self._peer = peer
+
+    def abort(self) -> None:
+        # gloo's own does nothing. But a wait that times out closes the connections of the group,
+        # and so fails whatever waits at either end.
+        with contextlib.suppress(RuntimeError):
+            self.recv([torch.empty(1)], self._peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
+
+
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
     options._threads = 1
-    return ProcessGroupGloo(store, rank, 2, options)
+    return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
 
 
 def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:

@@ -35,7 +35,15 @@ from kv_transfer.errors import (
 from kv_transfer.geometry import KvGeometry, PairPlan, plan_pair, sources
 from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages, PageView
-from kv_transfer.pair import DECODE_RANK, Pair, PendingWork, backend_for, close_pair, host_store
+from kv_transfer.pair import (
+    DECODE_RANK,
+    Pair,
+    PendingWork,
+    backend_for,
+    close_pair,
+    host_store,
+    join_store,
+)
 from kv_transfer.session import ReceiveSession, ReceiveState
 from kv_transfer.side_stream import mark, side_stream, wait_done
 
@@ -126,6 +134,7 @@ class DecodeClient:
         self.lock = threading.Lock()
         self.transfers: dict[str, _Transfer] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
+        self._threads: list[threading.Thread] = []
         self._results: list[TransferResult] = []
         self.store: TCPStore = host_store(options.host, options.pair_timeout_s)
 
@@ -135,12 +144,14 @@ class DecodeClient:
         with self.lock:
             transfer = _Transfer(reservation, block_ids, self.clock())
             self.transfers[reservation.key] = transfer
-            if len(self.transfers) > self.options.max_pending:
-                self.fail(transfer, "too many transfers (kv_transfer.max_pending)")
-                return
             peers = self._peers_of(reservation.addresses, reservation.incarnation)
             if peers is None:
                 self.fail(transfer, "all pairs are busy (kv_transfer.max_pairs)")
+                return
+            if len(self.transfers) > self.options.max_pending:
+                for peer in peers:
+                    peer.post(wire.Cancel(reservation.key))  # it need not hold the KV
+                self.fail(transfer, "too many transfers (kv_transfer.max_pending)")
                 return
             for peer in peers:
                 session = ReceiveSession(
@@ -181,11 +192,11 @@ class DecodeClient:
     def stop(self) -> None:
         """Say goodbye to all peers and end the threads. Idempotent."""
         with self.lock:
-            peers = list(self._peers.values())
-            for peer in peers:
+            for peer in self._peers.values():
                 peer.leave()
-        for peer in peers:
-            peer.join()
+                peer.abort()
+        for thread in self._threads:  # of closed pairs, too
+            thread.join(timeout=self.options.pair_timeout_s)
 
     # ---- with the lock held --------------------------------------------------------------
 
@@ -202,7 +213,8 @@ class DecodeClient:
             if key not in self._peers and not self._make_room(set(needed)):
                 return None
             if key not in self._peers:
-                self._peers[key] = _Peer(self, *key)
+                peer = self._peers[key] = _Peer(self, *key)
+                self._threads = [t for t in self._threads if t.is_alive()] + [peer.thread]
         return [self._peers[key] for key in needed]
 
     def _make_room(self, keep: set[tuple[str, str]]) -> bool:
@@ -223,8 +235,13 @@ class DecodeClient:
 
     def retire(self, peer: _Peer) -> None:
         """Close a pair on which nothing happens; the next reservation makes a new one."""
-        self._peers.pop((peer.address, peer.incarnation), None)
+        self._drop(peer)
         peer.leave()
+
+    def _drop(self, peer: _Peer) -> None:
+        key = peer.address, peer.incarnation
+        if self._peers.get(key) is peer:  # not its successor
+            del self._peers[key]
 
     def fail(self, transfer: _Transfer, reason: str) -> None:
         """One part lost, and the others are of no use."""
@@ -284,9 +301,7 @@ class DecodeClient:
         which it may not even have seen, is made once more.
         """
         with self.lock:
-            key = peer.address, peer.incarnation
-            if self._peers.get(key) is peer:
-                del self._peers[key]
+            self._drop(peer)
             for transfer in list(self.transfers.values()):
                 part = transfer.parts.get(peer.address)
                 if part is None or part.peer is not peer or part.session.terminal:
@@ -295,7 +310,7 @@ class DecodeClient:
                 where = transfer.reservation
                 if retry and untouched and self._peers_of(where.addresses, where.incarnation):
                     part.retries += 1
-                    part.peer = self._peers[key]
+                    part.peer = self._peers[peer.address, peer.incarnation]
                     part.peer.reserve(part)
                 else:
                     self.fail(transfer, reason)
@@ -330,12 +345,16 @@ class _Peer:
         self._view: PageView | None = None
         self._staging: list[torch.Tensor] = []
         self._incoming: deque[_Incoming] = deque()
+        self._announced_count = 0
         self._last_heard_s = client.clock()
-        self._thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
+        self.thread.start()
 
     def post(self, message: wire.ToPrefill) -> None:
         self._outgoing.append(message)
+        self._wake()
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full: the thread is awake; closed: it has ended
             self._wake_write.send(b"\0")
 
@@ -348,11 +367,14 @@ class _Peer:
 
     def leave(self) -> None:
         """Say goodbye when all that was posted has been said."""
+        self._outgoing.append(wire.Bye())  # before the thread looks whether to stop
         self._stopping = True
-        self.post(wire.Bye())
+        self._wake()
 
-    def join(self) -> None:
-        self._thread.join(timeout=self._client.options.pair_timeout_s)
+    def abort(self) -> None:
+        """Also end a wait for a message that has been announced."""
+        if self._pair is not None:
+            self._pair.abort()
 
     # ---- peer thread ---------------------------------------------------------------------
 
@@ -410,7 +432,9 @@ class _Peer:
         # Reservations leave before the group is made, so that the peer can prepare meanwhile.
         self._flush(control)
         if plan.heads:
-            store, host, timeout_s = client.store, options.host, options.pair_timeout_s
+            host, timeout_s = options.host, options.pair_timeout_s
+            # A connection of its own: a wait on one is a wait for all who share it.
+            store = join_store(host, client.store.port, timeout_s)
             self._pair = Pair(store, pair_id, DECODE_RANK, client.pages.device, host, timeout_s)
         view = self._view = client.pages.view(plan, client.geometry.heads)
         elements = plan.max_pages(options.message_bytes) * view.page_elements
@@ -454,8 +478,9 @@ class _Peer:
                 next_ping_s = now_s + _PING_S
                 control.send(wire.encode(wire.Ping()))
                 self._expire(now_s)
+            stopping = self._stopping  # before the last words are said
             self._flush(control)
-            if self._stopping:
+            if stopping:
                 return
             if control in ready:  # one at a time: a long stream must not hold up our PING
                 self._handle(wire.decode_to_decode(control.recv()))
@@ -506,6 +531,11 @@ class _Peer:
         elements, rest = divmod(header.num_bytes, client.geometry.item_bytes)
         if self._pair is None or rest or not 0 < elements <= buffer.numel():
             raise ProtocolError(f"a message of {header.num_bytes} bytes was announced")
+        if header.sequence != self._announced_count:
+            raise ProtocolError(
+                f"message {header.sequence} was announced after {self._announced_count}"
+            )
+        self._announced_count += 1
         message = self._staging.pop()[:elements]
         work = self._pair.receive(message)
         self._incoming.append(_Incoming(header, buffer, message, work, client.clock()))

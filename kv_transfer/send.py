@@ -30,12 +30,13 @@ from kv_transfer.geometry import KvGeometry, PairPlan, Rectangle, plan_pair
 from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages, PageView
 from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, backend_for, close_pair, join_store
-from kv_transfer.session import SendSession, SendState
+from kv_transfer.session import SendSession
 from kv_transfer.side_stream import after, mark, side_stream, wait_done
 
 logger = logging.getLogger(__name__)
 
 _LINGER_MS = 500  # for the last words to the peers
+_FRAMES_AT_A_TIME = 64
 _SWEEP_S = 0.5  # resolution of the leases and reservations below, all of them seconds long
 
 
@@ -83,6 +84,7 @@ class _Peer:
     last_used_s: float = 0.0
     up: bool = False
     closed: bool = False
+    announced: int = 0  # messages
     pair: Pair | None = None  # also None if the plan carries nothing
     keys: dict[str, None] = field(default_factory=dict)  # in order of reservation
     thread: threading.Thread = field(init=False)
@@ -130,6 +132,7 @@ class PrefillServer:
         self._step: list[_Transfer] = []
         self._computed: torch.cuda.Event | None = None  # all layers that were ever advanced
         self._peers: dict[bytes, _Peer] = {}
+        self._senders: list[threading.Thread] = []
         self._stopping = False
         self._outgoing: deque[tuple[bytes, wire.ToDecode]] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -226,13 +229,12 @@ class PrefillServer:
             for transfer in self._transfers.values():
                 self._fail(transfer, "the prefill worker stops")
             self._stopping = True
-            peers = list(self._peers.values())
-            for peer in peers:
+            for peer in self._peers.values():
                 peer.wake.notify()
                 if peer.pair is not None:
                     peer.pair.abort()  # wakes a sender whose peer does not take its message
         self._wake()
-        for thread in (self._control, *(peer.thread for peer in peers)):
+        for thread in (self._control, *self._senders):  # of closed pairs, too
             thread.join(timeout=self._options.pair_timeout_s)
 
     # ---- state, with the lock held -------------------------------------------------------
@@ -354,7 +356,7 @@ class PrefillServer:
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
             if self._router in ready:
-                self._receive_all()
+                self._receive_some()
             while self._outgoing:
                 routing_id, message = self._outgoing.popleft()
                 self._router.send_multipart([routing_id, wire.encode(message)])
@@ -368,8 +370,9 @@ class PrefillServer:
         self._wake_read.close()
         self._wake_write.close()
 
-    def _receive_all(self) -> None:
-        while True:
+    def _receive_some(self) -> None:
+        """A bounded number: one who talks without end must not keep others from their answers."""
+        for _ in range(_FRAMES_AT_A_TIME):
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -429,6 +432,7 @@ class PrefillServer:
         if (old := self._peers.get(routing_id)) is not None:
             self._close_peer(old, "the decode worker opened a new pair")
         peer.thread.start()
+        self._senders = [t for t in self._senders if t.is_alive()] + [peer.thread]
         self._peers[routing_id] = peer
         self._post(peer, wire.Welcome(hello.pair_id, self._geometry))
 
@@ -466,7 +470,7 @@ class PrefillServer:
             self._post(peer, wire.Fail(key, f"transfer is over: {self._ended_keys[key]}"))
         elif (transfer := self._transfers.get(key)) is not None:
             self._reserve(transfer, peer, message.token_start, message.token_end)
-        elif len(self._waiting) >= self._options.max_pending:
+        elif key not in self._waiting and len(self._waiting) >= self._options.max_pending:
             self._post(peer, wire.Fail(key, "too many reservations (kv_transfer.max_pending)"))
         else:
             self._waiting.setdefault(key, []).append(
@@ -486,11 +490,11 @@ class PrefillServer:
         now_s = self._clock()
         for transfer in self._transfers.values():
             if (
-                transfer.session.state is SendState.OFFERED
+                transfer.session.unreserved
                 and transfer.engine_finished
                 and now_s - transfer.since_s > self._options.reserve_timeout_s
             ):
-                self._fail(transfer, "nobody reserved it in time (kv_transfer.reserve_timeout_s)")
+                self._fail(transfer, "not reserved in time (kv_transfer.reserve_timeout_s)")
         for key, waiting in list(self._waiting.items()):
             if now_s - waiting[0].since_s > self._options.prefill_timeout_s:
                 self._end_unknown(key, "no such prefill came (kv_transfer.prefill_timeout_s)")
@@ -559,7 +563,8 @@ class PrefillServer:
     ) -> _InFlight:  # fmt: skip
         message = buffer[: area.num_pages * view.page_elements]
         # First, so that the peer is ready to receive when the message is.
-        self._post(peer, wire.Header(transfer.session.key, area, message.nbytes))
+        self._post(peer, wire.Header(peer.announced, transfer.session.key, area, message.nbytes))
+        peer.announced += 1
         try:
             after(computed, view.device)
             view.gather(area, transfer.block_ids, message)
@@ -567,8 +572,9 @@ class PrefillServer:
         finally:
             with self._lock:
                 transfer.gathering -= 1
-                self._gathered.notify_all()
-                self._settle()
+                if transfer.session.terminal:
+                    self._gathered.notify_all()
+                    self._settle()
         assert peer.pair is not None, "a plan without heads has no messages"
         return _InFlight(transfer, area, peer.pair.send(message), buffer)
 
@@ -588,13 +594,14 @@ class PrefillServer:
         """The next message of this pair, oldest reservation first; ends what is complete."""
         ended = False
         try:
-            for key in peer.keys:
+            for key in list(peer.keys):
                 transfer = self._transfers[key]
                 if (area := transfer.session.next_message(peer.rank)) is not None:
                     transfer.gathering += 1
                     return transfer, area
                 if (end := transfer.session.take_end(peer.rank)) is not None:
                     self._post(peer, self._timed(end, transfer))
+                    del peer.keys[key]  # from here on its pair may close
                     ended = True
         finally:
             if ended:

@@ -163,6 +163,12 @@ class SendSession:
         self._apply(SendEvent.RESERVE)
         self._parts[rank] = _Part(plan, plan.max_pages(message_bytes), token_start)
 
+    @property
+    def unreserved(self) -> bool:
+        """Whether some decode rank that needs a part has not reserved it."""
+        missing = all(len(self._parts) < part.plan.decode_ranks for part in self._parts.values())
+        return not self.terminal and missing
+
     def add_chunk(self, token_start: int, token_end: int) -> None:
         """Tokens whose KV is written from now on, layer by layer; see ``advance``."""
         expected = self._chunks[-1].token_end if self._chunks else 0

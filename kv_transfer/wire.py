@@ -83,6 +83,7 @@ class Bye(msgspec.Struct, tag="bye", frozen=True):
 class Header(msgspec.Struct, tag="header", frozen=True):
     """The next tensor on the pair is this rectangle of this transfer."""
 
+    sequence: int  # of this pair's tensors; a gap would put one transfer's KV into another's
     key: str
     area: Rectangle
     num_bytes: int

@@ -20,6 +20,7 @@ import torch
 import zmq
 
 from kv_transfer import pair, wire
+from kv_transfer.options import TransferOptions
 from kv_transfer.pages import KvPages, PageView
 from kv_transfer.pair import PREFILL_RANK, Pair, host_store, join_store
 from kv_transfer.receive import DecodeClient
@@ -39,6 +40,9 @@ from tests.support.kv_stream import (
 from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
+# For a pair. Torch's store asks the name server for the name of each address to which it connects,
+# and one that does not answer costs it 5 s.
+PATIENT_S = 15
 CHILD_TOKENS = 30 * BLOCK_TOKENS  # of "child#1", in blocks 0 to 29: dozens of messages
 
 
@@ -122,7 +126,7 @@ class SilentPrefill:
     def __init__(self) -> None:
         self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)
-        port = self._router.bind_to_random_port("tcp://127.0.0.1")
+        port: int = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
         self._hellos: deque[wire.Hello] = deque()
 
@@ -169,14 +173,6 @@ class Stranger:
         )  # fmt: skip
         self.say(hello)
 
-    def flood(self, over: threading.Event) -> None:
-        """Send nonsense, as fast as it goes."""
-        while not over.is_set():
-            try:
-                self._dealer.send(b"nonsense", zmq.NOBLOCK)
-            except zmq.Again:  # full
-                over.wait(0.001)
-
     def __enter__(self) -> Stranger:
         return self
 
@@ -184,6 +180,10 @@ class Stranger:
         self._dealer.close()
         # Whoever waits for our side of the group hears that it will not come.
         del self._store
+
+
+def _options(incarnation: str, options: dict[str, Any]) -> TransferOptions:
+    return replace(OPTIONS, incarnation=incarnation, **({"pair_timeout_s": PATIENT_S} | options))
 
 
 class PrefillEnd(Prefill):
@@ -205,7 +205,7 @@ class PrefillEnd(Prefill):
         self.server = PrefillServer(
             KvPages(self.caches),
             replace(GEOMETRY, tp_size=tp_size, tp_rank=tp_rank),
-            replace(OPTIONS, incarnation=incarnation, **options),
+            _options(incarnation, options),
             clock,
             on_stuck,
         )
@@ -227,7 +227,7 @@ class DecodeEnd(Decode):
         self.client = DecodeClient(
             KvPages(self.caches),
             GEOMETRY,
-            replace(OPTIONS, incarnation=incarnation, **options),
+            _options(incarnation, options),
             clock,
             on_stuck=on_stuck,
         )
@@ -305,7 +305,7 @@ def main(role: str, *args: str) -> None:
     else:
         (address,) = args
         _stop_in("scatter", 8)
-        decode = Decode(random_caches(2), "child")
+        decode = Decode(random_caches(2), "child", peer_lease_s=600)
         decode.reserve(address, "child#1", blocks, 0, CHILD_TOKENS)
         results = wait_until(decode.client.take_results, what="the transfer ends", within_s=60)
         print(results[0].complete, flush=True)

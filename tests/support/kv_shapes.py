@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import threading
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ class RankCaches:
     def __init__(
         self, geometry: KvGeometry, blocks: int, *, interleaved: bool = False, offset: int = 0
     ) -> None:
-        self.geometry, self.num_blocks = geometry, blocks
+        self.geometry = geometry
         order, _, packing = geometry.layout.partition("/")
         heads, tokens, content = len(geometry.heads), geometry.block_tokens, geometry.content
         size, layers = heads * tokens * content, geometry.num_layers
@@ -184,6 +185,7 @@ class PrefillRanks:
     def stop(self) -> None:
         for server in self.servers:
             server.stop()
+        _wait_for_threads()
 
 
 def _serve(pipe: Connection) -> None:
@@ -271,6 +273,15 @@ class DecodeRanks:
     def stop(self) -> None:
         for client in self.clients:
             client.stop()
+        _wait_for_threads()
+
+
+def _wait_for_threads() -> None:
+    """Threads that still end a process group when the interpreter does would bring it down."""
+    wait_until(
+        lambda: not any(thread.name.startswith("kv-") for thread in threading.enumerate()),
+        what="all threads of the stream have ended",
+    )
 
 
 @contextmanager

@@ -4,12 +4,14 @@ One parent process imports everything once and forks a worker for each ``Spec`` 
 (``main``). A worker does what it is told over a packet socket, and says there what it sees; it ends
 when that socket does. It checks as it goes, and says ``Wrong``.
 
-What a prompt's KV is depends on its key, layer, head and token (``kv_of``) and on nothing else.
-Blocks that belong to nobody hold negative numbers, which are never KV.
+What a prompt's KV is depends on its key, layer, head and token and on nothing else. Blocks that
+belong to nobody hold numbers that are never KV.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import logging
 import os
 import random
@@ -19,9 +21,8 @@ import socket
 import sys
 import threading
 import traceback
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,34 +32,36 @@ import zmq
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from kv_transfer import pair, receive, send
-from kv_transfer.geometry import KvGeometry, heads_of
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
+from kv_transfer.pages import PageView
 from kv_transfer.receive import DecodeClient, Reservation
 from kv_transfer.release import Releaser
 from kv_transfer.send import PrefillServer, StepChunk
+from tests.support.kv_shapes import RankCaches, geometry_of, kv_of, ranks_of
+from tests.support.waiting import wait_until
 
-LAYERS, HEADS, CONTENT = 4, 2, 8
+HEADS, LAYERS, CONTENT = 2, 4, 8
 # Gloo's side with the greater address calls the other: so decode calls prefill, in any case.
 PREFILL_HOST, LINK_HOST, DECODE_HOST = "127.0.0.1", "127.0.0.1", "127.0.0.2"
 OPTIONS = TransferOptions(
     host="",
     incarnation="",
     token="secret",
-    message_bytes=3 * 16 * HEADS * CONTENT * 4,
+    message_bytes=3 * 16 * HEADS * CONTENT * 4,  # some layers of a short prompt, part of a long one
     staging_buffers=2,
     pair_timeout_s=2,
     reserve_timeout_s=2,
     prefill_timeout_s=2,
     transfer_timeout_s=2,
     peer_lease_s=1,
-    pair_idle_s=1,
-    max_pairs=6,
+    pair_idle_s=6,  # longer than any of them: no pair may need to close for blocks to be free
+    max_pairs=5,  # two more than there are, which dead ones take
     max_pending=64,
 )
 _PING_S, _SWEEP_S = 0.2, 0.1  # in proportion to that lease
 MAX_PACKET_BYTES = 32 * 1024
 _ENGINE_LOOKS_S = 0.01
+_NEVER_KV = 1000  # all above
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -66,7 +69,7 @@ class Spec(msgspec.Struct, frozen=True):
     incarnation: str
     tp_size: int
     block_tokens: int
-    layout: str  # "HNC" or "NHC"
+    layout: str  # as ``geometry_of`` has it
     blocks: int
     router_port: int  # of whoever leads connections through links
     seed: int
@@ -88,9 +91,7 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Preempt(msgspec.Struct, tag=True, frozen=True):
-    """▸ prefill: the engine takes the blocks away and computes once more, later."""
-
-    key: str
+    """▸ prefill: the engine takes some prompt's blocks away, and computes it once more, later."""
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
@@ -169,76 +170,48 @@ def report_in(data: bytes) -> Report:
     return _reports.decode(data)
 
 
-def kv_of(key: str, layer: int, tokens: torch.Tensor) -> torch.Tensor:
-    """int32 ``[tokens, heads of the model, content]``, never negative."""
-    first = zlib.crc32(f"{key} {layer}".encode()) & 0x3FFFFFFF
-    inside = torch.arange(HEADS * CONTENT, dtype=torch.int32).view(HEADS, CONTENT)
-    return first + tokens.to(torch.int32).view(-1, 1, 1) * (HEADS * CONTENT) + inside
-
-
-class Rank:
-    """One rank's caches."""
-
-    def __init__(self, spec: Spec, rank: int) -> None:
-        self.block_tokens = spec.block_tokens
-        self.heads = heads_of(rank, spec.tp_size, HEADS)
-        self.geometry = KvGeometry(
-            "tiny", "int32", LAYERS, HEADS, CONTENT, 4, spec.block_tokens, spec.layout, True,
-            spec.tp_size, rank,
-        )  # fmt: skip
-        heads, tokens = len(self.heads), spec.block_tokens
-        inside = (heads, tokens) if spec.layout == "HNC" else (tokens, heads)
-        shape = (spec.blocks, *inside, CONTENT)
-        caches = [torch.full(shape, -1, dtype=torch.int32) for _ in range(LAYERS)]
-        if spec.layout == "NHC":
-            caches = [cache.transpose(1, 2) for cache in caches]
-        self.caches = caches  # [blocks, heads, tokens, content] each
-
-    def _place(self, blocks: list[int], tokens: torch.Tensor) -> tuple[Any, ...]:
-        at = torch.tensor(blocks)[tokens // self.block_tokens]
-        return at, slice(None), tokens % self.block_tokens
-
-    def _kv(self, key: str, layer: int, tokens: torch.Tensor) -> torch.Tensor:
-        return kv_of(key, layer, tokens)[:, self.heads.start : self.heads.end]
-
-    def write(self, key: str, layer: int, blocks: list[int], tokens: torch.Tensor) -> None:
-        self.caches[layer][self._place(blocks, tokens)] = self._kv(key, layer, tokens)
-
-    def holds(self, key: str, blocks: list[int], tokens: torch.Tensor) -> bool:
-        """Whether these blocks hold exactly this KV."""
-        place = self._place(blocks, tokens)
-        return all(
-            torch.equal(cache[place], self._kv(key, layer, tokens))
-            for layer, cache in enumerate(self.caches)
-        )
-
-    def fill(self, blocks: list[int], value: int) -> None:
-        for cache in self.caches:
-            cache[torch.tensor(blocks, dtype=torch.int64)] = value
-
-
 class Worker:
     """What prefill and decode workers have in common."""
 
     def __init__(self, spec: Spec, link: socket.socket) -> None:
         self._link = link
-        self.free = list(range(spec.blocks))  # the newest is taken first
+        self._tokens = spec.block_tokens
+        geometry = geometry_of(
+            HEADS, spec.tp_size, spec.block_tokens, spec.layout, layers=LAYERS, content=CONTENT
+        )
+        self.ranks = [RankCaches(rank, spec.blocks) for rank in ranks_of(geometry)]
+        self.free = deque(range(spec.blocks))
+        self._fills = _NEVER_KV
 
     def say(self, report: Report) -> None:
         """From any thread: a packet is sent whole or not at all."""
         self._link.send(packet(report))
 
+    def stuck(self, reason: str) -> None:
+        self.say(Wrong(reason))
+
     def addresses(self) -> tuple[str, ...]:
         return ()
 
-    def take(self, blocks: int) -> list[int]:
-        return [self.free.pop() for _ in range(blocks)]
+    def blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self._tokens)
 
-    def orders(self, timeout_s: float, *others: socket.socket) -> list[Order] | None:
+    def give_back(self, blocks: list[int]) -> None:
+        """For another request to take; until then they hold what nothing else does."""
+        self._fills += 1
+        self.fill(blocks, self._fills)
+        self.free += blocks
+
+    def fill(self, blocks: list[int], value: int) -> None:
+        for layer in [layer for rank in self.ranks for layer in rank.layers]:
+            layer[blocks] = value
+
+    def orders(self, timeout_s: float, *others: int) -> list[Order] | None:
         """What there is to do, perhaps nothing within the time; None: it is over."""
-        ready, _, _ = select.select([self._link, *others], [], [], timeout_s)
+        link = self._link.fileno()
+        ready, _, _ = select.select([link, *others], [], [], timeout_s)
         orders: list[Order] = []
-        while self._link in ready:
+        while link in ready:
             try:
                 data = self._link.recv(MAX_PACKET_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -263,23 +236,21 @@ class PrefillWorker(Worker):
     def __init__(self, spec: Spec, link: socket.socket, options: TransferOptions) -> None:
         super().__init__(spec, link)
         self._rng = random.Random(spec.seed)
-        self._tokens = spec.block_tokens
-        self._ranks = [Rank(spec, rank) for rank in range(spec.tp_size)]
         self._servers = [
-            PrefillServer(KvPages(rank.caches), rank.geometry, options, on_stuck=self._stuck)
-            for rank in self._ranks
+            PrefillServer(rank.pages, rank.geometry, options, on_stuck=self.stuck)
+            for rank in self.ranks
         ]
         self._front_end = Releaser(self.addresses(), options.token)
+        self._front_end.release("")  # its connections, too, are there from the start
+        wait_until(
+            lambda: all("" in server._ended_keys for server in self._servers), what="it is heard"
+        )
         self._waiting: deque[_Prompt] = deque()
         self._running: list[_Prompt] = []
-        self._kept: dict[str, _Prompt] = {}  # begun, and not released
-        self._fills = -1
+        self._kept: dict[str, _Prompt] = {}  # was in a step, and is not released
 
     def addresses(self) -> tuple[str, ...]:
         return tuple(server.address for server in self._servers)
-
-    def _stuck(self, reason: str) -> None:
-        self.say(Wrong(reason))
 
     def run(self) -> None:
         while (orders := self.orders(0 if self._running else _ENGINE_LOOKS_S)) is not None:
@@ -298,24 +269,22 @@ class PrefillWorker(Worker):
             case Abort(key):
                 for prompt in [p for p in (*self._waiting, *self._running) if p.order.key == key]:
                     self._finish(prompt, None, computed=False)
-            case Preempt(key):
-                for prompt in [p for p in self._running if p.order.key == key]:
-                    self._preempt(prompt)
+            case Preempt():
+                if begun := [p for p in self._running if p.order.key in self._kept]:
+                    self._preempt(self._rng.choice(begun))
             case Release(key):
                 self._front_end.release(key)
             case Count():
                 self.say(Free(len(self.free)))
 
-    def _blocks_of(self, tokens: int) -> int:
-        return -(-tokens // self._tokens)
-
     def _step(self) -> None:
-        while self._waiting and len(self.free) >= self._blocks_of(self._waiting[0].order.tokens):
+        while self._waiting and len(self.free) >= self.blocks_of(self._waiting[0].order.tokens):
             prompt = self._waiting.popleft()
             self._begin(prompt)
         batch = self._rng.sample(self._running, min(len(self._running), 3))
         if not batch:
             return
+        self._kept |= {prompt.order.key: prompt for prompt in batch}
         chunks = [self._chunk(prompt) for prompt in batch]
         for server in self._servers:
             server.begin_step(chunks)
@@ -333,39 +302,37 @@ class PrefillWorker(Worker):
                 self._finish(prompt, 42, computed=True)
 
     def _begin(self, prompt: _Prompt) -> None:
-        prompt.blocks = self.take(self._blocks_of(prompt.order.tokens))
+        # Oldest first, so that what is free keeps its marks for long.
+        prompt.blocks = [self.free.popleft() for _ in range(self.blocks_of(prompt.order.tokens))]
         prompt.next_token = prompt.order.cached
+        self.fill(prompt.blocks, 0)
         for layer in range(LAYERS):
             self._write(prompt, layer, 0, prompt.order.cached)
         self._running.append(prompt)
-        self._kept[prompt.order.key] = prompt
 
     def _chunk(self, prompt: _Prompt) -> StepChunk:
         order, start = prompt.order, prompt.next_token
         end = min(order.tokens, start + order.chunk)
-        blocks = tuple(prompt.blocks[: self._blocks_of(end)])
+        blocks = tuple(prompt.blocks[: self.blocks_of(end)])
         return StepChunk(order.key, f"engine-{order.key}", blocks, start, end, order.tokens)
 
     def _write(self, prompt: _Prompt, layer: int, start: int, end: int) -> None:
-        for rank in self._ranks:
-            rank.write(prompt.order.key, layer, prompt.blocks, torch.arange(start, end))
+        for rank in self.ranks:
+            rank.fill_layer(layer, prompt.order.key, prompt.blocks, start, end, prompt.order.tokens)
 
     def _finish(self, prompt: _Prompt, first_token: int | None, *, computed: bool) -> None:
         for server in self._servers:
             server.finish(prompt.order.key, first_token, computed=computed)
-        if prompt in self._running:
-            self._running.remove(prompt)
-        else:
-            self._waiting.remove(prompt)
-            if prompt.order.key not in self._kept:  # never begun: nobody is to release it
-                self._free(prompt)
+        (self._running if prompt in self._running else self._waiting).remove(prompt)
+        if prompt.order.key not in self._kept:  # it was in no step: nobody is to release it
+            self._over(prompt)
         self.say(Computed(prompt.order.key))
 
     def _preempt(self, prompt: _Prompt) -> None:
         for server in self._servers:
             server.preempt([prompt.order.key])
         self._running.remove(prompt)
-        self._scribble(prompt.blocks)  # the engine needs them for another one, now
+        self._free(prompt)
         self._waiting.append(prompt)
 
     def _collect(self) -> None:
@@ -374,20 +341,16 @@ class PrefillWorker(Worker):
                 prompt = self._kept[request_id.removeprefix("engine-")]
                 prompt.released_by += 1
                 if prompt.released_by == len(self._servers):
-                    self._free(prompt)
+                    self._over(prompt)
 
     def _free(self, prompt: _Prompt) -> None:
-        self._kept.pop(prompt.order.key, None)
-        self._scribble(prompt.blocks)
-        self.say(Released(prompt.order.key))
+        self.give_back(prompt.blocks)
+        prompt.blocks = []
 
-    def _scribble(self, blocks: list[int]) -> None:
-        """Blocks that are free may hold anything, from now on."""
-        self._fills -= 1
-        for rank in self._ranks:
-            rank.fill(blocks, self._fills)
-        self.free += blocks
-        blocks.clear()
+    def _over(self, prompt: _Prompt) -> None:
+        self._kept.pop(prompt.order.key, None)
+        self._free(prompt)
+        self.say(Released(prompt.order.key))
 
 
 @dataclass(slots=True)
@@ -407,24 +370,21 @@ class DecodeWorker(Worker):
 
     def __init__(self, spec: Spec, link: socket.socket, options: TransferOptions) -> None:
         super().__init__(spec, link)
-        self._tokens = spec.block_tokens
-        self._prefix = self.take(blocks=128 // spec.block_tokens)  # hits: always the same ones
-        self._ring, ringer = socket.socketpair()
-        ringer.setblocking(False)
-        self._ranks = [Rank(spec, rank) for rank in range(spec.tp_size)]
-        self._known = [[cache.clone() for cache in rank.caches] for rank in self._ranks]
+        hits = range(128 // spec.block_tokens)
+        self._prefix = [self.free.popleft() for _ in hits]  # always the same ones
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self._known = [[layer.clone() for layer in rank.layers] for rank in self.ranks]
         self._clients = [
             DecodeClient(
-                KvPages(rank.caches), rank.geometry, options,
-                on_result=lambda: _ring(ringer), on_stuck=lambda why: self.say(Wrong(why)),
+                rank.pages, rank.geometry, options,
+                on_result=lambda: os.eventfd_write(self._bell, 1), on_stuck=self.stuck,
             )
-            for rank in self._ranks
+            for rank in self.ranks
         ]  # fmt: skip
         self._reserved: dict[str, _Reserved] = {}
-        self._fills = -1
 
     def run(self) -> None:
-        while (orders := self.orders(1.0, self._ring)) is not None:
+        while (orders := self.orders(1.0, self._bell)) is not None:
             for order in orders:
                 self._follow(order)
             self._results()
@@ -440,11 +400,12 @@ class DecodeWorker(Worker):
                     client.cancel(key, addresses, incarnation)
             case Count():
                 self._look_at_all_blocks("in the end")
-                self.say(Free(len(self.free)))
+                self.say(Free(len(self.free) + len(self._prefix)))
 
     def _reserve(self, order: Reserve) -> None:
         first = order.cached // self._tokens
-        blocks = self._prefix[:first] + self.take(-(-order.tokens // self._tokens) - first)
+        lacking = range(first, self.blocks_of(order.tokens))
+        blocks = self._prefix[:first] + [self.free.pop() for _ in lacking]  # newest first
         self._reserved[order.key] = _Reserved(order, blocks, first)
         reservation = Reservation(
             order.key, f"engine-{order.key}", order.addresses, order.incarnation, tuple(blocks),
@@ -454,7 +415,8 @@ class DecodeWorker(Worker):
             client.reserve(reservation)
 
     def _results(self) -> None:
-        _silence(self._ring)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
         for rank, client in enumerate(self._clients):
             for result in client.take_results():
                 self._reported(rank, result)
@@ -466,62 +428,49 @@ class DecodeWorker(Worker):
             return
         order, lacking = reserved.order, reserved.blocks[reserved.first_block :]
         self._know(rank, lacking)
-        tokens = torch.arange(order.cached, order.tokens)
-        if result.complete and not self._ranks[rank].holds(order.key, reserved.blocks, tokens):
+        if result.complete and not self._exact(rank, order, reserved.blocks):
             self.say(Wrong(f"rank {rank} has wrong KV of {order}"))
         reserved.reports[rank] = result.complete
         reserved.retries += result.retries
         self._look_at_all_blocks(f"when rank {rank} reported {order.key}")
-        if len(reserved.reports) == len(self._ranks):
-            self._use(lacking)
+        if len(reserved.reports) == len(self.ranks):
+            self.give_back(lacking)
+            for number in range(len(self.ranks)):
+                self._know(number, lacking)
             del self._reserved[order.key]
             complete = all(reserved.reports.values())
             self.say(Result(order.key, complete, reserved.retries))
 
-    def _know(self, rank: int, blocks: list[int]) -> None:
-        at = torch.tensor(blocks)
-        for known, cache in zip(self._known[rank], self._ranks[rank].caches, strict=True):
-            known[at] = cache[at]
+    def _exact(self, rank: int, order: Reserve, blocks: list[int]) -> bool:
+        caches, lacking = self.ranks[rank], slice(order.cached, order.tokens)
+        held = caches.geometry.heads
+        return all(
+            torch.equal(
+                caches.read(layer, blocks, order.cached, order.tokens),
+                kv[held.start : held.end, lacking],
+            )
+            for layer, kv in enumerate(kv_of(order.key, caches.geometry, order.tokens))
+        )
 
-    def _use(self, blocks: list[int]) -> None:
-        """The engine writes its own into these blocks, and soon gives them to another request."""
-        self._fills -= 1
-        at = torch.tensor(blocks)
-        for rank, known in zip(self._ranks, self._known, strict=True):
-            for cache in (*rank.caches, *known):
-                cache[at] = self._fills
-        self.free += blocks
+    def _know(self, rank: int, blocks: list[int]) -> None:
+        for known, layer in zip(self._known[rank], self.ranks[rank].layers, strict=True):
+            known[blocks] = layer[blocks]
 
     def _look_at_all_blocks(self, when: str) -> None:
-        for number, (rank, known) in enumerate(zip(self._ranks, self._known, strict=True)):
+        for number, (rank, known) in enumerate(zip(self.ranks, self._known, strict=True)):
             waited_for = [
                 block
                 for reserved in self._reserved.values()
                 if number not in reserved.reports
                 for block in reserved.blocks[reserved.first_block :]
             ]
-            for layer, (cache, should) in enumerate(zip(rank.caches, known, strict=True)):
+            for layer, (cache, should) in enumerate(zip(rank.layers, known, strict=True)):
                 changed = (cache != should).flatten(1).any(1)
                 changed[waited_for] = False
                 if changed.any():
                     blocks = changed.nonzero().flatten().tolist()
                     self.say(Wrong(f"rank {number} layer {layer}: {blocks} changed, {when}"))
                     self._know(number, blocks)
-
-
-def _ring(ringer: socket.socket) -> None:
-    try:
-        ringer.send(b"\0")
-    except BlockingIOError:
-        pass  # it rings already
-
-
-def _silence(ring: socket.socket) -> None:
-    try:
-        while ring.recv(4096, socket.MSG_DONTWAIT):
-            pass
-    except BlockingIOError:
-        pass
 
 
 class _Routed(Store):
@@ -559,20 +508,40 @@ def linked(router_port: int, kind: str, host: str, port: int) -> int:
 def _lead_through_links(spec: Spec) -> None:
     """Gloo's connections and those to a decode worker's store; control addresses are given."""
     gloo: Callable[..., Any] = pair._gloo
-    join_store: Callable[..., TCPStore] = send.join_store
+    join_store = pair.join_store
 
     def routed_gloo(store: PrefixStore, *args: Any) -> Any:
         return gloo(_Routed(store, spec.router_port), *args)
 
     def routed_store(host: str, port: int, timeout_s: float) -> TCPStore:
-        return join_store(
-            LINK_HOST, linked(spec.router_port, "store", host, port), timeout_s
-        )
+        return join_store(LINK_HOST, linked(spec.router_port, "store", host, port), timeout_s)
 
     if spec.role == "decode":
-        pair._gloo = routed_gloo
+        pair._gloo = routed_gloo  # type: ignore[assignment]
     else:
-        send.join_store = routed_store
+        send.join_store = routed_store  # type: ignore[attr-defined]
+
+
+def _dawdle_over_pages(worker: Worker) -> None:
+    """Copies that now and then take so long that everything else happens meanwhile."""
+    gather, scatter = PageView.gather, PageView.scatter
+
+    def dawdle() -> None:
+        if random.random() < 0.1:
+            threading.Event().wait(0.01)
+
+    def slow_gather(self: PageView, area: Any, block_ids: Any, out: torch.Tensor) -> None:
+        dawdle()
+        gather(self, area, block_ids, out)
+        if bool((out > _NEVER_KV).any()):
+            worker.say(Wrong("blocks were read after they were free"))
+
+    def slow_scatter(self: PageView, *args: Any) -> None:
+        dawdle()
+        scatter(self, *args)
+
+    PageView.gather = slow_gather  # type: ignore[method-assign]
+    PageView.scatter = slow_scatter  # type: ignore[method-assign,assignment]
 
 
 class _Exceptions(logging.Handler):
@@ -597,6 +566,8 @@ def _work(spec: Spec, link: socket.socket) -> None:
         (DECODE_HOST, DecodeWorker) if spec.role == "decode" else (PREFILL_HOST, PrefillWorker)
     )
     worker = kind(spec, link, replace(OPTIONS, incarnation=spec.incarnation, host=host))
+    _dawdle_over_pages(worker)
+    faulthandler.register(signal.SIGUSR1)  # says where all threads are
     logging.getLogger().addHandler(_Exceptions(worker))
     threading.excepthook = lambda args: worker.say(Wrong(f"{args.thread}: {args.exc_value!r}"))
     try:
@@ -604,6 +575,7 @@ def _work(spec: Spec, link: socket.socket) -> None:
         worker.run()
     except Exception:
         worker.say(Wrong(traceback.format_exc()))
+        raise
 
 
 def main(nursery: socket.socket) -> None:

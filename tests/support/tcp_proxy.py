@@ -44,11 +44,12 @@ class Link:
         self.delay_s, self.bytes_per_s = 0.0, float("inf")
         self._calm.set()
 
-    def cut(self) -> int:
-        """Reset each open connection at both ends; returns how many there were."""
-        for connection in self._connections:
+    def cut(self, at_most: int | None = None) -> int:
+        """Reset open connections at both ends, or some of them; returns how many."""
+        connections = list(self._connections)[:at_most]
+        for connection in connections:
             connection.cancel()
-        return len(self._connections)
+        return len(connections)
 
     async def close(self) -> None:
         if self._server is not None:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import zmq
 
+from kv_transfer import receive, send
+from kv_transfer.errors import PairError
 from kv_transfer.geometry import KvGeometry
+from kv_transfer.pair import (
+    DECODE_RANK,
+    PREFILL_RANK,
+    Pair,
+    PendingWork,
+    close_pair,
+    host_store,
+    join_store,
+)
 from tests.support.kv_shapes import (
     DecodeRanks,
     PrefillProcess,
@@ -17,6 +33,7 @@ from tests.support.kv_shapes import (
     geometry_of,
     shapes,
 )
+from tests.support.kv_stream import Decode, Prefill, stream
 from tests.support.waiting import wait_until
 
 BLOCKS = 48
@@ -245,11 +262,99 @@ def test_a_decode_rank_that_has_its_part_may_close_its_pair(process: PrefillProc
 def test_a_waiting_transfer_takes_all_of_its_reservations(process: PrefillProcess) -> None:
     """The bound counts transfers; a second rank's reservation of the same one adds none."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS, max_pending=1) as (addresses, ranks):
-        begin_after_waiting = [[1], [2]]
-        for rank, waiting in enumerate(begin_after_waiting):
-            ranks.reserve(rank, addresses, LONG, SOURCE, 0, TOKENS)
-            wait_until(lambda w=waiting: process.call("waiting") == w, what="it waits")  # type: ignore[misc]
+        ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
+        wait_until(lambda: process.call("waiting") == [1], what="one rank's reservation waits")
+        ranks.reserve(1, addresses, LONG, SOURCE, 0, TOKENS)
+        wait_until(lambda: process.call("waiting") == [2], what="the other's waits, too")
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
         end(process)
         assert all(result.complete for result in ranks.results(LONG))
         process.wait_released(LONG)
+
+
+# ---- how pairs end -------------------------------------------------------------------------
+
+
+def paired(prefill: Prefill, decode: Decode) -> None:
+    """A transfer has gone over the pair."""
+    decode.reserve(prefill, "first#1", [5], 0, 9)
+    prefill.compute("first#1", [1], 9)
+    prefill.server.finish("first#1", 42, computed=True)
+    assert decode.result("first#1").complete
+
+
+@pytest.mark.parametrize("waiting_for", [Pair.send, Pair.receive])
+@pytest.mark.parametrize("aborting", [DECODE_RANK, PREFILL_RANK])
+def test_an_abort_wakes_whoever_waits(
+    waiting_for: Callable[[Pair, torch.Tensor], PendingWork], aborting: int
+) -> None:
+    """At both ends: else a thread is stuck with a silent peer until transfer_timeout_s is over."""
+    store, cpu = host_store("127.0.0.1", 5), torch.device("cpu")
+    with ThreadPoolExecutor() as pool:
+        pairs = list(
+            pool.map(
+                lambda rank: Pair(
+                    join_store("127.0.0.1", store.port, 5), "p", rank, cpu, "127.0.0.1", 5
+                ),
+                (DECODE_RANK, PREFILL_RANK),
+            )
+        )
+        # The peer does nothing, thus this waits for ever.
+        work = waiting_for(pairs[DECODE_RANK], torch.zeros(1000))
+        waiting = pool.submit(work.wait, 8)
+        pairs[aborting].abort()
+        wait_until(waiting.done, what="the wait is over", within_s=4)
+        assert isinstance(waiting.exception(), PairError)
+
+
+@pytest.mark.parametrize("side", [send, receive])
+def test_stop_also_ends_the_threads_of_pairs_closed_before(
+    monkeypatch: pytest.MonkeyPatch, side: ModuleType
+) -> None:
+    """A thread that is giving up its process group when the interpreter ends is killed inside
+    C++, and takes the process with it: SIGABRT instead of a clean exit."""
+    ending = threading.Event()
+
+    def slow_close(*args: Any) -> None:
+        ending.set()
+        threading.Event().wait(0.5)
+        close_pair(*args)
+
+    monkeypatch.setattr(side, "close_pair", slow_close)
+    with stream() as (prefill, decode):
+        paired(prefill, decode)
+        with decode.client.lock:
+            (peer,) = decode.client._peers.values()
+            decode.client.retire(peer)
+        assert ending.wait(10)
+        wait_until(lambda: not prefill.server._peers, what="prefill has closed the pair")
+        stopped, thread = {
+            send: (prefill.server.stop, "kv-send"),
+            receive: (decode.client.stop, "kv-receive"),
+        }[side]
+        stopped()
+        assert thread not in {each.name for each in threading.enumerate()}
+
+
+def test_the_last_words_of_a_pair_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was posted before it left, at any moment of its thread: without the CANCEL, prefill
+    keeps the blocks until a timeout."""
+    left = threading.Event()
+    flush = receive._Peer._flush
+
+    with stream(peer_lease_s=60) as (prefill, decode):
+
+        def leave_behind_flush(self: receive._Peer, control: zmq.Socket[bytes]) -> None:
+            flush(self, control)
+            if not left.is_set():
+                left.set()
+                decode.cancel(prefill, "r#1")
+                with decode.client.lock:
+                    decode.client.retire(self)
+
+        paired(prefill, decode)
+        decode.reserve(prefill, "r#1", [6], 0, 9)
+        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
+        monkeypatch.setattr(receive._Peer, "_flush", leave_behind_flush)
+        wait_until(lambda: "r#1" in prefill.server._ended_keys, what="CANCEL has arrived")
+        wait_until(lambda: not prefill.server._peers, what="BYE has arrived")

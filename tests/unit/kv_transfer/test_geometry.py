@@ -70,7 +70,7 @@ def test_heads_that_vllm_would_not_split_are_refused(tp_size: int, total: int) -
 def test_a_cache_that_cannot_be_is_refused(change: dict[str, int]) -> None:
     """A HELLO brings one; sizes of zero would be divided by."""
     with pytest.raises(ValueError, match="no such KV cache"):
-        replace(GEOMETRY, **change)
+        replace(GEOMETRY, **change)  # type: ignore[arg-type]
 
 
 def tp_sizes(total: int) -> st.SearchStrategy[int]:

@@ -65,7 +65,7 @@ class Part:
 class Decode:
     """A decode rank, and how often each element of its caches was written."""
 
-    def __init__(self, geometry: KvGeometry, blocks: list[int], *, interleaved: bool, offset: int):
+    def __init__(self, geometry: KvGeometry, blocks: list[int], interleaved: bool, offset: int):
         def caches() -> RankCaches:
             return RankCaches(geometry, BLOCKS, interleaved=interleaved, offset=offset)
 
@@ -128,7 +128,7 @@ def test_d_gets_each_slot_that_it_lacks_once(
     """
     rng = random.Random(seed)
     geometry, decode_geometry = pair
-    in_memory = st.fixed_dictionaries({"interleaved": st.booleans(), "offset": st.integers(0, 3)})
+    in_memory = st.tuples(st.booleans(), st.integers(0, 3))
     hits = st.integers(0, tokens - 1)
     start = data.draw(hits, label="cached on D") // decode_geometry.block_tokens
     start *= decode_geometry.block_tokens
@@ -137,13 +137,16 @@ def test_d_gets_each_slot_that_it_lacks_once(
         data.draw(st.sets(st.integers(cached + 1, tokens)), label="chunk ends") | {tokens}
     )
 
-    placed = data.draw(in_memory, label="prefill memory")
-    prefills = [RankCaches(rank, BLOCKS, **placed) for rank in ranks_of(geometry)]
+    interleaved, offset = data.draw(in_memory, label="prefill memory")
+    prefills = [
+        RankCaches(rank, BLOCKS, interleaved=interleaved, offset=offset)
+        for rank in ranks_of(geometry)
+    ]
     blocks = blocks_for(geometry, tokens, BLOCKS, rng)
     sends = [SendSession(KEY, tokens, geometry.num_layers) for _ in prefills]
-    placed = data.draw(in_memory, label="decode memory")
+    interleaved, offset = data.draw(in_memory, label="decode memory")
     decodes = [
-        Decode(rank, blocks_for(rank, tokens, BLOCKS, rng), **placed)
+        Decode(rank, blocks_for(rank, tokens, BLOCKS, rng), interleaved, offset)
         for rank in ranks_of(decode_geometry)
     ]
     parts: dict[tuple[int, int], Part] = {}
@@ -234,6 +237,36 @@ def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> 
         assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
     changed = (target.storage.view(torch.uint8) != before.view(torch.uint8)).sum()
     assert changed <= 2 * 6 * 3 * source.geometry.item_bytes
+
+
+@pytest.mark.parametrize("layout", ["HNC", "NHC"])
+def test_heads_that_begin_at_no_multiple_of_their_number(layout: str) -> None:
+    """Two heads of three, from the second on, where blocks lie a multiple of two heads apart."""
+    source, target = (
+        RankCaches(replace(geometry_of(6, tp, 4, layout), tp_rank=rank), 3, interleaved=True)
+        for tp, rank in ((2, 1), (3, 2))
+    )
+    move(source, target, Rectangle(0, 2, 0, 2), [2, 1])
+    for layer in range(2):
+        got, sent = (caches.read(layer, [2, 1], 0, 8) for caches in (target, source))
+        assert torch.equal(got, sent[1:])
+
+
+@pytest.mark.parametrize("content", [3, 8])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bfloat16", "float32", "float64"])
+def test_any_bits_survive(dtype: str, content: int) -> None:
+    """Blocks of quantised caches may read as signalling NaNs; a move must not quieten them."""
+    source, target = (
+        RankCaches(geometry_of(1, 1, tokens, content=content, dtype=dtype), 2) for tokens in (1, 3)
+    )
+    signalling = {1: 0x7F, 2: 0x7F81, 4: 0x7F800001, 8: 0x7FF0000000000001}
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for size in (8, source.geometry.item_bytes):
+        if source.storage.nbytes % size == 0:
+            source.storage.view(torch.uint8).view(word[size]).fill_(signalling[size])
+            move(source, target, Rectangle(0, 2, 0, 1), [1])
+            got, sent = (caches.read(0, [1], 0, 1).contiguous() for caches in (target, source))
+            assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
 
 
 def test_a_whole_block_travels_as_it_lies() -> None:

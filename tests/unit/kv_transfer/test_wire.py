@@ -22,7 +22,7 @@ TO_PREFILL: list[wire.ToPrefill] = [
 TO_DECODE: list[wire.ToDecode] = [
     wire.Welcome("pair", GEOMETRY),
     wire.Refuse("pair", "because"),
-    wire.Header("r#1", Rectangle(0, 2, 0, 3), 64),
+    wire.Header(0, "r#1", Rectangle(0, 2, 0, 3), 64),
     wire.End("r#1", 0, 9, 3, 64, 32, None, 1.5, 0.5),
     wire.Fail("r#1", "because"),
     wire.Pong(),
