@@ -23,7 +23,7 @@ from functools import lru_cache
 
 from kv_transfer.errors import IncompatibleError
 
-_MAX_TP = 1024  # bounds what a HELLO can make us count
+_MAX_TP = 128  # bounds what a HELLO can make us count
 # Facts that no mapping bridges.
 _MUST_AGREE = ("model", "dtype", "num_layers", "total_kv_heads", "content", "item_bytes")
 
@@ -98,7 +98,7 @@ def sources(decode_rank: int, decode_tp: int, prefill_tp: int, total: int) -> di
     themselves. A prefill rank that nobody needs has an empty range at one decode rank, so that it
     hears what became of each transfer.
     """
-    return _all_sources(decode_tp, prefill_tp, total)[decode_rank]
+    return dict(_all_sources(decode_tp, prefill_tp, total)[decode_rank])
 
 
 @lru_cache(maxsize=64)

@@ -367,7 +367,6 @@ class _Peer:
 
     def leave(self) -> None:
         """Say goodbye when all that was posted has been said."""
-        self._outgoing.append(wire.Bye())  # before the thread looks whether to stop
         self._stopping = True
         self._wake()
 
@@ -403,6 +402,7 @@ class _Peer:
         """The control socket and its monitor, which tells of a lost connection."""
         control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         stack.callback(control.close)
+        stack.callback(self._goodbye, control)
         control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave
         control.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         control.setsockopt(zmq.IPV6, "[" in self.address)
@@ -411,6 +411,11 @@ class _Peer:
         stack.callback(control.disable_monitor)
         control.connect(self.address)
         return control, monitor
+
+    def _goodbye(self, control: zmq.Socket[bytes]) -> None:
+        """However it ends: else the peer finds out by its lease."""
+        with contextlib.suppress(zmq.ZMQError):
+            control.send(wire.encode(wire.Bye()), zmq.NOBLOCK)
 
     def _open(self, control: zmq.Socket[bytes]) -> None:
         """HELLO, WELCOME, the plan, the process group."""
@@ -453,10 +458,20 @@ class _Peer:
     def _welcome(self, control: zmq.Socket[bytes], pair_id: str) -> wire.Welcome:
         client, timeout_s = self._client, self._client.options.pair_timeout_s
         deadline_s = client.clock() + timeout_s
+        poller = zmq.Poller()
+        poller.register(control, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
         while True:
             remaining_s = deadline_s - client.clock()
-            if remaining_s <= 0 or not control.poll(int(remaining_s * 1000) + 1):
-                raise PairError(f"no answer to HELLO within {timeout_s} s")
+            ready = dict(poller.poll(int(max(0, remaining_s) * 1000) + 1))
+            if self._wake_read.fileno() in ready:
+                self._wake_read.recv(4096)
+            if self._stopping:
+                raise PairError("this worker needs no pair any more")
+            if control not in ready:
+                if remaining_s <= 0:
+                    raise PairError(f"no answer to HELLO within {timeout_s} s")
+                continue
             answer = wire.decode_to_decode(control.recv())
             if isinstance(answer, wire.Refuse):
                 raise IncompatibleError(answer.reason)
@@ -543,7 +558,9 @@ class _Peer:
     def _take(self) -> None:
         """Wait for the oldest message, and put it into the blocks if they are still ours."""
         client, incoming = self._client, self._incoming.popleft()
-        incoming.work.wait(client.options.transfer_timeout_s)
+        # It was announced: a peer that does not send it now is silent.
+        options = client.options
+        incoming.work.wait(min(options.transfer_timeout_s, options.peer_lease_s))
         self._last_heard_s = client.clock()
         try:
             self._store(incoming)

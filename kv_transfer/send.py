@@ -132,7 +132,9 @@ class PrefillServer:
         self._step: list[_Transfer] = []
         self._computed: torch.cuda.Event | None = None  # all layers that were ever advanced
         self._peers: dict[bytes, _Peer] = {}
+        self._closed: list[bytes] = []  # routing ids, newest last
         self._senders: list[threading.Thread] = []
+        self._bad_frames = 0  # since the last sweep
         self._stopping = False
         self._outgoing: deque[tuple[bytes, wire.ToDecode]] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -322,6 +324,8 @@ class PrefillServer:
             return
         peer.closed = True
         self._peers.pop(peer.routing_id, None)
+        self._closed.append(peer.routing_id)
+        del self._closed[: -self._options.max_pairs]
         for key in list(peer.keys):
             # One part lost, and the others are of no use.
             self._fail(self._transfers[key], reason)
@@ -385,7 +389,9 @@ class PrefillServer:
                 with self._lock:
                     self._handle(routing_id, message)
             except ProtocolError as error:
-                logger.warning("KV control message dropped: %s", error)
+                self._bad_frames += 1
+                if self._bad_frames == 1:  # a stranger must not fill the log
+                    logger.warning("KV control message dropped: %s", error)
             except Exception:  # a defect of ours: costs this message, and is loud
                 logger.exception("KV control message failed")
 
@@ -398,6 +404,10 @@ class PrefillServer:
             self._drop(message.key, "released by the router", None)
             return
         peer = self._peers.get(routing_id)
+        if peer is None and routing_id in self._closed:  # it crossed our REFUSE
+            if isinstance(message, wire.Cancel):
+                self._drop(message.key, "cancelled by the decode worker", None)
+            return
         if peer is None:
             self._outgoing.append((routing_id, wire.Refuse("", "no such pair")))
             raise ProtocolError(f"{type(message).__name__} before HELLO")
@@ -488,6 +498,9 @@ class PrefillServer:
 
     def _sweep(self) -> None:
         now_s = self._clock()
+        if self._bad_frames > 1:
+            logger.warning("%d more KV control messages dropped", self._bad_frames - 1)
+        self._bad_frames = 0
         for transfer in self._transfers.values():
             if (
                 transfer.session.unreserved

@@ -203,7 +203,9 @@ class SessionMachine(RuleBasedStateMachine):
         assert tokens <= attempt.written, "nothing is sent that was not computed"
         attempt.sent[rank] += cells
         attempt.in_flight.append((rank, area))
-        self.post(rank, Header(0, attempt.key, area, area.num_pages * attempt.plans[rank].page_bytes))
+        self.post(
+            rank, Header(0, attempt.key, area, area.num_pages * attempt.plans[rank].page_bytes)
+        )
 
     @rule(index=which, which_message=st.integers(0, 3), hidden=st.booleans())
     def message_sent(self, index: int, which_message: int, hidden: bool) -> None:
