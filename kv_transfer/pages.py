@@ -107,6 +107,11 @@ class PageView:
         self._rows_per_block = first.stride(0) // run
         self._rows = elements[:, ::run] // run  # [pages of a block, rows of a page]
 
+    def staging(self, max_pages: int, count: int) -> list[torch.Tensor]:
+        """Buffers for messages of at most ``max_pages``."""
+        elements = max_pages * self.page_elements
+        return [torch.empty(elements, dtype=self.dtype, device=self.device) for _ in range(count)]
+
     def gather(self, area: Rectangle, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Copy a rectangle of a request's KV into ``out``.
 

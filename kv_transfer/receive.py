@@ -100,7 +100,6 @@ class _Part:
 class _Transfer:
     reservation: Reservation
     block_ids: torch.Tensor
-    since_s: float
     parts: dict[str, _Part] = field(default_factory=dict)  # by control address
 
     @property
@@ -142,7 +141,7 @@ class DecodeClient:
         """Ask the prefill ranks for this KV; the outcome appears in ``take_results``."""
         block_ids = torch.tensor(reservation.block_ids, dtype=torch.int64)
         with self.lock:
-            transfer = _Transfer(reservation, block_ids, self.clock())
+            transfer = _Transfer(reservation, block_ids)
             self.transfers[reservation.key] = transfer
             peers = self._peers_of(reservation.addresses, reservation.incarnation)
             if peers is None:
@@ -442,11 +441,8 @@ class _Peer:
             store = join_store(host, client.store.port, timeout_s)
             self._pair = Pair(store, pair_id, DECODE_RANK, client.pages.device, host, timeout_s)
         view = self._view = client.pages.view(plan, client.geometry.heads)
-        elements = plan.max_pages(options.message_bytes) * view.page_elements
-        self._staging = [
-            torch.empty(elements, dtype=view.dtype, device=view.device)
-            for _ in range(options.staging_buffers)
-        ]
+        max_pages = plan.max_pages(options.message_bytes)
+        self._staging = view.staging(max_pages, options.staging_buffers)
         with client.lock:
             self.plan = plan
             for transfer in client.transfers.values():

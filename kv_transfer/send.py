@@ -548,11 +548,8 @@ class PrefillServer:
     def _stream(self, peer: _Peer) -> None:
         """Send what is ready until the peer is closed; one message a staging buffer at a time."""
         view = self._pages.view(peer.plan, self._geometry.heads)
-        elements = peer.plan.max_pages(self._options.message_bytes) * view.page_elements
-        staging = [
-            torch.empty(elements, dtype=view.dtype, device=view.device)
-            for _ in range(self._options.staging_buffers)
-        ]
+        max_pages = peer.plan.max_pages(self._options.message_bytes)
+        staging = view.staging(max_pages, self._options.staging_buffers)
         in_flight: deque[_InFlight] = deque()
         while True:
             with self._lock:

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 
-_CHUNK_BYTES = 64 * 1024
+_CHUNK_BYTES = 8 * 1024
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 

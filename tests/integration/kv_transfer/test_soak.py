@@ -372,7 +372,7 @@ class _Soak:
     async def _slow(self, dice: random.Random) -> None:
         if (link := self._some_link(dice)) is not None:
             link.delay_s = dice.choice([0.002, 0.02, 0.2])
-            link.bytes_per_s = dice.choice([1e4, 1e5, 1e6])
+            link.bytes_per_s = dice.choice([1e5, 1e6])
             await time_passes(2 * dice.random())
             link.clear()
             self.counts["slow links"] += 1

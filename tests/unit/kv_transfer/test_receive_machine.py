@@ -662,6 +662,7 @@ class DecodeMachine(Machine):
 # ---- the prefill end -------------------------------------------------------------------------
 
 PREFILL_BLOCK_TOKENS = 2 * BLOCK_TOKENS  # a page is half of a block there
+AHEAD = [0, -1, 0, -1, -2, 1, 2, 3]  # of the engine, with a reservation
 DECODE_RANKS = {"a": (1, 0), "b0": (2, 0), "b1": (2, 1)}  # of two workers: tp_size, tp_rank
 
 
@@ -823,14 +824,18 @@ class Router:
 
 class PrefillMachine(Machine):
     @initialize(
-        idle=st.sampled_from([False, False, True]), peaceful=st.booleans(),
-        ending=st.sampled_from(["calm", "silence", "stop"]),
+        idle=st.sampled_from([False, False, True]), peaceful=st.sampled_from([False, False, True]),
+        ending=st.sampled_from(["calm", "calm", "silence", "stop"]),
     )  # fmt: skip
     def begin(self, idle: bool, peaceful: bool, ending: str) -> None:
         """``idle``: a second copy of a head, which no decode rank fetches anything from."""
         self.ending, self.peaceful = ending, peaceful
-        tp = {"tp_size": 4, "tp_rank": 1} if idle else {}
-        self.geometry = replace(GEOMETRY, block_tokens=PREFILL_BLOCK_TOKENS, **tp)
+        self.geometry = replace(
+            GEOMETRY,
+            block_tokens=PREFILL_BLOCK_TOKENS,
+            tp_size=4 if idle else 1,
+            tp_rank=1 if idle else 0,
+        )
         shape = (BLOCKS, len(self.geometry.heads), PREFILL_BLOCK_TOKENS, CONTENT)
         self.caches = [torch.full(shape, torch.nan) for _ in range(LAYERS)]
         self.prompts: dict[str, Prompt] = {}
@@ -859,6 +864,15 @@ class PrefillMachine(Machine):
         options = replace(OPTIONS, incarnation="p1", max_pairs=2)
         pages = KvPages(self.caches)
         self.server = PrefillServer(pages, self.geometry, options, lambda: self.now_s)
+        close_peer = self.server._close_peer
+
+        def close_idle_peer(peer: send._Peer, reason: str) -> None:
+            waiting = [w.peer for some in self.server._waiting.values() for w in some]
+            idle = not peer.keys and peer not in waiting
+            self.expect(idle or "room" not in reason, "the room of a peer that needs it")
+            close_peer(peer, reason)
+
+        self.patch.setattr(self.server, "_close_peer", close_idle_peer)
         (self.control_thread,) = self.threads
 
     def make_thread(self, **kwargs: Any) -> Stepped:
@@ -971,14 +985,16 @@ class PrefillMachine(Machine):
         self.keys.append(prompt.key)
         self.server.finish(prompt.key, None, computed=False)
 
-    @precondition(lambda self: not self.step and self.preempting is None)
+    @precondition(lambda self: self.preempting is None)
     @rule(which=index)
     def preempt(self, which: int) -> None:
-        """Preferably what is being read."""
+        """Between two steps; preferably what is being read."""
+        if self.step:
+            self.end_step()
         prompts = [p for p in self.under_way() if not p.preempted]
         prompts.sort(key=lambda prompt: prompt.key not in self.used.values())
         if prompts:
-            prompt = prompts[which // 2 % len(prompts)]
+            prompt = prompts[0 if which % 2 else which // 2 % len(prompts)]
             self.preempting = Stepped(self.server.preempt, args=([prompt.key],)), prompt
 
     @invariant()
@@ -1039,7 +1055,7 @@ class PrefillMachine(Machine):
     @rule(number=index, first=st.integers(0, 2), all_ranks=st.sampled_from([True, True, False]))
     def reserve(self, number: int, first: int, all_ranks: bool) -> None:
         """The newest ones, and the next; each is for the ranks of one of the two workers."""
-        prompt = self.prompt(max(0, len(self.keys) - number % 3))
+        prompt = self.prompt(max(0, len(self.keys) + AHEAD[number]))
         start = min(first, (prompt.tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
         names = [name for name in DECODE_RANKS if name.startswith(prompt.worker)]
         prompt.spoilt |= not all_ranks
@@ -1047,25 +1063,35 @@ class PrefillMachine(Machine):
             if name not in self.open or self.open[name].closed:
                 self.hello(name, wrong="", at_once=True)
             rank = self.open.get(name)
-            if rank is not None and rank.welcome and prompt.key not in rank.parts:
+            again = any(prompt.key in r.parts for r in self.ranks.values() if r.name == name)
+            if rank is not None and rank.welcome and not again:
                 rank.reserve(prompt, start)
+            elif rank is None or prompt.key not in rank.parts:
+                prompt.spoilt = True
 
     @precondition(lambda self: not self.peaceful)
     @rule(which=index, number=index)
     def cancel(self, which: int, number: int) -> None:
-        rank = self.rank(which)
-        if rank is not None and self.keys:
-            key = self.keys[-1 - number % len(self.keys)]
+        if (rank := self.rank(which)) is not None and self.keys:
+            key = self.some_key(number)
             if key in rank.parts:
                 rank.parts[key].session.cancel()
             rank.say(wire.Cancel(key))
+            self.control()
 
-    @precondition(lambda self: not self.peaceful)
-    @rule(number=index, token=st.sampled_from([OPTIONS.token, "guess"]))
-    def release(self, number: int, token: str) -> None:
+    def some_key(self, number: int) -> str:
+        """Preferably what is being read."""
+        keys = list(self.used.values()) if number % 2 else []
+        keys = keys or self.keys
+        return keys[-1 - number // 2 % len(keys)]
+
+    @rule(number=index, owner=st.booleans())
+    def release(self, number: int, owner: bool) -> None:
         if self.keys:
-            key = self.keys[-1 - number % len(self.keys)]
-            self.router.inbox.append([b"front end", wire.encode(wire.Release(token, key))])
+            token = OPTIONS.token if owner and not self.peaceful else "guess"
+            message = wire.Release(token, self.some_key(number))
+            self.router.inbox.append([b"front end", wire.encode(message)])
+            self.control()
 
     @precondition(lambda self: not self.peaceful)
     @rule(which=index, how=st.sampled_from(["bye", "lose", "accident"]), sure=st.booleans())
@@ -1073,6 +1099,7 @@ class PrefillMachine(Machine):
         if sure and (rank := self.rank(which)) is not None:
             if how == "bye":
                 rank.say(wire.Bye())
+                self.control()
             rank.closed |= how == "bye"
             rank.lost |= how == "lose"
             rank.accident |= how == "accident"
@@ -1133,6 +1160,13 @@ class PrefillMachine(Machine):
         assert all(set(peer.keys) <= set(server._transfers) for peer in server._peers.values())
         assert sum(t.gathering for t in server._transfers.values()) == len(self.used)
 
+    @invariant()
+    def no_sender_sleeps_while_there_is_something_to_send(self) -> None:
+        for transfer in self.server._transfers.values():
+            for rank in transfer.session.ready_ranks():
+                thread = transfer.peers[rank].thread
+                assert not (isinstance(thread, Stepped) and thread.blocked)
+
     def teardown(self) -> None:
         """However it ends, all blocks come back, and every decode rank is told."""
         try:
@@ -1147,7 +1181,9 @@ class PrefillMachine(Machine):
             self.patch.undo()
 
     def end_quietly(self) -> None:
-        for round in range(60):
+        for rank in self.open.values():
+            rank.lost |= self.ending == "silence"
+        for turn in range(16):
             self.all_goes_well(1)
             self.preempted_blocks_are_read_no_more()
             if self.preempting is None:
@@ -1155,17 +1191,19 @@ class PrefillMachine(Machine):
                 self.end_step()
                 for _ in self.under_way():
                     self.finish(0, abort=False)
-            self.wait(0 if self.peaceful and round < 10 else 7, silent=self.ending == "silence")
+            self.wait(0 if turn < 8 else 16, silent=self.ending == "silence")
             self.blocks_are_released_once_when_nobody_reads()
             self.bounds()
         assert not self.held, "blocks that the engine does not get back"
         assert not self.server._transfers
         assert not self.server._waiting
         assert not any(peer.keys for peer in self.server._peers.values())
+        assert not self.server._peers or self.ending != "silence"
         for rank in self.ranks.values():
             for key, part in rank.parts.items():
                 assert part.told or rank.closed or part.session.terminal
-                if self.peaceful and not rank.closed and not self.prompts[key].spoilt:
+                prompt = self.prompts[key]
+                if self.peaceful and prompt.finished and not (prompt.spoilt or rank.closed):
                     assert part.session.state is ReceiveState.COMPLETE
 
 

@@ -427,7 +427,9 @@ class SessionMachine(RuleBasedStateMachine):
     @invariant()
     def terminal_is_terminal(self) -> None:
         for attempt in self.attempts:
-            for session in (attempt.send, *(receiver.session for receiver in attempt.receivers)):
+            sessions: list[SendSession | ReceiveSession] = [attempt.send]
+            sessions += [receiver.session for receiver in attempt.receivers]
+            for session in sessions:
                 if session.terminal:
                     assert self.last_words.setdefault(id(session), session.state) is session.state
 
