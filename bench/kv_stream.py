@@ -5,8 +5,8 @@ tokens some matrix products, then the hooks that vLLM would call. A decode proce
 receives, one client for each pair, each with a cache of its own.
 
     gbps              KV that lies there already, from the first header to the last manifest
-    raw_gbps          the same bytes by ProcessGroup.send/recv alone, in messages of the same size,
-                      as many at a time
+    raw_gbps          as many bytes by ProcessGroup.send/recv alone, from and to contiguous memory,
+                      in messages of the same size, as many at a time
     memcpy_gbps       one thread copies messages of that size (read + written counts once)
     hidden_share      of the bytes, sent before the last layer was computed
     prefill_slowdown  time of the prefill with the stream / without, in turns; 1.00 is none
@@ -28,7 +28,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -163,13 +163,12 @@ class PrefillSide:
         began_s, computed_s, _ = self.prefill([], work=True)
         return computed_s - began_s
 
-    def raw(self, port: int, pair_ids: list[str], messages: int) -> None:
-        """Send so many messages on each pair."""
+    def raw(self, port: int, pair_ids: list[str]) -> None:
+        """Send as many bytes as the KV has on each pair."""
 
         def send(pair: Pair) -> None:
             self._options.bind_this_thread()
-            buffers = raw_buffers(self._case)
-            pump(lambda index: pair.send(buffers[index]), messages, len(buffers))
+            pump(pair.send, raw_messages(self._case), self._case.staging_buffers)
 
         with_pairs(self._options, "127.0.0.1", port, pair_ids, PREFILL_RANK, send)
 
@@ -190,17 +189,22 @@ def prefill_process(case: Case, pipe: Connection) -> None:
 # ---- raw process groups --------------------------------------------------------------------
 
 
-def raw_buffers(case: Case) -> list[torch.Tensor]:
-    return [torch.ones(case.message_bytes // 8, dtype=torch.int64)] * case.staging_buffers
+def raw_messages(case: Case) -> tuple[torch.Tensor, ...]:
+    """The bytes of one pair, contiguous, cut into messages."""
+    data = torch.ones(case.num_bytes // case.pairs // 8, dtype=torch.int64)
+    messages: tuple[torch.Tensor, ...] = data.split(case.message_bytes // 8)
+    return messages
 
 
-def pump(start: Callable[[int], PendingWork], messages: int, depth: int) -> None:
+def pump(
+    start: Callable[[torch.Tensor], PendingWork], messages: Iterable[torch.Tensor], depth: int
+) -> None:
     """Keep ``depth`` messages on their way."""
     pending: list[PendingWork] = []
-    for index in range(messages):
+    for message in messages:
         if len(pending) == depth:
             pending.pop(0).wait(TIMEOUT_S)
-        pending.append(start(index % depth))
+        pending.append(start(message))
     for work in pending:
         work.wait(TIMEOUT_S)
 
@@ -298,23 +302,21 @@ class DecodeSide:
     def raw_s(self) -> float:
         """Seconds for the same bytes by send and receive alone."""
         case = self._case
-        messages = -(-case.num_bytes // case.pairs // case.message_bytes)
         store = host_store("127.0.0.1", TIMEOUT_S)
         pair_ids = [uuid.uuid4().hex for _ in range(case.pairs)]
-        self._pipe.send(("raw", store.port, pair_ids, messages))
+        self._pipe.send(("raw", store.port, pair_ids))
         spans: list[tuple[float, float]] = []
 
         def receive(pair: Pair) -> None:
             self._options.bind_this_thread()
-            buffers = raw_buffers(case)
+            messages = raw_messages(case)
             began_s = time.monotonic()
-            pump(lambda index: pair.receive(buffers[index]), messages, len(buffers))
+            pump(pair.receive, messages, case.staging_buffers)
             spans.append((began_s, time.monotonic()))
 
         with_pairs(self._options, "127.0.0.1", store.port, pair_ids, DECODE_RANK, receive)
         self._pipe.recv()
-        seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
-        return seconds * case.num_bytes / (messages * case.message_bytes * case.pairs)
+        return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
     def stop(self) -> None:
         for client in self._clients:

@@ -172,7 +172,8 @@ class _GlooGroup:
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    options._timeout = timeout
+    # It waits five times as long for a first connection; the waits for messages have their own.
+    options._timeout = timeout / 5
     options._threads = 1
     return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
 

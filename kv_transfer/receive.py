@@ -135,6 +135,7 @@ class DecodeClient:
         self._peers: dict[tuple[str, str], _Peer] = {}
         self._threads: list[threading.Thread] = []
         self._results: list[TransferResult] = []
+        self._stopping = False
         self.store: TCPStore = host_store(options.host, options.pair_timeout_s)
 
     def reserve(self, reservation: Reservation) -> None:
@@ -191,6 +192,7 @@ class DecodeClient:
     def stop(self) -> None:
         """Say goodbye to all peers and end the threads. Idempotent."""
         with self.lock:
+            self._stopping = True
             for peer in self._peers.values():
                 peer.leave()
                 peer.abort()
@@ -209,7 +211,7 @@ class DecodeClient:
             return None
         needed = [(addresses[rank], incarnation) for rank in ranks]
         for key in needed:
-            if key not in self._peers and not self._make_room(set(needed)):
+            if key not in self._peers and (self._stopping or not self._make_room(set(needed))):
                 return None
             if key not in self._peers:
                 peer = self._peers[key] = _Peer(self, *key)

@@ -458,6 +458,8 @@ class PrefillServer:
             raise IncompatibleError(
                 f"caches behind {hello.backend} and {backend_for(self._pages.device)}"
             )
+        if self._stopping:
+            raise IncompatibleError("this prefill worker stops")
         plan = plan_pair(self._geometry, hello.geometry)
         if len(self._peers) >= self._options.max_pairs:
             idle = [peer for peer in self._peers.values() if not self._busy(peer)]

@@ -234,6 +234,7 @@ class SendSession:
             or part.in_flight
             or not (self._finished and self.all_computed)
             or self._peek(part) is not None
+            or part.messages  # of a chunk whose layers are not all written
         ):
             return None
         part.ended = True

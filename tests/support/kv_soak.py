@@ -363,7 +363,7 @@ class _Reserved:
 
 
 class DecodeWorker(Worker):
-    """Uses blocks again as soon as their transfer was reported, and sees who else writes to them.
+    """Uses blocks as soon as their transfer was reported, and sees who else writes to them.
 
     ``_known`` is what each block of each rank must hold; what a rank waits for is not known.
     """
@@ -404,8 +404,10 @@ class DecodeWorker(Worker):
 
     def _reserve(self, order: Reserve) -> None:
         first = order.cached // self._tokens
+        # Blocks that were free for a moment only, or for long: a late write shows in either.
+        take = random.choice([self.free.pop, self.free.popleft])
         lacking = range(first, self.blocks_of(order.tokens))
-        blocks = self._prefix[:first] + [self.free.pop() for _ in lacking]  # newest first
+        blocks = self._prefix[:first] + [take() for _ in lacking]
         self._reserved[order.key] = _Reserved(order, blocks, first)
         reservation = Reservation(
             order.key, f"engine-{order.key}", order.addresses, order.incarnation, tuple(blocks),
@@ -528,7 +530,7 @@ def _dawdle_over_pages(worker: Worker) -> None:
 
     def dawdle() -> None:
         if random.random() < 0.1:
-            threading.Event().wait(0.01)
+            threading.Event().wait(0.02)
 
     def slow_gather(self: PageView, area: Any, block_ids: Any, out: torch.Tensor) -> None:
         dawdle()
@@ -560,7 +562,8 @@ def _work(spec: Spec, link: socket.socket) -> None:
     torch.set_num_threads(1)
     receive._PING_S, send._SWEEP_S = _PING_S, _SWEEP_S
     _lead_through_links(spec)
-    zmq.Context.instance().socket(zmq.DEALER).close()  # its threads are there from the start
+    # ZeroMQ's threads are there from the start.
+    first: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     logging.basicConfig(format=f"%(asctime)s {spec.incarnation} %(message)s")
     host, kind = (
         (DECODE_HOST, DecodeWorker) if spec.role == "decode" else (PREFILL_HOST, PrefillWorker)
@@ -576,6 +579,7 @@ def _work(spec: Spec, link: socket.socket) -> None:
     except Exception:
         worker.say(Wrong(traceback.format_exc()))
         raise
+    first.close()
 
 
 def main(nursery: socket.socket) -> None:

@@ -61,7 +61,7 @@ OPTIONS = TransferOptions(
 
 
 _PAUSES = 12  # enough for a few messages
-PLACES = ["group", "control", "wait", "copy", "copy", "copy", "idle"]  # where threads pause
+PLACES = ["group", "said", "heard", "wait", "copy", "copy", "copy", "idle"]  # where threads pause
 
 
 class Stepped(threading.Thread):
@@ -244,6 +244,7 @@ class PrefillRank:
         self.sent: dict[str, tuple[int, int]] = {}  # messages and bytes
         self.announced = 0
         self.ended: set[str] = set()
+        self.left = False
         self.lost = False  # the connection
         self.accident = False  # at the next copy
 
@@ -293,19 +294,16 @@ class PrefillRank:
                 self.sends[message.key], self.sent[message.key] = send, (0, 0)
             case wire.Cancel() if message.key in self.sends:
                 self.sends[message.key].cancel()
+            case wire.Bye():
+                self._machine.expect(not self.left, "said goodbye twice")
+                self.left = True
             case wire.Ping() if not self._machine.silent:
                 self.inbox.append(wire.Pong())
-        pause("control")
-
-    def poll(self, timeout_ms: int) -> bool:
-        until_s = self._machine.now_s + timeout_ms / 1000
-        while not self.inbox and self._machine.now_s < until_s and not self._machine.silent:
-            pause("idle")
-        return bool(self.inbox)
+        pause("said")
 
     def recv(self) -> bytes:
         frame = wire.encode(self.inbox.popleft())
-        pause("control")
+        pause("heard")
         return frame
 
     def readable(self) -> bool:
@@ -472,7 +470,12 @@ class DecodeMachine(Machine):
         self.client.reserve(self.held[key])
         if key in self.client.transfers:
             self.parts[key] = self.client.transfers[key].parts
-        while welcome and (starting := [p for p in self.peers if p.alive and p.plan is None]):
+        if welcome:
+            self.meet()
+
+    def meet(self) -> None:
+        """All pairs are made."""
+        while starting := [peer for peer in self.peers if peer.alive and peer.plan is None]:
             starting[0].thread.go()
             self.welcome(starting[0])
 
@@ -514,14 +517,42 @@ class DecodeMachine(Machine):
         if (peer := self.peer(which)) is not None:
             self.welcome(peer)
 
-    @rule(which=index, key=index, messages=st.integers(0, 4), place=st.sampled_from(PLACES))
-    def speak(self, which: int, key: int, messages: int, place: str) -> None:
-        """A prefill worker sends, and its peer goes on to somewhere in the middle of it."""
-        if (peer := self.peer(which)) is not None and peer.rank.sends:
-            sends = list(peer.rank.sends)
-            for _ in range(messages):
-                peer.rank.speak(sends[-1 - key % len(sends)])
-            peer.thread.go_to(place)
+    def to_send(self) -> list[tuple[HeldPeer, str]]:
+        return [
+            (peer, key)
+            for peer in self.peers
+            for key, send in peer.rank.sends.items()
+            if peer.alive and not send.terminal
+        ]
+
+    @rule(
+        which=index, worker=st.sampled_from(sorted(WORKERS)), messages=st.integers(1, 4),
+        place=st.sampled_from(PLACES), then=st.sampled_from(["", "", "cancel", "fail"]),
+    )  # fmt: skip
+    def speak(self, which: int, worker: str, messages: int, place: str, then: str) -> None:
+        """A prefill rank sends, its peer goes on to somewhere in the middle of it, and then?"""
+        if not self.to_send():
+            self.reserve(worker, "a", 2, 0, 0, welcome=True, too_many=False)
+            self.all_go_to("idle")
+        if not (possible := self.to_send()):
+            return
+        peer, some_key = possible[which % len(possible)]
+        for _ in range(messages):
+            peer.rank.speak(some_key)
+        peer.thread.go_to(place)
+        if then == "cancel":
+            self.cancel(1)
+        if then == "fail" and not self.peaceful:  # say the other ranks
+            self.trouble = True
+            for other in self.peers:
+                if other is not peer and some_key in other.rank.sends:
+                    other.rank.inbox.append(wire.Fail(some_key, "for no reason"))
+                    other.thread.go_to("nowhere")
+
+    def all_go_to(self, place: str) -> None:
+        for peer in self.peers:
+            for _ in range(3):
+                peer.thread.go_to(place)
 
     @rule(rounds=st.integers(1, 3))
     def all_goes_well(self, rounds: int) -> None:
@@ -904,11 +935,14 @@ class PrefillMachine(Machine):
         return self.prompts[key]
 
     def under_way(self) -> list[Prompt]:
-        return [self.prompts[key] for key in self.keys if not self.prompts[key].finished]
+        """From those that are being read on."""
+        prompts = [self.prompts[key] for key in self.keys if not self.prompts[key].finished]
+        return sorted(prompts, key=lambda prompt: prompt.key not in self.used.values())
 
-    @precondition(lambda self: not self.step and self.preempting is None)
+    @precondition(lambda self: self.preempting is None)
     @rule(new=st.booleans(), cached=st.booleans(), tokens=st.integers(1, 9))
     def begin_step(self, new: bool, cached: bool, tokens: int) -> None:
+        self.end_step()
         begun = [p for p in self.under_way() if not p.preempted and p.computed < p.tokens][:1]
         starts = [prompt.computed for prompt in begun]
         free = [block for block in range(BLOCKS) if block not in self.owners]
@@ -933,7 +967,7 @@ class PrefillMachine(Machine):
             chunks.append(StepChunk(prompt.key, request_id, taken, start, end, prompt.tokens))
         self.server.begin_step(chunks)
 
-    @precondition(lambda self: not self.step and self.preempting is None)
+    @precondition(lambda self: self.preempting is None)
     @rule(new=st.booleans(), cached=st.booleans())
     def prefill(self, new: bool, cached: bool) -> None:
         """From the first step to the sampled token."""
@@ -957,8 +991,6 @@ class PrefillMachine(Machine):
         self.layers_done += 1
         self.server.layer_done(self.layers_done)
 
-    @precondition(lambda self: self.step)
-    @rule()
     def end_step(self) -> None:
         for layer in range(self.layers_done, LAYERS):
             self.write(layer)
@@ -967,9 +999,10 @@ class PrefillMachine(Machine):
         self.step = []
         self.server.end_step()
 
-    @precondition(lambda self: not self.step and self.preempting is None)
+    @precondition(lambda self: self.preempting is None)
     @rule(which=index, abort=st.booleans())
     def finish(self, which: int, abort: bool) -> None:
+        self.end_step()
         if prompts := self.under_way():
             prompt = prompts[which % len(prompts)]
             sampled = prompt.preempted or prompt.computed == prompt.tokens
@@ -977,9 +1010,10 @@ class PrefillMachine(Machine):
                 prompt.finished = True
                 self.server.finish(prompt.key, 7 if sampled else None, computed=sampled)
 
-    @precondition(lambda self: not (self.step or self.preempting or self.peaceful))
+    @precondition(lambda self: not (self.preempting or self.peaceful))
     @rule()
     def abort_before_the_first_step(self) -> None:
+        self.end_step()
         prompt = self.prompt(len(self.keys))
         prompt.finished = True
         self.keys.append(prompt.key)
@@ -988,13 +1022,10 @@ class PrefillMachine(Machine):
     @precondition(lambda self: self.preempting is None)
     @rule(which=index)
     def preempt(self, which: int) -> None:
-        """Between two steps; preferably what is being read."""
-        if self.step:
-            self.end_step()
-        prompts = [p for p in self.under_way() if not p.preempted]
-        prompts.sort(key=lambda prompt: prompt.key not in self.used.values())
-        if prompts:
-            prompt = prompts[0 if which % 2 else which // 2 % len(prompts)]
+        """Preferably what is being read."""
+        self.end_step()
+        if prompts := [prompt for prompt in self.under_way() if not prompt.preempted]:
+            prompt = prompts[which % len(prompts)]
             self.preempting = Stepped(self.server.preempt, args=([prompt.key],)), prompt
 
     @invariant()
@@ -1124,21 +1155,33 @@ class PrefillMachine(Machine):
         if senders:
             senders[which % len(senders)].go_to(place)
 
-    @precondition(lambda self: not self.step and self.preempting is None)
+    @precondition(lambda self: self.preempting is None)
     @rule(
         number=st.integers(0, 1), cached=st.booleans(), tokens=st.integers(1, 11),
         layers=st.integers(0, LAYERS), which=index, place=st.sampled_from(PLACES),
+        then=st.sampled_from(["", "preempt", "abort", "cancel", "release", "bye", "lose"]),
     )  # fmt: skip
     def stream(
-        self, number: int, cached: bool, tokens: int, layers: int, which: int, place: str
-    ) -> None:
-        """Straight to somewhere in the middle of a step that is streamed."""
+        self, number: int, cached: bool, tokens: int, layers: int, which: int, place: str,
+        then: str,
+    ) -> None:  # fmt: skip
+        """Straight to somewhere in the middle of a step that is streamed, and what comes there."""
         self.reserve(number, 0, all_ranks=True)
         self.control()
         self.begin_step(number == 0, cached, tokens)
         for _ in range(layers):
             self.layer()
             self.go(which, place)
+        if then == "preempt":
+            self.preempt(0)
+        if then == "abort":
+            self.finish(0, abort=True)
+        if then == "release":
+            self.release(1, owner=True)
+        if then == "cancel" and not self.peaceful:
+            self.cancel(which, 1)
+        if then in ("bye", "lose") and not self.peaceful:
+            self.lose(which, then, sure=True)
 
     @rule(rounds=st.integers(1, 3))
     def all_goes_well(self, rounds: int) -> None:
@@ -1170,8 +1213,7 @@ class PrefillMachine(Machine):
     def teardown(self) -> None:
         """However it ends, all blocks come back, and every decode rank is told."""
         try:
-            if self.step:
-                self.end_step()
+            self.end_step()
             if self.ending != "stop":
                 self.end_quietly()
             self.server.stop()
@@ -1207,7 +1249,46 @@ class PrefillMachine(Machine):
                     assert part.session.state is ReceiveState.COMPLETE
 
 
+@pytest.mark.parametrize(
+    ("refusals", "messages", "complete"), [(1, 0, True), (2, 0, False), (1, 1, False)]
+)
+def test_a_reservation_is_made_again_once_and_only_if_nothing_has_come(
+    refusals: int, messages: int, complete: bool
+) -> None:
+    machine = DecodeMachine()
+    machine.begin(ending="silence", peaceful=False)
+    machine.reserve("p1", "a", 3, 0, 0, welcome=True, too_many=False)
+    for _ in range(refusals):
+        machine.all_go_to("idle")
+        for peer, key in machine.to_send() * messages:
+            peer.rank.speak(key)
+        machine.lose(0, "refuse", "nowhere")
+        machine.meet()
+    machine.all_goes_well(2)
+    (result,) = machine.client._results
+    assert (result.complete, result.retries) == (complete, 0 if messages else 1)
+    machine.teardown()
+
+
+def test_a_client_that_stops_makes_no_new_pair() -> None:
+    """It was asked to give a pair up, which else it would make again, and stops at that moment."""
+    machine = DecodeMachine()
+    machine.begin(ending="stop", peaceful=False)
+    machine.reserve("p1", "a", 1, 0, 0, welcome=True, too_many=False)
+    machine.all_go_to("idle")
+    machine.lose(0, "refuse", "heard")
+    machine.teardown()
+
+
+def test_a_server_that_stops_makes_no_new_pair() -> None:
+    """Its control thread still finds a HELLO."""
+    machine = PrefillMachine()
+    machine.begin(idle=False, peaceful=False, ending="stop")
+    machine.hello("a", wrong="", at_once=False)
+    machine.teardown()
+
+
 TestDecodeMachine = DecodeMachine.TestCase
-TestDecodeMachine.settings = settings(max_examples=150)
+TestDecodeMachine.settings = settings(DecodeMachine.TestCase.settings, max_examples=100)
 TestPrefillMachine = PrefillMachine.TestCase
-TestPrefillMachine.settings = settings(max_examples=150)
+TestPrefillMachine.settings = settings(PrefillMachine.TestCase.settings, max_examples=150)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -219,6 +221,56 @@ def test_a_repeated_message_is_refused() -> None:
     arrive(session, Rectangle(0, 1, 0, 1))
     with pytest.raises(ProtocolError, match="repeated"):
         arrive(session, Rectangle(0, 1, 0, 1))
+
+
+def test_a_chunk_whose_layers_are_not_all_written_holds_the_manifest_back() -> None:
+    """Also if the engine has gone on to the next chunk, and says that it has finished."""
+    session = SendSession("r#1", 2 * BLOCK, LAYERS)
+    reserve(session, max_pages=100)
+    session.add_chunk(0, BLOCK)
+    session.advance(LAYERS - 1)
+    with contextlib.suppress(ProtocolError):
+        session.add_chunk(BLOCK, 2 * BLOCK)
+        session.advance(LAYERS)
+    session.finish(7)
+    assert session.take_end(0) is None
+
+
+def test_each_decode_rank_gets_its_part_and_the_last_one_ends_the_transfer() -> None:
+    plan = replace(PLAN, decode_ranks=2)
+    idle = replace(plan, heads=HeadRange(0, 0), page_bytes=0)
+    session = SendSession("r#1", 4, LAYERS)
+    session.reserve(1, plan, 1000, 0, 4)
+    session.reserve(0, idle, 1000, 0, 4)
+    with pytest.raises(ProtocolError, match="by rank 1"):
+        session.reserve(1, plan, 1000, 0, 4)
+    session.add_chunk(0, 4)
+    session.advance(LAYERS)
+    session.finish(7)
+    assert session.take_end(0) == End("r#1", 0, 4, 0, 0, 0, 7)
+    assert not session.terminal, "rank 1 has nothing as yet"
+    assert session.ready_ranks() == [1]
+    area = session.next_message(1)
+    assert area is not None
+    session.message_sent(1, area, hidden=False)
+    assert session.take_end(1) == End("r#1", 0, 4, 1, LAYERS * PLAN.page_bytes, 0, 7)
+    assert session.state is SendState.ENDED
+
+
+def test_an_empty_part_is_complete_with_its_manifest_and_no_other_is() -> None:
+    for plan, complete in (
+        (replace(PLAN, heads=HeadRange(0, 0), page_bytes=0), True),
+        (PLAN, False),
+    ):
+        session = ReceiveSession("r#1", 0, TOKENS)
+        session.follow(plan)
+        if complete:
+            session.end(manifest(session))
+            assert session.state is ReceiveState.COMPLETE
+        else:
+            with pytest.raises(ProtocolError, match=f"{LAYERS} layers incomplete"):
+                session.end(manifest(session))
+            assert session.state is ReceiveState.RESERVED
 
 
 @given(data=st.data(), max_pages=st.integers(1, 12), tokens=st.integers(1, 40))

@@ -443,4 +443,4 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 TestSessionMachine = SessionMachine.TestCase
-TestSessionMachine.settings = settings(max_examples=300)
+TestSessionMachine.settings = settings(SessionMachine.TestCase.settings, max_examples=300)
