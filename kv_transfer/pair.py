@@ -87,6 +87,9 @@ class Pair:
         prefixed = PrefixStore(pair_id, store)
         timeout = timedelta(seconds=timeout_s)
         try:
+            # Both are here before either begins: a group's own patience is shorter than ours.
+            prefixed.set(f"here/{rank}", "yes")
+            prefixed.wait([f"here/{self._peer}"], timeout)
             self._group = (
                 _gloo(prefixed, rank, host, timeout)
                 if self.backend == "gloo"

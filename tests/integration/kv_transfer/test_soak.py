@@ -256,12 +256,16 @@ class _Soak:
             self._router.sockets[0].getsockname()[1], self._number,
         )  # fmt: skip
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its:
-            socket.send_fds(self._nursery, [kv_soak.packet(spec)], [its.fileno()])
         ours.setblocking(False)
-        data = await asyncio.get_running_loop().sock_recv(ours, kv_soak.MAX_PACKET_BYTES)
-        ready = kv_soak.report_in(data)
-        assert isinstance(ready, Ready), ready
+        with contextlib.ExitStack() as failed:
+            failed.enter_context(ours)
+            with its:
+                socket.send_fds(self._nursery, [kv_soak.packet(spec)], [its.fileno()])
+            data = await asyncio.get_running_loop().sock_recv(ours, kv_soak.MAX_PACKET_BYTES)
+            assert data, f"{spec.incarnation} did not start"
+            ready = kv_soak.report_in(data)
+            assert isinstance(ready, Ready), ready
+            failed.pop_all()
         process = _Process(spec, ours, ready, self.wrong)
         process.addresses = tuple(
             [await self._control_link(address) for address in ready.addresses]

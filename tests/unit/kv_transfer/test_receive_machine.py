@@ -1270,6 +1270,17 @@ def test_a_reservation_is_made_again_once_and_only_if_nothing_has_come(
     machine.teardown()
 
 
+def test_a_restarted_prefill_worker_has_no_say_about_what_its_successor_sends() -> None:
+    machine = DecodeMachine()
+    machine.begin(ending="silence", peaceful=False)
+    for incarnation in "ba":
+        machine.reserve("p1", incarnation, 1, 0, 0, welcome=True, too_many=False)
+    machine.peers[0].rank.inbox.append(wire.Fail("r1#1", "restarted"))
+    machine.all_goes_well(3)
+    assert [result.complete for result in machine.client._results] == [True, True]
+    machine.teardown()
+
+
 def test_a_client_that_stops_makes_no_new_pair() -> None:
     """It was asked to give a pair up, which else it would make again, and stops at that moment."""
     machine = DecodeMachine()
