@@ -87,9 +87,6 @@ class Pair:
         prefixed = PrefixStore(pair_id, store)
         timeout = timedelta(seconds=timeout_s)
         try:
-            # Both are here before either begins: a group's own patience is shorter than ours.
-            prefixed.set(f"here/{rank}", "yes")
-            prefixed.wait([f"here/{self._peer}"], timeout)
             self._group = (
                 _gloo(prefixed, rank, host, timeout)
                 if self.backend == "gloo"
@@ -173,6 +170,9 @@ class _GlooGroup:
 
 
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
+    # Both are here before either begins: gloo's own patience is shorter than ours.
+    store.set(f"here/{rank}", "yes")
+    store.wait([f"here/{1 - rank}"], timeout)
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     # It waits five times as long for a first connection; the waits for messages have their own.

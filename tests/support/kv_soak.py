@@ -32,6 +32,7 @@ import zmq
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from kv_transfer import pair, receive, send
+from kv_transfer.errors import PairError
 from kv_transfer.options import TransferOptions
 from kv_transfer.pages import PageView
 from kv_transfer.receive import DecodeClient, Reservation
@@ -490,14 +491,51 @@ class _Routed(Store):
         self._store.wait(keys, *timeout)
 
     def get(self, key: str) -> bytes:
-        """Gloo's blob, with a sockaddr_in in it."""
         blob: bytes = self._store.get(key)
-        port_at = blob.find(socket.inet_aton(PREFILL_HOST)) - 2
-        if port_at < 0:
+        if not (at := _port_at(blob)):
             return blob  # decode's own
-        port = int.from_bytes(blob[port_at : port_at + 2], "big")
+        port = int.from_bytes(blob[at : at + 2], "big")
         link = linked(self._router_port, "data", PREFILL_HOST, port)
-        return blob[:port_at] + link.to_bytes(2, "big") + blob[port_at + 2 :]
+        return blob[:at] + link.to_bytes(2, "big") + blob[at + 2 :]
+
+
+def _port_at(blob: bytes) -> int:
+    """Where in gloo's address, which has a sockaddr_in in it, prefill's port is; 0: nowhere."""
+    return max(0, blob.find(socket.inet_aton(PREFILL_HOST)) - 2)
+
+
+class _NobodyCalls(Store):
+    """A pair's store as if a peer had published its address, from which it is to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: dict[str, bytes] = {}
+        self.port = 0  # of ours
+
+    def set(self, key: str, value: bytes) -> None:
+        self._values[key] = bytes(value)
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:
+        """Everything is there."""
+
+    def get(self, key: str) -> bytes:
+        ours = next(blob for blob in self._values.values() if _port_at(blob))
+        at = _port_at(ours)
+        self.port = int.from_bytes(ours[at : at + 2], "big")
+        return ours.replace(socket.inet_aton(PREFILL_HOST), socket.inet_aton(DECODE_HOST))
+
+
+def give_up_and_be_called() -> None:
+    """What a process does not survive if a call finds what is left of a pair."""
+    store = _NobodyCalls()
+    try:
+        pair.Pair(store, "pair", pair.PREFILL_RANK, torch.device("cpu"), PREFILL_HOST, 0.5)
+    except PairError as error:
+        with contextlib.suppress(OSError):  # refused; or never answered
+            late = socket.create_connection((PREFILL_HOST, store.port), timeout=1)
+            late.sendall(bytes(8))  # gloo's number of the connection
+            late.recv(1)
+        print(error)
 
 
 def linked(router_port: int, kind: str, host: str, port: int) -> int:

@@ -504,6 +504,14 @@ def test_a_peer_that_dies_while_the_pair_is_made_is_given_up_in_time() -> None:
         prefill.join()
 
 
+def test_a_peer_that_calls_after_it_was_given_up_does_no_harm() -> None:
+    """Gloo would put the connection into a pair that is no more: SIGSEGV, of a whole engine."""
+    script = "from tests.support import kv_soak; kv_soak.give_up_and_be_called()"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "Connect timeout" in run.stdout, run.stderr
+    assert run.returncode == 0
+
+
 @pytest.mark.timeout(120 + TRANSFERS * 0.1)
 async def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print(f"BATON_SOAK_SEED={SEED}; the workers' log is in {tmp_path}")

@@ -277,7 +277,7 @@ class PrefillRank:
 
     # as the control socket
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes, _flags: int = 0) -> None:
         message = wire.decode_to_prefill(frame)
         match message:
             case wire.Hello():
@@ -374,8 +374,10 @@ class HeldPeer(receive._Peer):
     thread: Stepped
 
     def _connect(self, stack: contextlib.ExitStack) -> Any:
+        control: Any = self.rank
+        stack.callback(self._goodbye, control)
         pause("start")
-        return self.rank, Monitor(self.rank)
+        return control, Monitor(self.rank)
 
     @property
     def alive(self) -> bool:
@@ -407,7 +409,9 @@ class DecodeMachine(Machine):
         self.fake(
             receive,
             threading=SimpleNamespace(Thread=Stepped, Lock=threading.Lock),
-            zmq=SimpleNamespace(Poller=Poller, POLLIN=zmq.POLLIN),
+            zmq=SimpleNamespace(
+                Poller=Poller, POLLIN=zmq.POLLIN, NOBLOCK=zmq.NOBLOCK, ZMQError=zmq.ZMQError
+            ),
             _Peer=self.make_peer,
             Pair=self.make_pair,
             host_store=lambda *_: SimpleNamespace(port=1),
@@ -684,7 +688,7 @@ class DecodeMachine(Machine):
             self.nothing_is_broken()
             assert not self.held, "neither reported nor under way"
             self.client.stop()
-            assert not [peer for peer in self.peers if peer.alive]
+            assert all(peer.rank.left and not peer.alive for peer in self.peers)
             assert not self.client._peers
         finally:
             self.patch.undo()
