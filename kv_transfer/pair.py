@@ -178,7 +178,12 @@ def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
     # It waits five times as long for a first connection; the waits for messages have their own.
     options._timeout = timeout / 5
     options._threads = 1
-    return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
+    try:
+        return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
+    finally:
+        # If it failed, then the traceback holds this frame, which would hold the device; and a
+        # device that still listens leads a late call to connections that are no more: SIGSEGV.
+        del options
 
 
 def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
