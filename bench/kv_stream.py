@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import random
 import statistics
 import threading
 import time
@@ -98,6 +99,11 @@ class Case:
         """Of all prompts."""
         return self.pairs * self.blocks * self.geometry.num_layers * self.geometry.block_bytes
 
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        """Of a prompt, in a cache that has been in use: in no order."""
+        return tuple(random.Random(0).sample(range(self.blocks), self.blocks))
+
 
 # ---- the prefill process -------------------------------------------------------------------
 
@@ -139,7 +145,7 @@ class PrefillSide:
         """
         case, server = self._case, self._server
         step = max(1, CHUNK_TOKENS // case.pairs)
-        blocks = tuple(range(case.blocks))
+        blocks = case.block_ids
         began_s = time.monotonic()
         for start in range(0, case.tokens, step):
             end = min(case.tokens, start + step)
@@ -164,11 +170,13 @@ class PrefillSide:
         return computed_s - began_s
 
     def raw(self, port: int, pair_ids: list[str]) -> None:
-        """Send as many bytes as the KV has on each pair."""
+        """Send as many bytes as the KV has on each pair, once the other end is there."""
+        messages = [raw_messages(self._case) for _ in pair_ids]
 
         def send(pair: Pair) -> None:
             self._options.bind_this_thread()
-            pump(pair.send, raw_messages(self._case), self._case.staging_buffers)
+            pair.receive(torch.zeros(1)).wait(TIMEOUT_S)
+            pump(pair.send, messages.pop(), self._case.staging_buffers)
 
         with_pairs(self._options, "127.0.0.1", port, pair_ids, PREFILL_RANK, send)
 
@@ -261,15 +269,16 @@ class DecodeSide:
         self._pipe.send(message)
         return self._pipe.recv()
 
-    def reserve(self) -> list[str]:
+    def new_keys(self) -> list[str]:
         """One prompt for each client."""
-        keys = [f"{uuid.uuid4().hex}#1" for _ in self._clients]
-        blocks = tuple(range(self._case.blocks))
+        return [f"{uuid.uuid4().hex}#1" for _ in self._clients]
+
+    def reserve(self, keys: list[str]) -> None:
+        blocks = self._case.block_ids
         for key, client in zip(keys, self._clients, strict=True):
             client.reserve(
                 Reservation(key, key, (self._address,), "p", blocks, 0, self._case.tokens)
             )
-        return keys
 
     def results(self) -> tuple[list[TransferResult], list[float]]:
         """Wait for all, as they come: what the engine's thread sees, and when."""
@@ -288,14 +297,10 @@ class DecodeSide:
 
     def bulk_s(self) -> float:
         """Seconds that the KV of all prompts takes when all of it lies there."""
-        keys = [f"{uuid.uuid4().hex}#1" for _ in self._clients]
+        keys = self.new_keys()
         self.call("prefill", keys, {"work": False})
-        blocks = tuple(range(self._case.blocks))
         began_s = time.monotonic()
-        for key, client in zip(keys, self._clients, strict=True):
-            client.reserve(
-                Reservation(key, key, (self._address,), "p", blocks, 0, self._case.tokens)
-            )
+        self.reserve(keys)
         _, at_s = self.results()
         return at_s[-1] - began_s
 
@@ -305,13 +310,16 @@ class DecodeSide:
         store = host_store("127.0.0.1", TIMEOUT_S)
         pair_ids = [uuid.uuid4().hex for _ in range(case.pairs)]
         self._pipe.send(("raw", store.port, pair_ids))
+        messages = [raw_messages(case) for _ in pair_ids]
+        all_ready = threading.Barrier(case.pairs)
         spans: list[tuple[float, float]] = []
 
         def receive(pair: Pair) -> None:
             self._options.bind_this_thread()
-            messages = raw_messages(case)
+            all_ready.wait(TIMEOUT_S)
             began_s = time.monotonic()
-            pump(pair.receive, messages, case.staging_buffers)
+            pair.send(torch.zeros(1)).wait(TIMEOUT_S)
+            pump(pair.receive, messages.pop(), case.staging_buffers)
             spans.append((began_s, time.monotonic()))
 
         with_pairs(self._options, "127.0.0.1", store.port, pair_ids, DECODE_RANK, receive)
@@ -328,7 +336,7 @@ class DecodeSide:
 def memcpy_s(case: Case) -> float:
     """Seconds in which one thread copies as many bytes, message by message."""
     source = torch.ones(64 * MIB // 8, dtype=torch.int64)
-    target = torch.empty_like(source)
+    target = torch.zeros_like(source).add_(1)  # its pages are there before the clock runs
     words = case.message_bytes // 8
     began_s = time.monotonic()
     done = 0
@@ -356,7 +364,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         seconds = 2 * case.tokens * case.pairs / args.tokens_per_s
         for _ in range(max(3, min(args.rounds, round(args.budget_s / seconds)))):
             plain_s.append(side.call("plain"))
-            keys = side.reserve()
+            side.reserve(keys := side.new_keys())
             side._pipe.send(("prefill", keys, {"work": True}))
             found, at_s = side.results()
             began, computed, sampled = side._pipe.recv()
@@ -396,11 +404,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
-    parser.add_argument("--message-bytes", type=int, default=MIB)
-    parser.add_argument("--staging-buffers", type=int, default=2)
+    parser.add_argument("--message-bytes", type=int, default=2 * MIB)
+    parser.add_argument("--staging-buffers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget-s", type=float, default=30, help="of made-up prefills in a row")
-    parser.add_argument("--tokens-per-s", type=float, default=2000, help="of the made-up prefill")
+    parser.add_argument("--tokens-per-s", type=float, default=1000, help="of the made-up prefill")
     parser.add_argument("--engines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -256,7 +256,7 @@ class KvTransferConfig(_Section):
     """The KV stream from prefill to decode workers."""
 
     message_bytes: Size = Field(
-        default=ByteSize(MIB),
+        default=ByteSize(2 * MIB),
         description="Bytes that one message aims at: layers are grouped up to it. Small ones "
         "cost throughput, big ones delay the first layer.",
     )
@@ -290,8 +290,9 @@ class KvTransferConfig(_Section):
         default=5, description="Seconds without a sign of life until a peer counts as dead."
     )
     staging_buffers: Count = Field(
-        default=2,
-        description="Buffers of message_bytes per pair: one is filled while one is on its way.",
+        default=3,
+        description="Buffers of message_bytes per pair: one is filled while others are on their "
+        "way.",
     )
     max_pending: Count = Field(
         default=1024, description="Transfers announced and not finished, per worker."
