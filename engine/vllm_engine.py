@@ -48,6 +48,7 @@ _FINISH = {
 # A report leaves the engine core in the same message as the first token, so this only bounds a
 # defect.
 _REPORT_TIMEOUT_S = 5.0
+_LAST_WORDS_S = 0.5  # of an engine that has ended already
 
 
 class VllmEngine:
@@ -85,7 +86,7 @@ class VllmEngine:
     async def start(self) -> EngineFacts:
         self._set_environment()
         self._reports = RankReports(self._config.cluster.host)
-        llm = await asyncio.to_thread(self._make_llm, self._reports.endpoint)
+        llm = await asyncio.to_thread(self._make_llm, self._reports)
         self._llm = llm
         addresses: tuple[str, ...] = ()
         if self._pool is Pool.PREFILL:
@@ -115,18 +116,17 @@ class VllmEngine:
             if self._cpu_binding is not None:
                 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_binding
 
-    def _make_llm(self, report_to: str) -> AsyncLLM:
+    def _make_llm(self, reports: RankReports) -> AsyncLLM:
         arguments = engine_arguments(self._config, self._pool, self._model)
-        arguments["kv_transfer_config"] = self._kv_transfer_config(report_to)
+        arguments["kv_transfer_config"] = self._kv_transfer_config(reports.endpoint)
         arguments["worker_extension_cls"] = "kv_transfer.connector.RankCalls"
         try:
             return start_llm(arguments, [self._stats.logger])
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"vLLM refuses the {self._pool} engine: {error}") from error
         except RuntimeError as error:
-            raise ConfigError(
-                f"the {self._pool} engine did not start ({error}); its log says why"
-            ) from error
+            reason = reports.fault(_LAST_WORDS_S) or f"{error}; its log says why"
+            raise ConfigError(f"the {self._pool} engine did not start: {reason}") from error
 
     def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
         config = self._config.kv_transfer
@@ -197,7 +197,7 @@ class VllmEngine:
         return others.keys() - set.intersection(*(set(paired) for paired in ranks))
 
     def must_be_replaced(self) -> str | None:
-        return None if self._reports is None else self._reports.stuck()
+        return None if self._reports is None else self._reports.fault()
 
     async def release(self, key: str) -> None:
         assert self._releaser is not None, "release before start"

@@ -108,11 +108,6 @@ class BatonConnector(KVConnectorBase_V1):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        if len(kv_cache_config.kv_cache_groups) != 1:
-            raise IncompatibleError(
-                "models whose layers need unlike KV caches (hybrid attention) cannot be split yet: "
-                f"{len(kv_cache_config.kv_cache_groups)} KV cache groups"
-            )
         config = vllm_config.kv_transfer_config
         self._scheduler = _SchedulerSide(
             Doorbell(config.kv_connector_extra_config["incarnation"])
@@ -210,6 +205,27 @@ class BatonConnector(KVConnectorBase_V1):
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics:
         return ConnectorMetrics(*args)
+
+
+def full_attention(config: KVCacheConfig) -> FullAttentionSpec:
+    """The one kind of cache that all layers have.
+
+    Layers of sliding attention have it, too, where a model mixes them with full attention: vLLM
+    keeps all their tokens if a connector does not ask for anything else.
+
+    Raises:
+        IncompatibleError: with the sentence that refuses this model.
+    """
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    if [type(spec) for spec in specs] != [FullAttentionSpec]:
+        names = ", ".join(type(spec).__name__ for spec in specs) or "none"
+        raise IncompatibleError(
+            f"this model's KV cache ({names}) cannot be streamed yet, only one FullAttentionSpec "
+            "for all layers"
+        )
+    (spec,) = specs
+    assert isinstance(spec, FullAttentionSpec)
+    return spec
 
 
 def _params(request: Request, kind: str) -> dict[str, Any] | None:
@@ -423,15 +439,25 @@ class _WorkerSide:
         self._tp_rank = 0
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Raises IncompatibleError, after the front end was told why."""
         extra = dict(self._config.kv_connector_extra_config)
         report_to: str = extra.pop("report_to")
-        model: str = extra.pop("model")
+        self._tp_rank = get_tensor_model_parallel_rank()
+        try:
+            self._start(kv_caches, report_to, **extra)
+        except IncompatibleError as error:
+            report(report_to, RankReport(self._tp_rank, fault=str(error)))
+            raise
+
+    def _start(
+        self, kv_caches: dict[str, torch.Tensor], report_to: str, *, model: str, **extra: Any
+    ) -> None:
+        spec = full_attention(self._kv_cache_config)
         # Our parent is not bound to the cores that this rank computes on.
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
-        self._tp_rank = rank = get_tensor_model_parallel_rank()
 
         def on_stuck(reason: str) -> None:
-            report(report_to, RankReport(rank, stuck=reason))
+            report(report_to, RankReport(self._tp_rank, fault=reason))
 
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}
@@ -441,7 +467,7 @@ class _WorkerSide:
         pages = KvPages([kv_caches[name] for name in names], positions)
         # A CPU kernel packs the keys of a block in an order of its own.
         by_token = isa is None or positions is not None
-        geometry = self._geometry(model, cache, len(names), isa, by_token)
+        geometry = self._geometry(model, spec, cache, len(names), isa, by_token)
         if self._config.is_kv_producer:
             self._server = PrefillServer(pages, geometry, options, on_stuck=on_stuck)
             report(report_to, RankReport(self._tp_rank, address=self._server.address))
@@ -458,13 +484,9 @@ class _WorkerSide:
         return isa
 
     def _geometry(
-        self, model: str, cache: torch.Tensor, num_layers: int, isa: str | None, by_token: bool
-    ) -> KvGeometry:
-        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        if type(spec) is not FullAttentionSpec:
-            raise IncompatibleError(
-                f"KV caches of {type(spec).__name__} cannot be streamed yet, full attention only"
-            )
+        self, model: str, spec: FullAttentionSpec, cache: torch.Tensor, num_layers: int,
+        isa: str | None, by_token: bool,
+    ) -> KvGeometry:  # fmt: skip
         _, kv_heads, block_tokens, content = cache.shape
         if block_tokens != spec.block_size or kv_heads != spec.num_kv_heads:
             raise IncompatibleError(

@@ -5,6 +5,9 @@ layout. A ``PageView`` is such a cache as one pair's plan sees it: pages of some
 order on which both sides agree. That order becomes a list of rows, the longest runs that lie
 together in memory, so that one ``index_select`` a layer gathers a message: a whole block is one
 row, single tokens of a packed CPU block are many short ones.
+
+On CPUs NumPy copies the rows: torch would do it with a team of threads for each thread that
+copies, on the cores on which the engine computes, and is slower at most sizes of a row.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import HeadRange, PairPlan, Rectangle
+
+_Rows = npt.NDArray[np.int64]
 
 # By bytes; bits are moved, whatever they mean. torch copies 8-byte floats the fastest.
 _WORDS = {8: torch.float64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -91,6 +98,7 @@ class PageView:
 
     def __init__(self, layers: Sequence[torch.Tensor], elements: torch.Tensor) -> None:
         first = layers[0]
+        self._num_blocks = first.shape[0]
         self._pages_per_block, self.page_elements = elements.shape
         self.device, self.dtype = first.device, first.dtype
         run = _run_length(elements, first.stride(0)) if self.page_elements else 1
@@ -100,12 +108,15 @@ class PageView:
         self._run_words = run * first.element_size() // word_bytes
         block_elements = first[0].numel()
         rows = ((first.shape[0] - 1) * first.stride(0) + block_elements) // run
+        # Rows of one word are a vector, which NumPy copies faster.
+        shape = (rows,) if self._run_words == 1 else (rows, self._run_words)
         self._layers = [
-            layer.as_strided((rows * run,), (1,)).view(word).view(rows, -1) for layer in layers
+            layer.as_strided((rows * run,), (1,)).view(word).view(shape) for layer in layers
         ]
         self._word = word
         self._rows_per_block = first.stride(0) // run
-        self._rows = elements[:, ::run] // run  # [pages of a block, rows of a page]
+        # [pages of a block, rows of a page]
+        self._rows: _Rows = (elements[:, ::run] // run).numpy()
 
     def staging(self, max_pages: int, count: int) -> list[torch.Tensor]:
         """Buffers for messages of at most ``max_pages``."""
@@ -120,28 +131,46 @@ class PageView:
             out: contiguous, 1-D, the cache's dtype and device, exactly as long as the rectangle.
         """
         rows = self._rows_of(area, block_ids)
+        if self.device.type == "cpu":
+            for layer, part in self._parts(area, out):
+                # Unless it may clip, NumPy fills a buffer of its own first; nothing is to clip.
+                np.take(layer.numpy(), rows, axis=0, out=part.numpy(), mode="clip")
+            return
+        index = torch.from_numpy(rows).to(self.device)
         for layer, part in self._parts(area, out):
-            torch.index_select(layer, 0, rows, out=part)
+            torch.index_select(layer, 0, index, out=part)
 
     def scatter(self, area: Rectangle, block_ids: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a message into a request's blocks; arguments as in ``gather``."""
         rows = self._rows_of(area, block_ids)
+        if self.device.type == "cpu":
+            for layer, part in self._parts(area, source):
+                layer.numpy()[rows] = part.numpy()
+            return
+        index = torch.from_numpy(rows).to(self.device)
         for layer, part in self._parts(area, source):
-            layer.index_copy_(0, rows, part)
+            layer.index_copy_(0, index, part)
 
-    def _rows_of(self, area: Rectangle, block_ids: torch.Tensor) -> torch.Tensor:
-        """The rows of one layer that a rectangle covers, in the order of the wire."""
-        pages = torch.arange(area.page_start, area.page_end)
-        blocks = block_ids[pages // self._pages_per_block]
+    def _rows_of(self, area: Rectangle, block_ids: torch.Tensor) -> _Rows:
+        """The rows of one layer that a rectangle covers, in the order of the wire.
+
+        Raises:
+            IndexError: a block is outside of the cache.
+        """
+        pages = np.arange(area.page_start, area.page_end)
+        blocks = block_ids.numpy()[pages // self._pages_per_block]
+        if blocks.max() >= self._num_blocks:
+            raise IndexError(f"block {blocks.max()} of {self._num_blocks}")
         inside = self._rows[pages % self._pages_per_block]
-        return (blocks.unsqueeze(1) * self._rows_per_block + inside).flatten().to(self.device)
+        rows: _Rows = (blocks[:, None] * self._rows_per_block + inside).ravel()
+        return rows
 
     def _parts(
         self, area: Rectangle, buffer: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's rows beside its part of the buffer."""
         layers = self._layers[area.layer_start : area.layer_end]
-        parts = buffer.view(self._word).view(len(layers), -1, self._run_words)
+        parts = buffer.view(self._word).view(len(layers), -1, *layers[0].shape[1:])
         return zip(layers, parts, strict=True)
 
 

@@ -1,6 +1,6 @@
 """What an engine's front end and its own ranks tell each other beside the engine.
 
-rank ▸ front end   the address of its control server; that it must be replaced
+rank ▸ front end   the address of its control server; why it cannot serve
 front end ▸ rank   RELEASE
 """
 
@@ -20,7 +20,7 @@ class RankReport(msgspec.Struct, frozen=True):
 
     rank: int
     address: str = ""
-    stuck: str = ""  # why this process must be replaced
+    fault: str = ""  # why this rank cannot be used, or not any more
 
 
 def report(endpoint: str, message: RankReport) -> None:
@@ -47,7 +47,8 @@ class RankReports:
         self.endpoint = f"tcp://{bound}:{self._pull.bind_to_random_port(f'tcp://{bound}')}"
 
     def addresses(self, ranks: int, timeout_s: float) -> tuple[str, ...]:
-        """The control addresses by rank. Raises KvTransferError if one is missing in time."""
+        """The control addresses by rank. Raises KvTransferError at a fault, or if one is missing
+        in time."""
         found: dict[int, str] = {}
         deadline_s = time.monotonic() + timeout_s
         while len(found) < ranks:
@@ -58,12 +59,17 @@ class RankReports:
                     f"within {timeout_s} s"
                 )
             message = self._next()
+            if message.fault:
+                raise KvTransferError(message.fault)
             found[message.rank] = message.address
         return tuple(found[rank] for rank in range(ranks))
 
-    def stuck(self) -> str | None:
-        """Why a rank must be replaced, if one has said so since the last call."""
-        return self._next().stuck if self._pull.poll(0) else None
+    def fault(self, timeout_s: float = 0) -> str | None:
+        """Why a rank cannot be used, if one has said so since the last call."""
+        while self._pull.poll(int(timeout_s * 1000)):
+            if reason := self._next().fault:
+                return reason
+        return None
 
     def _next(self) -> RankReport:
         return msgspec.msgpack.decode(self._pull.recv(), type=RankReport)

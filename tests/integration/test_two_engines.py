@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -17,11 +18,12 @@ from prometheus_client import REGISTRY
 
 from baton.v1 import inference_pb2 as pb
 from cluster.config import load_config
+from cluster.errors import ConfigError
 from cluster.model import resolve_model
 from cluster.types import Pool
 from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
 from engine.vllm_engine import VllmEngine
-from tests.support.tiny_model import KV_BYTES_PER_TOKEN, make_tiny_model
+from tests.support.tiny_model import KV_BYTES_PER_TOKEN, LAYERS, make_tiny_model
 from tests.support.waiting import until, until_awaited
 
 pytestmark = [
@@ -35,13 +37,15 @@ MAX_TOKENS = 6
 
 @dataclass(frozen=True)
 class Shape:
-    """Tensor parallelism and tokens a block, of prefill and decode."""
+    """Tensor parallelism and tokens a block, of prefill and decode; the model's layers."""
 
     tp: tuple[int, int] = (1, 1)
     block_tokens: tuple[int, int] = (64, 64)
+    layer_types: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "tp{}to{}-block{}to{}".format(*self.tp, *self.block_tokens)
+        name = "tp{}to{}-block{}to{}".format(*self.tp, *self.block_tokens)
+        return "-".join([name, *self.layer_types])
 
 
 SHAPES = [
@@ -49,6 +53,7 @@ SHAPES = [
     Shape(tp=(1, 2)),
     Shape(tp=(2, 1), block_tokens=(32, 128)),
     Shape(block_tokens=(128, 32)),
+    Shape(layer_types=("sliding_attention", "full_attention")),
 ]
 
 
@@ -108,7 +113,9 @@ async def engines(
     shape: Shape = request.param
     environment = dict(os.environ)
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    folder = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    folder = make_tiny_model(
+        tmp_path_factory.mktemp("tiny") / "model", layer_types=shape.layer_types
+    )
     arguments = [
         {"max_num_batched_tokens": 192, "block_size": tokens} for tokens in shape.block_tokens
     ]
@@ -236,3 +243,18 @@ async def test_cancelled_at_any_moment_nothing_stays_held(engines: Engines) -> N
     got, report = await engines.streamed(prompt)
     assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
     assert got == await engines.aggregated(prompt)
+
+
+async def test_a_model_that_cannot_be_streamed_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = make_tiny_model(tmp_path / "model", layer_types=["sliding_attention"] * LAYERS)
+    config = load_config(overrides={"model.path": str(folder), "model.dtype": "float32"})
+    model = resolve_model(config.model, print)
+    engine = VllmEngine(config, Pool.PREFILL, model, "0", "secret", uuid4().hex)
+    try:
+        with pytest.raises(ConfigError, match=r"SlidingWindowSpec\) cannot be streamed"):
+            await engine.start()
+    finally:
+        await engine.stop()

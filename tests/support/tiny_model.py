@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.config import ModelConfig
@@ -17,14 +18,18 @@ LAYERS = 2
 KV_HEADS = 2
 HEAD_DIM = 32
 MAX_MODEL_LEN = 4096  # tokens
+WINDOW = 40  # tokens that a layer of sliding attention sees
 BYTES_PER_VALUE = 4  # float32: batching changes no token
 KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a float32 checkpoint that vLLM and transformers load (50 MB) and return it."""
+def make_tiny_model(folder: Path, *, seed: int = 0, layer_types: Sequence[str] = ()) -> Path:
+    """Write a float32 checkpoint that vLLM and transformers load (50 MB) and return it.
+
+    ``layer_types``: vLLM's names, for each layer; all have full attention unless told.
+    """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -44,6 +49,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
         eos_token_id=2,
         pad_token_id=2,
         dtype=torch.float32,
+        **({"layer_types": [*layer_types], "sliding_window": WINDOW} if layer_types else {}),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import dataclass, replace
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -276,6 +278,39 @@ def test_a_whole_block_travels_as_it_lies() -> None:
         message = move(caches, caches, Rectangle(0, 1, 1, 3), [1, 2, 0])
         lie = caches.storage.view(2, 3, -1)[0, [2, 0]]
         assert torch.equal(message, lie.flatten())
+
+
+def test_a_copy_takes_one_thread() -> None:
+    """torch would use a team for each thread that copies, on the cores of the engine."""
+    caches = KvPages([torch.zeros(512, 8, 16, 128) for _ in range(2)])
+    geometry = geometry_of(8, 1, 16, content=128)
+    view = caches.view(plan_pair(geometry, geometry), geometry.heads)
+    area, block_ids = Rectangle(0, 2, 0, 500), torch.arange(511, 11, -1)
+    (buffer,) = view.staging(1000, 1)
+    threads: list[int] = []
+
+    def copy() -> None:
+        threads.append(psutil.Process().num_threads())
+        view.gather(area, block_ids, buffer)
+        view.scatter(area, block_ids, buffer)
+        threads.append(psutil.Process().num_threads())
+
+    was = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        copier = threading.Thread(target=copy)
+        copier.start()
+        copier.join()
+    finally:
+        torch.set_num_threads(was)
+    before, after = threads
+    assert after == before
+
+
+def test_a_block_outside_of_the_cache_is_an_error() -> None:
+    caches = RankCaches(geometry_of(2, 1, 4), 3)
+    with pytest.raises(IndexError, match="block 3 of 3"):
+        move(caches, caches, Rectangle(0, 1, 0, 2), [2, 3])
 
 
 def test_caches_that_do_not_lie_block_by_block_are_refused() -> None:
