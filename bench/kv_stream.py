@@ -247,6 +247,7 @@ class DecodeSide:
 
     def __init__(self, case: Case) -> None:
         self._case = case
+        torch.set_num_threads(1)  # of memcpy_s; the stream's copies have no more anyway
         self._options = options("d", case.message_bytes, case.staging_buffers)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
