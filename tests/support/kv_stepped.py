@@ -1,0 +1,237 @@
+"""The live ends of the stream, their threads run one step at a time.
+
+The test holds the clock, the network and the threads. A thread goes on when it is told to, and
+stops again where it would wait, speak or copy, so that all else can happen in between: cancels,
+failures of other parts, evictions.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+)
+
+from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.options import TransferOptions
+from kv_transfer.pages import PageView
+
+LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 2, 2, 2, 2, 9
+GEOMETRY = KvGeometry("m", "float32", LAYERS, HEADS, CONTENT, 4, BLOCK_TOKENS, "HNC", True, 1, 0)
+OPTIONS = TransferOptions(
+    host="here",
+    incarnation="d1",
+    token="secret",
+    message_bytes=2 * GEOMETRY.block_bytes,
+    staging_buffers=2,
+    pair_timeout_s=5,
+    reserve_timeout_s=30,
+    prefill_timeout_s=30,
+    transfer_timeout_s=20,
+    pair_idle_s=15,
+    peer_lease_s=30,
+    max_pairs=5,
+    max_pending=3,
+)
+
+
+_PAUSES = 12  # enough for a few messages
+PLACES = ["group", "said", "heard", "wait", "copy", "copy", "copy", "idle"]  # where threads pause
+
+
+index = st.integers(0, 7)  # of a list, modulo its length
+
+
+class Stepped(threading.Thread):
+    """A thread that goes on only when told to, until it pauses or ends."""
+
+    def __init__(
+        self, target: Callable[..., None], args: tuple[Any, ...] = (), name: str = "",
+        daemon: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(target=target, args=args, name=name, daemon=daemon)
+        self.arguments = args
+        self.ended = False
+        self.blocked = False  # until a condition is notified
+        self.place = "start"
+        self._may_go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+
+    def start(self) -> None:
+        """Nothing runs before the first ``go``."""
+
+    def go(self) -> None:
+        if self.ident is None:
+            super().start()
+        self._may_go.release()
+        assert self._stopped.acquire(timeout=10), "a thread waits where it should not"
+
+    def run(self) -> None:
+        self._may_go.acquire()
+        try:
+            super().run()
+        finally:
+            self.ended = True
+            self._stopped.release()
+
+    def pause(self, place: str) -> None:
+        self.place = place
+        self._stopped.release()
+        self._may_go.acquire()
+
+    def is_alive(self) -> bool:
+        return not self.ended
+
+    def join(self, timeout: float | None = None) -> None:
+        for _ in range(10):
+            self.go_to("nowhere")
+
+    def go_to(self, place: str) -> None:
+        """Go on until it pauses there, for a while."""
+        for _ in range(_PAUSES):
+            if self.ended or self.blocked:
+                break
+            self.go()
+            if self.place == place:
+                break
+
+
+def pause(place: str) -> None:
+    thread = threading.current_thread()
+    assert isinstance(thread, Stepped)
+    thread.pause(place)
+
+
+class SteppedCondition:
+    """One whose waiters go on only when notified, and when told to."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._waiters: deque[Stepped] = deque()
+
+    def wait(self) -> None:
+        thread = threading.current_thread()
+        assert isinstance(thread, Stepped)
+        thread.blocked = True
+        self._waiters.append(thread)
+        self._lock.release()
+        try:
+            thread.pause("asleep")
+        finally:
+            self._lock.acquire()
+
+    def notify(self) -> None:
+        if self._waiters:
+            self._waiters.popleft().blocked = False
+
+    def notify_all(self) -> None:
+        while self._waiters:
+            self.notify()
+
+
+class Poller:
+    """Returns at once, with whatever is readable when the thread goes on."""
+
+    def __init__(self) -> None:
+        self._sources: list[Any] = []
+
+    def register(self, source: Any, _flags: int) -> None:
+        self._sources.append(source)
+
+    def poll(self, _timeout_ms: int) -> list[tuple[Any, int]]:
+        pause("idle")
+        return [
+            (source.fileno() if isinstance(source, socket.socket) else source, 1)
+            for source in self._sources
+            if (
+                select.select([source], [], [], 0)[0]
+                if isinstance(source, socket.socket)
+                else source.readable()
+            )
+        ]
+
+
+class AccidentError(Exception):
+    """What no code of ours raises, such as a copy that fails."""
+
+
+def random_caches() -> list[torch.Tensor]:
+    return [torch.randn(BLOCKS, HEADS, BLOCK_TOKENS, CONTENT) for _ in range(LAYERS)]
+
+
+def tokens_of(cache: torch.Tensor, block_ids: tuple[int, ...]) -> torch.Tensor:
+    """``[tokens, heads, content]`` of a request."""
+    return cache[list(block_ids)].transpose(1, 2).flatten(0, 1)
+
+
+class Machine(RuleBasedStateMachine):
+    """An engine's blocks, and what must not happen to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.keys: list[str] = []
+        self.owners: dict[int, str] = {}  # of a block: the key for which the engine holds it
+        self.used: dict[Stepped, str] = {}  # by a thread that copies just now: the blocks of
+        self.broken: list[str] = []
+        self.patch = pytest.MonkeyPatch()
+
+    def fake(self, module: ModuleType, **fakes: object) -> None:
+        for name, fake in fakes.items():
+            self.patch.setattr(module, name, fake)
+        self.patch.setattr(module.logger, "exception", self.log_exception)
+
+    def rank_of_this_thread(self) -> Any:
+        """The other end of the pair for which the calling thread works."""
+        raise NotImplementedError
+
+    def slow(self, copy: Callable[..., None]) -> Callable[..., None]:
+        """Takes its time, during which the blocks must stay with their request."""
+
+        def slow_copy(
+            view: PageView, area: Rectangle, block_ids: torch.Tensor, buffer: torch.Tensor
+        ) -> None:
+            thread = threading.current_thread()
+            assert isinstance(thread, Stepped)
+            per_block = view._pages_per_block
+            pages = slice(area.page_start // per_block, -(-area.page_end // per_block))
+            blocks = block_ids.tolist()[pages]
+            before = {self.owners.get(block) for block in blocks}
+            self.expect(len(before) == 1 and None not in before, "a block that is not held")
+            self.used[thread] = before.pop() or ""
+            try:
+                thread.pause("copy")
+                copy(view, area, block_ids, buffer)
+                if self.rank_of_this_thread().accident:
+                    raise AccidentError
+            finally:
+                owner = self.used.pop(thread)
+                after = {self.owners.get(block) for block in blocks}
+                self.expect(after == {owner}, "a block changed hands while it was copied")
+
+        return slow_copy
+
+    def expect(self, true: bool, what: str) -> None:
+        """An assertion inside the code under test, which would catch and log it."""
+        if not true:
+            self.broken.append("".join(traceback.format_stack()) + what)
+
+    def log_exception(self, *_: object) -> None:
+        if not isinstance(sys.exception(), AccidentError):
+            self.broken.append(traceback.format_exc())
+
+    @invariant()
+    def nothing_is_broken(self) -> None:
+        assert not self.broken, self.broken[0]
