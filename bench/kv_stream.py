@@ -31,6 +31,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class Case:
         """Of all prompts."""
         return self.pairs * self.blocks * self.geometry.num_layers * self.geometry.block_bytes
 
-    @property
+    @cached_property  # not while the clock runs
     def block_ids(self) -> tuple[int, ...]:
         """Of a prompt, in a cache that has been in use: in no order."""
         return tuple(random.Random(0).sample(range(self.blocks), self.blocks))

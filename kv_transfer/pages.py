@@ -24,7 +24,7 @@ from kv_transfer.geometry import HeadRange, PairPlan, Rectangle
 
 _Rows = npt.NDArray[np.int64]
 
-# By bytes; bits are moved, whatever they mean. torch copies 8-byte floats the fastest.
+# By bytes; bits are moved, whatever they mean.
 _WORDS = {8: torch.float64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 

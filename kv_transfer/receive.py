@@ -211,11 +211,12 @@ class DecodeClient:
             return None
         needed = [(addresses[rank], incarnation) for rank in ranks]
         for key in needed:
-            if key not in self._peers and (self._stopping or not self._make_room(set(needed))):
+            if key in self._peers:
+                continue
+            if self._stopping or not self._make_room(set(needed)):
                 return None
-            if key not in self._peers:
-                peer = self._peers[key] = _Peer(self, *key)
-                self._threads = [t for t in self._threads if t.is_alive()] + [peer.thread]
+            peer = self._peers[key] = _Peer(self, *key)
+            self._threads = [t for t in self._threads if t.is_alive()] + [peer.thread]
         return [self._peers[key] for key in needed]
 
     def _make_room(self, keep: set[tuple[str, str]]) -> bool:

@@ -233,8 +233,7 @@ class SendSession:
             or part.ended
             or part.in_flight
             or not (self._finished and self.all_computed)
-            or self._peek(part) is not None
-            or part.messages  # of a chunk whose layers are not all written
+            or self._next(part) is not None  # also of a chunk whose layers are not all written
         ):
             return None
         part.ended = True
@@ -250,15 +249,21 @@ class SendSession:
             self._first_token,
         )
 
-    def _peek(self, part: _Part) -> Rectangle | None:
-        """The next message, if its layers are all written."""
+    def _next(self, part: _Part) -> Rectangle | None:
+        """The next message, written or not."""
         while not part.messages:
             if part.chunks_cut == len(self._chunks):
                 return None
             part.messages.extend(self._cut(part, self._chunks[part.chunks_cut]))
             part.chunks_cut += 1
-        ready = part.messages[0].layer_end <= self._chunks[part.chunks_cut - 1].layers_done
-        return part.messages[0] if ready else None
+        return part.messages[0]
+
+    def _peek(self, part: _Part) -> Rectangle | None:
+        """The next message, if its layers are all written."""
+        area = self._next(part)
+        if area is None or area.layer_end > self._chunks[part.chunks_cut - 1].layers_done:
+            return None
+        return area
 
     def _cut(self, part: _Part, chunk: _Chunk) -> Iterator[Rectangle]:
         """The pages that a chunk completes (and the prompt's last one in any case)."""

@@ -476,13 +476,12 @@ class DecodeWorker(Worker):
                     self._know(number, blocks)
 
 
-class _Routed(Store):
-    """A pair's store as a decode rank sees it: prefill's gloo is at the end of a link."""
+class StoreBehind(Store):
+    """Another store, seen through this one."""
 
-    def __init__(self, store: Store, router_port: int) -> None:
+    def __init__(self, store: Store) -> None:
         super().__init__()
         self._store = store
-        self._router_port = router_port
 
     def set(self, key: str, value: bytes) -> None:
         self._store.set(key, value)
@@ -491,7 +490,19 @@ class _Routed(Store):
         self._store.wait(keys, *timeout)
 
     def get(self, key: str) -> bytes:
-        blob: bytes = self._store.get(key)
+        value: bytes = self._store.get(key)
+        return value
+
+
+class _Routed(StoreBehind):
+    """A pair's store as a decode rank sees it: prefill's gloo is at the end of a link."""
+
+    def __init__(self, store: Store, router_port: int) -> None:
+        super().__init__(store)
+        self._router_port = router_port
+
+    def get(self, key: str) -> bytes:
+        blob = super().get(key)
         if not (at := _port_at(blob)):
             return blob  # decode's own
         port = int.from_bytes(blob[at : at + 2], "big")

@@ -20,10 +20,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-)
+from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from kv_transfer.geometry import KvGeometry, Rectangle
 from kv_transfer.options import TransferOptions

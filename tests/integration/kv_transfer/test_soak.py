@@ -22,7 +22,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
@@ -50,6 +49,7 @@ from tests.support.kv_soak import (
     Reserve,
     Result,
     Spec,
+    StoreBehind,
     Wrong,
 )
 from tests.support.tcp_proxy import Link, time_passes
@@ -461,18 +461,8 @@ async def _settled(soak: _Soak) -> None:
         await process.as_at_first()
 
 
-class _DiesBeforeItConnects(Store):
+class _DiesBeforeItConnects(StoreBehind):
     """A pair's store for an end that publishes its address, and is gone when it should call."""
-
-    def __init__(self, store: Store) -> None:
-        super().__init__()
-        self._store = store
-
-    def set(self, key: str, value: bytes) -> None:
-        self._store.set(key, value)
-
-    def wait(self, keys: list[str], *timeout: timedelta) -> None:
-        self._store.wait(keys, *timeout)
 
     def get(self, key: str) -> bytes:
         raise PairError(f"dead before it could read {key}")

@@ -12,12 +12,7 @@ import torch
 import zmq
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from kv_transfer import send, wire
 from kv_transfer.errors import PairError
