@@ -1,7 +1,8 @@
 """A whole cluster on this machine: the hand-off, and what the router adds to the first token.
 
 hand-off      P's first token -> D's second token at the router, minus one decode step (the median
-              gap between later tokens of the same stream).
+              gap between later tokens of the same stream). "tail" is the part of it until D has
+              all KV: what follows is D's first step, less a later one.
 router adds   the first token's time at a client of the router, minus the same at a client that
               calls the prefill worker itself; both in turns, on prompts of the same length that no
               cache knows. "alone": one token, so that no KV is streamed; "streamed": with the
@@ -36,7 +37,7 @@ def fresh_prompt(tokens: int, rng: random.Random) -> list[int]:
 def hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> None:
     """One request at a time; the phases are the router's own."""
     rng = random.Random(tokens)
-    handoff_ms, ttft_ms, step_ms = [], [], []
+    handoff_ms, tail_ms, ttft_ms, step_ms = [], [], [], []
     for index in range(rounds + 1):
         answer = client.complete(
             token_ids=fresh_prompt(tokens, rng), temperature=0, max_tokens=24, ignore_eos=True
@@ -47,12 +48,14 @@ def hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> 
         if index > 0:  # the first one makes the pair
             one_step_ms = phases.decode_ms / (len(answer.token_ids) - 2)
             handoff_ms.append(phases.handoff_ms - one_step_ms)
+            tail_ms.append(phases.kv.tail_ms)
             ttft_ms.append(phases.ttft_ms)
             step_ms.append(one_step_ms)
     report.add(
         measurement="hand-off",
         tokens=tokens,
         **summary("handoff", handoff_ms),
+        **summary("tail", tail_ms),
         **summary("ttft", ttft_ms),
         **summary("decode_step", step_ms),
     )
@@ -111,6 +114,7 @@ def main() -> None:
         overrides={"cluster.name": "bench", "router.port": 0, "model.max_model_len": 4096}
     )
     with Progress(sys.stderr) as progress, Cluster(config, progress.step) as cluster:
+        progress.done()
         (prefill,) = [worker for worker in cluster.workers() if worker.pool is Pool.PREFILL]
         with baton.Client(cluster.address, timeout_s=120) as client:
             for tokens in (32, 540, 1690):
