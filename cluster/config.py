@@ -168,7 +168,14 @@ class RouterConfig(_Section):
         "slower, and disturbs their other streams. never: such requests are refused.",
     )
     max_attempts: Count = Field(
-        default=2, description="Dispatches of one request, the first included."
+        default=4,
+        description="Dispatches of one request, the first included; ends one that kills its "
+        "workers. Those that a worker refuses, for it is full or drains, do not count.",
+    )
+    failover_timeout_s: Seconds = Field(
+        default=60,
+        description="Seconds that a request whose worker was lost waits for another one; longer "
+        "than a worker takes to start.",
     )
     stream_buffer_responses: Count = Field(
         default=64, description="Responses held for a client that reads slower than we decode."
@@ -226,6 +233,11 @@ class PoolConfig(_Section):
     )
     engine_kind: Literal["vllm", "fake"] = Field(
         default="vllm", description="fake: a deterministic engine without a model, for tests."
+    )
+    progress_timeout_s: Seconds = Field(
+        default=30,
+        description="Seconds without a step until an engine that has requests counts as hung and "
+        "is replaced; longer than its longest step.",
     )
     shutdown_grace_s: Seconds = Field(
         default=5, description="Seconds for a stopping worker's requests to end."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
@@ -21,9 +19,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         self._engine = engine
         self._intake = intake
 
-    async def Decode(
-        self, request: worker_pb2.DecodeRequest, context: _Context
-    ) -> AsyncIterator[worker_pb2.DecodeResponse]:
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
         """Stream the tokens of one attempt as the engine makes them."""
         async with errors_to_status(context, request.key.request_id):
             key = engine_key(request.key)
@@ -31,7 +27,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
                 outputs = self._engine.generate(_engine_request(key, request))
                 async with closing(outputs):  # a call that ends early aborts the request
                     async for output in outputs:
-                        yield _response(output)
+                        await context.write(_response(output))
 
 
 def _engine_request(key: str, request: worker_pb2.DecodeRequest) -> EngineRequest:
@@ -46,6 +42,7 @@ def _engine_request(key: str, request: worker_pb2.DecodeRequest) -> EngineReques
         token_ids=tuple(request.token_ids),
         sampling=request.sampling,
         kv=receive if request.HasField("kv_source") else None,
+        tokens_so_far=request.tokens_so_far,
     )
 
 

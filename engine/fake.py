@@ -55,6 +55,8 @@ class FakeEngine:
     Args:
         sleep: waits for so many seconds.
         clock: seconds on any monotonic scale.
+        fetch: waits for a request's KV; False if it will not come, which costs a prefill.
+            Default: it comes after ``transfer_ms``.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class FakeEngine:
         size: FakeSize | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
+        fetch: Callable[[EngineRequest], Awaitable[bool]] | None = None,
     ) -> None:
         self._max_model_len = config.model.max_model_len or MAX_MODEL_LEN
         self._pool = pool
@@ -73,6 +76,7 @@ class FakeEngine:
         self._size = size or FakeSize()
         self._sleep = sleep
         self._clock = clock
+        self._fetch = fetch or self._fetch_all
         self._kv = _KvBlocks(self._size.kv_blocks)
         self._prefill_turn = asyncio.Lock()  # one prompt at a time, in order of arrival
         self._held: dict[str, asyncio.Future[None]] = {}  # key -> end of its blocks
@@ -101,7 +105,7 @@ class FakeEngine:
         """See ``Engine``."""
         length = len(request.token_ids)
         sampling = request.sampling
-        check_prompt(length, self._max_model_len)
+        check_prompt(request, self._max_model_len)
         room = self._max_model_len - length
         wanted = min(sampling.max_tokens if sampling.HasField("max_tokens") else room, room)
         blocks = -(-(length + wanted) // self._size.kv_block_tokens)
@@ -109,9 +113,11 @@ class FakeEngine:
         await self._take_blocks(blocks, length)
         hold = False
         try:
-            report, first_s = await self._prompt(request)
+            kv, first_s = await self._prompt(request)
+            report: inference_pb2.KvReport | None = kv
             state = _hash(request.token_ids)
-            seeded = isinstance(request.kv, KvReceive) and request.kv.first_token
+            received = kv.outcome == inference_pb2.KV_OUTCOME_TRANSFERRED
+            seeded = received and isinstance(request.kv, KvReceive) and request.kv.first_token
             for index in range(wanted):
                 self._check()
                 token = _token(state)
@@ -191,12 +197,11 @@ class FakeEngine:
             self._queued_tokens -= tokens
         self._running += 1
 
-    async def _prompt(self, request: EngineRequest) -> tuple[inference_pb2.KvReport | None, float]:
+    async def _prompt(self, request: EngineRequest) -> tuple[inference_pb2.KvReport, float]:
         """Compute or receive the prompt's KV. Returns the report and the first step's time."""
         tokens = len(request.token_ids)
-        if isinstance(request.kv, KvReceive):
-            first_s = self._clock()
-            await self._sleep(self._latency.transfer_ms / 1000)
+        began_s = self._clock()
+        if isinstance(request.kv, KvReceive) and await self._fetch(request):
             received = tokens if request.kv.first_token else tokens - 1
             report = inference_pb2.KvReport(
                 outcome=inference_pb2.KV_OUTCOME_TRANSFERRED,
@@ -208,14 +213,21 @@ class FakeEngine:
                 transfer_ms=self._latency.transfer_ms,
                 computed_tokens=1,
             )
-            return report, first_s
+            return report, began_s
         async with self._prefill_turn:
             first_s = self._clock()
             await self._sleep(tokens * self._latency.prefill_ms_per_token / 1000)
         report = inference_pb2.KvReport(
-            outcome=inference_pb2.KV_OUTCOME_LOCAL, computed_tokens=tokens
+            outcome=inference_pb2.KV_OUTCOME_RECOMPUTED
+            if isinstance(request.kv, KvReceive)
+            else inference_pb2.KV_OUTCOME_LOCAL,
+            computed_tokens=tokens,
         )
         return report, first_s
+
+    async def _fetch_all(self, _request: EngineRequest) -> bool:
+        await self._sleep(self._latency.transfer_ms / 1000)
+        return True
 
     def _hold(self, key: str, blocks: int) -> None:
         """Keep blocks as long as a transfer takes, or until they are released."""

@@ -46,6 +46,7 @@ class EngineRequest:
     token_ids: tuple[int, ...]
     sampling: inference_pb2.SamplingParams  # validated by the router
     kv: KvSend | KvReceive | None
+    tokens_so_far: int = 0  # at the end of token_ids: output of earlier attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,15 @@ class Engine(Protocol):
         """Abort what runs and end all processes of the engine. Idempotent."""
 
 
-def check_prompt(tokens: int, max_model_len: int) -> None:
-    """Raises InvalidArgumentError unless a prompt of so many tokens leaves room for one more."""
+def check_prompt(request: EngineRequest, max_model_len: int) -> None:
+    """Raises InvalidArgumentError unless there is a prompt, and room for one token more."""
+    tokens = len(request.token_ids)
     if not 1 <= tokens < max_model_len:
         raise InvalidArgumentError(
             f"the prompt has {tokens} tokens, the model takes 1 to {max_model_len - 1}",
             reason="PROMPT_TOO_LONG" if tokens else "EMPTY_PROMPT",
+        )
+    if not 0 <= request.tokens_so_far < tokens:
+        raise InvalidArgumentError(
+            f"{request.tokens_so_far} of {tokens} tokens cannot be output so far"
         )

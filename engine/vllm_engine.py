@@ -29,6 +29,7 @@ from cluster.config import Config
 from cluster.errors import ConfigError, InternalError, InvalidArgumentError, WorkerLostError
 from cluster.model import ResolvedModel
 from cluster.types import Pool, WorkerLoad
+from engine.progress import ProgressWatch
 from engine.protocol import (
     EngineFacts,
     EngineOutput,
@@ -37,6 +38,7 @@ from engine.protocol import (
     KvSend,
     check_prompt,
 )
+from engine.vllm_sampling import LOGITS_PROCESSOR, continued
 from kv_transfer.release import RankReports, Releaser
 from kv_transfer.vllm_metrics import ReceiveReport
 
@@ -80,7 +82,8 @@ class VllmEngine:
         self._reports: RankReports | None = None
         self._releaser: Releaser | None = None
         self._prewarmed: set[str] = set()  # incarnations
-        self._stats = _Stats()
+        self._progress = ProgressWatch(self._pool_config.progress_timeout_s)
+        self._stats = _Stats(self._progress)
         self._queued_tokens: dict[str, int] = {}
 
     async def start(self) -> EngineFacts:
@@ -147,7 +150,7 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         llm = self._running()
-        check_prompt(len(request.token_ids), self._max_model_len)
+        check_prompt(request, self._max_model_len)
         # vLLM refuses an id that it knows already; a key may come again after a cancel.
         engine_id = f"{request.key}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
@@ -161,17 +164,18 @@ class VllmEngine:
                 _sampling_params(request),
                 engine_id,
             )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    first = self._queued_tokens.pop(request.key, None) is not None
-                    kv = None
-                    if first:
-                        received = await _await_report(report, request.key)
-                        index = received.first_index if received is not None else 0
-                        kv = _kv_report(request, received, output)
-                    result = _engine_output(request, output, index, kv, first=first)
-                    index += len(result.token_ids)
-                    yield result
+            with self._progress.request():
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        first = self._queued_tokens.pop(request.key, None) is not None
+                        kv = None
+                        if first:
+                            received = await _await_report(report, request.key)
+                            index = received.first_index if received is not None else 0
+                            kv = _kv_report(request, received, output)
+                        result = _engine_output(request, output, index, kv, first=first)
+                        index += len(result.token_ids)
+                        yield result
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
         except (VLLMClientError, ValueError) as error:
@@ -218,6 +222,7 @@ class VllmEngine:
             await self._running().check_health()
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
+        self._progress.check()
 
     async def stop(self) -> None:
         llm, self._llm = self._llm, None
@@ -262,6 +267,7 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
             # The class, for vLLM takes the word "uni" for "mp" on CPUs: an engine core and a rank
             # that spin for each other, on cores that the other pool computes on.
             arguments["distributed_executor_backend"] = UniProcExecutor
+        arguments["logits_processors"] = [LOGITS_PROCESSOR]
         # About a second of CPU a step: a short prompt need not wait for a whole long one.
         arguments["long_prefill_token_threshold"] = 512
     return arguments | pool_config.engine
@@ -285,7 +291,8 @@ def start_llm(
 class _Stats:
     """What vLLM's statistics say: the load, and how receives ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: ProgressWatch) -> None:
+        self._progress = progress
         self.waiting = 0
         self.running = 0
         self.blocks_total = 0
@@ -320,6 +327,7 @@ class _Stats:
         return Recorder()
 
     def record(self, scheduler_stats: Any) -> None:
+        self._progress.step()  # vLLM sends them with each step, an empty one too
         self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         self.running = scheduler_stats.num_running_reqs
         self._usage = scheduler_stats.kv_cache_usage
@@ -347,12 +355,15 @@ def _sampling_params(request: EngineRequest) -> SamplingParams:
     given.pop("stop", None)
     given["stop_token_ids"] = list(given.get("stop_token_ids", ()))
     given.setdefault("max_tokens", None)
-    return SamplingParams(
+    params = SamplingParams(
         **given,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": params} if (params := _kv_params(request)) else None,
+        extra_args={"kv_transfer_params": kv} if (kv := _kv_params(request)) else None,
     )
+    if torch.cuda.is_available():
+        return params  # vLLM's V2 model runner
+    return continued(params, len(request.token_ids) - request.tokens_so_far, request.tokens_so_far)
 
 
 def _kv_params(request: EngineRequest) -> dict[str, Any] | None:

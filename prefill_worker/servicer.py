@@ -61,6 +61,7 @@ def _engine_request(key: str, request: worker_pb2.PrefillRequest) -> EngineReque
         token_ids=tuple(request.token_ids),
         sampling=sampling,
         kv=KvSend(first_token=request.first_token) if request.transfer else None,
+        tokens_so_far=request.tokens_so_far,
     )
 
 

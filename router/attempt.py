@@ -50,6 +50,7 @@ class AttemptPlan:
 
     key: worker_pb2.TransferKey
     token_ids: tuple[int, ...]  # prompt and the tokens so far
+    tokens_so_far: int
     sampling: inference_pb2.SamplingParams  # max_tokens: what is still to come
     placement: Placement
     forwards: bool  # the prefill worker's token goes to the application
@@ -146,19 +147,23 @@ class Attempt:
             AttemptFailedError: it has not, and another attempt may help.
             BatonError: it has not, and none will.
         """
+        calls: list[PrefillCall | DecodeCall] = []
         readers: list[asyncio.Task[None]] = []
         if prefill is not None and self._prefill is not None:
             call = prefill.prefill(self._prefill_request(), self._plan.timeout_s)
+            calls.append(call)
             readers.append(asyncio.create_task(self._read_prefill(call, self._prefill)))
         if decode is not None and self._decode is not None:
             stream = decode.decode(self._decode_request(), self._plan.timeout_s)
+            calls.append(stream)
             readers.append(asyncio.create_task(self._read_decode(stream, self._decode)))
         try:
             while not await self._step(await self._events.get(), emit):
                 pass
         finally:
-            for reader in readers:
-                reader.cancel()
+            # Here, for a reader that is cancelled before its first step does nothing at all.
+            for each in (*calls, *readers):
+                each.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
     async def _step(self, event: _Event, emit: Emit) -> bool:
@@ -224,7 +229,6 @@ class Attempt:
         except Exception as err:  # noqa: BLE001 - without an event, the request would hang
             event = _Failed(worker, self._defect(worker, err))
         finally:
-            call.cancel()
             self._on_prefilled()
         await self._events.put(event)
 
@@ -244,8 +248,6 @@ class Attempt:
             error = from_rpc_error(err, worker.id)
         except Exception as err:  # noqa: BLE001 - without an event, the request would hang
             error = self._defect(worker, err)
-        finally:
-            call.cancel()
         await self._events.put(_Failed(worker, error))
 
     async def _until_first_token_known(self) -> None:
@@ -266,6 +268,7 @@ class Attempt:
             sampling=self._plan.sampling,
             transfer=self._decode is not None,
             first_token=self._plan.forwards,
+            tokens_so_far=self._plan.tokens_so_far,
         )
 
     def _decode_request(self) -> worker_pb2.DecodeRequest:
@@ -282,6 +285,7 @@ class Attempt:
             token_ids=self._plan.token_ids,
             sampling=self._plan.sampling,
             kv_source=source,
+            tokens_so_far=self._plan.tokens_so_far,
         )
 
     @property

@@ -1,8 +1,9 @@
 """Whether the prefill worker's first token may go to the application at once. Pure.
 
 The decode worker then continues from prompt + token as if both had been the prompt. That is
-wrong where sampling carries state from one token to the next, or where the decode engine
-must have produced the token itself; then it recomputes the last prompt token.
+wrong where sampling must know which tokens are output, or where the decode engine must have
+produced the token itself; then it recomputes the last prompt token. A seed is no such case:
+its noise is a function of the token's position.
 """
 
 from __future__ import annotations
@@ -20,12 +21,8 @@ class FirstTokenRule:
 
 def first_token_rule(sampling: inference_pb2.SamplingParams) -> FirstTokenRule:
     """The rule for one request. A first token that ends the request is seen only later."""
-    if sampling.HasField("seed"):
-        return FirstTokenRule(False, "seed: the random state lives in one engine")
     if sampling.presence_penalty or sampling.frequency_penalty:
         return FirstTokenRule(False, "penalties count output tokens, not prompt tokens")
-    if sampling.HasField("repetition_penalty") and sampling.repetition_penalty != 1:
-        return FirstTokenRule(False, "repetition_penalty counts output tokens")
     if sampling.HasField("logprobs"):
         return FirstTokenRule(False, "logprobs come from the engine that continues")
     if sampling.min_tokens:

@@ -142,7 +142,7 @@ def test_a_cold_prefix_shared_by_prompts_at_once(
     "sampling",
     [
         baton.SamplingParams(logprobs=2),
-        baton.SamplingParams(repetition_penalty=1.2),
+        baton.SamplingParams(presence_penalty=1.2),
         baton.SamplingParams(min_tokens=5),
     ],
     ids=["logprobs", "penalty", "min_tokens"],

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -32,7 +33,7 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-MAX_TOKENS = 6
+GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,29 @@ class Engines:
     block_tokens: tuple[int, int]
 
     async def read(
-        self, engine: VllmEngine, key: str, prompt: list[int], kv: KvSend | KvReceive | None
+        self,
+        engine: VllmEngine,
+        key: str,
+        prompt: list[int],
+        kv: KvSend | KvReceive | None,
+        sampling: pb.SamplingParams = GREEDY,
+        so_far: int = 0,
     ) -> list[EngineOutput]:
-        sampling = pb.SamplingParams(
-            temperature=0,
-            max_tokens=1 if isinstance(kv, KvSend) else MAX_TOKENS,
-            ignore_eos=True,
-        )
-        request = EngineRequest(key, tuple(prompt), sampling, kv)
+        wanted = pb.SamplingParams()
+        wanted.CopyFrom(sampling)
+        if isinstance(kv, KvSend):
+            wanted.max_tokens = 1
+        request = EngineRequest(key, tuple(prompt), wanted, kv, so_far)
         return [output async for output in engine.generate(request)]
 
-    async def streamed(self, prompt: list[int]) -> tuple[list[int], pb.KvReport]:
+    async def streamed(
+        self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
+    ) -> tuple[list[int], pb.KvReport]:
         """All tokens, the first one from prefill, and what decode says of the transfer."""
         key = f"{uuid4().hex}#1"
         sent, received = await asyncio.gather(
-            self.read(self.prefill, key, prompt, KvSend(True)),
-            self.read(self.decode, key, prompt, self.receive),
+            self.read(self.prefill, key, prompt, KvSend(True), sampling, so_far),
+            self.read(self.decode, key, prompt, self.receive, sampling, so_far),
         )
         report = received[0].kv
         assert report is not None
@@ -90,9 +98,12 @@ class Engines:
             tokens = [*sent[0].token_ids, *tokens]
         return tokens, report
 
-    async def aggregated(self, prompt: list[int]) -> list[int]:
+    async def aggregated(
+        self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
+    ) -> list[int]:
         """The same from the prefill engine alone."""
-        outputs = await self.read(self.prefill, f"{uuid4().hex}#1", prompt, None)
+        key = f"{uuid4().hex}#1"
+        outputs = await self.read(self.prefill, key, prompt, None, sampling, so_far)
         return [token for output in outputs for token in output.token_ids]
 
     async def all_free(self) -> None:
@@ -213,6 +224,31 @@ async def test_a_transfer_that_fails_is_recomputed_to_the_same_tokens(engines: E
     assert received[0].kv.outcome == pb.KV_OUTCOME_RECOMPUTED
     tokens = [token for output in received for token in output.token_ids]
     assert tokens == await engines.aggregated(prompt)
+    await engines.all_free()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"seed": 7},
+        {"seed": -3, "top_k": 900, "presence_penalty": 1.5, "repetition_penalty": 1.2},
+    ],
+    ids=["seed", "seed and penalties"],
+)
+async def test_an_answer_goes_on_where_another_engine_stopped(
+    engines: Engines, sampling: dict[str, Any]
+) -> None:
+    """Prefill's first token, decode's and a third party's make one answer."""
+    params = pb.SamplingParams(max_tokens=20, ignore_eos=True, **sampling)
+    prompt = random_prompt(90, 9)
+    whole = await engines.aggregated(prompt, params)
+    assert (await engines.streamed(prompt, params))[0] == whole
+    for cut in (1, 12):
+        params.max_tokens = 20 - cut
+        rest = await engines.aggregated(prompt + whole[:cut], params, so_far=cut)
+        assert whole[:cut] + rest == whole
+        unaware = await engines.aggregated(prompt + whole[:cut], params)
+        assert unaware != rest, "or this test could not fail"
     await engines.all_free()
 
 

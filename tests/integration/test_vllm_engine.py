@@ -122,6 +122,7 @@ async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
 
     def started(config: Any, **_: object) -> str:
         seen["executor"] = config.parallel_config.distributed_executor_backend
+        seen["v2"] = config.use_v2_model_runner
         seen.update(
             {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_CPU_AFFINITY")}
         )
@@ -133,5 +134,6 @@ async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
     config = Config()
     arguments = engine_arguments(config, Pool.PREFILL, resolve_model(config.model, print))
     assert start_llm(arguments) == "llm"
+    assert not seen.pop("v2"), "engine.vllm_sampling is for V1"
     assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
     assert "GOMP_CPU_AFFINITY" not in os.environ, "for that engine's process only"

@@ -78,6 +78,7 @@ class Setup:
         plan = AttemptPlan(
             key=worker_pb2.TransferKey(request_id="r", attempt=1),
             token_ids=(1, 2, 3),
+            tokens_so_far=0,
             sampling=inference_pb2.SamplingParams(max_tokens=TOKENS),
             placement=Placement(self.decode_worker, self.prefill_worker, "", PlacementState()),
             forwards=True,

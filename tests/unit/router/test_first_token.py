@@ -15,10 +15,10 @@ from router.first_token import first_token_rule
         ({"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}, True),
         ({"stop": ["x"], "stop_token_ids": [1], "ignore_eos": True, "max_tokens": 9}, True),
         ({"repetition_penalty": 1.0, "presence_penalty": 0, "min_tokens": 0}, True),
-        ({"seed": 0}, False),
+        ({"seed": 0}, True),
         ({"presence_penalty": 0.1}, False),
         ({"frequency_penalty": -0.1}, False),
-        ({"repetition_penalty": 1.1}, False),
+        ({"repetition_penalty": 1.1}, True),  # of prompt and output alike
         ({"logprobs": 0}, False),
         ({"min_tokens": 1}, False),
     ],

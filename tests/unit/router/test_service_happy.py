@@ -106,10 +106,8 @@ async def test_decode_may_be_faster_than_the_prefill_answer() -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        {"seed": 1},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -0.5},
-        {"repetition_penalty": 1.1},
         {"min_tokens": 2},
         {"logprobs": 0},
     ],
