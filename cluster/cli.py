@@ -89,6 +89,16 @@ def _scale(options: argparse.Namespace) -> int:
     return 0
 
 
+def _drain(options: argparse.Namespace) -> int:
+    from cluster.drain import drain
+    from cluster.progress import Progress
+
+    with Progress(sys.stdout) as progress:
+        drain(_running(_load(options)), options.worker, progress.step)
+    _say(f"{options.worker} has left; another worker starts in its place")
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     from cluster.cli_client import generate
 
@@ -169,6 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument(
         "targets", nargs="+", type=_target, metavar="POOL=N", help="such as prefill=2"
     )
+
+    drain = _command(commands, "drain", _drain, "have one worker leave, for another one")
+    drain.add_argument("worker", metavar="WORKER", help="its id, as baton status shows it")
 
     generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")
     generate.add_argument("prompt", help="the text; - reads it from standard input")

@@ -5,6 +5,7 @@ after ``lease_s`` when it doesn't, so nobody has to notice a death to route arou
 
     baton:{cluster}:worker:{id}   JSON of the record, expires after lease_s
     baton:{cluster}:workers       set of ids, so that listing needs no scan of all keys
+    baton:{cluster}:drain:{id}    there if the worker is to leave; read once, by the worker
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ _INDEX_LEASES = 100
 class Registry(Protocol):
     """All methods but ``close`` raise UnavailableError when the store does not answer."""
 
-    async def put(self, record: WorkerRecord) -> None:
-        """Take or renew the lease of ``record.id``."""
+    async def put(self, record: WorkerRecord) -> bool:
+        """Take or renew the lease of ``record.id``. True if it is asked to drain, once."""
+
+    async def ask_to_drain(self, worker_id: str) -> None:
+        """Ask a worker to leave. An unknown id is not an error."""
 
     async def remove(self, worker_id: str) -> None:
         """End a lease. An unknown id is not an error."""
@@ -52,14 +56,23 @@ class RedisRegistry:
         self._client = RedisClient(url, socket_timeout_s=socket_timeout_s)
         self._prefix = f"baton:{cluster}:worker:"
         self._index = f"baton:{cluster}:workers"
+        self._drain = f"baton:{cluster}:drain:"
         self._lease_ms = round(lease_s * 1000)
 
-    async def put(self, record: WorkerRecord) -> None:
+    async def put(self, record: WorkerRecord) -> bool:
         """See ``Registry``."""
-        await self._client.execute(
+        *_, asked = await self._client.execute(
             ("SET", self._prefix + record.id, msgspec.json.encode(record), "PX", self._lease_ms),
             ("SADD", self._index, record.id),
             ("PEXPIRE", self._index, self._lease_ms * _INDEX_LEASES),
+            ("GETDEL", self._drain + record.id),
+        )
+        return asked is not None
+
+    async def ask_to_drain(self, worker_id: str) -> None:
+        """See ``Registry``."""
+        await self._client.execute(
+            ("SET", self._drain + worker_id, 1, "PX", self._lease_ms * _INDEX_LEASES)
         )
 
     async def remove(self, worker_id: str) -> None:
@@ -98,12 +111,21 @@ class MemoryRegistry:
         self._lease_s = lease_s
         self._clock = clock
         self._leases: dict[str, tuple[float, WorkerRecord]] = {}  # id -> end of lease, record
+        self._to_drain: set[str] = set()
         self.available = True  # False: every call fails, as when the store went away
 
-    async def put(self, record: WorkerRecord) -> None:
+    async def put(self, record: WorkerRecord) -> bool:
         """See ``Registry``."""
         self._check()
         self._leases[record.id] = (self._clock() + self._lease_s, record)
+        asked = record.id in self._to_drain
+        self._to_drain.discard(record.id)
+        return asked
+
+    async def ask_to_drain(self, worker_id: str) -> None:
+        """See ``Registry``."""
+        self._check()
+        self._to_drain.add(worker_id)
 
     async def remove(self, worker_id: str) -> None:
         """See ``Registry``."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from cluster.registry import RedisRegistry
 from cluster.run_dir import ClusterState
@@ -27,18 +28,25 @@ def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
     """Raises UnavailableError if the registry does not answer."""
 
     async def read() -> tuple[WorkerRecord, ...]:
-        registry = RedisRegistry(
-            state.redis_url,
-            cluster=state.name,
-            lease_s=state.lease_s,
-            socket_timeout_s=state.socket_timeout_s,
-        )
-        try:
+        async with open_registry(state) as registry:
             return await registry.list()
-        finally:
-            await registry.close()
 
     return asyncio.run(read())
+
+
+@asynccontextmanager
+async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
+    """The registry of a cluster that runs, for the block."""
+    registry = RedisRegistry(
+        state.redis_url,
+        cluster=state.name,
+        lease_s=state.lease_s,
+        socket_timeout_s=state.socket_timeout_s,
+    )
+    try:
+        yield registry
+    finally:
+        await registry.close()
 
 
 def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:

@@ -1,14 +1,15 @@
-"""Counts what one worker has in flight, and refuses what is too much, double or too late."""
+"""What one worker has in flight: refuses what is too much, double or too late, and moves out."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cluster.errors import AlreadyExistsError, CapacityError, UnavailableError
 
-WORKER_DRAINING = "WORKER_DRAINING"  # reason of a refusal: nothing was done, try another worker
+WORKER_DRAINING = "WORKER_DRAINING"  # reason: this worker leaves, go on at another one
 
 _RETRY_AFTER_S = 0.1  # about as long as a request takes to make room
 
@@ -22,42 +23,57 @@ class Intake:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._keys: set[str] = set()
+        self._tasks: dict[str, asyncio.Task[Any] | None] = {}  # by key; None: was moved out
         self._open = True
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
     def admit(self, key: str) -> Iterator[None]:
-        """Hold a place for the request ``key``.
+        """Hold a place for the request ``key``, which the current task serves.
 
         Raises:
-            UnavailableError: the worker drains.
+            UnavailableError: the worker drains; at the end of the block if it was moved out.
             AlreadyExistsError: ``key`` is in flight.
             CapacityError: all places are taken.
         """
         if not self._open:
-            raise UnavailableError("this worker is shutting down", reason=WORKER_DRAINING)
-        if key in self._keys:
+            raise _leaves()
+        if key in self._tasks:
             raise AlreadyExistsError(f"the attempt {key} is in flight on this worker")
-        if len(self._keys) >= self._limit:
+        if len(self._tasks) >= self._limit:
             raise CapacityError(
                 f"this worker has {self._limit} requests in flight already",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._keys.add(key)
+        self._tasks[key] = asyncio.current_task()
         self._idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            if self._tasks[key] is not None:
+                raise
+            raise _leaves() from None
         finally:
-            self._keys.remove(key)
-            if not self._keys:
+            del self._tasks[key]
+            if not self._tasks:
                 self._idle.set()
 
     def close(self) -> None:
         """Admit nothing more."""
         self._open = False
 
+    def move_out(self) -> None:
+        """End what is in flight; whoever asked for it goes on at another worker."""
+        for key, task in self._tasks.items():
+            if task is not None:
+                self._tasks[key] = None
+                task.cancel()
+
     async def drained(self) -> None:
         """Return when nothing is in flight."""
         await self._idle.wait()
+
+
+def _leaves() -> UnavailableError:
+    return UnavailableError("this worker is shutting down", reason=WORKER_DRAINING)

@@ -3,7 +3,7 @@
     start: engine ▸ gRPC server ▸ lease STARTING ▸ KV pairs with the other pool ▸ lease READY
            (the router sends work from here on)
     stop:  lease DRAINING ▸ routers have seen it ▸ nothing new ▸ what runs has ended and held KV
-           was fetched, or the grace is over ▸ server ▸ engine
+           was fetched, or the grace is over and what runs moves to other workers ▸ server ▸ engine
 
 Knows neither Ray nor a pool's protocol: the pool passes in what it serves.
 """
@@ -161,13 +161,18 @@ class WorkerReplica:
 
         A registry that is away is no reason: running requests do not need it.
         """
-        if self._stopped is None and (reason := self._engine.must_be_replaced()) is not None:
-            _log.error("%s drains, to be replaced: %s", self._id, reason)
-            grace_s = self._config.pool(self._pool).shutdown_grace_s
-            self._stopped = asyncio.create_task(self._stop(grace_s))
+        if (reason := self._engine.must_be_replaced()) is not None:
+            self._leave(reason)
         await self._engine.check_health()
         if self._lease is None or (self._lease.done() and self._stopped is None):
             raise WorkerLostError(f"{self._id} does not renew its lease")
+
+    def _leave(self, reason: str) -> None:
+        """Drain and end, for Serve to start another worker in this one's place."""
+        if self._stopped is None:
+            _log.error("%s drains, to be replaced: %s", self._id, reason)
+            grace_s = self._config.pool(self._pool).shutdown_grace_s
+            self._stopped = asyncio.create_task(self._stop(grace_s))
 
     async def stop(self, grace_s: float) -> None:
         """Drain for at most ``grace_s``, then end everything. Later calls wait for the first."""
@@ -263,7 +268,8 @@ class WorkerReplica:
 
     async def _renew(self) -> None:
         assert self._record is not None
-        await self._registry.put(replace(self._record, load=self._engine.load()))
+        if await self._registry.put(replace(self._record, load=self._engine.load())):
+            self._leave("somebody asked for it")
 
     async def _stop(self, grace_s: float) -> None:
         try:
@@ -275,6 +281,10 @@ class WorkerReplica:
         except TimeoutError:
             self._intake.close()
             _log.warning("%s: not all requests and KV transfers ended in %.1f s", self._id, grace_s)
+            self._intake.move_out()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CANCEL_GRACE_S):
+                    await self._intake.drained()
         await self._end()
 
     async def _end(self) -> None:

@@ -1,9 +1,7 @@
 """A request's way through the workers: attempts, failover, and what is left behind.
 
-Every attempt sends prompt + tokens so far, so a retry, a failover and a first try are the
-same act. What a new attempt cannot restore: the random state of a seed, and which of the
-tokens penalties count as output; such a request goes on, with other tokens than it would
-have had.
+Every attempt sends prompt + tokens so far, and where the one ends and the others begin, so a
+retry, a failover and a first try are the same act. docs/failure.md says what is exact.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -25,7 +23,6 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.types import WorkerRecord
-from engine.intake import WORKER_DRAINING
 from router.assemble import TokenBatch
 from router.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
 from router.book import PlacementBook
@@ -39,6 +36,7 @@ from router.placement import (
     WorkerKey,
     worker_key,
 )
+from router.retry import Retries, RetryLimits
 from router.validate import TokenRequest
 from router.worker_client import WorkerClient
 from router.workers import Workers
@@ -52,7 +50,7 @@ RETRYABLE = (UnavailableError, CapacityError, InternalError)
 class DispatchSettings:
     model: str
     local_prefill: LocalPrefill
-    max_attempts: int
+    retries: RetryLimits
     buffer_responses: int
     release_timeout_s: float
     max_releases: int  # under way at a time; the prefill worker's own timeout covers the rest
@@ -80,8 +78,6 @@ class Progress:
     phases: PhaseClock
     token_ids: list[int] = field(default_factory=list)
     attempts: int = 0
-    refusals: int = 0  # attempts among them that a draining worker turned away
-    excluded: set[WorkerKey] = field(default_factory=set)
     prefill_id: str = ""
     decode_id: str = ""
     attempt: Attempt | None = None  # the latest
@@ -128,29 +124,32 @@ class Dispatcher:
         Raises:
             BatonError: it ended without a finish reason.
         """
+        retries = Retries(self._settings.retries)
         facts = PlacementFacts(
             self._settings.model, progress.remaining_tokens, self._settings.local_prefill
         )
-        failure: BatonError | None = None
-        # A refusal costs nothing, and no worker's comes twice: it is excluded from then on.
-        while progress.attempts - progress.refusals < self._settings.max_attempts:
-            try:
-                placement = self._book.place(self._workers.snapshot, facts)
-            except UnavailableError as err:
-                raise failure or err from None  # what happened first says more
+        while True:
+            placement = await self._place(facts, retries)
+            progress.attempts += 1
             try:
                 await self._attempt(progress, placement, emit)
                 return
             except AttemptFailedError as err:
-                failure = _with_retry_hint(err.error)
-                if not isinstance(failure, RETRYABLE):
-                    raise failure from err
-                facts = self._note_failure(progress, placement, err)
-            if progress.remaining_tokens == 0:
-                await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
-                return
-        assert failure is not None
-        raise failure
+                if progress.remaining_tokens == 0:
+                    await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
+                    return
+                facts = self._note_failure(progress, placement, err, retries)
+
+    async def _place(self, facts: PlacementFacts, retries: Retries) -> Placement:
+        """Choose workers. A request that has lost some waits for others; a new one does not."""
+        while True:
+            facts = replace(facts, excluded=retries.excluded(self._clock()))
+            try:
+                return self._book.place(self._workers.snapshot, facts)
+            except UnavailableError:
+                if retries.last is None:
+                    raise
+            await asyncio.sleep(retries.wait_s(self._clock()))
 
     async def close(self) -> None:
         """Wait for releases under way; each is bounded by its timeout."""
@@ -202,7 +201,6 @@ class Dispatcher:
         timeout_s = progress.deadline_s - self._clock()
         if timeout_s <= 0:
             raise DeadlineError("the deadline passed before the request was dispatched")
-        progress.attempts += 1
         progress.prefill_id = placement.prefill.id if placement.prefill else ""
         progress.decode_id = placement.decode.id if placement.decode else ""
         sampling = progress.sampling()
@@ -213,6 +211,7 @@ class Dispatcher:
         return AttemptPlan(
             key=worker_pb2.TransferKey(request_id=progress.transfer_id, attempt=progress.attempts),
             token_ids=(*progress.request.prompt, *progress.token_ids),
+            tokens_so_far=len(progress.token_ids),
             sampling=sampling,
             placement=placement,
             forwards=forwards,
@@ -222,18 +221,35 @@ class Dispatcher:
         )
 
     def _note_failure(
-        self, progress: Progress, placement: Placement, failed: AttemptFailedError
+        self,
+        progress: Progress,
+        placement: Placement,
+        failed: AttemptFailedError,
+        retries: Retries,
     ) -> PlacementFacts:
         """What the next attempt must mind. Slower is better than an error: whatever the
-        configuration says, it may prefill on the decode worker if no other way is left."""
+        configuration says, it may prefill on the decode worker if no other way is left.
+
+        Raises:
+            BatonError: there is no next attempt.
+        """
+        error = _with_retry_hint(failed.error)
+        if not isinstance(error, RETRYABLE):
+            raise error from failed
+        worker = worker_key(failed.failed) if failed.failed is not None else None
+        retries.failed(
+            error,
+            worker,
+            attempts=progress.attempts,
+            tokens=len(progress.token_ids),
+            now_s=self._clock(),
+        )
         self.counters.failovers += 1
         local_prefill: LocalPrefill = "fallback"
         preferred: WorkerKey | None = None
-        if failed.failed is not None:
-            progress.refusals += failed.error.reason == WORKER_DRAINING
-            progress.excluded.add(worker_key(failed.failed))
-            if isinstance(failed.error, UnavailableError):
-                self._book.suspect(worker_key(failed.failed))
+        if worker is not None:
+            if isinstance(error, UnavailableError):
+                self._book.suspect(worker)
         elif placement.decode is not None:
             self.counters.first_tokens_differed += 1
             local_prefill = "always"
@@ -243,14 +259,13 @@ class Dispatcher:
             progress.request.request_id,
             progress.attempts,
             len(progress.token_ids),
-            failed.error.message,
+            error.message,
         )
         return PlacementFacts(
             self._settings.model,
             progress.remaining_tokens,
             local_prefill,
-            frozenset(progress.excluded),
-            preferred,
+            preferred_decode=preferred,
         )
 
     def _count_start(self, plan: AttemptPlan) -> None:

@@ -19,6 +19,7 @@ from router.book import PlacementBook
 from router.dispatch import DispatchCounters, Dispatcher, DispatchSettings
 from router.inference import InferenceServicer
 from router.placement import worker_key
+from router.retry import RetryLimits
 from router.text import TextCodec, load_text_codec
 from router.workers import WorkerList, Workers, WorkersSettings
 
@@ -166,7 +167,9 @@ class RouterServer:
         return DispatchSettings(
             model=model,
             local_prefill=router.local_prefill,
-            max_attempts=router.max_attempts,
+            retries=RetryLimits(
+                router.max_attempts, router.failover_timeout_s, self._config.redis.lease_s
+            ),
             buffer_responses=router.stream_buffer_responses,
             release_timeout_s=router.worker_connect_timeout_s,
             max_releases=router.max_concurrent,

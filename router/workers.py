@@ -49,6 +49,7 @@ class Workers:
     Args:
         clock: monotonic time, seconds.
         on_snapshot: called after each successful look.
+        connect: makes the client of one worker process.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Workers:
         settings: WorkersSettings,
         clock: Callable[[], float],
         on_snapshot: Callable[[tuple[WorkerRecord, ...]], None],
+        connect: Callable[[WorkerRecord], WorkerClient] | None = None,
     ) -> None:
         self._registry = registry
         self._settings = settings
         self._clock = clock
         self._on_snapshot = on_snapshot
+        self._connect = connect or self._connect_grpc
         self._connections: dict[WorkerKey, _Connection] = {}
         self._missing_since_s: dict[WorkerKey, float] = {}
         self._registry_failed = False
@@ -125,12 +128,7 @@ class Workers:
         key = worker_key(record)
         connection = self._connections.get(key)
         if connection is None:
-            client = WorkerClient(
-                record.address,
-                connect_timeout_s=self._settings.connect_timeout_s,
-                max_message_bytes=self._settings.max_message_bytes,
-            )
-            connection = self._connections[key] = _Connection(client)
+            connection = self._connections[key] = _Connection(self._connect(record))
         connection.users += 1
         connection.watchers.add(on_lost)
         try:
@@ -138,6 +136,13 @@ class Workers:
         finally:
             connection.users -= 1
             connection.watchers.discard(on_lost)
+
+    def _connect_grpc(self, record: WorkerRecord) -> WorkerClient:
+        return WorkerClient(
+            record.address,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
 
     def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:
         """Workers of the last snapshot that a restarted registry need not know yet."""

@@ -96,6 +96,10 @@ async def test_put_list_remove(registry: RedisRegistry) -> None:
     await rules.check_put_list_remove(registry)
 
 
+async def test_asked_to_drain_once(registry: RedisRegistry) -> None:
+    await rules.check_asked_to_drain_once(registry)
+
+
 async def test_renewal_replaces(registry: RedisRegistry) -> None:
     await rules.check_renewal_replaces(registry)
 

@@ -345,6 +345,36 @@ def test_a_killed_router_comes_back_to_its_port(cluster: Running) -> None:
     cluster.wait(serves)
 
 
+def test_drain_moves_streams_to_another_worker_and_replaces_this_one(cluster: Running) -> None:
+    before = cluster.ids("decode")
+    with cluster.client() as client:
+        streams = [
+            client.generate(token_ids=[*PROMPT, seed], max_tokens=2000, temperature=0.0)
+            for seed in range(4)
+        ]
+        for stream in streams:
+            next(stream)
+        (leaving, *_) = sorted(before)
+        done = cluster.cli("drain", leaving)  # its grace is shorter than the streams
+        assert done.returncode == 0, done.stderr
+        assert f"{leaving} has left" in done.stdout
+        moved = 0
+        for seed, stream in enumerate(streams):
+            responses = list(stream)
+            tokens = [token for response in responses for token in response.token_ids]
+            assert tuple(tokens) == next_tokens([*PROMPT, seed], 2000)[1:]
+            assert responses[-1].phases is not None
+            moved += responses[-1].phases.attempts == 2
+        assert moved == 2, "of four streams on two workers"
+    cluster.wait(lambda: len(cluster.ids("decode")) == 2 and leaving not in cluster.ids("decode"))
+
+
+def test_drain_names_the_workers_there_are(cluster: Running) -> None:
+    done = cluster.cli("drain", "decode-0")
+    assert done.returncode == 1
+    assert all(worker["id"] in done.stderr for worker in cluster.workers())
+
+
 def test_scale_down_drains_the_worker_that_leaves(cluster: Running) -> None:
     with cluster.client() as client:
         streams = [

@@ -42,6 +42,13 @@ async def check_renewal_replaces(registry: Registry) -> None:
     assert await registry.list() == (busy,)
 
 
+async def check_asked_to_drain_once(registry: Registry) -> None:
+    await registry.ask_to_drain(DECODE.id)
+    assert not await registry.put(PREFILL)
+    assert await registry.put(DECODE)
+    assert not await registry.put(DECODE)
+
+
 async def check_a_removed_worker_can_come_back(registry: Registry) -> None:
     await registry.put(DECODE)
     await registry.remove(DECODE.id)

@@ -75,7 +75,12 @@ class RouterHarness:
         self.decode = list(decode)
         self.config = Config.model_validate(
             {
-                "router": {"port": 0, "registry_poll_s": 0.01, **(router or {})},
+                "router": {
+                    "port": 0,
+                    "registry_poll_s": 0.01,
+                    "failover_timeout_s": 0.01,  # waiting is tested in virtual time
+                    **(router or {}),
+                },
                 "redis": dict(redis or {}),
             }
         )

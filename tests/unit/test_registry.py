@@ -34,6 +34,10 @@ async def test_put_list_remove(registry: MemoryRegistry) -> None:
     await rules.check_put_list_remove(registry)
 
 
+async def test_asked_to_drain_once(registry: MemoryRegistry) -> None:
+    await rules.check_asked_to_drain_once(registry)
+
+
 async def test_renewal_replaces(registry: MemoryRegistry) -> None:
     await rules.check_renewal_replaces(registry)
 

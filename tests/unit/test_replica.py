@@ -47,10 +47,10 @@ class WatchedRegistry(MemoryRegistry):
         super().__init__(lease_s=NEVER_S)
         self.draining = asyncio.Event()
 
-    async def put(self, record: WorkerRecord) -> None:
-        await super().put(record)
+    async def put(self, record: WorkerRecord) -> bool:
         if record.state is WorkerState.DRAINING:
             self.draining.set()
+        return await super().put(record)
 
 
 class Setup:

@@ -21,6 +21,7 @@ from engine.fake import FakeEngine, FakeLatency, FakeSize, next_tokens
 from engine.intake import Intake
 from engine.protocol import EngineOutput, EngineRequest
 from prefill_worker.servicer import PrefillServicer
+from tests.support.waiting import until
 
 PROMPT = [5, 6, 7]
 HOUR = FakeLatency(decode_step_ms=3_600_000, transfer_ms=3_600_000)
@@ -188,6 +189,20 @@ async def test_a_draining_worker_takes_nothing_new_and_finishes_the_rest() -> No
         assert late.reason == "WORKER_DRAINING"
         rest = [response async for response in call]
         assert rest[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
+        await worker.until_idle()
+
+
+async def test_what_is_moved_out_ends_as_on_a_worker_that_drains() -> None:
+    async with serving(HOUR) as worker:
+        decode = aiter(worker.decode.Decode(decode_request("a")))
+        assert (await anext(decode)).token_ids
+        unread = worker.decode.Decode(decode_request("b"))
+        await until(lambda: worker.engine.load().running == 2, what="both run")
+        worker.intake.move_out()
+        for call in (decode, unread):
+            error = await failure(call)
+            assert isinstance(error, UnavailableError)
+            assert error.reason == "WORKER_DRAINING"
         await worker.until_idle()
 
 

@@ -120,6 +120,7 @@ async def test_a_lost_decode_worker_is_replaced_without_a_seam(tokens: int) -> N
     delivered = 1 + tokens
     assert list(again.token_ids) == [*PROMPT, *answer_tokens(PROMPT, delivered)]
     assert again.sampling.max_tokens == 8 - delivered
+    assert again.tokens_so_far == delivered
 
 
 async def test_min_tokens_shrinks_with_the_tokens_so_far() -> None:

@@ -1,0 +1,440 @@
+"""A router and its workers in virtual time: everything of ours but sockets, Redis and vLLM.
+
+The router's and the workers' own classes run, with the fake engine and ``MemoryRegistry``. In the
+place of gRPC's connections stand ``SimCall``s, which delay, lose and break as those do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from baton.v1 import inference_pb2, worker_pb2
+from cluster.config import Config
+from cluster.registry import MemoryRegistry
+from cluster.types import Pool, WorkerRecord, WorkerState
+from decode_worker.servicer import DecodeServicer
+from engine.fake import FakeEngine, FakeLatency, FakeSize
+from engine.intake import Intake
+from engine.protocol import EngineRequest, KvReceive
+from prefill_worker.servicer import PrefillServicer
+from router.admission import AdmissionLimits
+from router.book import PlacementBook
+from router.dispatch import Dispatcher, DispatchSettings
+from router.inference import InferenceServicer
+from router.placement import worker_key
+from router.retry import RetryLimits
+from router.workers import Workers, WorkersSettings
+from tests.support.router_harness import make_codec
+from tests.support.virtual_time import elapse
+
+LEASE_S = 3.0
+RENEW_S = 1.0
+POLL_S = 0.25
+CONTEXT_TOKENS = 64
+KV_BLOCKS = 64
+UNREAD = 4  # messages on the way that a sender need not wait for
+SETTLE_S = 100.0  # after the faults: longer than every bound in here
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
+class _ServerContext:
+    """The worker's side of one call."""
+
+    def __init__(self, call: SimCall) -> None:
+        self._call = call
+
+    async def write(self, message: Any) -> None:
+        await self._call.send(message)
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: Any = ()) -> None:
+        await self._call.send_status(code, details, metadata)
+        raise grpc.aio.AbortError
+
+
+class SimCall:
+    """One call on one worker; what ``grpc.aio`` gives the caller, as far as we use it."""
+
+    def __init__(
+        self,
+        worker: SimWorker,
+        handle: Callable[[Any], Awaitable[Any]],
+        timeout_s: float,
+    ) -> None:
+        self._worker = worker
+        self._handle = handle
+        self._messages: deque[Any] = deque()
+        self._error: grpc.aio.AioRpcError | None = None
+        self._ended = False
+        self._changed = asyncio.Event()
+        worker.calls.add(self)
+        loop = asyncio.get_running_loop()
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
+        self._deadline = loop.call_later(timeout_s, self.break_, code, "deadline")
+        self._server = asyncio.create_task(self._serve())
+
+    def cancel(self) -> None:
+        """By the caller."""
+        self._end()
+        self._server.cancel()
+
+    def break_(self, code: grpc.StatusCode, details: str) -> None:
+        """The connection is gone, and with it some of what was on the way."""
+        for _ in range(self._worker.rng.randrange(len(self._messages) + 1)):
+            self._messages.pop()
+        self._fail(code, details)
+        self._server.cancel()
+
+    async def send_status(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
+        await self._worker.link()
+        self._fail(code, details, metadata)
+
+    def __await__(self) -> Any:
+        return self._receive().__await__()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (message := await self._receive()) is not None:
+            yield message
+
+    async def _receive(self) -> Any:
+        while not (self._messages or self._ended):
+            self._changed.clear()
+            await self._changed.wait()
+        if self._messages:
+            message = self._messages.popleft()
+            self._changed.set()
+            return message
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def _serve(self) -> None:
+        try:
+            await self._worker.link()
+            if not self._worker.alive:
+                self._fail(UNAVAILABLE, "connection refused")
+                return
+            answer = await self._handle(_ServerContext(self))
+            if answer is not None:  # of a call with one answer
+                await self.send(answer)
+            await self._worker.link()
+            self._end()
+        except grpc.aio.AbortError:
+            pass
+
+    async def send(self, message: Any) -> None:
+        await self._worker.link()
+        while len(self._messages) >= UNREAD:
+            self._changed.clear()
+            await self._changed.wait()
+        self._messages.append(message)
+        self._changed.set()
+
+    def _fail(self, code: grpc.StatusCode, details: str, metadata: Any = ()) -> None:
+        if not self._ended:
+            nothing = grpc.aio.Metadata()
+            trailing = grpc.aio.Metadata(*metadata)
+            self._error = grpc.aio.AioRpcError(code, nothing, trailing, details=details)
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._deadline.cancel()
+        self._worker.calls.discard(self)
+        self._changed.set()
+
+
+class SimWorker:
+    """One worker process; it also is the router's client for itself.
+
+    Args:
+        fetch: see ``SimCluster.fetch``.
+    """
+
+    def __init__(
+        self, name: str, pool: Pool, cluster: SimCluster, latency: FakeLatency, limit: int
+    ) -> None:
+        self.rng = cluster.rng
+        self.pool = pool
+        self.alive = True
+        self.calls: set[SimCall] = set()
+        self.prefilled: set[str] = set()  # keys whose KV a decode worker may fetch
+        self.slow = False
+        self._cluster = cluster
+        self._running = asyncio.Event()  # not stopped by a signal
+        self._running.set()
+        self.engine = FakeEngine(
+            Config(),
+            pool,
+            latency=latency,
+            size=FakeSize(kv_blocks=KV_BLOCKS, kv_block_tokens=4),
+            sleep=self._sleep,
+            clock=cluster.clock,
+            fetch=self._fetch,
+        )
+        self.intake = Intake(limit)
+        self._prefill = PrefillServicer(self.engine, self.intake)
+        self._decode = DecodeServicer(self.engine, self.intake)
+        self.record = WorkerRecord(
+            id=name,
+            pool=pool,
+            state=WorkerState.READY,
+            incarnation=f"{name}'s",
+            address=name,
+            kv_addresses=("tcp://sim",),
+            model=cluster.model,
+            load=self.engine.load(),
+        )
+        self._lease = asyncio.create_task(self._keep_lease())
+
+    async def link(self) -> None:
+        """One message's way; the process may be stopped meanwhile."""
+        await elapse(self.rng.choice((0.0, 0.0, 0.001, 0.3 if self.slow else 0.01)))
+        await self._running.wait()
+
+    async def _sleep(self, seconds: float) -> None:
+        await elapse(seconds)
+        await self._running.wait()
+
+    async def _fetch(self, request: EngineRequest) -> bool:
+        return await self._cluster.fetch(request, self._sleep)
+
+    # What the router calls.
+
+    def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> SimCall:
+        async def handle(context: Any) -> worker_pb2.PrefillResponse:
+            response = await self._prefill.Prefill(request, context)
+            self.prefilled.add(_key(request.key))
+            return response
+
+        return SimCall(self, handle, timeout_s)
+
+    def decode(self, request: worker_pb2.DecodeRequest, timeout_s: float) -> SimCall:
+        return SimCall(self, lambda context: self._decode.Decode(request, context), timeout_s)
+
+    async def release(self, key: worker_pb2.TransferKey, timeout_s: float) -> None:
+        async def handle(context: Any) -> worker_pb2.ReleaseResponse:
+            self.prefilled.discard(_key(key))
+            return await self._prefill.Release(worker_pb2.ReleaseRequest(key=key), context)
+
+        await SimCall(self, handle, timeout_s)
+
+    async def close(self) -> None:
+        """The router's channel; nothing of the worker's."""
+
+    # What faults do.
+
+    def kill(self) -> None:
+        """As ``kill -9``: the connections break, the lease runs out, memory is gone."""
+        self.alive = False
+        self._lease.cancel()
+        self.engine.fail()
+        self._running.set()
+        self.cut()
+
+    def cut(self) -> None:
+        """All connections break; the process lives."""
+        for call in list(self.calls):
+            call.break_(UNAVAILABLE, "connection reset")
+
+    def stop(self) -> None:
+        """As SIGSTOP: connections stay, nothing moves."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        self._running.set()
+
+    async def drain(self, grace_s: float) -> None:
+        """As ``engine.replica.WorkerReplica`` leaves."""
+        self.record = replace(self.record, state=WorkerState.DRAINING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._renew()
+                await elapse(2 * POLL_S)
+                self.intake.close()
+                await self.intake.drained()
+        self.intake.close()
+        self.intake.move_out()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await self.intake.drained()
+        self.alive = False
+        self._lease.cancel()
+        for call in list(self.calls):
+            call.break_(grpc.StatusCode.CANCELLED, "server shut down")
+        with contextlib.suppress(Exception):
+            await self._cluster.registry.remove(self.record.id)
+
+    async def end(self) -> None:
+        self._lease.cancel()
+        await asyncio.gather(self._lease, return_exceptions=True)
+
+    async def _keep_lease(self) -> None:
+        while True:
+            await self._renew()
+            await elapse(RENEW_S)
+
+    async def _renew(self) -> None:
+        await self._running.wait()
+        with contextlib.suppress(Exception):  # the registry is away: the next one
+            await self._cluster.registry.put(replace(self.record, load=self.engine.load()))
+
+
+class SimCluster:
+    """``async with``: one router over workers that ``add`` makes, in a virtual loop.
+
+    Args:
+        limits: the router's admission.
+    """
+
+    def __init__(self, rng: random.Random, limits: AdmissionLimits) -> None:
+        self.rng = rng
+        loop = asyncio.get_running_loop()
+        self.clock = loop.time
+        codec = make_codec(CONTEXT_TOKENS)
+        self.model = codec.model.served_name
+        self.registry = MemoryRegistry(lease_s=LEASE_S, clock=self.clock)
+        self.workers: dict[str, SimWorker] = {}  # those that are gone, too
+        self._numbers = 0
+        self.book = PlacementBook(self.clock, suspect_s=LEASE_S)
+        self._workers = Workers(
+            self.registry,
+            WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20),
+            self.clock,
+            lambda snapshot: self.book.new_snapshot(frozenset(map(worker_key, snapshot))),
+            connect=lambda record: self.workers[record.id],  # type: ignore[arg-type, return-value]
+        )
+        self.dispatcher = Dispatcher(
+            self._workers,
+            self.book,
+            DispatchSettings(
+                model=self.model,
+                local_prefill="never",
+                retries=RetryLimits(max_attempts=50, timeout_s=60, avoid_s=LEASE_S),
+                buffer_responses=8,
+                release_timeout_s=1.0,
+                max_releases=64,
+            ),
+            self.clock,
+        )
+        self.servicer = InferenceServicer(codec, self.dispatcher, limits, 600.0, self.clock)
+
+    async def __aenter__(self) -> Self:
+        await self._workers.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.dispatcher.close()
+        await self._workers.stop()
+        for worker in self.workers.values():
+            await worker.end()
+
+    def add(self, pool: Pool) -> SimWorker:
+        """A new worker, ready at its first lease."""
+        self._numbers += 1
+        name = f"{pool}-{self._numbers}"
+        latency = FakeLatency(
+            prefill_ms_per_token=self.rng.choice((0.1, 2.0)),
+            decode_step_ms=self.rng.choice((0.0, 5.0, 30.0)),
+            transfer_ms=self.rng.choice((0.0, 20.0)),
+        )
+        worker = SimWorker(name, pool, self, latency, limit=self.rng.choice((2, 8)))
+        self.workers[name] = worker
+        return worker
+
+    def living(self, pool: Pool | None = None) -> list[SimWorker]:
+        """Workers that run and take requests."""
+        return [
+            worker
+            for worker in self.workers.values()
+            if worker.alive
+            and worker.record.state is WorkerState.READY
+            and pool in (None, worker.pool)
+        ]
+
+    async def see(self) -> None:
+        """Wait until the router has looked at the registry."""
+        await self._workers.refresh()
+
+    async def fetch(self, request: EngineRequest, wait: Callable[[float], Awaitable[None]]) -> bool:
+        """A decode worker's KV: True once the prefill worker has it, False if that never will."""
+        assert isinstance(request.kv, KvReceive)
+        source = next(
+            worker
+            for worker in self.workers.values()
+            if worker.record.incarnation == request.kv.incarnation
+        )
+        for _ in range(1000):
+            if not source.alive:
+                return False
+            if request.key in source.prefilled:
+                source.prefilled.discard(request.key)
+                return True
+            await wait(0.01)
+        return False
+
+
+def _key(key: worker_pb2.TransferKey) -> str:
+    return f"{key.request_id}#{key.attempt}"
+
+
+class SimClient:
+    """One application request; the router's side of its call, too.
+
+    Args:
+        timeout_s: the request's deadline.
+        write_s: how long the client takes to read one response.
+    """
+
+    def __init__(
+        self, request: inference_pb2.GenerateRequest, clock: Callable[[], float],
+        timeout_s: float, write_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.request = request
+        self._clock = clock
+        self.timeout_s = timeout_s
+        self._write_s = write_s
+        self.responses: list[inference_pb2.GenerateResponse] = []
+        self.statuses: list[tuple[grpc.StatusCode, str]] = []  # how it ended; OK included
+        self.deadline_s = 0.0
+        self.ended_s = 0.0
+
+    async def call(self, servicer: InferenceServicer) -> None:
+        """Until the router has ended the call. Cancel it as a client cancels."""
+        self.deadline_s = self._clock() + self.timeout_s
+        try:
+            await servicer.Generate(self.request, self)  # type: ignore[arg-type]
+            self.statuses.append((grpc.StatusCode.OK, ""))
+        except grpc.aio.AbortError:
+            pass  # its status is there
+        except asyncio.CancelledError:
+            self.statuses.append((grpc.StatusCode.CANCELLED, ""))
+            raise
+        finally:
+            self.ended_s = self._clock()
+
+    def time_remaining(self) -> float:
+        return self.deadline_s - self._clock()
+
+    async def write(self, response: inference_pb2.GenerateResponse) -> None:
+        await elapse(self._write_s)
+        self.responses.append(response)
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: Any = ()) -> None:
+        reason = inference_pb2.ErrorDetail.FromString(dict(metadata)["baton-error-bin"]).reason
+        self.statuses.append((code, reason))
+        raise grpc.aio.AbortError(details)
