@@ -39,6 +39,8 @@ def cluster_environment(
         "VLLM_NO_USAGE_STATS": "1",
         # TMPDIR would make PyTorch compile anew with each start.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
+        # Below it, gRPC logs what strangers send (in their GOAWAY), as they send it.
+        "GRPC_VERBOSITY": "ERROR",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # A late call of one of Serve's threads must not start another Ray after ours ended.

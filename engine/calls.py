@@ -11,15 +11,25 @@ from typing import Any
 import grpc
 
 from baton.v1 import worker_pb2
-from cluster.errors import BatonError, InternalError
+from cluster.errors import BatonError, InternalError, InvalidArgumentError
 from cluster.grpc_status import abort
 from engine.protocol import EngineOutput
 
 _log = logging.getLogger(__name__)
 
+_MAX_ID_CHARS = 256  # the router's are shorter
+
 
 def engine_key(key: worker_pb2.TransferKey) -> str:
-    """The engine's name for one attempt of one request."""
+    """The engine's name for one attempt of one request.
+
+    Raises InvalidArgumentError for an id that is no router's.
+    """
+    if not 1 <= len(key.request_id) <= _MAX_ID_CHARS or not key.request_id.isprintable():
+        raise InvalidArgumentError(
+            f"key.request_id must be 1 to {_MAX_ID_CHARS} printable characters",
+            reason="INVALID_REQUEST_ID",
+        )
     return f"{key.request_id}#{key.attempt}"
 
 
@@ -31,6 +41,8 @@ async def errors_to_status(
 
     A cancelled call passes through: gRPC has told the caller, or was told by it.
     """
+    # One that is refused for its length would not fit into the metadata that says so.
+    request_id = request_id[:_MAX_ID_CHARS]
     try:
         yield
     except BatonError as error:

@@ -446,7 +446,7 @@ class _WorkerSide:
         try:
             self._start(kv_caches, report_to, **extra)
         except IncompatibleError as error:
-            report(report_to, RankReport(self._tp_rank, fault=str(error)))
+            report(report_to, RankReport(extra["token"], self._tp_rank, fault=str(error)))
             raise
 
     def _start(
@@ -457,7 +457,7 @@ class _WorkerSide:
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
 
         def on_stuck(reason: str) -> None:
-            report(report_to, RankReport(self._tp_rank, fault=reason))
+            report(report_to, RankReport(options.token, self._tp_rank, fault=reason))
 
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}
@@ -470,7 +470,8 @@ class _WorkerSide:
         geometry = self._geometry(model, spec, cache, len(names), isa, by_token)
         if self._config.is_kv_producer:
             self._server = PrefillServer(pages, geometry, options, on_stuck=on_stuck)
-            report(report_to, RankReport(self._tp_rank, address=self._server.address))
+            address = self._server.address
+            report(report_to, RankReport(options.token, self._tp_rank, address=address))
         else:
             self._button = DoorbellButton(options.incarnation)
             self._client = DecodeClient(

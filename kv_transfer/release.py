@@ -6,6 +6,8 @@ front end ▸ rank   RELEASE
 
 from __future__ import annotations
 
+import hmac
+import logging
 import time
 
 import msgspec
@@ -14,10 +16,15 @@ import zmq
 from kv_transfer import wire
 from kv_transfer.errors import KvTransferError
 
+logger = logging.getLogger(__name__)
+
+_FRAMES_AT_A_TIME = 64
+
 
 class RankReport(msgspec.Struct, frozen=True):
-    """One of its fields is set."""
+    """Either an address or a fault."""
 
+    token: str  # shared secret of the cluster; a stranger's fault would cost the worker
     rank: int
     address: str = ""
     fault: str = ""  # why this rank cannot be used, or not any more
@@ -37,12 +44,15 @@ class RankReports:
     """Hears the ranks; for one thread at a time.
 
     Opened before the engine is made; ``endpoint`` goes to the ranks in the connector's
-    configuration.
+    configuration. What does not carry ``token`` is dropped.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, token: str) -> None:
+        self._token = token
+        self._dropped = False
         self._pull: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._pull.setsockopt(zmq.IPV6, ":" in host)
+        self._pull.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         bound = f"[{host}]" if ":" in host else host
         self.endpoint = f"tcp://{bound}:{self._pull.bind_to_random_port(f'tcp://{bound}')}"
 
@@ -59,6 +69,8 @@ class RankReports:
                     f"within {timeout_s} s"
                 )
             message = self._next()
+            if message is None or not 0 <= message.rank < ranks:
+                continue
             if message.fault:
                 raise KvTransferError(message.fault)
             found[message.rank] = message.address
@@ -66,13 +78,27 @@ class RankReports:
 
     def fault(self, timeout_s: float = 0) -> str | None:
         """Why a rank cannot be used, if one has said so since the last call."""
-        while self._pull.poll(int(timeout_s * 1000)):
-            if reason := self._next().fault:
-                return reason
+        for _ in range(_FRAMES_AT_A_TIME):  # one who talks without end must not hold us up
+            if not self._pull.poll(int(timeout_s * 1000)):
+                break
+            message = self._next()
+            if message is not None and message.fault:
+                return message.fault
         return None
 
-    def _next(self) -> RankReport:
-        return msgspec.msgpack.decode(self._pull.recv(), type=RankReport)
+    def _next(self) -> RankReport | None:
+        """None: not from one of our ranks."""
+        frames = self._pull.recv_multipart()
+        try:
+            message = msgspec.msgpack.decode(b"".join(frames), type=RankReport)
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            message = None
+        if message is None or not hmac.compare_digest(message.token.encode(), self._token.encode()):
+            if not self._dropped:  # a stranger must not fill the log
+                logger.warning("a report that is not from one of our ranks was dropped")
+            self._dropped = True
+            return None
+        return message
 
     def close(self) -> None:
         self._pull.close(linger=0)

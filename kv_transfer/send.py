@@ -132,7 +132,7 @@ class PrefillServer:
         self._step: list[_Transfer] = []
         self._computed: torch.cuda.Event | None = None  # all layers that were ever advanced
         self._peers: dict[bytes, _Peer] = {}
-        self._closed: list[bytes] = []  # routing ids, newest last
+        self._closed: dict[bytes, str] = {}  # routing id -> incarnation, newest last
         self._senders: list[threading.Thread] = []
         self._bad_frames = 0  # since the last sweep
         self._stopping = False
@@ -324,8 +324,9 @@ class PrefillServer:
             return
         peer.closed = True
         self._peers.pop(peer.routing_id, None)
-        self._closed.append(peer.routing_id)
-        del self._closed[: -self._options.max_pairs]
+        self._closed[peer.routing_id] = peer.hello.incarnation
+        while len(self._closed) > self._options.max_pairs:
+            del self._closed[next(iter(self._closed))]
         for key in list(peer.keys):
             # One part lost, and the others are of no use.
             self._fail(self._transfers[key], reason)
@@ -406,7 +407,7 @@ class PrefillServer:
         peer = self._peers.get(routing_id)
         if peer is None and routing_id in self._closed:  # it crossed our REFUSE
             if isinstance(message, wire.Cancel):
-                self._drop(message.key, "cancelled by the decode worker", None)
+                self._cancel(message.key, self._closed[routing_id], None)
             return
         if peer is None:
             self._outgoing.append((routing_id, wire.Refuse("", "no such pair")))
@@ -418,7 +419,7 @@ class PrefillServer:
             case wire.Reserve():
                 self._on_reserve(peer, message)
             case wire.Cancel():
-                self._drop(message.key, "cancelled by the decode worker", peer)
+                self._cancel(message.key, peer.hello.incarnation, peer)
             case wire.Bye():
                 self._close_peer(peer, "the decode worker closed the pair")
 
@@ -480,14 +481,31 @@ class PrefillServer:
         peer.last_used_s = self._clock()
         if key in self._ended_keys:
             self._post(peer, wire.Fail(key, f"transfer is over: {self._ended_keys[key]}"))
+        elif self._of_another(key, peer.hello.incarnation):
+            self._post(peer, wire.Fail(key, "another decode worker has reserved it"))
         elif (transfer := self._transfers.get(key)) is not None:
             self._reserve(transfer, peer, message.token_start, message.token_end)
+        elif any(waiting.peer is peer for waiting in self._waiting.get(key, ())):
+            raise ProtocolError("RESERVE once more")  # they would wait without bound
         elif key not in self._waiting and len(self._waiting) >= self._options.max_pending:
             self._post(peer, wire.Fail(key, "too many reservations (kv_transfer.max_pending)"))
         else:
             self._waiting.setdefault(key, []).append(
                 _WaitingReservation(peer, message.token_start, message.token_end, self._clock())
             )
+
+    def _of_another(self, key: str, incarnation: str) -> bool:
+        """Whether another decode worker has reserved this. An attempt has one only; a second one
+        is a defect, and must not end what is the first one's."""
+        transfer = self._transfers.get(key)
+        peers = [] if transfer is None else list(transfer.peers.values())
+        peers += [waiting.peer for waiting in self._waiting.get(key, ())]
+        return any(peer.hello.incarnation != incarnation for peer in peers)
+
+    def _cancel(self, key: str, incarnation: str, by: _Peer | None) -> None:
+        if self._of_another(key, incarnation):
+            raise ProtocolError("CANCEL of another decode worker's transfer")
+        self._drop(key, "cancelled by the decode worker", by)
 
     def _drop(self, key: str, reason: str, by: _Peer | None) -> None:
         transfer = self._transfers.get(key)

@@ -12,7 +12,7 @@ posted when its send is.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
+_SHOWN_CHARS = 120  # of what is wrong with a frame
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -34,7 +35,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     backend: str  # "gloo" or "nccl"
     pair_id: str  # prefix of the pair in D's TCPStore
     store_host: str
-    store_port: int
+    store_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # torch takes no other
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
@@ -136,4 +137,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"not a control message: {error}") from error
+        # It quotes what a stranger sent, which may be long, and lines of its own.
+        raise ProtocolError(f"not a control message: {str(error)[:_SHOWN_CHARS]!r}") from error

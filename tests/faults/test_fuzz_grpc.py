@@ -1,0 +1,398 @@
+"""Strangers at the gRPC servers of the router and of the workers.
+
+Whatever they send: their calls end in a status that says whose fault it is, streams of others get
+exactly their tokens, nothing stays open, and the log has no traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from cluster.config import Config
+from cluster.grpc_status import DETAIL_KEY, from_rpc_error
+from cluster.registry import MemoryRegistry
+from cluster.types import Pool
+from decode_worker.servicer import DecodeServicer
+from engine.fake import FakeEngine, FakeLatency, next_tokens
+from engine.intake import Intake
+from engine.protocol import Engine
+from engine.replica import WorkerReplica
+from prefill_worker.servicer import PrefillServicer
+from router.service import SERVICE
+from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
+from tests.support.hostile import (
+    WITHIN_S,
+    OpenFiles,
+    Strangers,
+    another_protocol,
+    damaged,
+    dice,
+    garbage,
+    hostile_call,
+    hostile_text,
+    huge_length,
+    random_frames,
+    scramble,
+    truncated_preface,
+)
+from tests.support.router_harness import RouterHarness, token_ids
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.asyncio
+
+Code = grpc.StatusCode
+TYPED = {
+    Code.OK,
+    Code.INVALID_ARGUMENT,
+    Code.NOT_FOUND,
+    Code.ALREADY_EXISTS,
+    Code.RESOURCE_EXHAUSTED,
+    Code.UNAVAILABLE,
+    Code.DEADLINE_EXCEEDED,
+    Code.CANCELLED,
+}
+CONNECTIONS = 150
+CALLS = 400
+AT_ONCE = 8
+PROMPT = (5, 6, 7)
+LONG = 400  # tokens of the stream that is open all the time
+MAX_LOG_LINES = 10
+CONTEXT_TOKENS = 512
+MAX_MESSAGE_BYTES = 2**20
+HEALTH, REFLECTION = "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"
+
+
+@dataclass
+class Server:
+    """One server under attack, and how a well-behaved caller uses it."""
+
+    port: int
+    good: Callable[[], Awaitable[None]]  # a whole stream; asserts that it is exact
+    open_stream: Callable[[], Any]  # of LONG tokens
+    tokens_of: Callable[[list[Any]], list[int]]
+    right: list[int]  # its LONG tokens
+    services: dict[str, type[Message]]  # full name of each method, and its request
+    at_rest: Callable[[], Awaitable[None]]
+    codes: Counter[Code] = field(default_factory=Counter)
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+@contextlib.asynccontextmanager
+async def router() -> AsyncIterator[Server]:
+    harness = RouterHarness(
+        prefill=[FakePrefill()],
+        decode=[FakeDecode()],
+        context_tokens=CONTEXT_TOKENS,
+        router={"max_message_bytes": MAX_MESSAGE_BYTES},
+    )
+    async with harness:
+
+        async def good() -> None:
+            responses = await harness.generate(PROMPT, max_tokens=12)
+            assert token_ids(responses) == answer_tokens(PROMPT, 12)
+
+        def open_stream() -> Any:
+            ids = inference_pb2.TokenIds(ids=PROMPT)
+            return harness.call(token_ids=ids, sampling={"max_tokens": LONG})
+
+        async def at_rest() -> None:
+            assert harness.server.servicer is not None
+            async with asyncio.timeout(WITHIN_S):
+                await harness.server.servicer.drained()
+            workers = (*harness.prefill, *harness.decode)
+            await until(lambda: not any(w.running for w in workers), what="no worker works")
+
+        services = inference_pb2.DESCRIPTOR.services_by_name
+        yield Server(
+            harness.port, good, open_stream, token_ids, answer_tokens(PROMPT, LONG),
+            _methods(services.values()), at_rest,
+        )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def worker() -> AsyncIterator[Server]:
+    """Both services at one server, as ``WorkerReplica`` sets it up."""
+    config = Config.model_validate(
+        {
+            "model": {"max_model_len": CONTEXT_TOKENS},
+            "router": {"max_message_bytes": MAX_MESSAGE_BYTES, "registry_poll_s": 0.01},
+        }
+    )
+    engine = FakeEngine(config, Pool.DECODE, latency=FakeLatency(0, 0, 20))
+
+    def add(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
+
+    replica = WorkerReplica(
+        config, Pool.DECODE, "m", engine, MemoryRegistry(lease_s=3600), add, incarnation="i"
+    )
+    record = await replica.start()
+    numbers = iter(range(10**6))
+    try:
+        async with grpc.aio.insecure_channel(record.address) as channel:
+            stub: Any = worker_pb2_grpc.DecodeWorkerStub(channel)
+
+            def decode(tokens: int) -> Any:
+                key = worker_pb2.TransferKey(request_id=f"good-{next(numbers)}", attempt=1)
+                sampling = inference_pb2.SamplingParams(max_tokens=tokens)
+                return stub.Decode(
+                    worker_pb2.DecodeRequest(key=key, token_ids=PROMPT, sampling=sampling)
+                )
+
+            async def good() -> None:
+                responses = [response async for response in decode(12)]
+                assert _token_ids(responses) == list(next_tokens(PROMPT, 12))
+
+            async def at_rest() -> None:
+                def idle() -> bool:
+                    load = engine.load()
+                    free = load.kv_blocks_free == load.kv_blocks_total
+                    return free and not load.running and not load.queue_depth
+
+                await until(idle, what="all KV blocks are free and nothing runs")
+
+            services = worker_pb2.DESCRIPTOR.services_by_name
+            yield Server(
+                int(record.address.rpartition(":")[2]), good, lambda: decode(LONG), _token_ids,
+                list(next_tokens(PROMPT, LONG)), _methods(services.values()), at_rest,
+            )  # fmt: skip
+    finally:
+        await replica.stop(1)
+
+
+SERVERS = {"router": router, "worker": worker}
+
+
+def _token_ids(responses: list[Any]) -> list[int]:
+    return [token_id for response in responses for token_id in response.token_ids]
+
+
+def _methods(services: Iterable[Any]) -> dict[str, type[Message]]:
+    return {
+        f"/{method.full_name.rpartition('.')[0]}/{method.name}": method.input_type._concrete_class
+        for service in services
+        for method in service.methods
+    }
+
+
+@contextlib.asynccontextmanager
+async def undisturbed(
+    server: Server, caplog: pytest.LogCaptureFixture, *, but: str = ""
+) -> AsyncIterator[None]:
+    """During the block others are served; after it, all is as it was.
+
+    ``but``: the logger of which nothing is expected.
+    """
+    await server.good()
+    await _warm(server)
+    files = OpenFiles()
+    stream = aiter(server.open_stream())
+    heard = [await anext(stream)]
+    over = asyncio.Event()
+
+    async def others() -> int:
+        count = 0
+        while not over.is_set():
+            await server.good()
+            count += 1
+        return count
+
+    caplog.clear()
+    served = asyncio.create_task(others())
+    try:
+        yield
+    finally:
+        over.set()
+        count = await served
+    assert count > 0
+    heard += [response async for response in stream]
+    assert server.tokens_of(heard) == server.right
+    await server.good()
+    await server.at_rest()
+    await files.until_as_at_first()
+    records = [record for record in caplog.records if record.name != but]
+    assert not [record.getMessage() for record in records if record.exc_info]
+    lines = [record for record in records if record.levelno >= logging.WARNING]
+    assert len(lines) <= MAX_LOG_LINES
+
+
+async def _warm(server: Server) -> None:
+    """What gRPC opens once and keeps."""
+    async with grpc.aio.insecure_channel(server.target) as channel:
+        await _hostile(server, channel, "/x/y", b"", allowed={Code.UNIMPLEMENTED})
+
+
+async def _hostile(
+    server: Server, channel: grpc.aio.Channel, method: str, request: bytes, *,
+    allowed: Iterable[Code] = (), timeout_s: float = WITHIN_S, metadata: Any = None,
+    leave_early: bool = False,
+) -> None:  # fmt: skip
+    """One call; its status must be a typed one, with our detail unless gRPC itself refused it."""
+    unary_stream: Any = channel.unary_stream(method)  # of bytes
+    call = unary_stream(request, timeout=timeout_s, metadata=metadata)
+    code, error = Code.OK, None
+    # Else gRPC itself refuses it, or answers for a service of its own.
+    ours = method in server.services and len(request) <= MAX_MESSAGE_BYTES and not metadata
+    try:
+        async for _ in call:
+            if leave_early:
+                call.cancel()
+    except grpc.aio.AioRpcError as caught:
+        code, error = caught.code(), caught
+    except asyncio.CancelledError:
+        if not call.cancelled():
+            raise
+        code = Code.CANCELLED
+    server.codes[code] += 1
+    what = f"{method} {request[:200]!r}… ended in {code}: {error}"
+    assert code in {*TYPED, *allowed}, what
+    if error is not None and ours:
+        assert DETAIL_KEY in dict(error.trailing_metadata() or ()), what
+        assert from_rpc_error(error, "w").reason.isupper(), what
+
+
+async def _at_once(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """All of them, some at a time."""
+    todo = iter(calls)
+
+    async def some() -> None:
+        for call in todo:
+            await call()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(AT_ONCE):
+            group.create_task(some())
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_bytes_that_are_no_grpc(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    rng = dice(f"bytes {name}")
+    async with SERVERS[name]() as server, undisturbed(server, caplog):
+        method = rng.choice(sorted(server.services))
+        kinds = [
+            garbage, truncated_preface, random_frames, huge_length, hostile_call(method.encode()),
+            another_protocol,
+        ]  # fmt: skip
+        strangers = Strangers("127.0.0.1", server.port, rng)
+        await strangers.storm(kinds, CONNECTIONS)
+        strangers.leave()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_a_path_that_is_no_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """grpcio ends the call, and logs it, before it is ours; from 1.84 on it ends the server."""
+    rng = dice(f"path {name}")
+    async with (
+        SERVERS[name]() as server,
+        undisturbed(server, caplog, but="grpc._cython.cygrpc"),
+    ):
+        strangers = Strangers("127.0.0.1", server.port, rng)
+        await strangers.storm([hostile_call(b"/\xff\xfe/Generate", sound=True)], 3)
+        strangers.leave()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_calls_with_random_messages_methods_and_metadata(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = dice(f"calls {name}")
+
+    async def call(server: Server, channel: grpc.aio.Channel) -> None:
+        ours = sorted(server.services)
+        request = rng.randbytes(rng.choice([0, 1, 5, 100, 10_000]))
+        match rng.choice(["message", "message", "method", "health", "size", "metadata"]):
+            case "message":
+                await _hostile(server, channel, rng.choice(ours), request)
+            case "method":
+                service = rng.choice([SERVICE, "baton.v1.Nothing", hostile_text(rng)[:50]])
+                method = f"/{service}/{rng.choice(['Generate2', '', 'x' * 300])}"
+                method = method.encode("ascii", "replace").decode().replace("\0", "0")
+                method = "".join(char if char.isprintable() else "?" for char in method)
+                await _hostile(server, channel, method, request, allowed={Code.UNIMPLEMENTED})
+            case "health":
+                method = rng.choice([f"/{HEALTH}/Check", f"/{HEALTH}/Watch"])
+                # A service of any name is watched until the deadline.
+                await _hostile(server, channel, method, request, timeout_s=0.2)
+            case "size":
+                await _hostile(server, channel, rng.choice(ours), bytes(MAX_MESSAGE_BYTES + 1))
+            case "metadata":
+                size = rng.choice([10, 7000, 20_000, 100_000])
+                metadata = (("x-bin", rng.randbytes(size)), ("grpc-x", "y" * (size // 20)))
+                await _hostile(server, channel, rng.choice(ours), request, metadata=metadata)
+
+    async with (
+        SERVERS[name]() as server,
+        undisturbed(server, caplog),
+        grpc.aio.insecure_channel(server.target) as channel,
+    ):
+        await _at_once(lambda: call(server, channel) for _ in range(CALLS))
+    print(server.codes)
+    assert server.codes[Code.INVALID_ARGUMENT]
+    assert server.codes[Code.UNIMPLEMENTED]
+    assert server.codes[Code.RESOURCE_EXHAUSTED]
+
+
+def _prompt_of(message: Any) -> Any:
+    return getattr(message.token_ids, "ids", message.token_ids)
+
+
+def _plausible(kind: type[Message], rng: random.Random) -> Message:
+    """A request that would be served."""
+    message = kind()
+    names = message.DESCRIPTOR.fields_by_name
+    if "key" in names:
+        message.key.request_id, message.key.attempt = f"r{rng.getrandbits(60)}", 1  # type: ignore[attr-defined]
+    if "token_ids" in names:
+        _prompt_of(message).extend(rng.randrange(200) for _ in range(rng.choice([1, 3, 100])))
+    if "sampling" in names:
+        message.sampling.max_tokens = rng.choice([1, 2, 30])  # type: ignore[attr-defined]
+    return message
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_requests_with_hostile_fields(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    rng = dice(f"fields {name}")
+
+    async def call(server: Server, channel: grpc.aio.Channel) -> None:
+        method, kind = rng.choice(sorted(server.services.items()))
+        message = _plausible(kind, rng) if rng.random() < 0.7 else kind()
+        scramble(message, rng, rng.choice([0.05, 0.1, 0.3, 0.7]))
+        request = message.SerializeToString()
+        if rng.random() < 0.2:
+            request = damaged(request, rng)
+        await _hostile(server, channel, method, request, leave_early=rng.random() < 0.2)
+
+    async def huge(server: Server, channel: grpc.aio.Channel) -> None:
+        """As much as fits into a message, in one field."""
+        for method, kind in server.services.items():
+            message = _plausible(kind, rng)
+            if "token_ids" in message.DESCRIPTOR.fields_by_name:
+                _prompt_of(message).extend([1] * 1_000_000)
+                await _hostile(server, channel, method, message.SerializeToString())
+
+    async with (
+        SERVERS[name]() as server,
+        undisturbed(server, caplog),
+        grpc.aio.insecure_channel(server.target) as channel,
+    ):
+        calls = [lambda: call(server, channel)] * CALLS + [lambda: huge(server, channel)]
+        await _at_once(calls)
+    print(server.codes)
+    assert server.codes[Code.OK]
+    assert server.codes[Code.INVALID_ARGUMENT]

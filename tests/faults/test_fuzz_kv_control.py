@@ -1,0 +1,503 @@
+"""Strangers at all that the KV stream listens on: control channels, stores, gloo, rank reports.
+
+Whatever they send: transfers of others arrive bit by bit, strangers are dropped with a few lines in
+the log, and no block, thread or file is kept for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from kv_transfer import wire
+from kv_transfer.geometry import Rectangle
+from kv_transfer.release import RankReport, RankReports, report
+from kv_transfer.send import StepChunk
+from tests.support.hostile import OpenFiles, Strangers, another_protocol, dice, garbage
+from tests.support.kv_faults import Stranger, kv_threads
+from tests.support.kv_stream import (
+    BLOCK_TOKENS,
+    BLOCKS,
+    GEOMETRY,
+    OPTIONS,
+    Decode,
+    Prefill,
+    blocks_of,
+    random_caches,
+    same_blocks,
+    stream,
+)
+from tests.support.waiting import wait_until
+
+GOOD_AT_LEAST = 10  # transfers while a storm blows
+FRAMES = 600
+CONNECTIONS = 120
+MAD_MESSAGES = 40
+MAX_LOG_LINES = 30
+HOST = "127.0.0.1"
+
+
+class GoodPair:
+    """Transfers of its own, one after the other, each checked and released."""
+
+    def __init__(self, prefill: Prefill, decode: Decode, rng: random.Random) -> None:
+        self.prefill, self.decode = prefill, decode
+        self._rng = rng
+        self._keys = (f"{decode.client.options.incarnation}-{n}#1" for n in itertools.count())
+        self.key = ""  # of the newest
+
+    def transfer(self) -> None:
+        key = self.key = next(self._keys)
+        tokens = self._rng.randrange(1, 12 * BLOCK_TOKENS)
+        source, target = (self._rng.sample(range(BLOCKS), blocks_of(tokens)) for _ in "pd")
+        self.decode.reserve(self.prefill, key, target, 0, tokens)
+        self.prefill.compute(key, source, tokens)
+        self.prefill.server.finish(key, 42, computed=True)
+        assert self.decode.result(key).complete, key
+        assert same_blocks(self.prefill.caches, source, self.decode.caches, target)
+        self.prefill.wait_released(key)
+
+
+@contextlib.contextmanager
+def good_pair(
+    rng: random.Random,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    max_lines: int = MAX_LOG_LINES,
+    **options: Any,
+) -> Iterator[GoodPair]:
+    """Its transfers work after the block, too, and all that strangers had is gone."""
+    with stream(**options) as (prefill, decode):
+        pair = GoodPair(prefill, decode, rng)
+        pair.transfer()
+        threads, files = kv_threads(), OpenFiles()
+        caplog.clear()
+        yield pair
+        pair.transfer()
+        server = prefill.server
+        wait_until(lambda: kv_threads() == threads, what="strangers' threads have ended")
+        wait_until(lambda: not server._waiting, what="no stranger waits for a prefill")
+        files.wait_as_at_first()
+        assert len(server._peers) == 1
+        assert not server._transfers
+        assert not decode.client.transfers
+        assert len(server._ended_keys) <= OPTIONS.max_pending
+    _assert_few_lines(caplog, max_lines)
+
+
+def _assert_few_lines(caplog: pytest.LogCaptureFixture, max_lines: int = MAX_LOG_LINES) -> None:
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]
+    lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(lines) <= max_lines, lines[:50]
+    assert not [line for line in lines if len(line) > 500 or "\n" in line]
+
+
+def storm(blow: Callable[[], None], pair: GoodPair) -> None:
+    """``blow`` in a thread of its own, and good transfers meanwhile."""
+    with ThreadPoolExecutor(1, "storm") as pool:
+        storm = pool.submit(blow)
+        count = 0
+        while count < GOOD_AT_LEAST or not storm.done():
+            pair.transfer()
+            count += 1
+        storm.result()
+
+
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+# ---- bytes ---------------------------------------------------------------------------------
+
+_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+
+
+def _command(name: bytes, body: bytes) -> bytes:
+    return bytes([4, 1 + len(name) + len(body), len(name)]) + name + body
+
+
+_READY = _GREETING + _command(b"READY", b"\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\0")
+
+
+def truncated_greeting(rng: random.Random) -> bytes:
+    return _GREETING[: rng.randrange(len(_GREETING))]
+
+
+def wrong_handshake(rng: random.Random) -> bytes:
+    body = b"\x0bSocket-Type" + rng.choice([b"\0\0\0\x04PULL", b"\xff\xff\xff\xff", b"\0"])
+    return _GREETING + _command(rng.choice([b"READY", b"ERROR", b"HELLO", b""]), body)
+
+
+def huge_frame(rng: random.Random) -> bytes:
+    size = rng.choice([2**63, 2**64 - 1, 2**31, wire.MAX_FRAME_BYTES + 1])
+    return _READY + b"\x02" + size.to_bytes(8) + rng.randbytes(99)
+
+
+def frames_without_end(rng: random.Random) -> bytes:
+    return _READY + b"\x01\x05hello" * rng.randrange(1, 2000)
+
+
+def frames_of_noise(rng: random.Random) -> bytes:
+    return _READY + b"".join(
+        bytes([0, len(noise)]) + noise
+        for noise in (rng.randbytes(rng.randrange(40)) for _ in range(50))
+    )
+
+
+def store_query(rng: random.Random) -> bytes:
+    """To a TCPStore: its magic number, perhaps, and a query of which nothing is true."""
+    magic = rng.choice([b"\x00" + (0x3C85F7CE).to_bytes(4, "little"), b""])
+    size = rng.choice([0, 5, 2**31, 2**63, 2**64 - 1])
+    return magic + bytes([rng.randrange(32)]) + size.to_bytes(8, "little") + rng.randbytes(64)
+
+
+CONTROL_BYTES = [
+    garbage, another_protocol, truncated_greeting, wrong_handshake, huge_frame,
+    frames_without_end, frames_of_noise,
+]  # fmt: skip
+
+
+def test_bytes_on_the_control_channel(caplog: pytest.LogCaptureFixture) -> None:
+    rng = dice("control")
+    with good_pair(rng, caplog) as pair:
+        port = port_of(pair.prefill.server.address)
+        strangers = Strangers(HOST, port, random.Random(rng.random()))
+        storm(lambda: strangers.storm_here(CONTROL_BYTES, CONNECTIONS), pair)
+        strangers.leave()
+
+
+def test_bytes_on_the_store_and_on_gloo(caplog: pytest.LogCaptureFixture) -> None:
+    """Another pair can be made while the strangers are there; what they had goes with the pair."""
+    rng = dice("store")
+    with stream() as (prefill, decode):
+        GoodPair(prefill, decode, rng).transfer()  # what torch opens once and keeps
+    del prefill, decode
+    files = OpenFiles()
+    _store_and_gloo(rng)
+    files.wait_as_at_first()
+    _assert_few_lines(caplog)
+
+
+def _store_and_gloo(rng: random.Random) -> None:
+    with stream() as (prefill, decode), running(Decode(random_caches(3), "d2")) as other:
+        pair = GoodPair(prefill, decode, rng)
+        pair.transfer()
+        store = decode.client.store.port
+        ports = sorted(_listening() - {port_of(prefill.server.address)})
+        assert len(ports) >= 4, "two stores, and gloo on either side"
+        crowds = {port: Strangers(HOST, port, random.Random(rng.random())) for port in ports}
+
+        def blow() -> None:
+            crowds[store].storm_here([garbage, another_protocol, store_query], CONNECTIONS)
+            for port in ports:  # gloo keeps whom it does not know until the pair ends
+                for _ in range(20):
+                    crowds[port].come_and_stay(rng.choice([garbage, another_protocol])(rng))
+
+        storm(blow, pair)
+        GoodPair(prefill, other, rng).transfer()
+        for strangers in crowds.values():
+            strangers.leave()
+        pair.transfer()
+
+
+def _listening() -> set[int]:
+    return {
+        each.laddr.port
+        for each in psutil.Process().net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN
+    }
+
+
+@contextlib.contextmanager
+def running(decode: Decode) -> Iterator[Decode]:
+    try:
+        yield decode
+    finally:
+        decode.client.stop()
+
+
+# ---- messages ------------------------------------------------------------------------------
+
+MESSAGES: list[Any] = [
+    wire.Hello(wire.PROTOCOL_VERSION, "guess", "p1", "d", GEOMETRY, "gloo", "pair", HOST, 1234),
+    wire.Reserve("r#1", 0, 9),
+    wire.Cancel("r#1"),
+    wire.Release("guess", "r#1"),
+    wire.Ping(),
+    wire.Bye(),
+    wire.Welcome("pair", GEOMETRY),
+    wire.Refuse("pair", "because"),
+    wire.Header(0, "r#1", Rectangle(0, 2, 0, 3), 64),
+    wire.End("r#1", 0, 9, 3, 64, 32, None, 1.5, 0.5),
+    wire.Fail("r#1", "because"),
+    wire.Pong(),
+]
+
+
+def hostile_value(rng: random.Random, depth: int = 0) -> Any:
+    values: list[Any] = [
+        0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 0.5, float("nan"), float("inf"), None,
+        True, "", "x" * 5000, "\0\n\r", "\u202e😀", b"", rng.randbytes(20), OPTIONS.incarnation,
+    ]  # fmt: skip
+    if depth < 3:
+        values += [[hostile_value(rng, depth + 1)] * 3, {"type": hostile_value(rng, depth + 1)}]
+    return rng.choice(values)
+
+
+def hostile_message(rng: random.Random, known: dict[str, Any]) -> bytes:
+    """One of our messages with some fields that are none; ``known``: values that mean something."""
+    fields = msgspec.to_builtins(rng.choice(MESSAGES))
+    for name in list(fields):
+        match rng.choice(["as it is", "as it is", "known", "hostile", "away"]):
+            case "known" if name in known:
+                fields[name] = known[name]
+            case "hostile":
+                fields[name] = hostile_value(rng)
+            case "away" if rng.random() < 0.2:
+                del fields[name]
+    return msgspec.msgpack.encode(fields)
+
+
+@contextlib.contextmanager
+def dealer(address: str) -> Iterator[zmq.Socket[bytes]]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    with socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(address)
+        yield socket
+
+
+def heard_all(socket: zmq.Socket[bytes]) -> None:
+    """What was said over this connection has been handled: whoever has no pair is told so."""
+    while socket.poll(0):
+        socket.recv_multipart()
+    socket.send(wire.encode(wire.Ping()))
+    assert socket.poll(10_000), "no answer"
+
+
+def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
+    """Without the token nothing is heard, whatever else they know."""
+    rng = dice("strangers")
+    with good_pair(rng, caplog) as pair:
+
+        def frames() -> list[bytes]:
+            match rng.choice(["noise", "msgpack", "message", "parts"]):
+                case "noise":
+                    return [rng.randbytes(rng.choice([0, 1, 50, wire.MAX_FRAME_BYTES]))]
+                case "msgpack":
+                    return [msgspec.msgpack.encode(hostile_value(rng))]
+                case "parts":
+                    return [rng.randbytes(9)] * rng.choice([2, 3, 100])
+            known = {"key": pair.key, "expected_incarnation": "p1", "incarnation": "d1"}
+            return [hostile_message(rng, known)]
+
+        def blow() -> None:
+            address = pair.prefill.server.address
+            for _ in range(6):
+                with dealer(address) as socket:
+                    for _ in range(FRAMES // 6):
+                        socket.send_multipart(frames())
+                        while socket.poll(0):
+                            socket.recv_multipart()
+                    heard_all(socket)
+
+        storm(blow, pair)
+        assert len(pair.prefill.server._peers) == 1
+
+
+def hello(**fields: Any) -> bytes:
+    right = wire.Hello(
+        wire.PROTOCOL_VERSION, OPTIONS.token, "p1", "stranger", GEOMETRY, "gloo", "pair", HOST, 1
+    )
+    return msgspec.msgpack.encode(msgspec.to_builtins(right) | fields)
+
+
+def geometry(**fields: Any) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.to_builtins(GEOMETRY) | fields
+    return built
+
+
+WRONG_HELLOS: dict[str, dict[str, Any]] = {
+    "version": {"version": 2**63 - 1},
+    "token": {"token": "guess"},
+    "no token": {"token": ""},
+    "old incarnation": {"expected_incarnation": "p0"},
+    "no incarnation": {"expected_incarnation": ""},
+    "backend": {"backend": "nccl"},
+    "unknown backend": {"backend": "\0"},
+    "model": {"geometry": geometry(model="another")},
+    "content": {"geometry": geometry(content=2**63 - 1)},
+    "no heads": {"geometry": geometry(total_kv_heads=0)},
+    "many ranks": {"geometry": geometry(tp_size=2**40)},
+    "rank": {"geometry": geometry(tp_rank=1)},
+    "odd ranks": {"geometry": geometry(tp_size=3, tp_rank=2)},
+    "negative blocks": {"geometry": geometry(block_tokens=-16)},
+    "unlike blocks": {"geometry": geometry(block_tokens=2**62, by_token=False)},
+    "port 0": {"store_port": 0},
+    "negative port": {"store_port": -1},
+    "no such port": {"store_port": 2**16},
+    "huge port": {"store_port": 2**63},
+    "port as text": {"store_port": "1234"},
+}
+
+
+def test_peers_with_a_wrong_hello(caplog: pytest.LogCaptureFixture) -> None:
+    """They are told to go, or not heard at all; none becomes a peer."""
+    rng = dice("hello")
+    with good_pair(rng, caplog) as pair:
+
+        def blow() -> None:
+            for fields in WRONG_HELLOS.values():
+                with dealer(pair.prefill.server.address) as socket:
+                    socket.send(hello(**fields))
+                    for _ in range(5):
+                        socket.send(wire.encode(wire.Reserve(pair.key, 0, 9)))
+                        socket.send(wire.encode(wire.Cancel(pair.key)))
+                    heard_all(socket)
+
+        storm(blow, pair)
+        assert len(pair.prefill.server._peers) == 1
+
+
+def test_a_peer_at_anothers_transfer(caplog: pytest.LogCaptureFixture) -> None:
+    """Even with the token: what one decode worker has reserved, no other takes or ends."""
+    rng = dice("peer")
+    with good_pair(rng, caplog) as pair, Stranger(pair.prefill.server.address) as stranger:
+        prefill, decode, tokens = pair.prefill, pair.decode, 5 * BLOCK_TOKENS
+        stranger.hello()
+        assert isinstance(stranger.hear(), wire.Welcome)
+
+        def meddle() -> None:
+            for number in range(200):
+                start, end = (rng.choice([0, 16, tokens, -1, 2**63 - 1]) for _ in "ab")
+                key = rng.choice(["mine#1", f"unknown{number % 20}", "", "x" * 300])
+                stranger.say(wire.Reserve(key, start, end))
+                stranger.say(wire.Cancel(rng.choice(["mine#1", "unknown", "x" * 300])))
+            stranger.say(wire.Ping())
+            wait_until(lambda: isinstance(stranger.hear(), wire.Pong), what="all was handled")
+
+        source, target = list(range(5)), list(range(10, 15))
+        decode.reserve(prefill, "mine#1", target, 0, tokens)
+        wait_until(lambda: "mine#1" in prefill.server._waiting, what="it is reserved")
+        meddle()
+        chunk = StepChunk("mine#1", "engine-mine#1", tuple(source), 0, tokens, tokens)
+        prefill.server.begin_step([chunk])
+        meddle()
+        stranger.say(wire.Bye())
+        stranger.say(wire.Cancel("mine#1"))  # as if it had crossed our answer
+        stranger.hello()
+        wait_until(lambda: isinstance(stranger.hear(), wire.Welcome), what="all was handled")
+        prefill.server.end_step()
+        prefill.server.finish("mine#1", 42, computed=True)
+        assert decode.result("mine#1").complete
+        assert same_blocks(prefill.caches, source, decode.caches, target)
+        prefill.wait_released("mine#1")
+
+
+def to_decode(rng: random.Random, key: str) -> wire.ToDecode:
+    """What a prefill worker that lost its mind says."""
+
+    def number() -> int:
+        return rng.choice([0, 1, -1, 64, 512, 2**31, 2**63 - 1, -(2**63)])
+
+    area = Rectangle(0, rng.choice([1, 4, 2**40]), 0, rng.choice([1, 5, 2**40]))
+    messages: list[wire.ToDecode] = [
+        wire.Welcome("pair", GEOMETRY),
+        wire.Refuse(rng.choice(["pair", ""]), "because"),
+        wire.Header(rng.choice([7, number()]), key, area, rng.choice([3, 2**62, number()])),
+        wire.End(key, number(), number(), number(), number(), number(), number(), float("nan")),
+        wire.Fail(rng.choice([key, "unknown"]), "x" * 100),
+        wire.Pong(),
+    ]
+    return rng.choice(messages)
+
+
+def test_a_prefill_worker_that_lost_its_mind(caplog: pytest.LogCaptureFixture) -> None:
+    """It costs its own transfers only, and no block that is not theirs."""
+    rng = dice("mad prefill")
+    with good_pair(rng, caplog, max_lines=3 * MAD_MESSAGES, peer_lease_s=1.5) as pair:
+        _mad_prefill(pair, rng)
+        wait_until(lambda: len(pair.decode.client._peers) == 1, what="it is forgotten")
+
+
+def _mad_prefill(pair: GoodPair, rng: random.Random) -> None:
+    decode, tokens = pair.decode, 3 * BLOCK_TOKENS
+    mad = Prefill(random_caches(5), "p2", peer_lease_s=1.5)
+    server = mad.server
+    try:
+        for number in range(MAD_MESSAGES):
+            key, target = f"mad{number}#1", rng.sample(range(BLOCKS), 3)
+            kept = [layer.clone() for layer in decode.caches]
+            decode.reserve(mad, key, target, 0, tokens, incarnation="p2")
+            wait_until(lambda: any(peer.up for peer in [*server._peers.values()]), what="it is up")
+            with server._lock:
+                for peer in server._peers.values():
+                    server._post(peer, to_decode(rng, key))
+            mad.compute(key, [1, 2, 3], tokens)
+            server.finish(key, 42, computed=True)
+            if decode.result(key).complete:
+                assert same_blocks(mad.caches, [1, 2, 3], decode.caches, target)
+            others = sorted(set(range(BLOCKS)) - set(target))
+            assert same_blocks(kept, others, decode.caches, others)
+            pair.transfer()
+    finally:
+        server.stop()
+
+
+def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a prefill worker should be, somebody answers HELLO with noise."""
+    rng = dice("no kv")
+    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    with good_pair(rng, caplog) as pair, router:
+        router.setsockopt(zmq.LINGER, 0)
+        address = f"tcp://{HOST}:{router.bind_to_random_port(f'tcp://{HOST}')}"
+        for number in range(20):
+            key = f"noise{number}#1"
+            pair.decode.reserve(address, key, [5], 0, 9)
+            said: Any = None
+            while not isinstance(said, wire.Hello):  # or the last one's BYE
+                assert router.poll(10_000), "no HELLO"
+                routing_id, frame = router.recv_multipart()
+                said = wire.decode_to_prefill(frame)
+            noise = rng.choice([rng.randbytes(30), hostile_message(rng, {"type": "welcome"})])
+            router.send_multipart([routing_id, noise])
+            assert not pair.decode.result(key).complete
+        pair.transfer()
+
+
+def test_reports_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
+    """A rank's word can cost the whole worker."""
+    rng = dice("reports")
+    reports = RankReports(HOST, OPTIONS.token)
+    strangers = Strangers(HOST, port_of(reports.endpoint), rng)
+    strangers.storm_here(CONTROL_BYTES, CONNECTIONS)
+    report(reports.endpoint, RankReport("guess", 0, fault="replace it"))
+    report(reports.endpoint, RankReport("guess", 0, address="tcp://elsewhere"))
+    report(reports.endpoint, RankReport(OPTIONS.token, 7, address="tcp://no-such-rank"))
+    push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    with push:
+        push.setsockopt(zmq.LINGER, 1000)
+        push.connect(reports.endpoint)
+        for _ in range(100):
+            push.send_multipart([rng.randbytes(20)] * rng.choice([1, 1, 3]))
+            push.send(msgspec.msgpack.encode(hostile_value(rng)))
+    report(reports.endpoint, RankReport(OPTIONS.token, 0, address="tcp://here"))
+    try:
+        assert reports.addresses(1, 10) == ("tcp://here",)
+        assert reports.fault() is None
+        report(reports.endpoint, RankReport(OPTIONS.token, 0, fault="it hangs"))
+        wait_until(lambda: reports.fault() == "it hangs", what="our own rank is heard")
+    finally:
+        reports.close()
+        strangers.leave()
+    _assert_few_lines(caplog)
