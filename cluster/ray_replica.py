@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import ray
@@ -47,3 +48,10 @@ def bind_internal_server(host: str) -> None:
         return port
 
     serve_replica.add_port_to_grpc_server = add_port
+    _drop_lines_that_cannot_be_logged()
+
+
+def _drop_lines_that_cannot_be_logged() -> None:
+    """Else a full disk ends requests: Python says on stderr that a line could not be written,
+    stderr is Serve's log, to which nothing can be written, and so on until RecursionError."""
+    logging.raiseExceptions = False

@@ -21,6 +21,7 @@ from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve._private.common import DeploymentID
@@ -111,6 +112,12 @@ class RayRuntime:
     def is_alive(self) -> bool:
         """Whether Ray's own processes still run."""
         return self._node is not None and not self._node.dead_processes()
+
+    def has_replicas(self) -> bool:
+        """Whether requests may run: of Ray's processes, replicas need only the raylet for that."""
+        if self._node is None:
+            return False
+        return PROCESS_TYPE_RAYLET not in {kind for kind, _ in self._node.dead_processes()}
 
     def drain_router(self, grace_s: float) -> None:
         """Let the router finish what it has accepted, for at most ``grace_s``."""

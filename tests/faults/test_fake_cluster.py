@@ -1,0 +1,153 @@
+"""Random faults, one after the other, in a cluster of real processes with fake engines.
+
+Virtual time sees thousands of such series (test_schedules); this one sees Ray, gRPC and Valkey.
+``BATON_FAULT_SEED=n`` runs another series.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cluster import reaper
+from cluster.types import Pool
+from engine.fake import next_tokens
+from tests.support import live_cluster
+from tests.support.live_cluster import LiveCluster
+from tests.support.process_faults import (
+    DrainWorker,
+    Fault,
+    FullLogDisk,
+    KillController,
+    KillGcs,
+    KillStore,
+    KillWorker,
+    StallWorker,
+    StopStore,
+    StopWorker,
+    title,
+)
+from tests.support.stream_load import (
+    Ask,
+    Load,
+    Outcome,
+    check_ended_well,
+    check_sequence,
+    check_tokens,
+)
+from tests.support.word_model import write_word_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+# A fault every few seconds kills more workers under one request than the default number of
+# attempts, beyond which the request itself is suspected.
+CONFIG = """\
+model: {{path: {model}}}
+router: {{port: 0, max_attempts: 20}}
+prefill: {{engine_kind: fake, shutdown_grace_s: 1}}
+decode: {{engine_kind: fake, shutdown_grace_s: 1}}
+"""
+SIZES = {Pool.PREFILL: 2, Pool.DECODE: 2}
+SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
+FAULTS = 30
+CLIENTS = 6
+WHOLE_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveCluster]:
+    folder = tmp_path_factory.mktemp("fake")
+    model = folder / "model"
+    model.mkdir()
+    write_word_model(model)
+    cluster = live_cluster.start(folder, "fake", CONFIG.format(model=model), SIZES)
+    try:
+        yield cluster
+    finally:
+        live_cluster.stop(cluster)
+
+
+def random_fault(rng: random.Random) -> Fault:
+    pool = rng.choice((Pool.PREFILL, Pool.DECODE, Pool.DECODE))
+    makes: tuple[tuple[int, Callable[[], Fault]], ...] = (
+        (8, lambda: KillWorker(pool)),
+        (4, lambda: StallWorker(pool)),
+        (1, lambda: StopWorker(pool)),
+        (4, lambda: DrainWorker(pool)),
+        (3, KillStore),
+        (2, StopStore),
+        (3, KillController),
+        (2, lambda: FullLogDisk(pool)),
+    )
+    (make,) = rng.choices([make for _, make in makes], [weight for weight, _ in makes])
+    return make()
+
+
+def random_asks(rng: random.Random) -> Iterator[Ask]:
+    while True:
+        prompt = tuple(rng.randrange(3, 1000) for _ in range(rng.randint(1, 200)))
+        yield Ask(prompt, rng.choice((1, 2, 30, 300, 1500)))
+
+
+def check(outcome: Outcome) -> None:
+    check_sequence(outcome)
+    check_tokens(outcome, next_tokens(outcome.ask.prompt, outcome.ask.max_tokens))
+    check_ended_well(outcome)
+
+
+def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
+    rng = random.Random(SEED)
+    print(f"BATON_FAULT_SEED={SEED}")
+    plans = [random_asks(random.Random(rng.random())) for _ in range(CLIENTS)]
+    with Load(cluster.state.address, plans) as load:
+        load.wait_for_tokens(1)
+        for number in range(FAULTS):
+            fault = random_fault(rng)
+            print(f"{number}: {title(fault)} after {len(load.outcomes)} requests")
+            fault.strike(cluster)
+            load.wait_for_requests(len(load.outcomes) + rng.choice((0, 3, 10)))
+        load.finish()
+    for outcome in load.outcomes:
+        try:
+            check(outcome)
+        except AssertionError as error:
+            if outcome.responses:  # with its name
+                error.add_note("\n".join(cluster.router_said(outcome.responses[0].request_id)))
+            raise
+    attempts = [outcome.attempts for outcome in load.outcomes if not outcome.given_up]
+    print(f"{len(attempts)} requests, {sum(attempts) - len(attempts)} failovers")
+    assert max(attempts) > 1, "no fault hit a request"
+    cluster.wait_whole(WHOLE_S)
+    check_served(cluster)
+
+
+def check_served(cluster: LiveCluster) -> None:
+    """By each prefill worker with each decode worker."""
+    served: set[tuple[str, str]] = set()
+
+    def all_pairs_served() -> bool:
+        with cluster.client() as client:
+            answer = client.complete(token_ids=[5, 6, 7], max_tokens=3, temperature=0.0)
+        assert answer.token_ids == next_tokens([5, 6, 7], 3)
+        served.add((answer.phases.prefill_worker, answer.phases.decode_worker))
+        return len(served) == SIZES[Pool.PREFILL] * SIZES[Pool.DECODE]
+
+    cluster.wait(all_pairs_served, "each pair of workers serves")
+
+
+def test_streams_end_before_the_cluster_that_lost_ray(cluster: LiveCluster) -> None:
+    cluster_id = cluster.state.cluster_id
+    plans = [[Ask((5, 6, seed), 1000)] for seed in range(4)]
+    with Load(cluster.state.address, plans) as load:
+        load.wait_for_tokens(10)
+        KillGcs().strike(cluster)
+    for outcome in load.outcomes:
+        check(outcome)
+    assert {outcome.attempts for outcome in load.outcomes} == {1}
+    assert cluster.process.wait(live_cluster.STOP_S) == 1
+    assert "Ray ended unexpectedly" in cluster.output()
+    cluster.wait(lambda: not reaper.find(cluster_id), "no process is left", 15)
+    assert not cluster.run_dir.exists()

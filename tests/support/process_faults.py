@@ -1,0 +1,219 @@
+"""What may happen to the processes of a cluster that runs, each a named object.
+
+``strike`` returns when the fault has happened. What only stands still for a while goes on before
+that; what is dead or hangs for good is the cluster's to replace.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar, Protocol
+
+from cluster.types import Pool, WorkerRecord, WorkerState
+from tests.support.live_cluster import (
+    CONTROLLER,
+    GCS,
+    REPLICAS,
+    ROUTER,
+    STORE,
+    LiveCluster,
+    Part,
+)
+
+_STORE_IS_AWAY = "running requests go on"  # as the launcher says it
+_NOTICED_S = 30.0
+_READY_S = 90.0
+
+
+class Fault(Protocol):
+    """A frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def strike(self, cluster: LiveCluster) -> None:
+        """Happen."""
+
+
+def title(fault: Fault) -> str:
+    """For the name of a test."""
+    return " ".join([type(fault).__name__, *(str(part) for part in astuple(fault))])
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker:
+    """kill -9 of the process of the pool's busiest worker."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        os.kill(busiest(cluster, self.pool).replica.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorker:
+    """The process of the pool's busiest worker hangs for good: its lease ends, no connection
+    does."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        os.kill(busiest(cluster, self.pool).replica.pid, signal.SIGSTOP)
+
+
+@dataclass(frozen=True, slots=True)
+class StallWorker:
+    """As ``StopWorker``, but it goes on when its lease has ended: its work is somebody else's."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        victim = busiest(cluster, self.pool)
+        os.kill(victim.replica.pid, signal.SIGSTOP)
+        try:
+            _wait_until_gone(cluster, victim.worker)
+        finally:
+            os.kill(victim.replica.pid, signal.SIGCONT)
+
+
+@dataclass(frozen=True, slots=True)
+class KillEngine:
+    """kill -9 of the engine core of the pool's busiest worker."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        replica = busiest(cluster, self.pool).replica
+        os.kill(cluster.engine_of(replica).pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class StopEngine:
+    """The engine core of the pool's busiest worker hangs: its worker renews its lease, and no
+    connection ends."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        replica = busiest(cluster, self.pool).replica
+        os.kill(cluster.engine_of(replica).pid, signal.SIGSTOP)
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """``baton drain`` of the pool's busiest worker, to its end."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        done = cluster.cli("drain", busiest(cluster, self.pool).worker.id)
+        assert done.returncode == 0, done.stderr
+
+
+@dataclass(frozen=True, slots=True)
+class KillStore:
+    """kill -9 of the registry's store: all leases are lost."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        _kill(cluster, STORE)
+
+
+@dataclass(frozen=True, slots=True)
+class StopStore:
+    """The registry's store hangs until the launcher has noticed, and goes on."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        (store,) = cluster.parts(STORE)
+        noticed = cluster.log.read_text().count(_STORE_IS_AWAY)
+        os.kill(store.pid, signal.SIGSTOP)
+        try:
+            cluster.wait(
+                lambda: cluster.log.read_text().count(_STORE_IS_AWAY) > noticed,
+                "the launcher misses the store",
+                _NOTICED_S,
+            )
+        finally:
+            os.kill(store.pid, signal.SIGCONT)
+
+
+@dataclass(frozen=True, slots=True)
+class KillController:
+    """kill -9 of Ray Serve's controller, which watches and replaces the workers."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        _kill(cluster, CONTROLLER)
+
+
+@dataclass(frozen=True, slots=True)
+class KillGcs:
+    """kill -9 of Ray's own head process. The cluster goes down, and lets its streams end."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        _kill(cluster, GCS)
+
+
+@dataclass(frozen=True, slots=True)
+class FullLogDisk:
+    """No process of ours can write to a file, just when a worker's death gives them much to log.
+
+    By a limit on the size of files: the error is EFBIG in place of ENOSPC.
+    """
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        victim = busiest(cluster, self.pool)
+        parts = [part for kind in (ROUTER, *REPLICAS.values()) for part in cluster.parts(kind)]
+        pids = [part.pid for part in parts if part != victim.replica]
+        before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
+        for pid, (_soft, hard) in before.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            os.kill(victim.replica.pid, signal.SIGKILL)
+            _wait_until_gone(cluster, victim.worker)
+        finally:
+            for pid, limits in before.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    worker: WorkerRecord
+    replica: Part
+
+
+def busiest(cluster: LiveCluster, pool: Pool) -> Victim:
+    """The ready worker of ``pool`` that runs most. Waits for one, should none be there now."""
+    found: list[Victim] = []
+
+    def look() -> bool:
+        ready = [each for each in cluster.workers(pool) if each.state is WorkerState.READY]
+        for worker in sorted(ready, key=lambda each: -each.load.running):
+            if (replica := cluster.replica_of(worker)) is not None:
+                found.append(Victim(worker, replica))
+                return True
+        return False
+
+    cluster.wait(look, f"a {pool} worker is ready", _READY_S)
+    return found[0]
+
+
+def _kill(cluster: LiveCluster, kind: str) -> None:
+    parts: list[int] = []
+
+    def there() -> bool:
+        parts[:] = [part.pid for part in cluster.parts(kind)]
+        return bool(parts)
+
+    cluster.wait(there, f"{kind} runs")
+    os.kill(parts[0], signal.SIGKILL)
+
+
+def _wait_until_gone(cluster: LiveCluster, worker: WorkerRecord) -> None:
+    def gone() -> bool:
+        workers = cluster.workers()
+        return bool(workers) and worker.id not in {each.id for each in workers}
+
+    cluster.wait(gone, f"the lease of {worker.id} ends", _NOTICED_S)
