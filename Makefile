@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help check env demo test unit lint format types proto proto-check engine-args lock bench clean
+.PHONY: help check env demo test unit faults lint format types proto proto-check engine-args lock bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: env ## all tests
 
 unit: env ## the tests that need no engine and no cluster: seconds
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+faults: env ## what dies underneath a request, by the thousand and in real processes
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: env ## format, lint and the direction of imports
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }

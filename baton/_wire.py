@@ -9,7 +9,14 @@ from typing import Any, Final, Unpack
 
 from google.protobuf.message import Message
 
-from baton.errors import InternalError, InvalidArgumentError
+from baton.errors import (
+    AlreadyExistsError,
+    BatonError,
+    CapacityError,
+    InternalError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from baton.types import (
     FinishReason,
     KvOutcome,
@@ -25,9 +32,16 @@ from baton.types import (
 from baton.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024  # the router's own default
+DEFAULT_RESUME_TIMEOUT_S: Final = 30.0  # a router is back within seconds
 
 # Three years. gRPC takes a deadline far beyond for one that has passed.
 _ENDLESS_S: Final = 1e8
+
+# Reasons of a stream's end that say nothing of the request: its router died or is leaving.
+_BROKEN: Final = frozenset({"CONNECTION_FAILED", "ROUTER_DRAINING"})
+# What may be over soon while a request is being resumed.
+_PASSING: Final = (UnavailableError, AlreadyExistsError, CapacityError)
+_RESUME_WAIT_S: Final = 0.2
 
 # Later ones win, so what a caller passes overrides these.
 ChannelOptions = Sequence[tuple[str, str | int]]
@@ -135,6 +149,49 @@ def _set(message: Message, name: str, value: Any) -> None:
         raise InvalidArgumentError(f"{name}: {error}") from error
 
 
+class Resumption:
+    """Whether and when a stream that broke is resumed. Pure: times are passed in.
+
+    Args:
+        timeout_s: for one interruption; 0 resumes nothing.
+        deadline_s: of the request, by the same clock as ``now_s``; ``None``: the router's.
+    """
+
+    def __init__(self, timeout_s: float, deadline_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._deadline_s = math.inf if deadline_s is None else deadline_s
+        self._broken: BatonError | None = None
+        self._until_s = 0.0
+
+    def arrived(self) -> None:
+        """A response did."""
+        self._broken = None
+
+    def wait_s(self, error: BatonError, received: int, now_s: float) -> float:
+        """How long to wait before the next ``Resume``.
+
+        Args:
+            received: responses so far. Without any, there is nothing to lose.
+
+        Raises:
+            BatonError: the stream's end, which is what broke it first.
+        """
+        if self._broken is None:
+            if error.reason not in _BROKEN or not received or self._timeout_s <= 0:
+                raise error
+            self._broken = error
+            self._until_s = min(now_s + self._timeout_s, self._deadline_s)
+            return 0.0
+        wait_s = max(error.retry_after_s or 0.0, _RESUME_WAIT_S)
+        if not isinstance(error, _PASSING) or now_s + wait_s > self._until_s:
+            raise self._broken from error
+        return wait_s
+
+    def timeout_s(self, now_s: float) -> float | None:
+        """What is left of the request's deadline."""
+        return None if self._deadline_s == math.inf else max(0.0, self._deadline_s - now_s)
+
+
 class StreamReader:
     """Turns the messages of one stream into responses, and checks that none is missing.
 
@@ -143,21 +200,25 @@ class StreamReader:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._next_sequence = 0
+        self.received = 0  # responses
         self._finished = False
 
     def read(self, message: pb.GenerateResponse) -> Response:
         self.request_id = message.request_id or self.request_id
-        if message.sequence != self._next_sequence:
+        if message.sequence != self.received:
             raise self._broken(
-                f"response {message.sequence} arrived where {self._next_sequence} was due",
+                f"response {message.sequence} arrived where {self.received} was due",
                 "SEQUENCE_GAP",
             )
         if self._finished:
             raise self._broken("a response arrived after the last one", "RESPONSE_AFTER_END")
-        self._next_sequence += 1
+        self.received += 1
         self._finished = message.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         return _response(message)
+
+    def resume_request(self) -> pb.ResumeRequest:
+        """For what is still to come."""
+        return pb.ResumeRequest(request_id=self.request_id, last_sequence=self.received - 1)
 
     def end(self) -> None:
         """The stream ended with status OK."""

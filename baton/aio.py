@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Protocol, Self, Unpack
 
@@ -12,7 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton._wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_RESUME_TIMEOUT_S,
     ChannelOptions,
+    Resumption,
     StreamReader,
     build_request,
     channel_options,
@@ -44,9 +47,11 @@ class AsyncClient:
         tls: grpc.ChannelCredentials | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         options: ChannelOptions = (),
+        resume_timeout_s: float = DEFAULT_RESUME_TIMEOUT_S,
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
+        self._resume_timeout_s = resume_timeout_s
         self._tls = tls
         self._max_message_bytes = max_message_bytes
         self._options = channel_options(max_message_bytes, options)
@@ -72,8 +77,15 @@ class AsyncClient:
         """
         message = build_request(prompt, self._max_message_bytes, **request)
         stub = inference_pb2_grpc.InferenceStub(self._connect())
-        call = stub.Generate(message, timeout=self._deadline_s(timeout_s))
-        return AsyncResponseStream(call, StreamReader(message.request_id), self._address)
+        timeout_s = self._deadline_s(timeout_s)
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return AsyncResponseStream(
+            stub.Generate(message, timeout=timeout_s),
+            StreamReader(message.request_id),
+            Resumption(self._resume_timeout_s, deadline_s),
+            stub.Resume,
+            self._address,
+        )
 
     async def complete(
         self,
@@ -141,10 +153,20 @@ class AsyncClient:
 class AsyncResponseStream(AsyncIterator[Response]):
     """The responses of one request. Closing it, or dropping it, cancels the request."""
 
-    def __init__(self, call: _Call, reader: StreamReader, address: str) -> None:
+    def __init__(
+        self,
+        call: _Call,
+        reader: StreamReader,
+        resumption: Resumption,
+        resume: Callable[..., _Call],
+        address: str,
+    ) -> None:
         self._call = call
         self._reader = reader
+        self._resumption = resumption
+        self._resume = resume
         self._address = address
+        self._closed = False
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -154,12 +176,18 @@ class AsyncResponseStream(AsyncIterator[Response]):
 
     async def __anext__(self) -> Response:
         try:
-            message = await self._call.read()
+            while True:
+                try:
+                    message = await self._call.read()
+                except grpc.aio.AioRpcError as error:
+                    await self._reopen(_error(error, self._address, self.request_id))
+                else:
+                    break
             if isinstance(message, inference_pb2.GenerateResponse):
-                return self._reader.read(message)
+                response = self._reader.read(message)
+                self._resumption.arrived()
+                return response
             self._reader.end()
-        except grpc.aio.AioRpcError as error:
-            raise _error(error, self._address, self.request_id) from error
         except asyncio.CancelledError:
             self._call.cancel()
             task = asyncio.current_task()
@@ -172,8 +200,18 @@ class AsyncResponseStream(AsyncIterator[Response]):
             raise
         raise StopAsyncIteration
 
+    async def _reopen(self, error: BatonError) -> None:
+        """Wait, and ask for the rest of the stream. Raises BatonError if that is no use."""
+        wait_s = self._resumption.wait_s(error, self._reader.received, time.monotonic())
+        await asyncio.sleep(wait_s)
+        if self._closed:
+            raise error
+        timeout_s = self._resumption.timeout_s(time.monotonic())
+        self._call = self._resume(self._reader.resume_request(), timeout=timeout_s)
+
     async def aclose(self) -> None:
         """Cancel the request if it still runs. Idempotent."""
+        self._closed = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self, Unpack
 
@@ -11,7 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton._wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_RESUME_TIMEOUT_S,
     ChannelOptions,
+    Resumption,
     StreamReader,
     build_request,
     channel_options,
@@ -39,6 +43,9 @@ class Client:
         tls: ``None`` is plaintext; else e.g. ``grpc.ssl_channel_credentials(root_ca)``.
         max_message_bytes: bound of one message in either direction; the router has its own.
         options: more gRPC channel arguments; they win over those set here.
+        resume_timeout_s: how long a stream whose router died, or left, is tried to be resumed, at
+            this address; the responses go on where they stopped. 0: it ends in
+            ``UnavailableError`` at once.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class Client:
         tls: grpc.ChannelCredentials | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         options: ChannelOptions = (),
+        resume_timeout_s: float = DEFAULT_RESUME_TIMEOUT_S,
     ) -> None:
         arguments = channel_options(max_message_bytes, options)
         self._channel = (
@@ -58,6 +66,7 @@ class Client:
         )
         self._address = address
         self._timeout_s = timeout_s
+        self._resume_timeout_s = resume_timeout_s
         self._max_message_bytes = max_message_bytes
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -80,8 +89,15 @@ class Client:
                 ``BatonError`` comes while iterating.
         """
         message = build_request(prompt, self._max_message_bytes, **request)
-        call = self._inference.Generate(message, timeout=self._deadline_s(timeout_s))
-        return ResponseStream(call, StreamReader(message.request_id), self._address)
+        timeout_s = self._deadline_s(timeout_s)
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return ResponseStream(
+            self._inference.Generate(message, timeout=timeout_s),
+            StreamReader(message.request_id),
+            Resumption(self._resume_timeout_s, deadline_s),
+            self._inference.Resume,
+            self._address,
+        )
 
     def complete(
         self,
@@ -134,10 +150,20 @@ class Client:
 class ResponseStream(Iterator[Response]):
     """The responses of one request. Closing it, or dropping it, cancels the request."""
 
-    def __init__(self, call: _Call, reader: StreamReader, address: str) -> None:
+    def __init__(
+        self,
+        call: _Call,
+        reader: StreamReader,
+        resumption: Resumption,
+        resume: Callable[..., _Call],
+        address: str,
+    ) -> None:
         self._call = call
         self._reader = reader
+        self._resumption = resumption
+        self._resume = resume
         self._address = address
+        self._closed = threading.Event()
 
     @property
     def request_id(self) -> str:
@@ -146,18 +172,34 @@ class ResponseStream(Iterator[Response]):
 
     def __next__(self) -> Response:
         try:
-            return self._reader.read(next(self._call))
+            while True:
+                try:
+                    response = self._reader.read(next(self._call))
+                except grpc.RpcError as error:
+                    self._reopen(_error(error, self._address, self.request_id))
+                else:
+                    self._resumption.arrived()
+                    return response
         except StopIteration:
             self._reader.end()
             raise
-        except grpc.RpcError as error:
-            raise _error(error, self._address, self.request_id) from error
         except BaseException:  # an interrupt while waiting, or a broken stream
             self.close()
             raise
 
+    def _reopen(self, error: BatonError) -> None:
+        """Wait, and ask for the rest of the stream. Raises BatonError if that is no use."""
+        wait_s = self._resumption.wait_s(error, self._reader.received, time.monotonic())
+        if self._closed.wait(wait_s):
+            raise error
+        timeout_s = self._resumption.timeout_s(time.monotonic())
+        self._call = self._resume(self._reader.resume_request(), timeout=timeout_s)
+        if self._closed.is_set():  # meanwhile
+            self._call.cancel()
+
     def close(self) -> None:
         """Cancel the request if it still runs. Idempotent."""
+        self._closed.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:

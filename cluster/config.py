@@ -156,6 +156,11 @@ class RouterConfig(_Section):
     default_deadline_s: Seconds = Field(
         default=600, description="Seconds that a request without a deadline may take in all."
     )
+    client_stall_s: Seconds = Field(
+        default=60,
+        description="Seconds that a client may leave its stream unread until its request is "
+        "ended; meanwhile it holds KV blocks.",
+    )
     registry_poll_s: Seconds = Field(
         default=0.25, description="Seconds between two looks at the registry of workers."
     )
@@ -176,6 +181,21 @@ class RouterConfig(_Section):
         default=60,
         description="Seconds that a request whose worker was lost waits for another one; longer "
         "than a worker takes to start.",
+    )
+    journal: bool = Field(
+        default=True,
+        strict=True,
+        description="Keep prompts and answers in Redis while they are streamed, so that a client "
+        "can resume a stream whose router died. false: nothing of a request leaves the cluster's "
+        "processes.",
+    )
+    journal_ttl_s: Seconds = Field(
+        default=60, description="Seconds that a request can be resumed after its last token."
+    )
+    journal_patience_s: Seconds = Field(
+        default=0.05,
+        description="Seconds that a token waits to be in the journal; then the stream goes on "
+        "without.",
     )
     stream_buffer_responses: Count = Field(
         default=64, description="Responses held for a client that reads slower than we decode."

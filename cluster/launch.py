@@ -146,6 +146,7 @@ class Cluster:
         """
         assert self._runtime is not None
         away = False
+        ready: frozenset[str] | None = None
         while not self._signal.requested:
             if not self._runtime.is_alive():
                 raise InternalError("Ray ended unexpectedly; the cluster is taken down")
@@ -153,6 +154,7 @@ class Cluster:
                 say("the embedded Valkey had ended and was started again")
             try:
                 self._carry_out_orders(say)
+                ready = self._tell_changes(ready, say)
                 away = False
             except UnavailableError as error:
                 if not away:
@@ -169,7 +171,7 @@ class Cluster:
             if self._run is not None:
                 with suppress(ConfigError, OSError):
                     self._run.set_phase("stopping")
-            if graceful and self._runtime is not None and self._runtime.is_alive():
+            if graceful and self._runtime is not None and self._runtime.has_replicas():
                 self._drain(self._runtime)
         finally:  # also after a Ctrl-C while draining
             self._runtime = None
@@ -372,6 +374,18 @@ class Cluster:
         for failure in self._await(self._orders.take_failures()):
             say(f"the {failure.part} could not start: {failure.message}; trying again")
 
+    def _tell_changes(
+        self, before: frozenset[str] | None, say: Callable[[str], None]
+    ) -> frozenset[str]:
+        """Say which workers came and went since the last look; return those that are ready."""
+        ready = frozenset(w.id for w in self.workers() if w.state is WorkerState.READY)
+        if before is not None:
+            for worker_id in sorted(before - ready):
+                say(f"{worker_id} takes no more requests")
+            for worker_id in sorted(ready - before):
+                say(f"{worker_id} is ready")
+        return ready
+
     def _drain(self, runtime: RayRuntime) -> None:
         """Let requests end: first those in the router, so that no worker leaves before."""
         deadline_s = time.monotonic() + self.config.cluster.stop_grace_s
@@ -381,8 +395,9 @@ class Cluster:
 
         self._progress("draining")
         self._bounded(lambda: runtime.drain_router(left_s() * _ROUTER_SHARE), deadline_s)
-        self._progress("stopping the workers")
-        self._bounded(lambda: runtime.delete(left_s()), deadline_s)
+        if runtime.is_alive():  # else Serve cannot, and all of it is killed
+            self._progress("stopping the workers")
+            self._bounded(lambda: runtime.delete(left_s()), deadline_s)
 
     def _bounded(self, step: Callable[[], object], deadline_s: float) -> None:
         """Run a step that may hang or fail, until it ends, time is up or the signal hurries."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from baton.v1 import inference_pb2
 from cluster.config import Config
-from cluster.errors import WorkerLostError
+from cluster.errors import InvalidArgumentError, WorkerLostError
 from cluster.types import Pool, WorkerLoad
 from engine.protocol import (
     EngineFacts,
@@ -27,6 +27,7 @@ from engine.protocol import (
 
 VOCAB_SIZE = 1024
 MAX_MODEL_LEN = 8192  # tokens, if the configuration names no other
+MAX_LOGPROBS = 20  # vLLM's default
 _FIRST_TOKEN_ID = 3  # ids below are special in most vocabularies
 _HASH_PRIME = (1 << 61) - 1
 
@@ -106,6 +107,7 @@ class FakeEngine:
         length = len(request.token_ids)
         sampling = request.sampling
         check_prompt(request, self._max_model_len)
+        _check_sampling(sampling)
         room = self._max_model_len - length
         wanted = min(sampling.max_tokens if sampling.HasField("max_tokens") else room, room)
         blocks = -(-(length + wanted) // self._size.kv_block_tokens)
@@ -274,6 +276,16 @@ def next_tokens(token_ids: Iterable[int], count: int) -> tuple[int, ...]:
         tokens.append(_token(state))
         state = _extend(state, tokens[-1])
     return tuple(tokens)
+
+
+def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
+    """What vLLM, too, refuses. Raises InvalidArgumentError."""
+    if sampling.HasField("max_tokens") and sampling.max_tokens < max(1, sampling.min_tokens):
+        raise InvalidArgumentError(
+            f"min_tokens {sampling.min_tokens} and max_tokens {sampling.max_tokens} leave no room"
+        )
+    if sampling.logprobs > MAX_LOGPROBS:
+        raise InvalidArgumentError(f"{sampling.logprobs} logprobs, at most {MAX_LOGPROBS}")
 
 
 def _hash(token_ids: Iterable[int]) -> int:

@@ -25,11 +25,13 @@ from prometheus_client import start_http_server
 
 from cluster.config import Config
 from cluster.errors import InternalError, UnavailableError, WorkerLostError
+from cluster.grpc_malformed import RefuseMalformed
 from cluster.model import ResolvedModel
 from cluster.orders import report_failure
 from cluster.registry import RedisRegistry, Registry
 from cluster.types import Pool, WorkerRecord, WorkerState
 from engine.intake import Intake
+from engine.log_buffers import log_buffers_kept
 from engine.protocol import Engine
 
 _log = logging.getLogger(__name__)
@@ -184,11 +186,12 @@ class WorkerReplica:
         """Start the server on a free port and return "host:port"."""
         limit = int(self._config.router.max_message_bytes)
         server = grpc.aio.server(
+            interceptors=(RefuseMalformed(),),
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
-            )
+            ),
         )
         self._add_service(server, self._engine, self._intake)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -331,7 +334,8 @@ def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engin
         from engine.fake import FakeEngine
 
         return FakeEngine(settings.config, settings.pool)
-    from engine.vllm_engine import VllmEngine  # seconds of import
+    with log_buffers_kept():
+        from engine.vllm_engine import VllmEngine  # seconds of import
 
     binding = pool.cpu_binding[slot % len(pool.cpu_binding)] if pool.cpu_binding else None
     return VllmEngine(

@@ -29,6 +29,7 @@ from cluster.config import Config
 from cluster.errors import ConfigError, InternalError, InvalidArgumentError, WorkerLostError
 from cluster.model import ResolvedModel
 from cluster.types import Pool, WorkerLoad
+from engine.log_buffers import log_buffers_kept
 from engine.progress import ProgressWatch
 from engine.protocol import (
     EngineFacts,
@@ -88,7 +89,7 @@ class VllmEngine:
 
     async def start(self) -> EngineFacts:
         self._set_environment()
-        self._reports = RankReports(self._config.cluster.host)
+        self._reports = RankReports(self._config.cluster.host, self._kv_token)
         llm = await asyncio.to_thread(self._make_llm, self._reports)
         self._llm = llm
         addresses: tuple[str, ...] = ()
@@ -278,7 +279,8 @@ def start_llm(
 ) -> AsyncLLM:
     """Start vLLM with ``engine_arguments``. Raises what vLLM raises."""
     args = AsyncEngineArgs(**arguments)
-    config = args.create_engine_config()
+    with log_buffers_kept():
+        config = args.create_engine_config()
     with contextlib.ExitStack() as stack:
         if args.distributed_executor_backend is UniProcExecutor:
             # vLLM binds the OpenMP threads of ranks that are processes; this one inherits it.

@@ -18,13 +18,17 @@ class Answer:
     Args:
         write: hands one response to the client's stream; waits while the client is slow, and
             with it the whole way back to the decode worker waits.
+        first_sequence: responses before it are with the client already.
     """
 
-    def __init__(self, progress: Progress, output: TextOutput, write: Write) -> None:
+    def __init__(
+        self, progress: Progress, output: TextOutput, write: Write, first_sequence: int = 0
+    ) -> None:
         self._progress = progress
         self._output = output
         self._write = write
-        self._sequence = 0
+        self._first_sequence = first_sequence
+        self.next_sequence = 0
 
     async def emit(self, batch: TokenBatch) -> bool:
         """Send what a batch adds. False when this was the last response."""
@@ -34,7 +38,7 @@ class Answer:
             return True
         response = inference_pb2.GenerateResponse(
             request_id=self._progress.request.request_id,
-            sequence=self._sequence,
+            sequence=self.next_sequence,
             text=piece.text,
             token_ids=piece.token_ids,
             logprobs=piece.logprobs,
@@ -43,9 +47,10 @@ class Answer:
             response.finish_reason = piece.finish_reason
             response.usage.CopyFrom(self._usage())
             response.phases.CopyFrom(self._phases())
-        self._sequence += 1
-        await self._write(response)
-        self._progress.phases.response_written()
+        self.next_sequence += 1
+        if response.sequence >= self._first_sequence:
+            await self._write(response)
+            self._progress.phases.response_written()
         return not last
 
     def _usage(self) -> inference_pb2.Usage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.config import Config
+from cluster.journal import RedisJournal
 from cluster.orders import ROUTER, report_failure
 from cluster.ray_replica import bind_internal_server
 from cluster.registry import RedisRegistry
@@ -39,7 +40,7 @@ class Router:
             socket_timeout_s=config.redis.socket_timeout_s,
         )
         try:
-            server = RouterServer(config, self._registry)
+            server = RouterServer(config, self._registry, journal=_journal(settings))
             await server.start()
         except Exception as error:
             await report_failure(settings.redis_url, config, ROUTER, error)
@@ -54,3 +55,16 @@ class Router:
     async def __del__(self) -> None:
         await self.drain(self._grace_s)
         await self._registry.close()
+
+
+def _journal(settings: RouterSettings) -> RedisJournal | None:
+    config = settings.config
+    if not config.router.journal:
+        return None
+    return RedisJournal(
+        settings.redis_url,
+        cluster=config.cluster.name,
+        lease_s=config.redis.lease_s,
+        ttl_s=config.router.journal_ttl_s,
+        socket_timeout_s=config.redis.socket_timeout_s,
+    )

@@ -128,17 +128,17 @@ class Dispatcher:
         facts = PlacementFacts(
             self._settings.model, progress.remaining_tokens, self._settings.local_prefill
         )
-        while True:
+        while progress.remaining_tokens > 0:
             placement = await self._place(facts, retries)
             progress.attempts += 1
             try:
                 await self._attempt(progress, placement, emit)
                 return
             except AttemptFailedError as err:
-                if progress.remaining_tokens == 0:
-                    await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
-                    return
-                facts = self._note_failure(progress, placement, err, retries)
+                if progress.remaining_tokens > 0:
+                    facts = self._note_failure(progress, placement, err, retries)
+        # All tokens are there, and their end was lost with the worker.
+        await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
     async def _place(self, facts: PlacementFacts, retries: Retries) -> Placement:
         """Choose workers. A request that has lost some waits for others; a new one does not."""

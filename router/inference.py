@@ -1,4 +1,4 @@
-"""One Generate call from its message to its last response."""
+"""One call of an application from its message to its last response."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
 
@@ -20,20 +21,27 @@ from cluster.errors import (
     CapacityError,
     DeadlineError,
     InternalError,
+    NotFoundError,
+    UnavailableError,
 )
 from cluster.grpc_status import abort
 from router.admission import AdmissionLimits, retry_after_s
 from router.answer import Answer
+from router.assemble import TokenBatch
+from router.attempt import Emit
 from router.dispatch import Dispatcher, Progress
 from router.gate import Admission
+from router.journal import NOT_RESUMABLE, Entry, Journal
 from router.output import TextOutput
 from router.phases import PhaseClock
+from router.placement import RETRY_AFTER_S
 from router.text import TextCodec
 from router.validate import (
     MAX_REQUEST_ID_CHARS,
     ChatTurns,
     CheckedRequest,
     PromptText,
+    TokenRequest,
     check_request,
     check_request_id,
     with_prompt,
@@ -44,11 +52,48 @@ logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
 
 
+@dataclass(frozen=True, slots=True)
+class CallBounds:
+    """From the configuration (``router.default_deadline_s`` and so on)."""
+
+    default_deadline_s: float
+    client_stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of an application."""
+
+    request_id: str
+    context: Context
+    deadline_s: float  # on the event loop's clock
+    stall_s: float  # that the client may not read
+    phases: PhaseClock
+
+    def progress(self, request: TokenRequest) -> Progress:
+        # "~" is in no client's id: the workers never see the same id twice.
+        transfer_id = f"{self.request_id}~{uuid.uuid4().hex[:12]}"
+        return Progress(request, transfer_id, self.deadline_s, self.phases)
+
+    async def write(self, response: inference_pb2.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self.stall_s):
+                await self.context.write(response)
+        except TimeoutError:
+            raise CapacityError(
+                f"the client has read nothing for {self.stall_s:g} s",
+                reason="CLIENT_TOO_SLOW",
+            ) from None
+        except grpc.aio.InternalError as err:  # before its cancel reached this task
+            raise CancelledError("the caller went away") from err
+
+
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Validate, tokenise, admit, dispatch; every error leaves as a typed one.
 
     Args:
         clock: monotonic time, seconds; the event loop's.
+        journal: None: requests cannot be resumed.
     """
 
     def __init__(
@@ -56,16 +101,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         text: TextCodec,
         dispatcher: Dispatcher,
         limits: AdmissionLimits,
-        default_deadline_s: float,
+        bounds: CallBounds,
         clock: Callable[[], float],
+        journal: Journal | None = None,
     ) -> None:
         self._text = text
         self._dispatcher = dispatcher
         self._limits = limits
         self._admission = Admission(limits, clock)
-        self._default_deadline_s = default_deadline_s
+        self._bounds = bounds
         self._clock = clock
-        self._in_flight: set[str] = set()
+        self._journal = journal
+        self._in_flight: dict[str, asyncio.Task[Any] | None] = {}  # None: it is sent away
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -73,13 +120,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Return when no request is in flight."""
         await self._idle.wait()
 
+    def send_away(self) -> None:
+        """End what is in flight, for the clients to go on at another router."""
+        for request_id, task in self._in_flight.items():
+            if task is not None:
+                self._in_flight[request_id] = None
+                task.cancel()
+
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         """See inference.proto."""
         request_id = request.request_id or f"req-{uuid.uuid4().hex}"
+        await self._run(request_id, context, lambda call: self._generate(request, call))
+
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:
+        """See inference.proto."""
+        await self._run(request.request_id, context, lambda call: self._resume(request, call))
+
+    async def _run(
+        self, request_id: str, context: Context, serve: Callable[[_Call], Awaitable[None]]
+    ) -> None:
+        """Serve one call until its deadline; every error leaves as a typed one."""
         # One that is refused for its length would not fit into the metadata that says so.
         shown_id = request_id[:MAX_REQUEST_ID_CHARS]
         try:
-            await self._generate(request, request_id, context)
+            check_request_id(request_id)
+            with self._hold_id(request_id):
+                call = self._call(request_id, context)
+                try:
+                    async with asyncio.timeout_at(call.deadline_s):
+                        await serve(call)
+                except TimeoutError:
+                    raise DeadlineError("not done by the deadline") from None
         except BatonError as err:
             await abort(context, err, shown_id)
         except Exception:
@@ -88,47 +159,54 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             error = InternalError("the router failed; its log says why")
             await abort(context, error, shown_id)
 
-    async def _generate(
-        self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
-    ) -> None:
-        phases = PhaseClock(time.perf_counter)  # uvloop's time has milliseconds only
+    def _call(self, request_id: str, context: Context) -> _Call:
         # None without a deadline, although the stubs say otherwise.
         remaining_s = cast("float | None", context.time_remaining())
         if remaining_s is None:
-            remaining_s = self._default_deadline_s
+            remaining_s = self._bounds.default_deadline_s
+        phases = PhaseClock(time.perf_counter)  # uvloop's time has milliseconds only
         deadline_s = self._clock() + remaining_s
-        check_request_id(request_id)
-        with self._hold_id(request_id):
-            try:
-                async with asyncio.timeout(remaining_s):
-                    await self._serve(request, request_id, context, phases, deadline_s)
-            except TimeoutError:
-                raise DeadlineError(f"not done within {remaining_s:.3f} s") from None
+        return _Call(request_id, context, deadline_s, self._bounds.client_stall_s, phases)
 
-    async def _serve(
-        self,
-        request: inference_pb2.GenerateRequest,
-        request_id: str,
-        context: Context,
-        phases: PhaseClock,
-        deadline_s: float,
-    ) -> None:
-        checked = check_request(request, request_id, self._text.model)
+    async def _generate(self, request: inference_pb2.GenerateRequest, call: _Call) -> None:
+        checked = check_request(request, call.request_id, self._text.model)
         token_ids = await self._tokenise(checked)
         ready = with_prompt(checked, token_ids, self._text.model)
-        async with self._admission.slot(deadline_s):
-            # "~" is in no client's id: the workers never see the same id twice.
-            transfer_id = f"{request_id}~{uuid.uuid4().hex[:12]}"
-            progress = Progress(ready, transfer_id, deadline_s, phases)
-            output = TextOutput(self._text.decoder, ready.stops, ready.sampling.min_tokens)
+        async with self._admission.slot(call.deadline_s):
+            progress = call.progress(ready)
+            answer = Answer(progress, self._output(ready), call.write)
+            if self._journal is None:
+                await self._dispatcher.run(progress, answer.emit)
+                return
+            async with self._journal.begin(_kept(request, ready)) as entry:
+                await self._dispatcher.run(progress, _journaled(entry, answer))
 
-            async def write(response: inference_pb2.GenerateResponse) -> None:
-                try:
-                    await context.write(response)
-                except grpc.aio.InternalError as err:  # before its cancel reached this task
-                    raise CancelledError("the caller went away") from err
+    async def _resume(self, request: inference_pb2.ResumeRequest, call: _Call) -> None:
+        if self._journal is None:
+            raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
+        first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
+        async with (
+            self._admission.slot(call.deadline_s),
+            self._journal.resume(call.request_id) as (entry, kept, batches),
+        ):
+            checked = check_request(kept, call.request_id, self._text.model)
+            ready = with_prompt(checked, kept.token_ids.ids, self._text.model)
+            progress = call.progress(ready)
+            answer = Answer(progress, self._output(ready), call.write, first)
+            more = True
+            for batch in batches:
+                progress.token_ids.extend(batch.token_ids)
+                more = await answer.emit(batch)
+            if answer.next_sequence < first:
+                raise NotFoundError(
+                    f"response {first - 1} of {call.request_id!r} is not in the journal",
+                    reason=NOT_RESUMABLE,
+                )
+            if more:
+                await self._dispatcher.run(progress, _journaled(entry, answer))
 
-            await self._dispatcher.run(progress, Answer(progress, output, write).emit)
+    def _output(self, request: TokenRequest) -> TextOutput:
+        return TextOutput(self._text.decoder, request.stops, request.sampling.min_tokens)
 
     async def _tokenise(self, checked: CheckedRequest) -> tuple[int, ...]:
         if isinstance(checked.prompt, PromptText):
@@ -148,11 +226,42 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 reason="QUEUE_FULL",
                 retry_after_s=retry_after_s(self._limits, self._admission.state),
             )
-        self._in_flight.add(request_id)
+        self._in_flight[request_id] = asyncio.current_task()
         self._idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            if self._in_flight[request_id] is not None:
+                raise
+            raise UnavailableError(
+                "this router is shutting down; resume the request",
+                reason="ROUTER_DRAINING",
+                retry_after_s=RETRY_AFTER_S,
+            ) from None
         finally:
-            self._in_flight.discard(request_id)
+            del self._in_flight[request_id]
             if not self._in_flight:
                 self._idle.set()
+
+
+def _kept(
+    request: inference_pb2.GenerateRequest, ready: TokenRequest
+) -> inference_pb2.GenerateRequest:
+    """The request as the journal keeps it: with its tokens, so that it is tokenised once."""
+    kept = inference_pb2.GenerateRequest(
+        request_id=ready.request_id,
+        model=request.model,
+        token_ids=inference_pb2.TokenIds(ids=ready.prompt),
+        sampling=request.sampling,
+    )
+    if not request.HasField("sampling"):
+        kept.ClearField("sampling")
+    return kept
+
+
+def _journaled(entry: Entry, answer: Answer) -> Emit:
+    async def emit(batch: TokenBatch) -> bool:
+        await entry.add(batch)
+        return await answer.emit(batch)
+
+    return emit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import grpc
@@ -12,12 +13,15 @@ from grpc_reflection.v1alpha import reflection
 from baton.v1 import inference_pb2, inference_pb2_grpc
 from cluster.config import Config
 from cluster.errors import ConfigError
+from cluster.grpc_malformed import RefuseMalformed
+from cluster.journal import JournalStore
 from cluster.model import resolve_model
 from cluster.types import Pool, WorkerRecord, WorkerState
 from router.admission import AdmissionLimits
 from router.book import PlacementBook
 from router.dispatch import DispatchCounters, Dispatcher, DispatchSettings
-from router.inference import InferenceServicer
+from router.inference import CallBounds, InferenceServicer
+from router.journal import Journal, JournalSettings
 from router.placement import worker_key
 from router.retry import RetryLimits
 from router.text import TextCodec, load_text_codec
@@ -27,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
+_STATUS_S = 0.5  # for calls that are sent away to tell their clients
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -36,12 +41,20 @@ class RouterServer:
     Args:
         registry: read, never written; not closed here.
         text: closed with the server. None: loaded from ``config.model`` at start.
+        journal: closed with the server. None: requests cannot be resumed.
     """
 
-    def __init__(self, config: Config, registry: WorkerList, text: TextCodec | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: WorkerList,
+        text: TextCodec | None = None,
+        journal: JournalStore | None = None,
+    ) -> None:
         self._config = config
         self._registry = registry
         self._text = text
+        self._journal = Journal(journal, self._journal_settings()) if journal is not None else None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._health_set: set[asyncio.Task[None]] = set()
@@ -79,8 +92,15 @@ class RouterServer:
         router = self._config.router
         limits = AdmissionLimits(router.max_concurrent, router.max_queue, router.queue_timeout_s)
         servicer = self.servicer = InferenceServicer(
-            text, self._dispatcher, limits, router.default_deadline_s, clock
+            text,
+            self._dispatcher,
+            limits,
+            CallBounds(router.default_deadline_s, router.client_stall_s),
+            clock,
+            self._journal,
         )
+        if self._journal is not None:
+            self._journal.start()
         try:
             port = self._bind(servicer)
             self._set_serving(False)
@@ -93,15 +113,23 @@ class RouterServer:
         return port
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, give running ones ``grace_s``, cancel the rest. Idempotent."""
+        """Refuse new requests, give running ones ``grace_s``, send the rest away. Idempotent."""
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
-            await self._server.stop(grace_s)
-            self._server = None
+            server, self._server = self._server, None
+            stopping = asyncio.create_task(server.stop(grace_s + _STATUS_S))
+            if self.servicer is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace_s):
+                        await self.servicer.drained()
+                self.servicer.send_away()
+            await stopping
         if self.servicer is not None:
             await self.servicer.drained()  # cancelled calls still end their work on workers
         if self._dispatcher is not None:
             await self._dispatcher.close()
+        if self._journal is not None:
+            await self._journal.close()
         if self.workers is not None:
             await self.workers.stop()
         await asyncio.gather(*self._health_set)
@@ -111,11 +139,12 @@ class RouterServer:
     def _bind(self, servicer: InferenceServicer) -> int:
         router = self._config.router
         self._server = grpc.aio.server(
+            interceptors=(RefuseMalformed(),),
             options=(
                 ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it
                 ("grpc.max_receive_message_length", int(router.max_message_bytes)),
                 ("grpc.max_send_message_length", int(router.max_message_bytes)),
-            )
+            ),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -151,6 +180,9 @@ class RouterServer:
     async def _tell_health(self, status: int) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
+
+    def _journal_settings(self) -> JournalSettings:
+        return JournalSettings(self._config.redis.lease_s, self._config.router.journal_patience_s)
 
     def _workers_settings(self) -> WorkersSettings:
         config = self._config

@@ -27,6 +27,14 @@ KV_OUTCOME_TRANSFERRED: KvOutcome
 KV_OUTCOME_RECOMPUTED: KvOutcome
 KV_OUTCOME_LOCAL: KvOutcome
 
+class ResumeRequest(_message.Message):
+    __slots__ = ("request_id", "last_sequence")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    last_sequence: int
+    def __init__(self, request_id: _Optional[str] = ..., last_sequence: _Optional[int] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "prompt", "chat", "token_ids", "sampling")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

@@ -23,13 +23,21 @@ from baton.v1 import inference_pb2
 from cluster.types import Pool
 from engine.fake import next_tokens
 from router.admission import AdmissionLimits
-from tests.support.simulated_cluster import SETTLE_S, SimClient, SimCluster
+from router.journal import NOT_RESUMABLE, REQUEST_IN_FLIGHT
+from tests.support.simulated_cluster import CONNECTION_LOST, SETTLE_S, SimClient, SimCluster
 from tests.support.virtual_time import elapse, run_virtually
 
 OK, CANCELLED = grpc.StatusCode.OK, grpc.StatusCode.CANCELLED
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 # Refused before anything was done for the request: the client may come again, and does.
-REFUSALS = {"NO_PREFILL_WORKER", "NO_DECODE_WORKER", "QUEUE_FULL", "QUEUE_TIMEOUT", "OVERLOADED"}
+REFUSALS = {
+    *("NO_PREFILL_WORKER", "NO_DECODE_WORKER", "QUEUE_FULL", "QUEUE_TIMEOUT", "OVERLOADED"),
+    *(
+        REQUEST_IN_FLIGHT,
+        "DUPLICATE_REQUEST_ID",
+        "REGISTRY_UNAVAILABLE",
+    ),  # its router may not know yet that it is gone
+}
 FAR_S = 200.0
 SEEDS = 3000
 CHUNK = 150
@@ -132,9 +140,21 @@ class RegistryAway:
     for_s: float
 
     async def strike(self, cluster: SimCluster) -> None:
-        cluster.registry.available = False
+        cluster.registry.available = cluster.journal.available = False
         await elapse(self.for_s)
-        cluster.registry.available = True
+        cluster.registry.available = cluster.journal.available = True
+
+
+@dataclass(frozen=True)
+class StoreSlow:
+    """Redis answers the journal late."""
+
+    for_s: float
+
+    async def strike(self, cluster: SimCluster) -> None:
+        cluster.store_slow = True
+        await elapse(self.for_s)
+        cluster.store_slow = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +165,20 @@ class RegistryEmptied:
         for name in cluster.workers:
             if cluster.registry.available:
                 await cluster.registry.remove(name)
+        cluster.journal.forget()
+
+
+@dataclass(frozen=True)
+class KillRouter:
+    """kill -9 of one router; another one starts in its place."""
+
+    start_s: float
+
+    async def strike(self, cluster: SimCluster) -> None:
+        if living := cluster.living_routers():
+            await cluster.rng.choice(living).kill()
+            await elapse(self.start_s)
+            await cluster.add_router()
 
 
 def random_fault(rng: random.Random) -> Fault:
@@ -158,39 +192,56 @@ def random_fault(rng: random.Random) -> Fault:
         lambda: Drain(pool, rng.choice((0.0, 0.3, 30.0))),
         lambda: RegistryAway(rng.choice((0.3, 8.0))),
         RegistryEmptied,
+        lambda: StoreSlow(rng.choice((0.3, 8.0))),
+        lambda: KillRouter(rng.choice((0.0, 1.0, 8.0))),
+        lambda: KillRouter(rng.choice((0.0, 1.0, 8.0))),
     )
     return rng.choice(makes)()
 
 
-def random_client(rng: random.Random, number: int, clock: Callable[[], float]) -> SimClient:
+def random_client(cluster: SimCluster, number: int) -> SimClient:
+    rng = cluster.rng
     request = inference_pb2.GenerateRequest(request_id=f"r{number}")
     request.token_ids.ids.extend(rng.randrange(3, 200) for _ in range(rng.randint(1, 20)))
     request.sampling.max_tokens = rng.randint(1, 30)
     if rng.random() < 0.2:
         request.sampling.min_tokens = 1  # the first token comes with the decode stream
     timeout_s = rng.choice((0.0, 0.03, 0.3)) if rng.random() < 0.15 else FAR_S
-    return SimClient(request, clock, timeout_s, write_s=rng.choice((0.0, 0.0, 0.0, 0.02)))
+    write_s = rng.choice((0.0, 0.0, 0.0, 0.02))
+    return SimClient(request, cluster.clock, cluster.living_routers, timeout_s, write_s)
 
 
 async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) -> None:
-    """As an application: comes again when it was refused, cancels when it loses patience."""
+    """As an application: comes again when it was refused or its router died, and cancels when it
+    loses patience."""
     calling: asyncio.Task[None] | None = None
     try:
         async with asyncio.timeout(patience_s):
             while True:
-                calling = asyncio.create_task(client.call(cluster.servicer))
-                await calling
-                code, reason = client.statuses[-1]
-                if code in (OK, LATE) or reason not in REFUSALS or client.responses:
-                    return
-                client.statuses.pop()
+                if routers := cluster.living_routers():
+                    calling = asyncio.create_task(client.call(cluster.rng.choice(routers)))
+                    await calling
+                    if not comes_again(client):
+                        return
+                    client.statuses.pop()
                 await elapse(0.2)
     except TimeoutError:
-        assert calling is not None
-        await asyncio.gather(calling, return_exceptions=True)
+        if calling is not None:
+            await asyncio.gather(calling, return_exceptions=True)
 
 
-def check_ended(client: SimClient, *, gave_up: bool) -> None:
+def comes_again(client: SimClient) -> bool:
+    code, reason = client.statuses[-1]
+    if code is grpc.StatusCode.UNAVAILABLE and reason == CONNECTION_LOST:
+        client.resumes = True
+        return True
+    if reason == NOT_RESUMABLE and not client.responses:
+        client.resumes = False  # its router died before it had written anything
+        return True
+    return reason in REFUSALS and code is not LATE
+
+
+def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None:
     """Exactly once, in time, and with no token but the right ones."""
     expected = next_tokens(client.request.token_ids.ids, client.request.sampling.max_tokens)
     assert [each.sequence for each in client.responses] == list(range(len(client.responses)))
@@ -206,6 +257,8 @@ def check_ended(client: SimClient, *, gave_up: bool) -> None:
         assert tokens == expected
         assert len(finishes) == 1
         assert client.responses[-1].finish_reason
+    elif reason == NOT_RESUMABLE:
+        assert store_failed, "or the journal would have it"
     elif code is LATE:
         assert client.deadline_s - client.ended_s < 0.001
         assert client.timeout_s < FAR_S, "nothing takes that long"
@@ -222,7 +275,8 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
             assert load.kv_blocks_free == load.kv_blocks_total, worker.record.id
             assert load.running == load.queue_depth == load.queued_tokens == 0
         key = worker.record.id, worker.record.incarnation
-        assert cluster.book.own_load(key).requests == 0
+        for router in cluster.routers:
+            assert router.book.own_load(key).requests == 0
     more = asyncio.all_tasks() - tasks_before
     assert not more, more
 
@@ -236,9 +290,11 @@ async def one_run(seed: int) -> None:
         for pool in Pool:
             for _ in range(rng.randint(1, 3)):
                 cluster.add(pool)
+        for _ in range(rng.randrange(2)):
+            await cluster.add_router()
         await elapse(1)
         standing = asyncio.all_tasks()
-        clients = [random_client(rng, n, cluster.clock) for n in range(rng.randint(1, 8))]
+        clients = [random_client(cluster, n) for n in range(rng.randint(1, 8))]
         patience_s = [
             rng.choice((0.0, 0.05, 0.5)) if rng.random() < 0.2 else 3 * FAR_S for _ in clients
         ]
@@ -256,12 +312,15 @@ async def one_run(seed: int) -> None:
             *(strike(fault) for fault in faults),
             *(load(*each) for each in zip(clients, patience_s, strict=True)),
         )
+        store_failed = any(
+            isinstance(fault, RegistryAway | RegistryEmptied | StoreSlow) for fault in faults
+        )
         for client, patient_s in zip(clients, patience_s, strict=True):
-            check_ended(client, gave_up=patient_s < FAR_S)
-        await cluster.servicer.drained()
+            check_ended(client, gave_up=patient_s < FAR_S, store_failed=store_failed)
+        for router in cluster.living_routers():
+            await router.servicer.drained()
         await elapse(SETTLE_S)
-        leases = {worker._lease for worker in cluster.workers.values()}
-        check_nothing_left(cluster, standing | leases)
+        check_nothing_left(cluster, standing | cluster.standing_tasks())
 
 
 def seeds() -> list[range]:

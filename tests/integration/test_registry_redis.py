@@ -1,4 +1,4 @@
-"""The registry in real servers: the embedded Valkey, and Debian's redis-server."""
+"""The registry and the journal in real servers: the embedded Valkey, and Debian's redis-server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -17,12 +17,14 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import ConfigError, UnavailableError
+from cluster.journal import JournalStore, RedisJournal, Written
 from cluster.orders import ROUTER, Orders, StartFailure, report_failure
 from cluster.ports import free_port
 from cluster.redis_client import RedisClient
 from cluster.registry import RedisRegistry
 from cluster.types import Pool
 from cluster.valkey import EmbeddedValkey
+from tests.support import journal_rules
 from tests.support import registry_rules as rules
 from tests.support.waiting import until_awaited
 
@@ -234,3 +236,38 @@ class _Stopping:
 def test_a_url_that_is_none_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"redis\.url"):
         RedisClient("redis://host:port-is-no-number", socket_timeout_s=1)
+
+
+def open_journal(url: str, name: str, *, lease_s: float = 60, ttl_s: float = 60) -> RedisJournal:
+    return RedisJournal(url, cluster=name, lease_s=lease_s, ttl_s=ttl_s, socket_timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("check", journal_rules.RULES)
+async def test_journal(
+    url: str, name: str, check: Callable[[JournalStore], Awaitable[None]]
+) -> None:
+    journal = open_journal(url, name)
+    await check(journal)
+    await journal.close()
+
+
+async def test_a_dead_routers_requests_are_free_after_its_lease_and_forgotten_in_the_end(
+    url: str, name: str
+) -> None:
+    journal = open_journal(url, name, lease_s=0.1, ttl_s=0.5)
+    await journal.write([journal_rules.begin("dead")])
+    assert await journal.take("r", "next") is Written.TAKEN
+
+    async def taken() -> bool:
+        return await journal.take("r", "next") is not Written.TAKEN
+
+    await until_awaited(taken, what="the lease has run out")
+
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+
+    async def forgotten() -> bool:
+        return not (await client.execute(("KEYS", f"baton:{name}:*")))[0]
+
+    await until_awaited(forgotten, what="the entry has expired")
+    await client.close()
+    await journal.close()

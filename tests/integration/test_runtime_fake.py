@@ -332,6 +332,18 @@ def test_a_killed_worker_is_replaced(cluster: Running) -> None:
     assert complete(cluster, PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
 
 
+def test_a_stream_goes_on_when_its_router_is_killed(cluster: Running) -> None:
+    victim = next(pid for pid, name in cluster.replicas().items() if name == "Router")
+    with cluster.client() as client:
+        stream = client.generate(token_ids=PROMPT, max_tokens=1500, temperature=0.0, timeout_s=60)
+        responses = [next(stream) for _ in range(20)]
+        os.kill(victim, signal.SIGKILL)
+        responses += stream
+    tokens = [token for response in responses for token in response.token_ids]
+    assert tuple(tokens) == next_tokens(PROMPT, 1500)
+    assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
 def test_a_killed_router_comes_back_to_its_port(cluster: Running) -> None:
     victim = next(pid for pid, name in cluster.replicas().items() if name == "Router")
     os.kill(victim, signal.SIGKILL)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
 from cluster.config import Config
+from cluster.journal import JournalStore
 from cluster.registry import MemoryRegistry
 from router.service import RouterServer
 from router.text import ChatTurn, ModelFacts, TextCodec
@@ -60,6 +62,7 @@ class RouterHarness:
     Args:
         router: fields of the configuration's section, over what suits a test.
         redis: likewise.
+        journal: of all its routers.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class RouterHarness:
         router: Mapping[str, Any] | None = None,
         redis: Mapping[str, Any] | None = None,
         context_tokens: int = CONTEXT_TOKENS,
+        journal: JournalStore | None = None,
     ) -> None:
         self.prefill = list(prefill)
         self.decode = list(decode)
@@ -86,7 +90,8 @@ class RouterHarness:
         )
         self.registry = MemoryRegistry(lease_s=3600)
         self.codec = make_codec(context_tokens)
-        self.server = RouterServer(self.config, self.registry, self.codec)
+        self.journal = journal
+        self.server = RouterServer(self.config, self.registry, self.codec, journal)
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -121,6 +126,14 @@ class RouterHarness:
     def call(self, *, timeout: float | None = 30, **fields: Any) -> Any:
         """Start one Generate call."""
         return self.stub.Generate(inference_pb2.GenerateRequest(**fields), timeout=timeout)
+
+    @contextlib.asynccontextmanager
+    async def another_router(self) -> AsyncIterator[Any]:
+        """The stub of a second router of the same cluster."""
+        server = RouterServer(self.config, self.registry, make_codec(), self.journal)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+            yield inference_pb2_grpc.InferenceStub(channel)
+        await server.stop(grace_s=0)
 
     async def refresh_workers(self) -> None:
         """Make the router look at the registry now."""

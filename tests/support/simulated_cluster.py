@@ -1,6 +1,6 @@
-"""A router and its workers in virtual time: everything of ours but sockets, Redis and vLLM.
+"""Routers and their workers in virtual time: everything of ours but sockets, Redis and vLLM.
 
-The router's and the workers' own classes run, with the fake engine and ``MemoryRegistry``. In the
+The routers' and the workers' own classes run, with the fake engine and stores in memory. In the
 place of gRPC's connections stand ``SimCall``s, which delay, lose and break as those do.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +19,8 @@ import grpc
 
 from baton.v1 import inference_pb2, worker_pb2
 from cluster.config import Config
+from cluster.errors import UnavailableError
+from cluster.journal import Change, MemoryJournal, Stored, Written
 from cluster.registry import MemoryRegistry
 from cluster.types import Pool, WorkerRecord, WorkerState
 from decode_worker.servicer import DecodeServicer
@@ -29,7 +31,8 @@ from prefill_worker.servicer import PrefillServicer
 from router.admission import AdmissionLimits
 from router.book import PlacementBook
 from router.dispatch import Dispatcher, DispatchSettings
-from router.inference import InferenceServicer
+from router.inference import CallBounds, InferenceServicer
+from router.journal import Journal, JournalSettings
 from router.placement import worker_key
 from router.retry import RetryLimits
 from router.workers import Workers, WorkersSettings
@@ -45,6 +48,7 @@ UNREAD = 4  # messages on the way that a sender need not wait for
 SETTLE_S = 100.0  # after the faults: longer than every bound in here
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+CONNECTION_LOST = ""  # a status of nobody's has no reason
 
 
 class _ServerContext:
@@ -289,47 +293,108 @@ class SimWorker:
             await self._cluster.registry.put(replace(self.record, load=self.engine.load()))
 
 
-class SimCluster:
-    """``async with``: one router over workers that ``add`` makes, in a virtual loop.
+class _RouterStore:
+    """The journal's store as one router sees it: a dead one writes nothing more."""
 
-    Args:
-        limits: the router's admission.
-    """
+    def __init__(self, store: MemoryJournal, router: SimRouter) -> None:
+        self._store = store
+        self._router = router
 
-    def __init__(self, rng: random.Random, limits: AdmissionLimits) -> None:
-        self.rng = rng
-        loop = asyncio.get_running_loop()
-        self.clock = loop.time
-        codec = make_codec(CONTEXT_TOKENS)
-        self.model = codec.model.served_name
-        self.registry = MemoryRegistry(lease_s=LEASE_S, clock=self.clock)
-        self.workers: dict[str, SimWorker] = {}  # those that are gone, too
-        self._numbers = 0
-        self.book = PlacementBook(self.clock, suspect_s=LEASE_S)
-        self._workers = Workers(
-            self.registry,
+    async def write(self, changes: Sequence[Change]) -> list[Written]:
+        await self._way()
+        return await self._store.write(changes)
+
+    async def take(self, request_id: str, writer: str) -> Stored | Written:
+        await self._way()
+        return await self._store.take(request_id, writer)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    async def _way(self) -> None:
+        slow = self._router.cluster.store_slow
+        await elapse(self._router.rng.choice((0.0, 0.001, 0.01, 0.2 if slow else 0.01)))
+        if not self._router.alive:
+            raise UnavailableError("this router is dead")
+
+
+class SimRouter:
+    """One router process."""
+
+    def __init__(self, cluster: SimCluster, limits: AdmissionLimits) -> None:
+        self.rng = cluster.rng
+        self.cluster = cluster
+        self.alive = True
+        self.calls: set[asyncio.Task[None]] = set()  # of clients
+        clock = cluster.clock
+        codec = cluster.codec
+        self.book = PlacementBook(clock, suspect_s=LEASE_S)
+        self.workers = Workers(
+            cluster.registry,
             WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20),
-            self.clock,
+            clock,
             lambda snapshot: self.book.new_snapshot(frozenset(map(worker_key, snapshot))),
-            connect=lambda record: self.workers[record.id],  # type: ignore[arg-type, return-value]
+            connect=lambda record: cluster.workers[record.id],  # type: ignore[arg-type, return-value]
         )
         self.dispatcher = Dispatcher(
-            self._workers,
+            self.workers,
             self.book,
             DispatchSettings(
-                model=self.model,
+                model=cluster.model,
                 local_prefill="never",
                 retries=RetryLimits(max_attempts=50, timeout_s=60, avoid_s=LEASE_S),
                 buffer_responses=8,
                 release_timeout_s=1.0,
                 max_releases=64,
             ),
-            self.clock,
+            clock,
         )
-        self.servicer = InferenceServicer(codec, self.dispatcher, limits, 600.0, self.clock)
+        store = _RouterStore(cluster.journal, self)
+        self.journal = Journal(store, JournalSettings(LEASE_S, patience_s=0.05))
+        self.servicer = InferenceServicer(
+            codec, self.dispatcher, limits, CallBounds(600.0, 30.0), clock, self.journal
+        )
+
+    async def start(self) -> None:
+        await self.workers.start()
+        self.journal.start()
+
+    async def stop(self) -> None:
+        await self.servicer.drained()
+        await self.dispatcher.close()
+        await self.journal.close()
+        await self.workers.stop()
+
+    async def kill(self) -> None:
+        """As ``kill -9``: clients and workers see their connections break."""
+        self.alive = False
+        for call in self.calls:
+            call.cancel()
+        await self.stop()
+
+
+class SimCluster:
+    """``async with``: routers over workers that ``add`` makes, in a virtual loop.
+
+    Args:
+        limits: each router's admission.
+    """
+
+    def __init__(self, rng: random.Random, limits: AdmissionLimits) -> None:
+        self.rng = rng
+        self._limits = limits
+        self.clock = asyncio.get_running_loop().time
+        self.codec = make_codec(CONTEXT_TOKENS)
+        self.model = self.codec.model.served_name
+        self.registry = MemoryRegistry(lease_s=LEASE_S, clock=self.clock)
+        self.journal = MemoryJournal(lease_s=LEASE_S, clock=self.clock)
+        self.store_slow = False
+        self.workers: dict[str, SimWorker] = {}  # those that are gone, too
+        self.routers: list[SimRouter] = []
+        self._numbers = 0
 
     async def __aenter__(self) -> Self:
-        await self._workers.start()
+        await self.add_router()
         return self
 
     async def __aexit__(
@@ -338,10 +403,26 @@ class SimCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.dispatcher.close()
-        await self._workers.stop()
+        for router in self.routers:
+            if router.alive:
+                await router.stop()
         for worker in self.workers.values():
             await worker.end()
+
+    async def add_router(self) -> None:
+        router = SimRouter(self, self._limits)
+        await router.start()
+        self.routers.append(router)
+
+    def standing_tasks(self) -> set[asyncio.Task[Any]]:
+        """What runs as long as the processes do."""
+        tasks = {worker._lease for worker in self.workers.values()}
+        for router in self.living_routers():
+            tasks |= {task for task in (router.workers._poller, router.journal._writer) if task}
+        return tasks
+
+    def living_routers(self) -> list[SimRouter]:
+        return [router for router in self.routers if router.alive]
 
     def add(self, pool: Pool) -> SimWorker:
         """A new worker, ready at its first lease."""
@@ -365,10 +446,6 @@ class SimCluster:
             and worker.record.state is WorkerState.READY
             and pool in (None, worker.pool)
         ]
-
-    async def see(self) -> None:
-        """Wait until the router has looked at the registry."""
-        await self._workers.refresh()
 
     async def fetch(self, request: EngineRequest, wait: Callable[[float], Awaitable[None]]) -> bool:
         """A decode worker's KV: True once the prefill worker has it, False if that never will."""
@@ -396,35 +473,53 @@ class SimClient:
     """One application request; the router's side of its call, too.
 
     Args:
+        living: the routers that live.
         timeout_s: the request's deadline.
         write_s: how long the client takes to read one response.
     """
 
     def __init__(
         self, request: inference_pb2.GenerateRequest, clock: Callable[[], float],
-        timeout_s: float, write_s: float = 0.0,
+        living: Callable[[], list[SimRouter]], timeout_s: float, write_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.request = request
         self._clock = clock
+        self._living = living
         self.timeout_s = timeout_s
         self._write_s = write_s
         self.responses: list[inference_pb2.GenerateResponse] = []
         self.statuses: list[tuple[grpc.StatusCode, str]] = []  # how it ended; OK included
+        self.resumes = False
         self.deadline_s = 0.0
         self.ended_s = 0.0
 
-    async def call(self, servicer: InferenceServicer) -> None:
-        """Until the router has ended the call. Cancel it as a client cancels."""
+    async def call(self, router: SimRouter) -> None:
+        """Until the router, or its death, has ended the call. Cancel it as a client cancels."""
+        task = asyncio.current_task()
+        assert task is not None
+        if router not in self._living():
+            self.statuses.append((UNAVAILABLE, CONNECTION_LOST))
+            return
+        router.calls.add(task)
         self.deadline_s = self._clock() + self.timeout_s
         try:
-            await servicer.Generate(self.request, self)  # type: ignore[arg-type]
+            if self.resumes:
+                request = inference_pb2.ResumeRequest(request_id=self.request.request_id)
+                if self.responses:
+                    request.last_sequence = self.responses[-1].sequence
+                await router.servicer.Resume(request, self)  # type: ignore[arg-type]
+            else:
+                await router.servicer.Generate(self.request, self)  # type: ignore[arg-type]
             self.statuses.append((grpc.StatusCode.OK, ""))
         except grpc.aio.AbortError:
             pass  # its status is there
         except asyncio.CancelledError:
-            self.statuses.append((grpc.StatusCode.CANCELLED, ""))
-            raise
+            if router in self._living():
+                self.statuses.append((grpc.StatusCode.CANCELLED, ""))
+                raise
+            self.statuses.append((UNAVAILABLE, CONNECTION_LOST))
         finally:
+            router.calls.discard(task)
             self.ended_s = self._clock()
 
     def time_remaining(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class FakeRuntime:
     scale_error: Exception | None = None
 
     def is_alive(self) -> bool:
+        return True
+
+    def has_replicas(self) -> bool:
         return True
 
     def failure(self) -> str | None:
@@ -149,6 +152,25 @@ def test_an_order_that_cannot_be_carried_out_does_not_end_the_cluster(
     cluster.watch(said.append)
     assert said == ["scaling decode from 1 to 2", str(error)]
     assert cluster._wanted[Pool.DECODE] == 1
+
+
+def test_it_is_said_which_workers_come_and_go(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_POLL_S", 0.001)
+    prefill, decode = ALL
+    draining, newer = replace(decode, state=WorkerState.DRAINING), replace(decode, id="decode-2")
+    looks: list[tuple[WorkerRecord, ...] | Exception] = [
+        *(ALL, ALL, AWAY, ALL),
+        *((prefill, draining), (prefill,), (prefill, newer)),
+    ]
+    said: list[str] = []
+    make(FakeStore(looks), signal=StopAfter(len(looks))).watch(said.append)
+    assert said == [
+        f"{AWAY}; running requests go on",
+        "decode-1 takes no more requests",
+        "decode-2 is ready",
+    ]
 
 
 def test_a_start_survives_a_store_that_hiccups(

@@ -17,14 +17,17 @@ from baton.v1 import inference_pb2_grpc
 WAIT_S = 10.0  # for what should happen at once; only a failing test waits so long
 
 Script = Callable[[pb.GenerateRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
+ResumeScript = Callable[[pb.ResumeRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
 
 
 @dataclass
 class ScriptedServer(inference_pb2_grpc.InferenceServicer):
     script: Script
+    resume: ResumeScript | None = None
     address: str = ""
     health: health.HealthServicer = field(default_factory=health.HealthServicer)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    resumed: list[pb.ResumeRequest] = field(default_factory=list)
     started: threading.Event = field(default_factory=threading.Event)  # a call began
     ended: threading.Event = field(default_factory=threading.Event)  # a call ended, anyhow
     deadline_s: float | None = None  # of the last call
@@ -38,10 +41,19 @@ class ScriptedServer(inference_pb2_grpc.InferenceServicer):
         self.started.set()
         yield from self.script(request, context)
 
+    def Resume(
+        self, request: pb.ResumeRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        self.resumed.append(request)
+        assert self.resume is not None
+        yield from self.resume(request, context)
+
 
 @contextmanager
-def serve(script: Script, *, max_message_bytes: int = 4 << 20) -> Iterator[ScriptedServer]:
-    servicer = ScriptedServer(script)
+def serve(
+    script: Script, *, resume: ResumeScript | None = None, max_message_bytes: int = 4 << 20
+) -> Iterator[ScriptedServer]:
+    servicer = ScriptedServer(script, resume)
     pool = futures.ThreadPoolExecutor(max_workers=8)
     server = grpc.server(pool, options=[("grpc.max_receive_message_length", max_message_bytes)])
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from tests.support.fake_workers import (
     FakeDecode,
     FakePrefill,
@@ -18,7 +18,7 @@ from tests.support.fake_workers import (
     decode_hangs_after_one,
     until_cancelled,
 )
-from tests.support.router_harness import RouterHarness
+from tests.support.router_harness import RouterHarness, token_ids
 
 pytestmark = pytest.mark.asyncio
 
@@ -208,3 +208,33 @@ async def _turn() -> None:
     turn = loop.create_future()
     loop.call_soon(turn.set_result, None)
     await turn
+
+
+async def test_a_client_that_does_not_read_is_ended_and_holds_up_nobody() -> None:
+    """What was written before it stopped is still there to read, and then the reason."""
+    decode = FakeDecode()
+    small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535))
+    async with RouterHarness(
+        prefill=[FakePrefill()],
+        decode=[decode],
+        router={"client_stall_s": 0.3},
+        context_tokens=20_000,
+    ) as router:
+        address = f"127.0.0.1:{router.port}"
+        async with grpc.aio.insecure_channel(address, small_window) as channel:
+            request = inference_pb2.GenerateRequest(
+                token_ids=PROMPT, sampling={"max_tokens": 10_000}
+            )
+            unread = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+            await decode.until(lambda: bool(decode.running))
+            others = await router.generate((4, 5), max_tokens=50)
+            assert token_ids(others) == answer_tokens((4, 5), 50)
+            await decode.until(lambda: not decode.running)
+            count = 0
+            with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012
+                async for response in unread:
+                    assert response.sequence == count
+                    count += 1
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "read nothing" in (caught.value.details() or "")
+        assert 0 < count < 10_000

@@ -1,0 +1,136 @@
+"""A stream whose router died or left goes on at another one, from the next response."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+import pytest
+
+from baton.v1 import inference_pb2, worker_pb2
+from cluster.journal import MemoryJournal
+from tests.support.fake_workers import (
+    FakeDecode,
+    FakePrefill,
+    answer_tokens,
+    decode_answer,
+    until_cancelled,
+)
+from tests.support.router_harness import RouterHarness, token_ids
+from tests.unit.router.test_service_failover import error_detail
+
+pytestmark = pytest.mark.asyncio
+
+PROMPT = (1, 2, 3)
+LENGTH = 12
+
+
+async def stalls_at_first(
+    request: worker_pb2.DecodeRequest,
+) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+    """One token and then nothing, unless the request has tokens already."""
+    async for response in decode_answer(request):
+        yield response
+        if not request.tokens_so_far:
+            await until_cancelled()
+
+
+def cluster() -> RouterHarness:
+    return RouterHarness(
+        prefill=[FakePrefill()],
+        decode=[FakeDecode(script=stalls_at_first)],
+        journal=MemoryJournal(lease_s=3600),
+    )
+
+
+def resume(stub: Any, last: int | None, request_id: str = "r") -> Any:
+    request = inference_pb2.ResumeRequest(request_id=request_id, last_sequence=last)
+    return stub.Resume(request, timeout=30)
+
+
+async def read_two(router: RouterHarness) -> tuple[Any, list[Any]]:
+    """The call "r", and its first two responses: one from prefill, one from decode."""
+    call = router.call(request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": LENGTH})
+    stream = aiter(call)
+    return call, [await anext(stream), await anext(stream)]
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    return caught.value.code(), error_detail(caught.value).reason
+
+
+@pytest.mark.parametrize("received", [0, 1, 2])
+async def test_a_router_that_leaves_hands_its_streams_over(received: int) -> None:
+    async with cluster() as router, router.another_router() as other:
+        call, responses = await read_two(router)
+        await router.server.stop(grace_s=0)
+        assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, "ROUTER_DRAINING")
+
+        responses = responses[:received]
+        last = responses[-1].sequence if responses else None
+        responses += [response async for response in resume(other, last)]
+        assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
+        assert responses[-1].usage.completion_tokens == LENGTH
+        # And its end again, for a client that missed it; what came before is there as well.
+        again = [response async for response in resume(other, LENGTH - 2)]
+        assert [each.sequence for each in again] == [LENGTH - 1]
+        assert token_ids([each async for each in resume(other, None)]) == token_ids(responses)
+
+
+async def test_text_goes_on_in_the_middle_of_a_character_or_a_stop_string() -> None:
+    journal = MemoryJournal(lease_s=3600)
+    async with RouterHarness(
+        prefill=[FakePrefill()], decode=[FakeDecode()], journal=journal
+    ) as router:
+        for first in range(1, 12):
+            call = router.call(
+                request_id="r",
+                token_ids={"ids": [first]},
+                sampling={"max_tokens": LENGTH, "stop": ["the q", "!"]},
+            )
+            whole = [response async for response in call]
+            for last in range(len(whole) - 1):
+                rest = [response async for response in resume(router.stub, last)]
+                assert [(each.sequence, each.text) for each in rest] == [
+                    (each.sequence, each.text) for each in whole[last + 1 :]
+                ]
+
+
+async def test_one_router_at_a_time() -> None:
+    async with cluster() as router, router.another_router() as other:
+        _call, responses = await read_two(router)
+        last = responses[-1].sequence
+        busy = (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_IN_FLIGHT")
+        assert await refusal(resume(other, last)) == busy
+        request = inference_pb2.GenerateRequest(request_id="r", token_ids={"ids": PROMPT})
+        assert await refusal(other.Generate(request)) == busy
+        here = await refusal(resume(router.stub, last))
+        assert here == (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID")
+
+
+async def test_a_client_that_went_away_and_comes_back() -> None:
+    async with cluster() as router:
+        call, responses = await read_two(router)
+        call.cancel()
+        assert router.server.servicer is not None
+        await router.decode[0].until(lambda: not router.decode[0].running)
+        await router.server.servicer.drained()
+        responses += [each async for each in resume(router.stub, responses[-1].sequence)]
+        assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
+
+
+async def test_what_nobody_knows_or_keeps() -> None:
+    unknown = (grpc.StatusCode.NOT_FOUND, "NOT_RESUMABLE")
+    async with cluster() as router:
+        assert await refusal(resume(router.stub, 0, "never-heard-of")) == unknown
+        call = router.call(request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": 1})
+        assert [each.sequence async for each in call] == [0]
+        assert await refusal(resume(router.stub, 1)) == unknown
+        bad = await refusal(resume(router.stub, 0, "no spaces"))
+        assert bad[0] is grpc.StatusCode.INVALID_ARGUMENT
+    async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
+        assert await refusal(resume(router.stub, 0)) == unknown
