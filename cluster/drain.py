@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from cluster.errors import ConfigError, UnavailableError
+from cluster.errors import ConfigError
 from cluster.run_dir import ClusterState
-from cluster.status import open_registry, read_workers
-
-_POLL_S = 0.2
+from cluster.status import open_registry, read_workers, wait_for_workers
+from cluster.types import WorkerRecord
 
 
 def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) -> None:
@@ -26,16 +24,14 @@ def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) 
             f"no worker {worker_id!r} in the cluster {state.name!r}: there are {', '.join(known)}"
         )
     asyncio.run(_ask(state, worker_id))
-    deadline_s = time.monotonic() + state.start_timeout_s
-    while True:
-        here = [worker for worker in read_workers(state) if worker.id == worker_id]
-        if not here:
-            return
-        line = f"{worker_id} is {here[0].state}, {here[0].load.running} requests run"
-        progress(line)
-        if time.monotonic() > deadline_s:
-            raise UnavailableError(f"after {state.start_timeout_s:.0f} s: {line}")
-        time.sleep(_POLL_S)
+
+    def left(workers: Sequence[WorkerRecord]) -> str | None:
+        for worker in workers:
+            if worker.id == worker_id:
+                return f"{worker_id} is {worker.state}, {worker.load.running} requests run"
+        return None
+
+    wait_for_workers(state, left, progress)
 
 
 async def _ask(state: ClusterState, worker_id: str) -> None:

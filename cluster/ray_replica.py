@@ -33,7 +33,13 @@ def on_this_node(config: Config) -> Config:
     return config.model_copy(update={"cluster": cluster})
 
 
-def bind_internal_server(host: str) -> None:
+def prepare_process(host: str) -> None:
+    """What the process of a replica needs before anything else, from the replica's constructor."""
+    _bind_internal_server(host)
+    _drop_lines_that_cannot_be_logged()
+
+
+def _bind_internal_server(host: str) -> None:
     """Make Serve's own server of this replica listen on ``host`` only.
 
     Serve starts a gRPC server in each replica for calls between deployments, which takes
@@ -48,7 +54,6 @@ def bind_internal_server(host: str) -> None:
         return port
 
     serve_replica.add_port_to_grpc_server = add_port
-    _drop_lines_that_cannot_be_logged()
 
 
 def _drop_lines_that_cannot_be_logged() -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from cluster.errors import ConfigError, UnavailableError
+from cluster.errors import ConfigError
 from cluster.orders import Orders
 from cluster.run_dir import ClusterState
-from cluster.status import read_workers
-from cluster.types import Pool, WorkerState
-
-_POLL_S = 0.2
+from cluster.status import wait_for_workers
+from cluster.types import Pool, WorkerRecord, WorkerState
 
 
 def scale(
@@ -33,16 +30,17 @@ def scale(
                 f"{pool}={replicas} is not within 1 and {limit} ({pool}.max_replicas)"
             )
     asyncio.run(_ask(state, targets))
-    deadline_s = time.monotonic() + state.start_timeout_s
-    while True:
-        ready = {pool: _count_ready(state, pool) for pool in targets}
+
+    def left(workers: Sequence[WorkerRecord]) -> str | None:
+        ready = {
+            pool: sum(w.pool is pool and w.state is WorkerState.READY for w in workers)
+            for pool in targets
+        }
         if ready == dict(targets):
-            return
-        census = ", ".join(f"{pool} {ready[pool]} of {targets[pool]} ready" for pool in targets)
-        progress(census)
-        if time.monotonic() > deadline_s:
-            raise UnavailableError(f"after {state.start_timeout_s:.0f} s: {census}")
-        time.sleep(_POLL_S)
+            return None
+        return ", ".join(f"{pool} {ready[pool]} of {targets[pool]} ready" for pool in targets)
+
+    wait_for_workers(state, left, progress)
 
 
 async def _ask(state: ClusterState, targets: Mapping[Pool, int]) -> None:
@@ -52,8 +50,3 @@ async def _ask(state: ClusterState, targets: Mapping[Pool, int]) -> None:
             await orders.ask_scale(pool, replicas)
     finally:
         await orders.close()
-
-
-def _count_ready(state: ClusterState, pool: Pool) -> int:
-    workers = read_workers(state)
-    return sum(w.pool is pool and w.state is WorkerState.READY for w in workers)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+from cluster.errors import UnavailableError
 from cluster.registry import RedisRegistry
 from cluster.run_dir import ClusterState
 from cluster.types import WorkerRecord
 
+_POLL_S = 0.2
 _COLUMNS = (
     "id",
     "pool",
@@ -32,6 +35,24 @@ def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
             return await registry.list()
 
     return asyncio.run(read())
+
+
+def wait_for_workers(
+    state: ClusterState,
+    left: Callable[[Sequence[WorkerRecord]], str | None],
+    progress: Callable[[str], None],
+) -> None:
+    """Look at the workers until ``left``, which says what is still to come, says None.
+
+    Raises:
+        UnavailableError: not within ``cluster.start_timeout_s``.
+    """
+    deadline_s = time.monotonic() + state.start_timeout_s
+    while (line := left(read_workers(state))) is not None:
+        progress(line)
+        if time.monotonic() > deadline_s:
+            raise UnavailableError(f"after {state.start_timeout_s:.0f} s: {line}")
+        time.sleep(_POLL_S)
 
 
 @asynccontextmanager

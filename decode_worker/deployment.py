@@ -7,7 +7,7 @@ from dataclasses import replace
 import grpc
 
 from baton.v1 import worker_pb2_grpc
-from cluster.ray_replica import bind_internal_server, local_slot, on_this_node
+from cluster.ray_replica import local_slot, on_this_node, prepare_process
 from decode_worker.servicer import DecodeServicer
 from engine.intake import Intake
 from engine.protocol import Engine
@@ -19,7 +19,7 @@ class DecodeWorker:
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
-        bind_internal_server(settings.config.cluster.host)
+        prepare_process(settings.config.cluster.host)
         self._grace_s = settings.config.decode.shutdown_grace_s
         self._worker: WorkerReplica | None = None
         self._worker = await start_worker(settings, _add_service, slot=local_slot())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from cluster.errors import AlreadyExistsError, CapacityError, UnavailableError
+from cluster.in_flight import InFlight
 
 WORKER_DRAINING = "WORKER_DRAINING"  # reason: this worker leaves, go on at another one
 
@@ -23,10 +22,8 @@ class Intake:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._tasks: dict[str, asyncio.Task[Any] | None] = {}  # by key; None: was moved out
+        self._calls = InFlight(_leaves)
         self._open = True
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @contextmanager
     def admit(self, key: str) -> Iterator[None]:
@@ -39,25 +36,15 @@ class Intake:
         """
         if not self._open:
             raise _leaves()
-        if key in self._tasks:
+        if key in self._calls:
             raise AlreadyExistsError(f"the attempt {key} is in flight on this worker")
-        if len(self._tasks) >= self._limit:
+        if len(self._calls) >= self._limit:
             raise CapacityError(
                 f"this worker has {self._limit} requests in flight already",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._tasks[key] = asyncio.current_task()
-        self._idle.clear()
-        try:
+        with self._calls.hold(key):
             yield
-        except asyncio.CancelledError:
-            if self._tasks[key] is not None:
-                raise
-            raise _leaves() from None
-        finally:
-            del self._tasks[key]
-            if not self._tasks:
-                self._idle.set()
 
     def close(self) -> None:
         """Admit nothing more."""
@@ -65,14 +52,11 @@ class Intake:
 
     def move_out(self) -> None:
         """End what is in flight; whoever asked for it goes on at another worker."""
-        for key, task in self._tasks.items():
-            if task is not None:
-                self._tasks[key] = None
-                task.cancel()
+        self._calls.send_away()
 
     async def drained(self) -> None:
         """Return when nothing is in flight."""
-        await self._idle.wait()
+        await self._calls.drained()
 
 
 def _leaves() -> UnavailableError:

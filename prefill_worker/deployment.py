@@ -7,7 +7,7 @@ from dataclasses import replace
 import grpc
 
 from baton.v1 import worker_pb2_grpc
-from cluster.ray_replica import bind_internal_server, local_slot, on_this_node
+from cluster.ray_replica import local_slot, on_this_node, prepare_process
 from engine.intake import Intake
 from engine.protocol import Engine
 from engine.replica import WorkerReplica, WorkerSettings, start_worker
@@ -19,7 +19,7 @@ class PrefillWorker:
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
-        bind_internal_server(settings.config.cluster.host)
+        prepare_process(settings.config.cluster.host)
         self._grace_s = settings.config.prefill.shutdown_grace_s
         self._worker: WorkerReplica | None = None
         self._worker = await start_worker(settings, _add_service, slot=local_slot())

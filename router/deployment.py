@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from cluster.config import Config
 from cluster.journal import RedisJournal
 from cluster.orders import ROUTER, report_failure
-from cluster.ray_replica import bind_internal_server
+from cluster.ray_replica import prepare_process
 from cluster.registry import RedisRegistry
 from router.service import RouterServer
 
@@ -30,7 +30,7 @@ class Router:
 
     async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
         config = settings.config
-        bind_internal_server(config.cluster.host)
+        prepare_process(config.cluster.host)
         self._grace_s = config.cluster.stop_grace_s
         self._server: RouterServer | None = None
         self._registry = RedisRegistry(

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import grpc
 
@@ -25,6 +25,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.grpc_status import abort
+from cluster.in_flight import InFlight
 from router.admission import AdmissionLimits, retry_after_s
 from router.answer import Answer
 from router.assemble import TokenBatch
@@ -112,20 +113,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._bounds = bounds
         self._clock = clock
         self._journal = journal
-        self._in_flight: dict[str, asyncio.Task[Any] | None] = {}  # None: it is sent away
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = InFlight(_leaves)
 
     async def drained(self) -> None:
         """Return when no request is in flight."""
-        await self._idle.wait()
+        await self._in_flight.drained()
 
     def send_away(self) -> None:
         """End what is in flight, for the clients to go on at another router."""
-        for request_id, task in self._in_flight.items():
-            if task is not None:
-                self._in_flight[request_id] = None
-                task.cancel()
+        self._in_flight.send_away()
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         """See inference.proto."""
@@ -226,37 +222,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 reason="QUEUE_FULL",
                 retry_after_s=retry_after_s(self._limits, self._admission.state),
             )
-        self._in_flight[request_id] = asyncio.current_task()
-        self._idle.clear()
-        try:
+        with self._in_flight.hold(request_id):
             yield
-        except asyncio.CancelledError:
-            if self._in_flight[request_id] is not None:
-                raise
-            raise UnavailableError(
-                "this router is shutting down; resume the request",
-                reason="ROUTER_DRAINING",
-                retry_after_s=RETRY_AFTER_S,
-            ) from None
-        finally:
-            del self._in_flight[request_id]
-            if not self._in_flight:
-                self._idle.set()
+
+
+def _leaves() -> UnavailableError:
+    return UnavailableError(
+        "this router is shutting down; resume the request",
+        reason="ROUTER_DRAINING",
+        retry_after_s=RETRY_AFTER_S,
+    )
 
 
 def _kept(
     request: inference_pb2.GenerateRequest, ready: TokenRequest
 ) -> inference_pb2.GenerateRequest:
     """The request as the journal keeps it: with its tokens, so that it is tokenised once."""
-    kept = inference_pb2.GenerateRequest(
+    return inference_pb2.GenerateRequest(
         request_id=ready.request_id,
         model=request.model,
         token_ids=inference_pb2.TokenIds(ids=ready.prompt),
         sampling=request.sampling,
     )
-    if not request.HasField("sampling"):
-        kept.ClearField("sampling")
-    return kept
 
 
 def _journaled(entry: Entry, answer: Answer) -> Emit:

@@ -43,13 +43,13 @@ class JournalSettings:
 class Entry:
     """One request's place in the journal, while this router serves it."""
 
-    def __init__(self, journal: Journal, request_id: str, batches: int) -> None:
+    def __init__(self, journal: Journal, request_id: str) -> None:
         self.request_id = request_id
         self.writer = uuid.uuid4().hex
         self.lost = False  # it is not written any more
         self.refusal: BatonError | None = None  # why the request must end here
         self._journal = journal
-        self._batches = batches
+        self.batches = 0  # written, or on their way
 
     async def add(self, batch: TokenBatch) -> None:
         """Return when the batch is written, or cannot be.
@@ -59,9 +59,9 @@ class Entry:
         """
         if not self.lost:
             change = Change(
-                self.request_id, self.writer, batches={self._batches: _encode_batch(batch)}
+                self.request_id, self.writer, batches={self.batches: _encode_batch(batch)}
             )
-            self._batches += 1
+            self.batches += 1
             await self._journal.written(self, change)
         if self.refusal is not None:
             raise self.refusal
@@ -97,7 +97,7 @@ class Journal:
     @asynccontextmanager
     async def begin(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[Entry]:
         """An entry for a new request, which holds all that is needed to run it, for the block."""
-        entry = Entry(self, request.request_id, 0)
+        entry = Entry(self, request.request_id)
         change = Change(entry.request_id, entry.writer, request=request.SerializeToString())
         self._put(entry, change)  # its answer comes with that of the first batch
         async with self._serving(entry):
@@ -114,7 +114,7 @@ class Journal:
             NotFoundError: there is no such entry.
             UnavailableError: the store does not answer.
         """
-        entry = Entry(self, request_id, 0)
+        entry = Entry(self, request_id)
         stored = await self._store.take(request_id, entry.writer)
         if stored is Written.TAKEN:
             raise _busy(request_id, self._settings.lease_s)
@@ -123,7 +123,7 @@ class Journal:
                 f"nothing is known of the request {request_id!r} that could be resumed",
                 reason=NOT_RESUMABLE,
             )
-        entry._batches = len(stored.batches)
+        entry.batches = len(stored.batches)
         request = inference_pb2.GenerateRequest.FromString(stored.request)
         async with self._serving(entry):
             yield entry, request, [_decode_batch(batch) for batch in stored.batches]

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
-_STATUS_S = 0.5  # for calls that are sent away to tell their clients
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_STATUS_S = 0.5  # for calls that are sent away to tell their clients
 
 
 class RouterServer:

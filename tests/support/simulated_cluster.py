@@ -158,11 +158,7 @@ class SimCall:
 
 
 class SimWorker:
-    """One worker process; it also is the router's client for itself.
-
-    Args:
-        fetch: see ``SimCluster.fetch``.
-    """
+    """One worker process; it also is the router's client for itself."""
 
     def __init__(
         self, name: str, pool: Pool, cluster: SimCluster, latency: FakeLatency, limit: int
