@@ -102,6 +102,7 @@ def build_request(
     request = pb.GenerateRequest()
     _set(request, "request_id", fields.pop("request_id", None))
     _set(request, "model", fields.pop("model", None))
+    _set(request, "service_class", fields.pop("service_class", None))
     _set(request, "prompt", prompt)
     if messages is not None:
         request.chat.SetInParent()  # an empty list is still the input that was chosen

@@ -64,6 +64,7 @@ class RequestFields(SamplingFields, total=False):
     sampling: SamplingParams | None  # single fields given beside it win
     request_id: str | None  # unique among the requests in flight; None: the router mints one
     model: str | None  # served name; None: the one that the cluster serves
+    service_class: str | None  # the router's queue that it waits in; None: the first one
 
 
 class FinishReason(enum.StrEnum):

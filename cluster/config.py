@@ -36,6 +36,7 @@ MIB = 1024 * KIB
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 HostName = Annotated[str, Field(min_length=1, pattern=r"^[^\s/]+$")]
 
 
@@ -129,6 +130,25 @@ class ModelConfig(_Section):
     )
 
 
+class ServiceClass(_Section):
+    """Requests that wait in one queue."""
+
+    weight: Count = Field(
+        default=1, description="Its share of what becomes free, beside other classes' weights."
+    )
+    max_queue: int = Field(
+        default=256,
+        ge=0,
+        strict=True,
+        description="Requests waiting to be dispatched; beyond it they are refused at once.",
+    )
+    queue_timeout_s: Seconds = Field(
+        default=30,
+        description="Seconds that a request may wait to be dispatched; one that would wait longer "
+        "is refused at once.",
+    )
+
+
 class RouterConfig(_Section):
     """The router: where applications connect."""
 
@@ -144,14 +164,19 @@ class RouterConfig(_Section):
     max_concurrent: Count = Field(
         default=256, description="Requests dispatched at a time; beyond it they queue."
     )
-    max_queue: int = Field(
-        default=256,
-        ge=0,
-        strict=True,
-        description="Requests waiting to be dispatched; beyond it they are refused at once.",
+    prefill_backlog_tokens: Count = Field(
+        default=16384,
+        description="Prompt tokens that one prefill worker has to compute; beyond it prompts wait "
+        "at the router, by class and deadline. A few steps' worth keeps it busy.",
     )
-    queue_timeout_s: Seconds = Field(
-        default=30, description="Seconds that a request may wait to be dispatched."
+    classes: dict[ClassName, ServiceClass] = Field(
+        default={
+            "interactive": ServiceClass(weight=8),
+            "batch": ServiceClass(max_queue=1024, queue_timeout_s=300),
+        },
+        min_length=1,
+        description="Queues of requests that wait to be dispatched, by the name that requests "
+        "give as service_class; the first one is for those that name none.",
     )
     default_deadline_s: Seconds = Field(
         default=600, description="Seconds that a request without a deadline may take in all."

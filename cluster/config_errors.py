@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,13 +27,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every dotted path of a tree of models, with its field, sections included."""
+    """Every dotted path of a tree of models, with its field, sections included.
+
+    ``NAME`` stands for the names of sections that users choose.
+    """
     paths: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         paths[path] = field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths.update(field_paths(field.annotation, f"{path}."))
+        section = field.annotation
+        if get_origin(section) is dict:
+            path, section = f"{path}.NAME", get_args(section)[1]
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            paths.update(field_paths(section, f"{path}."))
     return paths
 
 
@@ -61,5 +67,6 @@ def _suggestion(location: str, model: type[BaseModel]) -> str:
     elsewhere = [path for path in paths if path.rpartition(".")[2] == name]
     if elsewhere:
         return f"there is {' and '.join(elsewhere)}"
-    siblings = [path for path in paths if path.rpartition(".")[0] == section]
+    named = f"{section.rpartition('.')[0]}.NAME"
+    siblings = [path for path in paths if path.rpartition(".")[0] in (section, named)]
     return f"the nearest known name is {nearest(location, siblings)}"

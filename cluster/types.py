@@ -26,6 +26,7 @@ class WorkerLoad:
     queued_tokens: int  # prompt tokens accepted and not yet computed
     kv_blocks_free: int
     kv_blocks_total: int
+    kv_block_tokens: int = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,7 @@ class FakeEngine:
             queued_tokens=self._queued_tokens,
             kv_blocks_free=self._kv.free,
             kv_blocks_total=self._size.kv_blocks,
+            kv_block_tokens=self._size.kv_block_tokens,
         )
 
     async def check_health(self) -> None:

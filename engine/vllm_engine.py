@@ -104,6 +104,7 @@ class VllmEngine:
         blocks = vllm_config.cache_config.num_gpu_blocks
         assert blocks is not None, "vLLM knows its number of blocks once it has started"
         self._stats.blocks_total = blocks - 1  # block 0 is vLLM's null block
+        self._stats.block_tokens = vllm_config.cache_config.block_size
         model_config = vllm_config.model_config
         self._max_model_len: int = model_config.max_model_len
         return EngineFacts(self._max_model_len, model_config.get_vocab_size(), addresses)
@@ -216,6 +217,7 @@ class VllmEngine:
             sum(self._queued_tokens.values()),
             stats.blocks_free,
             stats.blocks_total,
+            stats.block_tokens,
         )
 
     async def check_health(self) -> None:
@@ -298,6 +300,7 @@ class _Stats:
         self.waiting = 0
         self.running = 0
         self.blocks_total = 0
+        self.block_tokens = 0
         self._usage = 0.0
         self._reports: dict[str, asyncio.Future[ReceiveReport]] = {}
 

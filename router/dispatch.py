@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grpc
 
@@ -25,7 +26,8 @@ from cluster.errors import (
 from cluster.types import WorkerRecord
 from router.assemble import TokenBatch
 from router.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
-from router.book import PlacementBook
+from router.book import HeldPlacement, PlacementBook
+from router.expectation import Expectation
 from router.first_token import first_token_rule
 from router.phases import PhaseClock
 from router.placement import (
@@ -114,48 +116,94 @@ class Dispatcher:
         self._settings = settings
         self._clock = clock
         self._releases: set[asyncio.Task[None]] = set()
+        self._expectation = Expectation()
         self.counters = DispatchCounters()
 
-    async def run(self, progress: Progress, emit: Emit) -> None:
+    def place(self, request: TokenRequest) -> HeldPlacement | None:
+        """Workers with room for a new request; None: there are none now.
+
+        Raises:
+            UnavailableError: a pool that is needed has no worker at all.
+        """
+        facts = self._facts(len(request.prompt), request.sampling.max_tokens)
+        return self._book.place(self._workers.snapshot, replace(facts, may_wait=True))
+
+    def service_s(self, request: TokenRequest) -> float:
+        """How long a request will likely run; 0 if nobody knows."""
+        return self._expectation.service_s(request.sampling.max_tokens)
+
+    async def run(
+        self, progress: Progress, emit: Emit, placed: HeldPlacement | None = None
+    ) -> None:
         """Dispatch until the request has ended; its tokens go to ``emit`` in order.
 
         Cancelling this cancels the work on both workers.
 
+        Args:
+            placed: where to begin; closed by the caller, too. None: wherever is least load.
+
         Raises:
             BatonError: it ended without a finish reason.
         """
+        done = False
+        try:
+            await self._run(progress, emit, placed)
+            done = True
+        finally:
+            self._expectation.note(progress.phases, len(progress.token_ids) if done else None)
+
+    async def _run(self, progress: Progress, emit: Emit, placed: HeldPlacement | None) -> None:
         retries = Retries(self._settings.retries)
-        facts = PlacementFacts(
-            self._settings.model, progress.remaining_tokens, self._settings.local_prefill
-        )
+        changes: dict[str, Any] = {}
         while progress.remaining_tokens > 0:
-            placement = await self._place(facts, retries)
+            placed = placed or await self._place(progress, changes, retries)
             progress.attempts += 1
             try:
-                await self._attempt(progress, placement, emit)
+                with contextlib.closing(placed):
+                    await self._attempt(progress, placed, emit)
                 return
             except AttemptFailedError as err:
                 if progress.remaining_tokens > 0:
-                    facts = self._note_failure(progress, placement, err, retries)
+                    changes = self._note_failure(progress, placed.placement, err, retries)
+            placed = None
         # All tokens are there, and their end was lost with the worker.
         await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
-    async def _place(self, facts: PlacementFacts, retries: Retries) -> Placement:
+    async def _place(
+        self, progress: Progress, changes: dict[str, Any], retries: Retries
+    ) -> HeldPlacement:
         """Choose workers. A request that has lost some waits for others; a new one does not."""
+        prompt_tokens = len(progress.request.prompt) + len(progress.token_ids)
         while True:
-            facts = replace(facts, excluded=retries.excluded(self._clock()))
+            facts = replace(
+                self._facts(prompt_tokens, progress.remaining_tokens),
+                excluded=retries.excluded(self._clock()),
+                **changes,
+            )
             try:
-                return self._book.place(self._workers.snapshot, facts)
+                placed = self._book.place(self._workers.snapshot, facts)
+                assert placed is not None, "it may not wait"
+                return placed
             except UnavailableError:
                 if retries.last is None:
                     raise
             await asyncio.sleep(retries.wait_s(self._clock()))
 
+    def _facts(self, prompt_tokens: int, max_tokens: int) -> PlacementFacts:
+        return PlacementFacts(
+            self._settings.model,
+            prompt_tokens,
+            max_tokens,
+            self._expectation.growth_tokens(max_tokens),
+            self._settings.local_prefill,
+        )
+
     async def close(self) -> None:
         """Wait for releases under way; each is bounded by its timeout."""
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _attempt(self, progress: Progress, placement: Placement, emit: Emit) -> None:
+    async def _attempt(self, progress: Progress, placed: HeldPlacement, emit: Emit) -> None:
+        placement = placed.placement
         plan = self._plan(progress, placement)
         self._count_start(plan)
 
@@ -165,10 +213,7 @@ class Dispatcher:
             return await emit(batch)
 
         async with contextlib.AsyncExitStack() as stack:
-            prefill_load = stack.enter_context(self._load(placement.prefill, plan))
-            stack.enter_context(self._load(placement.decode, plan))
-            # Once it has answered, a prefill worker has nothing more to do for the request.
-            attempt = Attempt(plan, self._clock, on_prefilled=prefill_load.close)
+            attempt = Attempt(plan, self._clock, on_prefilled=placed.prefilled)
             progress.attempt = attempt
             prefill = await self._connect(stack, attempt, placement.prefill)
             decode = await self._connect(stack, attempt, placement.decode)
@@ -179,13 +224,6 @@ class Dispatcher:
                 self._count_end(attempt)
                 if attempt.holds_kv and placement.prefill is not None:
                     self._release(placement.prefill, plan.key)
-
-    def _load(self, worker: WorkerRecord | None, plan: AttemptPlan) -> contextlib.ExitStack:
-        """The attempt's place in the book on one worker, until this is closed."""
-        load = contextlib.ExitStack()
-        if worker is not None:
-            load.enter_context(self._book.on_worker(worker_key(worker), len(plan.token_ids)))
-        return load
 
     async def _connect(
         self, stack: contextlib.AsyncExitStack, attempt: Attempt, worker: WorkerRecord | None
@@ -226,9 +264,10 @@ class Dispatcher:
         placement: Placement,
         failed: AttemptFailedError,
         retries: Retries,
-    ) -> PlacementFacts:
-        """What the next attempt must mind. Slower is better than an error: whatever the
-        configuration says, it may prefill on the decode worker if no other way is left.
+    ) -> dict[str, Any]:
+        """What placement must mind in the next attempt. Slower is better than an error:
+        whatever the configuration says, it may prefill on the decode worker if no other way is
+        left.
 
         Raises:
             BatonError: there is no next attempt.
@@ -261,12 +300,7 @@ class Dispatcher:
             len(progress.token_ids),
             error.message,
         )
-        return PlacementFacts(
-            self._settings.model,
-            progress.remaining_tokens,
-            local_prefill,
-            preferred_decode=preferred,
-        )
+        return {"local_prefill": local_prefill, "preferred_decode": preferred}
 
     def _count_start(self, plan: AttemptPlan) -> None:
         self.counters.first_tokens_forwarded += plan.forwards

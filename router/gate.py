@@ -1,27 +1,39 @@
-"""The live shell around ``router.admission``: a semaphore with a bounded, ordered queue."""
+"""The live shell around ``router.admission``: requests that run, and requests that wait to."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-import itertools
 from collections.abc import AsyncIterator, Callable
+from typing import Any, Generic, Protocol, TypeVar
 
-from cluster.errors import CapacityError, DeadlineError
-from router.admission import (
-    AdmissionLimits,
-    AdmissionState,
-    Verdict,
-    decide,
-    retry_after_s,
-)
+from cluster.errors import BatonError, CapacityError, DeadlineError, InvalidArgumentError
+from router.admission import AdmissionLimits, Ask, Queues, Refusal, decide, decide_turn
 
 HOLD_SMOOTHING = 0.1  # weight of the newest request in the mean
+_SHOWN_CHARS = 40  # of a bad name, in messages
+
+
+class Room(Protocol):
+    """What a request was given on the workers."""
+
+    def close(self) -> None:
+        """Give back what is left of it. Idempotent."""
+
+
+R = TypeVar("R", bound=Room)
+# Takes room on the workers; None: there is none now. Raises BatonError if there can't be any.
+Take = Callable[[], R | None]
+
+
+class _Waiter(Generic[R]):
+    def __init__(self, take: Take[R]) -> None:
+        self.take = take
+        self.granted: asyncio.Future[R] = asyncio.get_running_loop().create_future()
 
 
 class Admission:
-    """Slots for requests; those who wait get them earliest deadline first.
+    """Bounds the requests that run, and lets others wait by class and deadline.
 
     Args:
         clock: the event loop's time, seconds; deadlines are on it.
@@ -30,80 +42,148 @@ class Admission:
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
-        self._running = 0
-        self._mean_hold_s = 0.0
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []  # heap
-        self._order = itertools.count()  # equal deadlines: first come, first served
+        self._mean_hold_s = 0.0  # how long requests ran lately; 0: not known
+        self._queues: Queues[_Waiter[Any]] = Queues(limits.classes)
+        self.running = 0
 
     @property
-    def state(self) -> AdmissionState:
-        return AdmissionState(self._running, len(self._waiting), self._mean_hold_s)
+    def waiting(self) -> int:
+        return len(self._queues)
 
-    @contextlib.asynccontextmanager
-    async def slot(self, deadline_s: float) -> AsyncIterator[None]:
-        """Hold a slot for the block.
+    @property
+    def most(self) -> int:
+        """Requests that run and wait, at most."""
+        queues = sum(each.max_queue for each in self._limits.classes.values())
+        return self._limits.max_concurrent + queues
+
+    def class_of(self, name: str) -> str:
+        """The class that a request means by ``name``.
 
         Raises:
-            CapacityError: the queue is full, or the wait was longer than its bound.
-            DeadlineError: the deadline passed while waiting.
+            InvalidArgumentError: there is none of that name.
+        """
+        if name in self._limits.classes:
+            return name
+        if name:
+            known = ", ".join(self._limits.classes)
+            raise InvalidArgumentError(
+                f"service_class is {name[:_SHOWN_CHARS]!r}; this cluster knows {known}",
+                reason="UNKNOWN_SERVICE_CLASS",
+            )
+        return next(iter(self._limits.classes))
+
+    def check(self, ask: Ask) -> None:
+        """Whether a request may come in. Cheap, and changes nothing.
+
+        Raises:
+            CapacityError: it would wait too long, or with too many.
+            DeadlineError: its deadline has passed.
         """
         now_s = self._clock()
-        decision = decide(self._limits, self.state, deadline_s, now_s)
-        if decision.verdict is Verdict.REJECTED:
-            raise CapacityError(
-                f"the router is full: {decision.reason}",
-                reason="QUEUE_FULL",
-                retry_after_s=decision.retry_after_s,
-            )
-        if decision.verdict is Verdict.ADMITTED:
-            self._running += 1
+        if now_s >= ask.deadline_s:
+            raise DeadlineError("the deadline passed before the request began to run")
+        if self._queues or self.running >= self._limits.max_concurrent:
+            self._check_wait(ask, now_s)
+
+    @contextlib.asynccontextmanager
+    async def slot(self, ask: Ask, take: Take[R]) -> AsyncIterator[R]:
+        """Run for the block, on the room that ``take`` got; it is closed in the end.
+
+        Raises:
+            CapacityError: it would wait too long, or did.
+            DeadlineError: the deadline passed while waiting.
+            BatonError: of ``take``.
+        """
+        self.check(ask)
+        room = None
+        if not self._queues and self.running < self._limits.max_concurrent:
+            room = take()
+        if room is None:
+            room = await self._wait(ask, take)
         else:
-            assert decision.wait_until_s is not None
-            await self._wait(deadline_s, decision.wait_until_s)
+            self.running += 1
         started_s = self._clock()
         try:
-            yield
+            yield room
         finally:
+            room.close()
             self._note_hold(self._clock() - started_s)
             self._leave()
 
-    async def _wait(self, deadline_s: float, wait_until_s: float) -> None:
-        """Returns with a slot that is ours; leaves the queue in every other case."""
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (deadline_s, next(self._order), granted)
-        heapq.heappush(self._waiting, entry)
+    def wake(self) -> None:
+        """There may be room: let in whoever's turn it is."""
+        while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
+            ask, waiter = head
+            refusal = decide_turn(ask, self._clock())
+            if refusal is not None:
+                self._queues.remove(waiter)
+                waiter.granted.set_exception(_refused(refusal))
+                continue
+            try:
+                room = waiter.take()
+            except BatonError as err:
+                self._queues.remove(waiter)
+                waiter.granted.set_exception(err)
+                continue
+            if room is None:
+                return
+            self._queues.pop()
+            self.running += 1
+            waiter.granted.set_result(room)
+
+    async def _wait(self, ask: Ask, take: Take[R]) -> R:
+        """Returns with room that is ours; leaves the queue in every other case."""
+        now_s = self._clock()
+        self._check_wait(ask, now_s)
+        waiter = _Waiter(take)
+        self._queues.push(ask, waiter)
+        timeout_s = self._limits.classes[ask.service_class].queue_timeout_s
         try:
-            async with asyncio.timeout(wait_until_s - self._clock()):
-                await granted
+            async with asyncio.timeout_at(min(ask.deadline_s, now_s + timeout_s)):
+                # Shielded, for a cancel must not hide from us that there is room by now.
+                return await asyncio.shield(waiter.granted)
         except BaseException as err:
-            if granted.done() and not granted.cancelled():
-                self._leave()  # granted in the same turn: hand the slot on
-            elif entry in self._waiting:
-                self._waiting.remove(entry)
-                heapq.heapify(self._waiting)
+            self._queues.remove(waiter)
+            if not waiter.granted.done():
+                waiter.granted.cancel()
+            elif waiter.granted.exception() is None:  # in the same turn: hand it on
+                waiter.granted.result().close()
+                self._leave()
             if isinstance(err, TimeoutError):
-                raise self._waited_too_long(deadline_s) from None
+                raise self._waited_too_long(ask, timeout_s) from None
             raise
 
-    def _waited_too_long(self, deadline_s: float) -> CapacityError | DeadlineError:
-        if self._clock() >= deadline_s:
-            return DeadlineError("the deadline passed while the request waited for a slot")
+    def _check_wait(self, ask: Ask, now_s: float) -> None:
+        waiting = self._queues.waiting(ask.service_class)
+        # Little's law: requests that run = those that end per second * how long each runs.
+        rate = self.running / self._mean_hold_s if self._mean_hold_s else 0.0
+        before = self._queues.before(ask)
+        refusal = decide(self._limits, ask, waiting, before, rate, now_s)
+        if refusal is not None:
+            raise _refused(refusal)
+
+    def _waited_too_long(self, ask: Ask, timeout_s: float) -> CapacityError | DeadlineError:
+        if self._clock() >= ask.deadline_s:
+            return DeadlineError("the deadline passed while the request waited to run")
         return CapacityError(
-            f"no slot became free within {self._limits.queue_timeout_s:g} s",
+            f"no room became free within {timeout_s:g} s",
             reason="QUEUE_TIMEOUT",
-            retry_after_s=retry_after_s(self._limits, self.state),
+            retry_after_s=timeout_s,
         )
 
     def _leave(self) -> None:
-        """Give one slot back: to the next who waits, or to all."""
-        while self._waiting:
-            _, _, granted = heapq.heappop(self._waiting)
-            if not granted.done():  # else it was cancelled in this turn
-                granted.set_result(None)
-                return
-        self._running -= 1
+        self.running -= 1
+        self.wake()
 
     def _note_hold(self, hold_s: float) -> None:
         if self._mean_hold_s == 0.0:
             self._mean_hold_s = hold_s
         self._mean_hold_s += HOLD_SMOOTHING * (hold_s - self._mean_hold_s)
+
+
+def _refused(refusal: Refusal) -> CapacityError:
+    return CapacityError(
+        f"the cluster is full: {refusal.message}",
+        reason=refusal.reason,
+        retry_after_s=refusal.retry_after_s,
+    )

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import grpc
@@ -26,7 +26,7 @@ from cluster.errors import (
 )
 from cluster.grpc_status import abort
 from cluster.in_flight import InFlight
-from router.admission import AdmissionLimits, retry_after_s
+from router.admission import FULL, MIN_RETRY_AFTER_S, Ask
 from router.answer import Answer
 from router.assemble import TokenBatch
 from router.attempt import Emit
@@ -95,23 +95,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     Args:
         clock: monotonic time, seconds; the event loop's.
         journal: None: requests cannot be resumed.
+        phase_clock: of durations; uvloop's time has milliseconds only.
     """
 
     def __init__(
         self,
         text: TextCodec,
         dispatcher: Dispatcher,
-        limits: AdmissionLimits,
+        admission: Admission,
         bounds: CallBounds,
         clock: Callable[[], float],
         journal: Journal | None = None,
+        phase_clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._text = text
         self._dispatcher = dispatcher
-        self._limits = limits
-        self._admission = Admission(limits, clock)
+        self._admission = admission
         self._bounds = bounds
         self._clock = clock
+        self._phase_clock = phase_clock
         self._journal = journal
         self._in_flight = InFlight(_leaves)
 
@@ -160,29 +162,34 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         remaining_s = cast("float | None", context.time_remaining())
         if remaining_s is None:
             remaining_s = self._bounds.default_deadline_s
-        phases = PhaseClock(time.perf_counter)  # uvloop's time has milliseconds only
+        phases = PhaseClock(self._phase_clock)
         deadline_s = self._clock() + remaining_s
         return _Call(request_id, context, deadline_s, self._bounds.client_stall_s, phases)
 
     async def _generate(self, request: inference_pb2.GenerateRequest, call: _Call) -> None:
+        ask = Ask(self._admission.class_of(request.service_class), call.deadline_s)
         checked = check_request(request, call.request_id, self._text.model)
+        self._admission.check(ask)  # a prompt that has no chance need not be tokenised
         token_ids = await self._tokenise(checked)
         ready = with_prompt(checked, token_ids, self._text.model)
-        async with self._admission.slot(call.deadline_s):
+        ask = replace(ask, service_s=self._dispatcher.service_s(ready), cost=len(ready.prompt))
+        async with self._admission.slot(ask, lambda: self._dispatcher.place(ready)) as placed:
             progress = call.progress(ready)
             answer = Answer(progress, self._output(ready), call.write)
             if self._journal is None:
-                await self._dispatcher.run(progress, answer.emit)
+                await self._dispatcher.run(progress, answer.emit, placed)
                 return
             async with self._journal.begin(_kept(request, ready)) as entry:
-                await self._dispatcher.run(progress, _journaled(entry, answer))
+                await self._dispatcher.run(progress, _journaled(entry, answer), placed)
 
     async def _resume(self, request: inference_pb2.ResumeRequest, call: _Call) -> None:
         if self._journal is None:
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
+        # It was let in before: it needs no more room than it had, of the workers that are left.
+        ask = Ask(self._admission.class_of(""), call.deadline_s)
         async with (
-            self._admission.slot(call.deadline_s),
+            self._admission.slot(ask, lambda: contextlib.ExitStack[None]()),
             self._journal.resume(call.request_id) as (entry, kept, batches),
         ):
             checked = check_request(kept, call.request_id, self._text.model)
@@ -216,11 +223,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Also bounds the requests that are in here at all, those being tokenised included."""
         if request_id in self._in_flight:
             raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
-        if len(self._in_flight) >= self._limits.max_concurrent + self._limits.max_queue:
+        if len(self._in_flight) >= self._admission.most:
             raise CapacityError(
                 f"the router is full: {len(self._in_flight)} requests are in flight",
-                reason="QUEUE_FULL",
-                retry_after_s=retry_after_s(self._limits, self._admission.state),
+                reason=FULL,
+                retry_after_s=MIN_RETRY_AFTER_S,
             )
         with self._in_flight.hold(request_id):
             yield
@@ -241,6 +248,7 @@ def _kept(
     return inference_pb2.GenerateRequest(
         request_id=ready.request_id,
         model=request.model,
+        service_class=request.service_class,
         token_ids=inference_pb2.TokenIds(ids=ready.prompt),
         sampling=request.sampling,
     )

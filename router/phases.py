@@ -45,18 +45,28 @@ class PhaseClock:
         if self._handed_s is None:
             self._handed_s = self._clock()
 
+    @property
+    def first_s(self) -> float:
+        """Dispatch to first token, or to now if there is none yet."""
+        return _between(self._dispatched_s, self._first_s or self._clock())
+
+    @property
+    def step_s(self) -> float | None:
+        """Between two tokens after the first; None: there were none."""
+        if self._tokens < 2:
+            return None
+        return _between(self._first_s, self._last_s) / (self._tokens - 1)
+
     def report(self) -> inference_pb2.Phases:
         """The times so far. Phases that were not reached are 0."""
         handed_s = self._handed_s if self._handed_s is not None else self._clock()
-        after_first_s = _between(self._first_s, self._last_s)
-        later_tokens = self._tokens - 1
         return inference_pb2.Phases(
             queue_ms=1000 * _between(self._accepted_s, self._dispatched_s),
             prefill_ms=1000 * _between(self._dispatched_s, self._first_s),
             ttft_ms=1000 * _between(self._accepted_s, handed_s) if self._tokens else 0.0,
             handoff_ms=1000 * _between(self._first_s, self._second_s),
             decode_ms=1000 * _between(self._second_s, self._last_s),
-            tokens_per_s=later_tokens / after_first_s if after_first_s > 0 else 0.0,
+            tokens_per_s=1 / self.step_s if self.step_s else 0.0,
         )
 
 

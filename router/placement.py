@@ -1,8 +1,12 @@
 """Which workers serve a request. Pure: ``router.book`` is the live shell.
 
 Least loaded wins; equal loads take turns, so that in time each pair of workers serves. A worker's
-load is what it reported with its lease plus what this router sent it since; but at least what this
-router knows to be there, for a report may be older than the requests it misses.
+load is what this router has on it, which is exact, and what the worker reported beyond that: other
+routers' requests.
+
+A new request waits (at the router, where deadlines decide) until two workers have room: a decode
+worker for all the KV that the request will likely have in the end, before its prefill begins; and a
+prefill worker whose backlog is short. One that runs already takes the least loaded.
 """
 
 from __future__ import annotations
@@ -30,13 +34,29 @@ def worker_key(record: WorkerRecord) -> WorkerKey:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacementLimits:
+    """From the configuration (``prefill.max_concurrent`` and so on)."""
+
+    max_requests: Mapping[Pool, int]  # on one worker
+    prefill_backlog_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class OwnLoad:
-    """What this router has on one worker: in all, and sent since the snapshot."""
+    """What this router has on one worker now, and had at most when its report was made."""
 
     requests: int = 0
-    tokens: int = 0  # prompt tokens
-    recent_requests: int = 0
-    recent_tokens: int = 0
+    tokens: int = 0  # to prefill; on decode workers, with KV in the end
+    peak_requests: int = 0
+    peak_tokens: int = 0
+
+    def requests_of_all(self, reported: int) -> int:
+        """With other routers' requests: those of the report that can't be ours."""
+        return self.requests + max(reported - self.peak_requests, 0)
+
+    def tokens_of_all(self, reported: int) -> int:
+        """Likewise."""
+        return self.tokens + max(reported - self.peak_tokens, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +75,11 @@ class PlacementFacts:
     """
 
     model: str
+    prompt_tokens: int  # with the tokens so far
     max_tokens: int
+    growth_tokens: int  # of max_tokens, those that will likely come
     local_prefill: LocalPrefill
+    may_wait: bool = False  # until there is room
     excluded: frozenset[WorkerKey] = frozenset()
     preferred_decode: WorkerKey | None = None  # it has the prompt's KV already
 
@@ -75,35 +98,51 @@ def decide(
     snapshot: tuple[WorkerRecord, ...],
     facts: PlacementFacts,
     state: PlacementState,
+    limits: PlacementLimits,
     now_s: float,
-) -> Placement:
-    """Choose the workers for one attempt.
+) -> Placement | None:
+    """Choose the workers for one attempt; None: it may wait, and there is no room.
 
     Raises:
         UnavailableError: a pool that is needed has no worker (with a retry hint).
     """
-    prefill = _choose(Pool.PREFILL, snapshot, facts, state, now_s)
+    prefills = _usable(Pool.PREFILL, snapshot, facts, state, now_s)
+    decodes = _usable(Pool.DECODE, snapshot, facts, state, now_s)
     if facts.local_prefill == "always":
-        prefill = None
-    elif prefill is None and facts.local_prefill == "never":
+        prefills = []
+    elif not prefills and facts.local_prefill == "never":
         raise _unavailable(Pool.PREFILL, snapshot)
-    after = replace(state, turn=state.turn + 1)
-    if prefill is not None and facts.max_tokens == 1:
-        return Placement(None, prefill, "the first token is all", after)
-    decode = _choose(Pool.DECODE, snapshot, facts, state, now_s)
-    if decode is None:
+    first_is_all = bool(prefills) and facts.max_tokens == 1
+    if not decodes and not first_is_all:
         raise _unavailable(Pool.DECODE, snapshot)
+    prefill = _choose(Pool.PREFILL, prefills, snapshot, facts, state, limits)
+    decode = None
+    if not first_is_all:
+        decode = _choose(Pool.DECODE, decodes, snapshot, facts, state, limits)
+    if (prefills and prefill is None) or (not first_is_all and decode is None):
+        return None
+    after = replace(state, turn=state.turn + 1)
+    if first_is_all:
+        return Placement(None, prefill, "the first token is all", after)
     reason = "least loaded" if prefill is not None else "local prefill"
     return Placement(decode, prefill, reason, after)
 
 
-def _choose(
+def tokens_on(record: WorkerRecord, facts: PlacementFacts) -> int:
+    """What the request adds to ``OwnLoad.tokens`` of a worker."""
+    if record.pool is Pool.PREFILL:
+        return facts.prompt_tokens
+    block_tokens = max(record.load.kv_block_tokens, 1)
+    return -(-(facts.prompt_tokens + facts.growth_tokens) // block_tokens) * block_tokens
+
+
+def _usable(
     pool: Pool,
     snapshot: tuple[WorkerRecord, ...],
     facts: PlacementFacts,
     state: PlacementState,
     now_s: float,
-) -> WorkerRecord | None:
+) -> list[WorkerRecord]:
     usable = [
         record
         for record in snapshot
@@ -115,22 +154,37 @@ def _choose(
     # A suspect failed another request just now. It is the last resort, not excluded: the
     # failure may have been one connection's.
     trusted = [record for record in usable if state.suspects.get(worker_key(record), 0.0) <= now_s]
-    candidates = trusted or usable
+    return trusted or usable
+
+
+def _choose(
+    pool: Pool,
+    usable: list[WorkerRecord],
+    snapshot: tuple[WorkerRecord, ...],
+    facts: PlacementFacts,
+    state: PlacementState,
+    limits: PlacementLimits,
+) -> WorkerRecord | None:
     if pool is Pool.DECODE and facts.preferred_decode is not None:
-        for record in candidates:
+        for record in usable:
             if worker_key(record) == facts.preferred_decode:
                 return record
-    if not candidates:
-        return None
+
+    def own(record: WorkerRecord) -> OwnLoad:
+        return state.own.get(worker_key(record), OwnLoad())
+
+    roomy = [record for record in usable if _has_room(record, own(record), facts, limits)]
+    candidates = roomy if roomy or facts.may_wait else usable
     score = _prefill_score if pool is Pool.PREFILL else _decode_score
-    order = sorted(record.id for record in candidates)
+    order = sorted(record.id for record in usable)
     first = _turn(pool, snapshot, state.turn)
     return min(
         candidates,
         key=lambda record: (
-            score(record, state.own.get(worker_key(record), OwnLoad())),
+            score(record, own(record)),
             (order.index(record.id) - first) % len(order),
         ),
+        default=None,
     )
 
 
@@ -146,17 +200,34 @@ def _turn(pool: Pool, snapshot: tuple[WorkerRecord, ...], turn: int) -> int:
     return turn + turn // math.lcm(*sizes)
 
 
+def _has_room(
+    record: WorkerRecord, own: OwnLoad, facts: PlacementFacts, limits: PlacementLimits
+) -> bool:
+    """Any request fits on a worker that has nothing."""
+    load = record.load
+    if record.pool is Pool.PREFILL:
+        tokens = own.tokens_of_all(load.queued_tokens)
+        bound = limits.prefill_backlog_tokens
+    else:
+        used_blocks = load.kv_blocks_total - load.kv_blocks_free
+        tokens = own.tokens_of_all(used_blocks * load.kv_block_tokens)
+        bound = load.kv_blocks_total * load.kv_block_tokens
+    if own.requests >= limits.max_requests[record.pool]:
+        return False
+    return tokens == 0 or tokens + tokens_on(record, facts) <= bound
+
+
 def _prefill_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
     """Tokens to be computed, for they take the time; then requests."""
     load = record.load
-    tokens = max(load.queued_tokens + own.recent_tokens, own.tokens)
-    return tokens, max(load.queue_depth + load.running + own.recent_requests, own.requests)
+    requests = own.requests_of_all(load.queue_depth + load.running)
+    return own.tokens_of_all(load.queued_tokens), requests
 
 
 def _decode_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
     """Streams, for they share each step; KV room where it is scarce, or as the tie-break."""
     load = record.load
-    streams = max(load.running + load.queue_depth + own.recent_requests, own.requests)
+    streams = own.requests_of_all(load.running + load.queue_depth)
     free_fraction = load.kv_blocks_free / max(load.kv_blocks_total, 1)
     used_steps = int((1 - free_fraction) * KV_STEPS)
     return free_fraction < KV_SCARCE_FRACTION, streams, used_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,12 +18,13 @@ from cluster.grpc_malformed import RefuseMalformed
 from cluster.journal import JournalStore
 from cluster.model import resolve_model
 from cluster.types import Pool, WorkerRecord, WorkerState
-from router.admission import AdmissionLimits
+from router.admission import AdmissionLimits, ClassLimits
 from router.book import PlacementBook
 from router.dispatch import DispatchCounters, Dispatcher, DispatchSettings
+from router.gate import Admission
 from router.inference import CallBounds, InferenceServicer
 from router.journal import Journal, JournalSettings
-from router.placement import worker_key
+from router.placement import PlacementLimits, worker_key
 from router.retry import RetryLimits
 from router.text import TextCodec, load_text_codec
 from router.workers import WorkerList, Workers, WorkersSettings
@@ -79,7 +81,13 @@ class RouterServer:
         if text is None:
             text = self._text = await asyncio.to_thread(_load_text, self._config)
         clock = asyncio.get_running_loop().time
-        book = PlacementBook(clock, suspect_s=self._config.redis.lease_s)
+        redis = self._config.redis
+        book = PlacementBook(
+            self._placement_limits(),
+            clock,
+            suspect_s=redis.lease_s,
+            report_snapshots=math.ceil(redis.renew_s / self._config.router.registry_poll_s),
+        )
 
         def on_snapshot(snapshot: tuple[WorkerRecord, ...]) -> None:
             book.new_snapshot(frozenset(map(worker_key, snapshot)))
@@ -90,11 +98,12 @@ class RouterServer:
             self.workers, book, self._dispatch_settings(text.model.served_name), clock
         )
         router = self._config.router
-        limits = AdmissionLimits(router.max_concurrent, router.max_queue, router.queue_timeout_s)
+        admission = Admission(self._admission_limits(), clock)
+        book.on_room = admission.wake
         servicer = self.servicer = InferenceServicer(
             text,
             self._dispatcher,
-            limits,
+            admission,
             CallBounds(router.default_deadline_s, router.client_stall_s),
             clock,
             self._journal,
@@ -180,6 +189,18 @@ class RouterServer:
     async def _tell_health(self, status: int) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
+
+    def _admission_limits(self) -> AdmissionLimits:
+        router = self._config.router
+        classes = {
+            name: ClassLimits(each.weight, each.max_queue, each.queue_timeout_s)
+            for name, each in router.classes.items()
+        }
+        return AdmissionLimits(router.max_concurrent, classes)
+
+    def _placement_limits(self) -> PlacementLimits:
+        max_requests = {pool: self._config.pool(pool).max_concurrent for pool in Pool}
+        return PlacementLimits(max_requests, self._config.router.prefill_backlog_tokens)
 
     def _journal_settings(self) -> JournalSettings:
         return JournalSettings(self._config.redis.lease_s, self._config.router.journal_patience_s)

@@ -22,7 +22,8 @@ import pytest
 from baton.v1 import inference_pb2
 from cluster.types import Pool
 from engine.fake import next_tokens
-from router.admission import AdmissionLimits
+from router.admission import LATE as WOULD_BE_LATE
+from router.admission import AdmissionLimits, ClassLimits
 from router.journal import NOT_RESUMABLE, REQUEST_IN_FLIGHT
 from tests.support.simulated_cluster import CONNECTION_LOST, SETTLE_S, SimClient, SimCluster
 from tests.support.virtual_time import elapse, run_virtually
@@ -206,6 +207,7 @@ def random_client(cluster: SimCluster, number: int) -> SimClient:
     request.sampling.max_tokens = rng.randint(1, 30)
     if rng.random() < 0.2:
         request.sampling.min_tokens = 1  # the first token comes with the decode stream
+    request.service_class = rng.choice(("", "", "second"))
     timeout_s = rng.choice((0.0, 0.03, 0.3)) if rng.random() < 0.15 else FAR_S
     write_s = rng.choice((0.0, 0.0, 0.0, 0.02))
     return SimClient(request, cluster.clock, cluster.living_routers, timeout_s, write_s)
@@ -238,7 +240,7 @@ def comes_again(client: SimClient) -> bool:
     if reason == NOT_RESUMABLE and not client.responses:
         client.resumes = False  # its router died before it had written anything
         return True
-    return reason in REFUSALS and code is not LATE
+    return reason in REFUSALS and code is not LATE and reason != WOULD_BE_LATE
 
 
 def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None:
@@ -262,6 +264,9 @@ def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None
     elif code is LATE:
         assert client.deadline_s - client.ended_s < 0.001
         assert client.timeout_s < FAR_S, "nothing takes that long"
+    elif reason == WOULD_BE_LATE:
+        assert not tokens, "it was refused before it began"
+        assert client.timeout_s < FAR_S, "nothing takes that long"
     else:
         assert gave_up
         assert code is CANCELLED or reason in REFUSALS, (code, reason)
@@ -277,6 +282,8 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
         key = worker.record.id, worker.record.incarnation
         for router in cluster.routers:
             assert router.book.own_load(key).requests == 0
+    for router in cluster.routers:
+        assert router.admission.running == router.admission.waiting == 0
     more = asyncio.all_tasks() - tasks_before
     assert not more, more
 
@@ -284,7 +291,11 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
 async def one_run(seed: int) -> None:
     rng = random.Random(seed)
     limits = AdmissionLimits(
-        max_concurrent=rng.choice((2, 16)), max_queue=rng.choice((0, 4, 64)), queue_timeout_s=30
+        max_concurrent=rng.choice((2, 16)),
+        classes={
+            "first": ClassLimits(weight=3, max_queue=rng.choice((0, 4, 64)), queue_timeout_s=30),
+            "second": ClassLimits(weight=1, max_queue=64, queue_timeout_s=100),
+        },
     )
     async with SimCluster(rng, limits) as cluster:
         for pool in Pool:

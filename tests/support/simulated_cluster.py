@@ -31,9 +31,10 @@ from prefill_worker.servicer import PrefillServicer
 from router.admission import AdmissionLimits
 from router.book import PlacementBook
 from router.dispatch import Dispatcher, DispatchSettings
+from router.gate import Admission
 from router.inference import CallBounds, InferenceServicer
 from router.journal import Journal, JournalSettings
-from router.placement import worker_key
+from router.placement import PlacementLimits, worker_key
 from router.retry import RetryLimits
 from router.workers import Workers, WorkersSettings
 from tests.support.router_harness import make_codec
@@ -44,6 +45,7 @@ RENEW_S = 1.0
 POLL_S = 0.25
 CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
+PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_tokens=80)
 UNREAD = 4  # messages on the way that a sender need not wait for
 SETTLE_S = 100.0  # after the faults: longer than every bound in here
 
@@ -161,7 +163,13 @@ class SimWorker:
     """One worker process; it also is the router's client for itself."""
 
     def __init__(
-        self, name: str, pool: Pool, cluster: SimCluster, latency: FakeLatency, limit: int
+        self,
+        name: str,
+        pool: Pool,
+        cluster: SimCluster,
+        latency: FakeLatency,
+        limit: int,
+        kv_blocks: int,
     ) -> None:
         self.rng = cluster.rng
         self.pool = pool
@@ -176,7 +184,7 @@ class SimWorker:
             Config(),
             pool,
             latency=latency,
-            size=FakeSize(kv_blocks=KV_BLOCKS, kv_block_tokens=4),
+            size=FakeSize(kv_blocks=kv_blocks, kv_block_tokens=4),
             sleep=self._sleep,
             clock=cluster.clock,
             fetch=self._fetch,
@@ -324,7 +332,11 @@ class SimRouter:
         self.calls: set[asyncio.Task[None]] = set()  # of clients
         clock = cluster.clock
         codec = cluster.codec
-        self.book = PlacementBook(clock, suspect_s=LEASE_S)
+        self.book = PlacementBook(
+            cluster.placement, clock, LEASE_S, report_snapshots=int(RENEW_S / POLL_S)
+        )
+        admission = self.admission = Admission(limits, clock)
+        self.book.on_room = admission.wake
         self.workers = Workers(
             cluster.registry,
             WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20),
@@ -348,7 +360,7 @@ class SimRouter:
         store = _RouterStore(cluster.journal, self)
         self.journal = Journal(store, JournalSettings(LEASE_S, patience_s=0.05))
         self.servicer = InferenceServicer(
-            codec, self.dispatcher, limits, CallBounds(600.0, 30.0), clock, self.journal
+            codec, self.dispatcher, admission, CallBounds(600.0, 30.0), clock, self.journal, clock
         )
 
     async def start(self) -> None:
@@ -374,10 +386,17 @@ class SimCluster:
 
     Args:
         limits: each router's admission.
+        placement: likewise.
     """
 
-    def __init__(self, rng: random.Random, limits: AdmissionLimits) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        limits: AdmissionLimits,
+        placement: PlacementLimits = PLACEMENT,
+    ) -> None:
         self.rng = rng
+        self.placement = placement
         self._limits = limits
         self.clock = asyncio.get_running_loop().time
         self.codec = make_codec(CONTEXT_TOKENS)
@@ -420,16 +439,23 @@ class SimCluster:
     def living_routers(self) -> list[SimRouter]:
         return [router for router in self.routers if router.alive]
 
-    def add(self, pool: Pool) -> SimWorker:
-        """A new worker, ready at its first lease."""
+    def add(
+        self,
+        pool: Pool,
+        latency: FakeLatency | None = None,
+        limit: int | None = None,
+        kv_blocks: int = KV_BLOCKS,
+    ) -> SimWorker:
+        """A new worker, ready at its first lease; what is not said is random."""
         self._numbers += 1
         name = f"{pool}-{self._numbers}"
-        latency = FakeLatency(
+        latency = latency or FakeLatency(
             prefill_ms_per_token=self.rng.choice((0.1, 2.0)),
             decode_step_ms=self.rng.choice((0.0, 5.0, 30.0)),
             transfer_ms=self.rng.choice((0.0, 20.0)),
         )
-        worker = SimWorker(name, pool, self, latency, limit=self.rng.choice((2, 8)))
+        limit = limit or self.rng.choice((2, 8))
+        worker = SimWorker(name, pool, self, latency, limit, kv_blocks)
         self.workers[name] = worker
         return worker
 
@@ -487,6 +513,8 @@ class SimClient:
         self.statuses: list[tuple[grpc.StatusCode, str]] = []  # how it ended; OK included
         self.resumes = False
         self.deadline_s = 0.0
+        self.began_s = 0.0
+        self.first_s = 0.0  # the first response; 0: none came
         self.ended_s = 0.0
 
     async def call(self, router: SimRouter) -> None:
@@ -497,7 +525,8 @@ class SimClient:
             self.statuses.append((UNAVAILABLE, CONNECTION_LOST))
             return
         router.calls.add(task)
-        self.deadline_s = self._clock() + self.timeout_s
+        self.began_s = self._clock()
+        self.deadline_s = self.began_s + self.timeout_s
         try:
             if self.resumes:
                 request = inference_pb2.ResumeRequest(request_id=self.request.request_id)
@@ -523,6 +552,7 @@ class SimClient:
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         await elapse(self._write_s)
+        self.first_s = self.first_s or self._clock()
         self.responses.append(response)
 
     async def abort(self, code: grpc.StatusCode, details: str, metadata: Any = ()) -> None:

@@ -95,7 +95,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("redis: {lease_s: yes}", "redis.lease_s: Input should be a valid number, not True"),
         ("decode: {replicas: '2'}", "decode.replicas: Input should be a valid integer, not '2'"),
         ("decode: {num_gpus_per_replica: yes}", "decode.num_gpus_per_replica: Input should be"),
-        ("router: {queue_timeout_s: .nan}", "router.queue_timeout_s: Input should be"),
+        ("router: {default_deadline_s: .nan}", "router.default_deadline_s: Input should be"),
         ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
         ("redis: {url: localhost}", "redis.url: String should match pattern"),
         ("redis: {renew_s: 2}", "redis: renew_s 2.0 must be at most half of lease_s 3.0"),

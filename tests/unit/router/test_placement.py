@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import replace
 
@@ -8,16 +7,20 @@ import pytest
 
 from cluster.errors import UnavailableError
 from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
-from router.book import PlacementBook
+from router.book import HeldPlacement, PlacementBook
 from router.placement import (
     OwnLoad,
     PlacementFacts,
+    PlacementLimits,
     PlacementState,
+    WorkerKey,
     decide,
     worker_key,
 )
 
-FACTS = PlacementFacts(model="m", max_tokens=10, local_prefill="never")
+FACTS = PlacementFacts("m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never")
+WAITING = replace(FACTS, may_wait=True)
+LIMITS = PlacementLimits(dict.fromkeys(Pool, 20), prefill_backlog_tokens=1000)
 IDLE = WorkerLoad(queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=50, kv_blocks_total=50)
 
 
@@ -37,11 +40,18 @@ def worker(worker_id: str, **load: int) -> WorkerRecord:
 def choose(
     *workers: WorkerRecord, facts: PlacementFacts = FACTS, state: PlacementState | None = None
 ) -> tuple[str | None, str | None]:
-    placement = decide(workers, facts, state or PlacementState(), now_s=100.0)
+    placement = decide(workers, facts, state or PlacementState(), LIMITS, now_s=100.0)
+    assert placement is not None
     return (
         placement.prefill.id if placement.prefill else None,
         placement.decode.id if placement.decode else None,
     )
+
+
+def must_wait(*workers: WorkerRecord, own: dict[WorkerKey, OwnLoad] | None = None) -> bool:
+    state = PlacementState(own or {})
+    assert decide(workers, FACTS, state, LIMITS, now_s=0.0), "one that runs always goes on"
+    return decide(workers, WAITING, state, LIMITS, now_s=0.0) is None
 
 
 def test_the_fewest_queued_tokens_win_on_prefill() -> None:
@@ -66,7 +76,8 @@ def test_idle_workers_take_turns() -> None:
     workers = (worker("p1"), worker("p2"), worker("d1"), worker("d2"), worker("d3"))
     state, chosen = PlacementState(), []
     for _ in range(6):
-        placement = decide(workers, FACTS, state, now_s=0.0)
+        placement = decide(workers, FACTS, state, LIMITS, now_s=0.0)
+        assert placement is not None
         state = placement.state
         assert placement.prefill is not None
         assert placement.decode is not None
@@ -90,7 +101,8 @@ def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) 
     )
     state, pairs = PlacementState(), set()
     for _ in range(prefills * decodes):
-        placement = decide(workers, FACTS, state, now_s=0.0)
+        placement = decide(workers, FACTS, state, LIMITS, now_s=0.0)
+        assert placement is not None
         state = placement.state
         assert placement.prefill is not None
         assert placement.decode is not None
@@ -98,16 +110,58 @@ def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) 
     assert len(pairs) == prefills * decodes
 
 
-def test_what_was_sent_since_the_report_counts() -> None:
-    p1, p2 = worker("p1", queued_tokens=100), worker("p2", queued_tokens=150)
+def test_what_this_router_sent_counts_before_it_is_reported() -> None:
+    p1, p2 = worker("p1"), worker("p2", queued_tokens=50)
     own = {worker_key(p1): OwnLoad(1, 80, 1, 80)}
-    assert choose(p1, p2, worker("d1"), state=PlacementState(own=own)) == ("p2", "d1")
-
-
-def test_an_older_report_never_hides_what_this_router_sent() -> None:
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
     d1, d2 = worker("d1"), worker("d2", running=1)
-    own = {worker_key(d1): OwnLoad(requests=2)}
-    assert choose(worker("p1"), d1, d2, state=PlacementState(own=own)) == ("p1", "d2")
+    own = {worker_key(d1): OwnLoad(2, 80, 2, 80)}
+    assert choose(worker("p1"), d1, d2, state=PlacementState(own)) == ("p1", "d2")
+
+
+def test_what_ended_here_counts_no_more_although_it_is_still_reported() -> None:
+    p1, p2 = worker("p1", queued_tokens=80), worker("p2", queued_tokens=50)
+    own = {worker_key(p1): OwnLoad(0, 0, 1, 80)}
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p1", "d1")
+
+
+def test_what_other_routers_sent_counts_beside() -> None:
+    p1, p2 = worker("p1", queued_tokens=120), worker("p2", queued_tokens=50)
+    own = {worker_key(p1): OwnLoad(1, 20, 2, 80)}  # 40 of others
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
+
+
+def test_a_new_request_waits_while_the_backlog_of_prefill_is_long() -> None:
+    d1 = worker("d1")
+    assert not must_wait(worker("p1", queued_tokens=990), d1)
+    assert must_wait(worker("p1", queued_tokens=991), d1)
+    assert not must_wait(worker("p1", queued_tokens=991), worker("p2", queued_tokens=900), d1)
+
+
+def test_a_new_request_waits_for_kv_room_that_counts_its_growth() -> None:
+    p1 = worker("p1")  # 50 blocks of 16 tokens; the request needs one
+    assert not must_wait(p1, worker("d1", kv_blocks_free=1))
+    assert must_wait(p1, worker("d1", kv_blocks_free=0))
+    full = {("d1", "1"): OwnLoad(3, 800 - 15, 3, 800 - 15)}
+    assert must_wait(p1, worker("d1", kv_blocks_free=40), own=full), "they will grow"
+    roomy = {("d1", "1"): OwnLoad(3, 800 - 16, 3, 800 - 16)}
+    assert not must_wait(p1, worker("d1", kv_blocks_free=40), own=roomy)
+
+
+def test_a_worker_without_room_is_no_candidate_for_a_new_request() -> None:
+    workers = worker("p1"), worker("d1", kv_blocks_free=0), worker("d2", running=9)
+    assert choose(*workers, facts=WAITING) == ("p1", "d2")
+
+
+def test_a_new_request_waits_while_a_worker_would_refuse_it() -> None:
+    own = {("d1", "1"): OwnLoad(20, 0, 20, 0)}
+    assert must_wait(worker("p1"), worker("d1"), own=own)
+
+
+def test_any_request_fits_on_a_worker_that_has_nothing() -> None:
+    small = worker("d1", kv_blocks_free=0, kv_blocks_total=0)
+    huge = replace(WAITING, prompt_tokens=5000)
+    assert choose(worker("p1"), small, facts=huge) == ("p1", "d1")
 
 
 @pytest.mark.parametrize(
@@ -167,27 +221,59 @@ def test_an_empty_pool_is_unavailable_with_a_hint(
 
 
 def test_a_burst_between_two_snapshots_spreads_out() -> None:
-    book = PlacementBook(lambda: 0.0, suspect_s=1.0)
+    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
     workers = (worker("p1"), worker("p2"), *(worker(f"d{i}", running=i) for i in range(4)))
     counts: Counter[str] = Counter()
-    with contextlib.ExitStack() as running:
-        for _ in range(40):
-            placement = book.place(workers, FACTS)
-            for record in (placement.prefill, placement.decode):
-                assert record is not None
-                counts[record.id] += 1
-                running.enter_context(book.on_worker(worker_key(record), tokens=10))
+    for _ in range(40):
+        placement = placed(book, workers).placement
+        for record in (placement.prefill, placement.decode):
+            assert record is not None
+            counts[record.id] += 1
     assert counts["p1"] == counts["p2"] == 20
     loads = [counts[f"d{i}"] + i for i in range(4)]
     assert max(loads) - min(loads) <= 1
 
 
+def placed(
+    book: PlacementBook, workers: tuple[WorkerRecord, ...], facts: PlacementFacts = FACTS
+) -> HeldPlacement:
+    held = book.place(workers, facts)
+    assert held is not None
+    return held
+
+
+def test_the_book_counts_a_request_until_it_ends_on_each_worker() -> None:
+    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    rooms: list[tuple[int, int]] = []
+    held = placed(book, (worker("p1"), worker("d1")))
+    p1, d1 = ("p1", "1"), ("d1", "1")
+    book.on_room = lambda: rooms.append((book.own_load(p1).tokens, book.own_load(d1).tokens))
+    assert (book.own_load(p1).tokens, book.own_load(d1).tokens) == (10, 16)
+    for _ in range(2):
+        held.prefilled()
+    for _ in range(2):
+        held.close()
+    assert rooms == [(0, 16), (0, 0)]
+
+
+def test_no_room_is_given_twice_between_two_reports() -> None:
+    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    workers = (worker("p1"), worker("d1", kv_blocks_free=2, kv_blocks_total=2))
+    held = [placed(book, workers, WAITING) for _ in range(2)]
+    assert book.place(workers, WAITING) is None
+    held[0].close()
+    assert book.place(workers, WAITING) is not None
+
+
 def test_the_book_forgets_what_ended() -> None:
     now_s = 0.0
-    book = PlacementBook(lambda: now_s, suspect_s=1.0)
-    with book.on_worker(("d1", "1"), 10):
+    book = PlacementBook(LIMITS, lambda: now_s, suspect_s=1.0, report_snapshots=2)
+    held = placed(book, (worker("p1"), worker("d1")))
+    book.new_snapshot(frozenset())
+    held.close()
+    assert book.own_load(("d1", "1")) == OwnLoad(0, 0, 1, 16), "a report may still tell of it"
+    for _ in range(3):
         book.new_snapshot(frozenset())
-        assert book.own_load(("d1", "1")) == OwnLoad(1, 10, 0, 0)
     assert book.own_load(("d1", "1")) == OwnLoad()
     book.suspect(("d1", "1"))
     now_s = 1.0

@@ -76,7 +76,9 @@ async def test_cancel_while_decoding() -> None:
 async def test_cancel_while_queued_leaves_the_queue() -> None:
     prefill, decode = FakePrefill(), FakeDecode(script=decode_hangs)
     async with RouterHarness(
-        prefill=[prefill], decode=[decode], router={"max_concurrent": 1, "max_queue": 1}
+        prefill=[prefill],
+        decode=[decode],
+        router={"max_concurrent": 1, "classes": {"only": {"max_queue": 1}}},
     ) as router:
         running = router.call(token_ids=PROMPT)
         await anext(aiter(running))

@@ -121,7 +121,7 @@ async def test_beyond_its_bounds_the_router_refuses_at_once_with_a_hint() -> Non
     async with RouterHarness(
         prefill=[FakePrefill()],
         decode=[decode],
-        router={"max_concurrent": 2, "max_queue": 3},
+        router={"max_concurrent": 2, "classes": {"only": {"max_queue": 3}}},
     ) as router:
         calls = [router.call(token_ids=IDS) for _ in range(20)]
         tasks = [asyncio.create_task(_code_when_refused(call)) for call in calls]
@@ -148,7 +148,7 @@ async def test_waiting_is_bounded() -> None:
     async with RouterHarness(
         prefill=[FakePrefill()],
         decode=[decode],
-        router={"max_concurrent": 1, "queue_timeout_s": 0.05},
+        router={"max_concurrent": 1, "classes": {"only": {"queue_timeout_s": 0.05}}},
     ) as router:
         first = router.call(token_ids=IDS)
         await anext(aiter(first))

@@ -1,0 +1,198 @@
+"""Ten times more requests than the cluster can serve, with fake engines: what is done in time.
+
+peak        requests per second that a fixed number of clients get done, each one after the other
+goodput     of those that come by themselves (Poisson, ``--times`` the peak, for ``--seconds``): how
+            many per second end well by their deadline; as a share of the peak
+refused_ms  how long a refusal takes
+late        that had no status by their deadline and a second
+recovery_s  after that, at half the peak: until nobody is refused, and no first token takes twice as
+            long as the slowest one before
+rss         of the router's process, MiB: after ten seconds of it, and at most
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import baton
+from bench.journal import router_process
+from bench.report import Report, summary
+from cluster.config import load_config
+from cluster.launch import Cluster
+from cluster.progress import Progress
+
+PROMPT = 250  # tokens; 50 ms in the fake prefill engine, one at a time
+TOKENS = 40  # of an answer; 3 ms each
+CLIENTS = 32
+PEAK_S = 15.0
+NORMAL_S = 10.0
+LATE_S = 1.0
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one request; times are seconds on the clock of the load."""
+
+    sent_s: float
+    first_s: float | None
+    ended_s: float
+    status: str  # "ok", or the reason of its error
+
+
+class Load:
+    """Sends requests and keeps their outcomes."""
+
+    def __init__(self, client: baton.AsyncClient, deadline_s: float, rng: random.Random) -> None:
+        self._client = client
+        self._deadline_s = deadline_s
+        self._rng = rng
+
+    async def one(self) -> Outcome:
+        prompt = [self._rng.randrange(3, 1000) for _ in range(PROMPT)]
+        sent_s, first_s = time.monotonic(), None
+        status = "ok"
+        stream = self._client.generate(
+            token_ids=prompt, temperature=0, max_tokens=TOKENS, timeout_s=self._deadline_s
+        )
+        try:
+            async for _ in stream:
+                first_s = first_s or time.monotonic()
+        except baton.BatonError as error:
+            status = error.reason
+        return Outcome(sent_s, first_s, time.monotonic(), status)
+
+    async def closed(self, clients: int, seconds: float) -> list[Outcome]:
+        """Each client sends its next request when it has the answer."""
+        end_s = time.monotonic() + seconds
+        outcomes = []
+
+        async def client() -> None:
+            while time.monotonic() < end_s:
+                outcomes.append(await self.one())
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return outcomes
+
+    async def open(self, rate: float, seconds: float) -> list[Outcome]:
+        """Requests come by themselves, whatever becomes of the others."""
+        begin_s = next_s = time.monotonic()
+        tasks = []
+        while next_s < begin_s + seconds:
+            await asyncio.sleep(next_s - time.monotonic())
+            tasks.append(asyncio.create_task(self.one()))
+            next_s += self._rng.expovariate(rate)
+        return await asyncio.gather(*tasks)
+
+
+def goodput(outcomes: Sequence[Outcome], begin_s: float, seconds: float) -> float:
+    """Requests that ended well between ``begin_s`` and ``seconds`` later, per second."""
+    end_s = begin_s + seconds
+    done = [each for each in outcomes if each.status == "ok" and begin_s <= each.ended_s < end_s]
+    return len(done) / seconds
+
+
+def ttft_s(outcome: Outcome) -> float:
+    return outcome.first_s - outcome.sent_s if outcome.first_s is not None else float("inf")
+
+
+async def watch_rss(process: psutil.Process, rss: list[int]) -> None:
+    while True:
+        rss.append(process.memory_info().rss)
+        await asyncio.sleep(1)
+
+
+async def measure(
+    address: str, router: psutil.Process, args: argparse.Namespace, deadline_s: float
+) -> dict[str, Any]:
+    rng = random.Random(1)
+    async with baton.AsyncClient(address, timeout_s=60) as client:
+        patient = Load(client, 60, rng)
+        await patient.closed(CLIENTS, 3)  # warm-up
+        begin_s = time.monotonic()
+        peak = goodput(await patient.closed(CLIENTS, PEAK_S), begin_s + 1, PEAK_S - 1)
+        load = Load(client, deadline_s, rng)
+        normal_s = max(map(ttft_s, await load.open(peak / 2, NORMAL_S)))
+
+        rss: list[int] = []
+        watch = asyncio.create_task(watch_rss(router, rss))
+        begin_s = time.monotonic()
+        over = asyncio.create_task(load.open(args.times * peak, args.seconds))
+        await asyncio.sleep(args.seconds)
+        end_s = time.monotonic()
+        after = await load.open(peak / 2, NORMAL_S)
+        outcomes = await over
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+    bad = [each.sent_s for each in after if ttft_s(each) > 2 * normal_s or each.status != "ok"]
+    good = goodput(outcomes, begin_s, args.seconds)
+    refused = [each for each in outcomes if each.status in ("QUEUE_FULL", "WOULD_BE_LATE")]
+    late = [each for each in outcomes if each.ended_s > each.sent_s + deadline_s + LATE_S]
+    return {
+        "peak_per_s": round(peak, 1),
+        "goodput_per_s": round(good, 1),
+        "share": round(good / peak, 3),
+        "sent": len(outcomes),
+        **{f"ended_{status}": count for status, count in Counter(map(_status, outcomes)).items()},
+        "late": len(late),
+        **summary("refused", [1000 * (each.ended_s - each.sent_s) for each in refused]),
+        **summary("ttft", [1000 * ttft_s(each) for each in outcomes if each.status == "ok"]),
+        "normal_ttft_ms_max": round(1000 * normal_s, 1),
+        "recovery_s": round(max(bad) - end_s, 2) if bad else 0.0,
+        "rss_mib_at_10_s": round(rss[10] / MIB, 1),
+        "rss_mib_max": round(max(rss[10:]) / MIB, 1),
+    }
+
+
+def _status(outcome: Outcome) -> str:
+    return outcome.status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.overload", description=__doc__)
+    parser.add_argument("--times", type=float, default=10)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--deadline", type=float, default=10, metavar="SECONDS")
+    parser.add_argument("--queue-timeout", type=float, default=1, metavar="SECONDS")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    report = Report(args.json)
+    fake = {"engine_kind": "fake"}
+    config = load_config(
+        overrides={
+            "cluster.name": "bench",
+            "router.port": 0,
+            "router.classes": {"interactive": {"queue_timeout_s": args.queue_timeout}},
+            "prefill": fake,
+            "decode": fake,
+        }
+    )
+    with Progress(sys.stderr) as progress, Cluster(config, progress.step) as cluster:
+        progress.done()
+        router = router_process(config)
+        row = asyncio.run(measure(cluster.address, router, args, args.deadline))
+        report.add(
+            measurement="overload",
+            times=args.times,
+            deadline_s=args.deadline,
+            queue_timeout_s=args.queue_timeout,
+            **row,
+        )
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
