@@ -52,7 +52,7 @@ def router_process(config: Config) -> psutil.Process:
     state = read_state(config.cluster.run_path, config.cluster.name)
     assert state is not None
     processes = [psutil.Process(pid) for pid in reaper.find(state.cluster_id)]
-    (router,) = [each for each in processes if each.cmdline()[0].strip().endswith(":Router")]
+    (router,) = [each for each in processes if ":Router" in each.cmdline()[0]]
     return router
 
 

@@ -164,10 +164,10 @@ class RouterConfig(_Section):
     max_concurrent: Count = Field(
         default=256, description="Requests dispatched at a time; beyond it they queue."
     )
-    prefill_backlog_tokens: Count = Field(
-        default=16384,
-        description="Prompt tokens that one prefill worker has to compute; beyond it prompts wait "
-        "at the router, by class and deadline. A few steps' worth keeps it busy.",
+    prefill_backlog_s: Seconds = Field(
+        default=0.5,
+        description="Seconds of work that one prefill worker may have, at the rate that it had "
+        "lately; beyond it (and two prompts) prompts wait at the router, by class and deadline.",
     )
     classes: dict[ClassName, ServiceClass] = Field(
         default={

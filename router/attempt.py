@@ -87,11 +87,11 @@ class Attempt:
 
     Args:
         clock: monotonic time, seconds.
-        on_prefilled: called when the prefill call has ended, however it did.
+        on_prefilled: called when the prefill call has ended; True: with its answer.
     """
 
     def __init__(
-        self, plan: AttemptPlan, clock: Callable[[], float], on_prefilled: Callable[[], None]
+        self, plan: AttemptPlan, clock: Callable[[], float], on_prefilled: Callable[[bool], None]
     ) -> None:
         self._plan = plan
         self._clock = clock
@@ -222,14 +222,16 @@ class Attempt:
         raise AttemptFailedError(event.error, event.worker)
 
     async def _read_prefill(self, call: PrefillCall, worker: WorkerRecord) -> None:
+        done = False
         try:
             event: _Event = await call
+            done = True
         except grpc.aio.AioRpcError as err:
             event = _Failed(worker, from_rpc_error(err, worker.id))
         except Exception as err:  # noqa: BLE001 - without an event, the request would hang
             event = _Failed(worker, self._defect(worker, err))
         finally:
-            self._on_prefilled()
+            self._on_prefilled(done)
         await self._events.put(event)
 
     async def _read_decode(self, call: DecodeCall, worker: WorkerRecord) -> None:

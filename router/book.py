@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import islice
 
-from cluster.types import WorkerRecord
+from cluster.types import Pool, WorkerRecord
 from router.placement import (
     OwnLoad,
     Placement,
@@ -21,23 +18,35 @@ from router.placement import (
     worker_key,
 )
 
+RATE_MEMORY = 0.98  # of a prefill worker's rate: about the latest fifty prompts count
 
-@dataclass(frozen=True, slots=True)
+
 class HeldPlacement:
     """A placement, which counts on its workers until it is closed."""
 
-    placement: Placement
-    _prefill: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _decode: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    def __init__(self, placement: Placement, book: PlacementBook, facts: PlacementFacts) -> None:
+        self.placement = placement
+        self._book = book
+        self._held = {
+            record.pool: (worker_key(record), tokens_on(record, facts))
+            for record in (placement.prefill, placement.decode)
+            if record is not None
+        }
+        for key, tokens in self._held.values():
+            book.begin(key, tokens)
 
-    def prefilled(self) -> None:
-        """The prefill worker has nothing more to do for it. Idempotent."""
-        self._prefill.close()
+    def prefilled(self, done: bool) -> None:
+        """The prefill worker has done its part, or will not do it. Idempotent."""
+        self._end(Pool.PREFILL, done)
 
     def close(self) -> None:
-        """Nobody has. Idempotent."""
-        self._prefill.close()
-        self._decode.close()
+        """No worker has anything more to do for it. Idempotent."""
+        self._end(Pool.PREFILL, False)
+        self._end(Pool.DECODE, False)
+
+    def _end(self, pool: Pool, done: bool) -> None:
+        if (held := self._held.pop(pool, None)) is not None:
+            self._book.end(*held, done=done)
 
 
 class PlacementBook:
@@ -65,16 +74,15 @@ class PlacementBook:
         self._clock = clock
         self._suspect_s = suspect_s
         self._report_snapshots = report_snapshots
+        self._counts: dict[WorkerKey, _Count] = {}
         self._own: dict[WorkerKey, OwnLoad] = {}
-        # Requests and tokens at most, from each of the latest snapshots to the next one.
-        self._peaks: dict[WorkerKey, deque[tuple[int, int]]] = {}
         self._suspects: dict[WorkerKey, float] = {}
         self._state = PlacementState(self._own, self._suspects)
 
     @property
     def is_empty(self) -> bool:
         """Nothing is kept of any worker."""
-        return not self._own and not self._suspects
+        return not self._counts and not self._suspects
 
     def own_load(self, key: WorkerKey) -> OwnLoad:
         """What this router has on one worker."""
@@ -92,50 +100,82 @@ class PlacementBook:
         if placement is None:
             return None
         self._state = placement.state
-        held = HeldPlacement(placement)
-        for record, part in ((placement.prefill, held._prefill), (placement.decode, held._decode)):
-            if record is not None:
-                self._count(part, worker_key(record), tokens_on(record, facts))
-        return held
+        return HeldPlacement(placement, self, facts)
+
+    def begin(self, key: WorkerKey, tokens: int) -> None:
+        """A worker has one request more."""
+        count = self._counts.setdefault(key, _Count(self._report_snapshots))
+        count.begin(tokens, self._clock())
+        self._own[key] = count.load()
+
+    def end(self, key: WorkerKey, tokens: int, *, done: bool) -> None:
+        """A worker has one request less.
+
+        Args:
+            done: it has computed the request's tokens.
+        """
+        count = self._counts[key]
+        count.end(tokens, self._clock(), done=done)
+        self._own[key] = count.load()
+        self.on_room()
 
     def suspect(self, key: WorkerKey) -> None:
         """A worker failed a request: avoid it for a while."""
         self._suspects[key] = self._clock() + self._suspect_s
 
     def new_snapshot(self, keys: frozenset[WorkerKey]) -> None:
-        """The registry was read and knows these workers: reports count from here on."""
+        """The registry was read and knows these workers."""
         now_s = self._clock()
-        for key, load in list(self._own.items()):
-            peaks = self._peaks[key]
-            peaks.append((load.requests, load.tokens))
-            self._own[key] = _own_load(load.requests, load.tokens, peaks)
-            if key not in keys and self._own[key] == OwnLoad():
-                del self._own[key], self._peaks[key]
+        for key, count in list(self._counts.items()):
+            if key not in keys and count.requests == 0:
+                del self._counts[key], self._own[key]
+            else:
+                count.new_snapshot()
+                self._own[key] = count.load()
         for key, until_s in list(self._suspects.items()):
             if until_s <= now_s:
                 del self._suspects[key]
         self.on_room()
 
-    def _count(self, part: contextlib.ExitStack, key: WorkerKey, tokens: int) -> None:
-        """Count a request on a worker until ``part`` is closed."""
-        self._add(key, 1, tokens)
 
-        def end() -> None:
-            self._add(key, -1, -tokens)
-            self.on_room()
+class _Count:
+    """Of one worker."""
 
-        part.callback(end)
+    def __init__(self, report_snapshots: int) -> None:
+        self.requests = 0
+        self._tokens = 0
+        # At most, from each of the latest snapshots to the next one; the last goes on to now.
+        self._peaks = deque([(0, 0)], maxlen=report_snapshots + 1)
+        self._done_tokens = 0.0
+        self._busy_s = 0.0  # that took
+        self._busy_since_s = 0.0
 
-    def _add(self, key: WorkerKey, requests: int, tokens: int) -> None:
-        load = self._own.get(key, OwnLoad())
-        peaks = self._peaks.setdefault(key, deque([(0, 0)], maxlen=self._report_snapshots + 1))
-        requests, tokens = load.requests + requests, load.tokens + tokens
-        peaks[-1] = max(peaks[-1][0], requests), max(peaks[-1][1], tokens)
-        self._own[key] = _own_load(requests, tokens, peaks)
+    def begin(self, tokens: int, now_s: float) -> None:
+        if self.requests == 0:
+            self._busy_since_s = now_s
+        self.requests += 1
+        self._tokens += tokens
+        requests, peak = self._peaks[-1]
+        self._peaks[-1] = max(requests, self.requests), max(peak, self._tokens)
 
+    def end(self, tokens: int, now_s: float, *, done: bool) -> None:
+        self.requests -= 1
+        self._tokens -= tokens
+        if done:
+            self._done_tokens = RATE_MEMORY * self._done_tokens + tokens
+            self._busy_s = RATE_MEMORY * self._busy_s + now_s - self._busy_since_s
+            self._busy_since_s = now_s
 
-def _own_load(requests: int, tokens: int, peaks: deque[tuple[int, int]]) -> OwnLoad:
-    # Without the last: what was sent since the snapshot is in no report yet.
-    peak_requests = max((each[0] for each in islice(peaks, len(peaks) - 1)), default=0)
-    peak_tokens = max((each[1] for each in islice(peaks, len(peaks) - 1)), default=0)
-    return OwnLoad(requests, tokens, peak_requests, peak_tokens)
+    def new_snapshot(self) -> None:
+        self._peaks.append((self.requests, self._tokens))
+
+    def load(self) -> OwnLoad:
+        # Without the last: what was sent since the snapshot is in no report yet.
+        reported = list(self._peaks)[:-1]
+        return OwnLoad(
+            self.requests,
+            self._tokens,
+            peak_requests=max((requests for requests, _ in reported), default=0),
+            peak_tokens=max((tokens for _, tokens in reported), default=0),
+            tokens_per_s=self._done_tokens / self._busy_s if self._busy_s else 0.0,
+        )

@@ -23,6 +23,7 @@ WorkerKey = tuple[str, str]  # id, incarnation: a restarted worker is another on
 LocalPrefill = Literal["never", "fallback", "always"]
 
 KV_SCARCE_FRACTION = 0.05  # with fewer free blocks, a decode worker is soon preempting
+BUSY_REQUESTS = 2  # on a prefill worker: one computes, the next one is there when it has done
 KV_STEPS = 10  # KV use is compared in tenths, so that small differences don't end turns
 # A worker that starts now is ready after its model has loaded; a lease that was lost to a
 # pause is back after one renewal. Trying again after a second serves the second case.
@@ -38,7 +39,7 @@ class PlacementLimits:
     """From the configuration (``prefill.max_concurrent`` and so on)."""
 
     max_requests: Mapping[Pool, int]  # on one worker
-    prefill_backlog_tokens: int
+    prefill_backlog_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class OwnLoad:
     tokens: int = 0  # to prefill; on decode workers, with KV in the end
     peak_requests: int = 0
     peak_tokens: int = 0
+    tokens_per_s: float = 0.0  # that it prefills; 0: not known yet
 
     def requests_of_all(self, reported: int) -> int:
         """With other routers' requests: those of the report that can't be ours."""
@@ -203,18 +205,21 @@ def _turn(pool: Pool, snapshot: tuple[WorkerRecord, ...], turn: int) -> int:
 def _has_room(
     record: WorkerRecord, own: OwnLoad, facts: PlacementFacts, limits: PlacementLimits
 ) -> bool:
-    """Any request fits on a worker that has nothing."""
     load = record.load
+    if own.requests >= limits.max_requests[record.pool]:
+        return False
     if record.pool is Pool.PREFILL:
+        if own.requests < BUSY_REQUESTS:
+            return True
         tokens = own.tokens_of_all(load.queued_tokens)
-        bound = limits.prefill_backlog_tokens
+        bound = limits.prefill_backlog_s * own.tokens_per_s
     else:
         used_blocks = load.kv_blocks_total - load.kv_blocks_free
         tokens = own.tokens_of_all(used_blocks * load.kv_block_tokens)
+        if tokens == 0:
+            return True  # any request fits on a worker that has nothing
         bound = load.kv_blocks_total * load.kv_block_tokens
-    if own.requests >= limits.max_requests[record.pool]:
-        return False
-    return tokens == 0 or tokens + tokens_on(record, facts) <= bound
+    return tokens + tokens_on(record, facts) <= bound
 
 
 def _prefill_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:

@@ -200,7 +200,7 @@ class RouterServer:
 
     def _placement_limits(self) -> PlacementLimits:
         max_requests = {pool: self._config.pool(pool).max_concurrent for pool in Pool}
-        return PlacementLimits(max_requests, self._config.router.prefill_backlog_tokens)
+        return PlacementLimits(max_requests, self._config.router.prefill_backlog_s)
 
     def _journal_settings(self) -> JournalSettings:
         return JournalSettings(self._config.redis.lease_s, self._config.router.journal_patience_s)

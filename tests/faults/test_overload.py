@@ -116,7 +116,7 @@ def test_overload_costs_no_goodput(
 ) -> None:
     async def run() -> None:
         limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, queue_timeout_s)})
-        placement = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_tokens=100)
+        placement = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_s=0.2)
         async with SimCluster(random.Random(1), limits, placement) as cluster:
             run = Run(cluster, decode_blocks)
             await elapse(1)
@@ -149,7 +149,7 @@ def first_s(client: SimClient) -> float:
 def test_classes_share_an_overloaded_cluster_by_weight() -> None:
     async def run() -> None:
         classes = {"many": ClassLimits(3, 64, 5), "few": ClassLimits(1, 64, 5)}
-        placement = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_tokens=100)
+        placement = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_s=0.2)
         async with SimCluster(
             random.Random(1), AdmissionLimits(256, classes), placement
         ) as cluster:

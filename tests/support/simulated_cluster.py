@@ -45,7 +45,7 @@ RENEW_S = 1.0
 POLL_S = 0.25
 CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
-PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_tokens=80)
+PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_s=0.05)
 UNREAD = 4  # messages on the way that a sender need not wait for
 SETTLE_S = 100.0  # after the faults: longer than every bound in here
 

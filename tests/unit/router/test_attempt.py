@@ -73,7 +73,7 @@ class Setup:
         self.now_s = 0.0
         self.prefill_worker, self.decode_worker = FakePrefill().record, FakeDecode().record
         self.prefill, self.decode = PrefillStub(), decode or DecodeStub()
-        self.prefilled = asyncio.Event()
+        self.prefilled: asyncio.Queue[bool] = asyncio.Queue()
         self.tokens: list[int] = []
         plan = AttemptPlan(
             key=worker_pb2.TransferKey(request_id="r", attempt=1),
@@ -86,7 +86,7 @@ class Setup:
             buffer_responses=BUFFER,
             lost_after_s=3,
         )
-        self.attempt = Attempt(plan, lambda: self.now_s, self.prefilled.set)
+        self.attempt = Attempt(plan, lambda: self.now_s, self.prefilled.put_nowait)
 
     async def run(self) -> None:
         prefill, decode = cast(WorkerClient, self.prefill), cast(WorkerClient, self.decode)
@@ -131,9 +131,9 @@ async def test_the_end_of_the_prefill_call_is_told_before_the_end_of_the_attempt
     setup = Setup()
     running = asyncio.create_task(setup.run())
     await settled()
-    assert not setup.prefilled.is_set()
+    assert setup.prefilled.empty()
     setup.prefill.answer.set_exception(ValueError("not even a gRPC error"))
-    await setup.prefilled.wait()
+    assert await setup.prefilled.get() is False
     with pytest.raises(AttemptFailedError):
         await running
 

@@ -20,7 +20,7 @@ from router.placement import (
 
 FACTS = PlacementFacts("m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never")
 WAITING = replace(FACTS, may_wait=True)
-LIMITS = PlacementLimits(dict.fromkeys(Pool, 20), prefill_backlog_tokens=1000)
+LIMITS = PlacementLimits(dict.fromkeys(Pool, 20), prefill_backlog_s=0.5)
 IDLE = WorkerLoad(queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=50, kv_blocks_total=50)
 
 
@@ -133,9 +133,22 @@ def test_what_other_routers_sent_counts_beside() -> None:
 
 def test_a_new_request_waits_while_the_backlog_of_prefill_is_long() -> None:
     d1 = worker("d1")
-    assert not must_wait(worker("p1", queued_tokens=990), d1)
-    assert must_wait(worker("p1", queued_tokens=991), d1)
-    assert not must_wait(worker("p1", queued_tokens=991), worker("p2", queued_tokens=900), d1)
+    for tokens, waits in ((990, False), (991, True)):
+        own = {("p1", "1"): OwnLoad(2, tokens, 2, tokens, tokens_per_s=2000)}
+        assert must_wait(worker("p1"), d1, own=own) is waits
+        assert not must_wait(worker("p1"), worker("p2"), d1, own=own)
+
+
+def test_other_routers_prompts_are_part_of_the_backlog() -> None:
+    own = {("p1", "1"): OwnLoad(2, 100, 2, 100, tokens_per_s=2000)}
+    assert must_wait(worker("p1", queued_tokens=1000), worker("d1"), own=own)
+
+
+def test_two_prompts_are_always_with_a_prefill_worker() -> None:
+    own = {("p1", "1"): OwnLoad(1, 10**6, 1, 10**6, tokens_per_s=10)}
+    assert not must_wait(worker("p1"), worker("d1"), own=own)
+    own = {("p1", "1"): OwnLoad(2, 20, 2, 20)}
+    assert must_wait(worker("p1"), worker("d1"), own=own), "its rate is not known"
 
 
 def test_a_new_request_waits_for_kv_room_that_counts_its_growth() -> None:
@@ -250,7 +263,7 @@ def test_the_book_counts_a_request_until_it_ends_on_each_worker() -> None:
     book.on_room = lambda: rooms.append((book.own_load(p1).tokens, book.own_load(d1).tokens))
     assert (book.own_load(p1).tokens, book.own_load(d1).tokens) == (10, 16)
     for _ in range(2):
-        held.prefilled()
+        held.prefilled(done=True)
     for _ in range(2):
         held.close()
     assert rooms == [(0, 16), (0, 0)]
@@ -273,9 +286,24 @@ def test_the_book_forgets_what_ended() -> None:
     held.close()
     assert book.own_load(("d1", "1")) == OwnLoad(0, 0, 1, 16), "a report may still tell of it"
     for _ in range(3):
-        book.new_snapshot(frozenset())
+        book.new_snapshot(frozenset({("d1", "1")}))
     assert book.own_load(("d1", "1")) == OwnLoad()
     book.suspect(("d1", "1"))
     now_s = 1.0
     book.new_snapshot(frozenset())
     assert book.is_empty
+
+
+def test_the_book_knows_how_fast_a_prefill_worker_is_while_it_is_busy() -> None:
+    now_s = 0.0
+    book = PlacementBook(LIMITS, lambda: now_s, suspect_s=1.0)
+    workers = (worker("p1"), worker("d1"))
+    for _ in range(100):
+        first, second, dropped = (placed(book, workers) for _ in range(3))
+        for held in (first, second):
+            now_s += 0.05
+            held.prefilled(done=True)
+        now_s += 0.1
+        dropped.prefilled(done=False)  # neither its tokens nor its time
+        now_s += 7.0  # idle
+    assert book.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)
