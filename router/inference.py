@@ -110,7 +110,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         self._text = text
         self._dispatcher = dispatcher
-        self._admission = admission
+        self.admission = admission
         self._bounds = bounds
         self._clock = clock
         self._phase_clock = phase_clock
@@ -167,13 +167,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return _Call(request_id, context, deadline_s, self._bounds.client_stall_s, phases)
 
     async def _generate(self, request: inference_pb2.GenerateRequest, call: _Call) -> None:
-        ask = Ask(self._admission.class_of(request.service_class), call.deadline_s)
+        ask = Ask(self.admission.class_of(request.service_class), call.deadline_s)
         checked = check_request(request, call.request_id, self._text.model)
-        self._admission.check(ask)  # a prompt that has no chance need not be tokenised
+        self.admission.check(ask)  # a prompt that has no chance need not be tokenised
         token_ids = await self._tokenise(checked)
         ready = with_prompt(checked, token_ids, self._text.model)
         ask = replace(ask, service_s=self._dispatcher.service_s(ready), cost=len(ready.prompt))
-        async with self._admission.slot(ask, lambda: self._dispatcher.place(ready)) as placed:
+        async with self.admission.slot(ask, lambda: self._dispatcher.place(ready)) as placed:
             progress = call.progress(ready)
             answer = Answer(progress, self._output(ready), call.write)
             if self._journal is None:
@@ -187,9 +187,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
         # It was let in before: it needs no more room than it had, of the workers that are left.
-        ask = Ask(self._admission.class_of(""), call.deadline_s)
+        ask = Ask(self.admission.class_of(""), call.deadline_s)
         async with (
-            self._admission.slot(ask, lambda: contextlib.ExitStack[None]()),
+            self.admission.slot(ask, lambda: contextlib.ExitStack[None]()),
             self._journal.resume(call.request_id) as (entry, kept, batches),
         ):
             checked = check_request(kept, call.request_id, self._text.model)
@@ -223,7 +223,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Also bounds the requests that are in here at all, those being tokenised included."""
         if request_id in self._in_flight:
             raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
-        if len(self._in_flight) >= self._admission.most:
+        if len(self._in_flight) >= self.admission.most:
             raise CapacityError(
                 f"the router is full: {len(self._in_flight)} requests are in flight",
                 reason=FULL,
@@ -248,7 +248,6 @@ def _kept(
     return inference_pb2.GenerateRequest(
         request_id=ready.request_id,
         model=request.model,
-        service_class=request.service_class,
         token_ids=inference_pb2.TokenIds(ids=ready.prompt),
         sampling=request.sampling,
     )

@@ -142,6 +142,28 @@ def test_overload_costs_no_goodput(
     run_virtually(run(), 1)
 
 
+def test_what_becomes_slower_is_begun_sooner() -> None:
+    """At first deadlines pass while requests run, so that nobody who ends well tells of it."""
+
+    async def run() -> None:
+        limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, 30)})
+        placement = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_s=0.2)
+        async with SimCluster(random.Random(1), limits, placement) as cluster:
+            run = Run(cluster, 4096)
+            await elapse(1)
+            peak = await run.closed(16, PEAK_S)
+            over = asyncio.create_task(run.open(3 * peak, 20, 1.0))
+            await elapse(10)
+            run.decode.slowness = 6.0  # an answer takes 0.9 s
+            slow_s = cluster.clock() + 3
+            clients = await over
+            check_each(clients)
+            done = [each for each in ended_well(clients) if slow_s < each.ended_s < slow_s + 7]
+            assert len(done) / 7 >= 0.9 * peak
+
+    run_virtually(run(), 1)
+
+
 def first_s(client: SimClient) -> float:
     return client.first_s - client.began_s
 

@@ -177,6 +177,7 @@ class SimWorker:
         self.calls: set[SimCall] = set()
         self.prefilled: set[str] = set()  # keys whose KV a decode worker may fetch
         self.slow = False
+        self.slowness = 1.0  # of its engine
         self._cluster = cluster
         self._running = asyncio.Event()  # not stopped by a signal
         self._running.set()
@@ -210,7 +211,7 @@ class SimWorker:
         await self._running.wait()
 
     async def _sleep(self, seconds: float) -> None:
-        await elapse(seconds)
+        await elapse(seconds * self.slowness)
         await self._running.wait()
 
     async def _fetch(self, request: EngineRequest) -> bool:

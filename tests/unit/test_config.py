@@ -95,6 +95,14 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("redis: {lease_s: yes}", "redis.lease_s: Input should be a valid number, not True"),
         ("decode: {replicas: '2'}", "decode.replicas: Input should be a valid integer, not '2'"),
         ("decode: {num_gpus_per_replica: yes}", "decode.num_gpus_per_replica: Input should be"),
+        (
+            "router: {classes: {slow: {max_qeue: 3}}}",
+            "router.classes.slow.max_qeue: unknown field; the nearest known name is "
+            "router.classes.NAME.max_queue",
+        ),
+        ("router: {max_queue: 3}", "there is router.classes.NAME.max_queue"),
+        ("router: {classes: {}}", "router.classes: "),
+        ("router: {classes: {a b: {}}}", "router.classes.a b"),
         ("router: {default_deadline_s: .nan}", "router.default_deadline_s: Input should be"),
         ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
         ("redis: {url: localhost}", "redis.url: String should match pattern"),
