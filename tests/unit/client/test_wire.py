@@ -80,6 +80,7 @@ def test_all_of_a_request() -> None:
         sampling=SamplingParams(temperature=0.5, seed=7, max_tokens=99),
         request_id="r-9",
         model="m",
+        service_class="batch",
         max_tokens=5,
         stop="END",
         stop_token_ids=(2, 3),
@@ -88,6 +89,7 @@ def test_all_of_a_request() -> None:
     assert request == pb.GenerateRequest(
         request_id="r-9",
         model="m",
+        service_class="batch",
         chat=pb.ChatInput(
             messages=[
                 pb.ChatMessage(role="system", content="Be brief."),
