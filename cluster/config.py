@@ -281,8 +281,8 @@ class PoolConfig(_Section):
     )
     progress_timeout_s: Seconds = Field(
         default=30,
-        description="Seconds without a step until an engine that has requests counts as hung and "
-        "is replaced; longer than its longest step.",
+        description="Seconds without an answer until an engine counts as hung and is replaced; "
+        "longer than its longest step, for it answers between steps.",
     )
     shutdown_grace_s: Seconds = Field(
         default=5, description="Seconds for a stopping worker's requests to end."

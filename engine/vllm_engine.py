@@ -29,8 +29,8 @@ from cluster.config import Config
 from cluster.errors import ConfigError, InternalError, InvalidArgumentError, WorkerLostError
 from cluster.model import ResolvedModel
 from cluster.types import Pool, WorkerLoad
+from engine.liveness import LivenessProbe
 from engine.log_buffers import log_buffers_kept
-from engine.progress import ProgressWatch
 from engine.protocol import (
     EngineFacts,
     EngineOutput,
@@ -83,8 +83,8 @@ class VllmEngine:
         self._reports: RankReports | None = None
         self._releaser: Releaser | None = None
         self._prewarmed: set[str] = set()  # incarnations
-        self._progress = ProgressWatch(self._pool_config.progress_timeout_s)
-        self._stats = _Stats(self._progress)
+        self._liveness = LivenessProbe(self._ask_core, self._pool_config.progress_timeout_s)
+        self._stats = _Stats()
         self._queued_tokens: dict[str, int] = {}
 
     async def start(self) -> EngineFacts:
@@ -166,18 +166,17 @@ class VllmEngine:
                 _sampling_params(request),
                 engine_id,
             )
-            with self._progress.request():
-                async with contextlib.aclosing(outputs):
-                    async for output in outputs:
-                        first = self._queued_tokens.pop(request.key, None) is not None
-                        kv = None
-                        if first:
-                            received = await _await_report(report, request.key)
-                            index = received.first_index if received is not None else 0
-                            kv = _kv_report(request, received, output)
-                        result = _engine_output(request, output, index, kv, first=first)
-                        index += len(result.token_ids)
-                        yield result
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    first = self._queued_tokens.pop(request.key, None) is not None
+                    kv = None
+                    if first:
+                        received = await _await_report(report, request.key)
+                        index = received.first_index if received is not None else 0
+                        kv = _kv_report(request, received, output)
+                    result = _engine_output(request, output, index, kv, first=first)
+                    index += len(result.token_ids)
+                    yield result
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
         except (VLLMClientError, ValueError) as error:
@@ -223,12 +222,17 @@ class VllmEngine:
     async def check_health(self) -> None:
         try:
             await self._running().check_health()
+            await self._liveness.check()
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
-        self._progress.check()
+
+    async def _ask_core(self) -> None:
+        """Ask something cheap that the loop of the engine core answers, and no rank is asked."""
+        await self._running().is_sleeping()
 
     async def stop(self) -> None:
         llm, self._llm = self._llm, None
+        await self._liveness.close()
         if self._releaser is not None:
             self._releaser.close()
             self._releaser = None
@@ -295,8 +299,7 @@ def start_llm(
 class _Stats:
     """What vLLM's statistics say: the load, and how receives ended."""
 
-    def __init__(self, progress: ProgressWatch) -> None:
-        self._progress = progress
+    def __init__(self) -> None:
         self.waiting = 0
         self.running = 0
         self.blocks_total = 0
@@ -332,7 +335,6 @@ class _Stats:
         return Recorder()
 
     def record(self, scheduler_stats: Any) -> None:
-        self._progress.step()  # vLLM sends them with each step, an empty one too
         self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         self.running = scheduler_stats.num_running_reqs
         self._usage = scheduler_stats.kv_cache_usage

@@ -1,0 +1,101 @@
+"""A vLLM engine whose core is stopped, with requests that are all shorter than its timeout."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from baton.v1 import inference_pb2 as pb
+from cluster.config import load_config
+from cluster.errors import WorkerLostError
+from cluster.model import resolve_model
+from cluster.types import Pool
+from engine.protocol import EngineRequest
+from engine.vllm_engine import VllmEngine
+from tests.support.live_cluster import ENGINE
+from tests.support.tiny_model import make_tiny_model
+from tests.support.waiting import until_awaited
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio, pytest.mark.timeout(120)]
+
+TIMEOUT_S = 1.5
+SHORT_S = 0.2  # of a request that is given up
+ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+
+
+@pytest_asyncio.fixture
+async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VllmEngine]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    config = load_config(
+        overrides={
+            "model.path": str(make_tiny_model(tmp_path / "model")),
+            "model.dtype": "float32",
+            "model.max_model_len": 2048,
+            "prefill.progress_timeout_s": TIMEOUT_S,
+        }
+    )
+    model = resolve_model(config.model, print)
+    engine = VllmEngine(config, Pool.PREFILL, model, "0", "secret", uuid4().hex)
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def engine_core() -> psutil.Process:
+    children = psutil.Process().children(recursive=True)
+    (core,) = [child for child in children if child.cmdline()[0].rstrip() == ENGINE]
+    return core
+
+
+async def one_request(engine: VllmEngine) -> bool:
+    """It was answered in time."""
+    request = EngineRequest(f"{uuid4().hex}#1", (1, 2, 3), ONE_TOKEN, None)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SHORT_S):
+            return [output async for output in engine.generate(request)] != []
+    return False
+
+
+async def is_healthy(engine: VllmEngine) -> bool:
+    try:
+        await engine.check_health()
+    except WorkerLostError:
+        return False
+    return True
+
+
+async def test_a_core_that_is_stopped_is_noticed_by_no_request_of_its_own(
+    engine: VllmEngine,
+) -> None:
+    clock = asyncio.get_running_loop().time
+    answered = 0
+    started_s = clock()
+    while clock() < started_s + 2 * TIMEOUT_S:
+        answered += await one_request(engine)
+        assert await is_healthy(engine)
+    assert answered > 1
+
+    async def hangs_meanwhile() -> bool:
+        assert not await one_request(engine)
+        return not await is_healthy(engine)
+
+    core = engine_core()
+    core.suspend()
+    try:
+        stopped_s = clock()
+        await until_awaited(hangs_meanwhile, what="the engine hangs", within_s=4 * TIMEOUT_S)
+        assert clock() >= stopped_s + TIMEOUT_S - SHORT_S
+    finally:
+        core.resume()
+    await until_awaited(lambda: is_healthy(engine), what="the engine is back")
+    await until_awaited(lambda: one_request(engine), what="and answers")
