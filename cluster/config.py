@@ -200,7 +200,8 @@ class RouterConfig(_Section):
     max_attempts: Count = Field(
         default=4,
         description="Dispatches of one request, the first included; ends one that kills its "
-        "workers. Those that a worker refuses, for it is full or drains, do not count.",
+        "workers. Those that reach no worker, or that it refuses, for it is full or drains, do not "
+        "count.",
     )
     failover_timeout_s: Seconds = Field(
         default=60,

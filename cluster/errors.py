@@ -63,6 +63,10 @@ class WorkerLostError(UnavailableError):
     default_reason = "WORKER_LOST"
 
 
+class WorkerUnreachableError(WorkerLostError):
+    """There was no connection to the worker, so it was sent nothing."""
+
+
 class DeadlineError(BatonError):
     """The request's deadline passed."""
 

@@ -22,7 +22,13 @@ from dataclasses import dataclass
 import grpc
 
 from baton.v1 import inference_pb2, worker_pb2
-from cluster.errors import BatonError, InternalError, UnavailableError, WorkerLostError
+from cluster.errors import (
+    BatonError,
+    InternalError,
+    UnavailableError,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
 from cluster.grpc_status import from_rpc_error
 from cluster.types import WorkerRecord
 from router.assemble import (
@@ -105,6 +111,7 @@ class Attempt:
         if not plan.forwards:
             self._first_token_known.set()  # it comes with the decode stream
         self._decode_held_back = False  # it may have said more than was read
+        self._sent = False  # anything to any worker
         self._failed_ids: set[str] = set()
         self._prefill_answer: worker_pb2.PrefillResponse | None = None
         self.kv: inference_pb2.KvReport | None = None  # the decode worker's, once it came
@@ -121,7 +128,9 @@ class Attempt:
     @property
     def holds_kv(self) -> bool:
         """The prefill worker may hold KV that the decode worker will not fetch."""
-        if self._decode is None or self._prefill is None or self._prefill.id in self._failed_ids:
+        if self._decode is None or self._prefill is None or not self._sent:
+            return False
+        if self._prefill.id in self._failed_ids:
             return False
         # Also when the call was cancelled: its answer may have crossed our cancel.
         return self.kv is None or self.kv.outcome != inference_pb2.KV_OUTCOME_TRANSFERRED
@@ -147,6 +156,12 @@ class Attempt:
             AttemptFailedError: it has not, and another attempt may help.
             BatonError: it has not, and none will.
         """
+        # Before the first call: an attempt that was sent to neither cannot have killed either.
+        for client, worker in ((prefill, self._prefill), (decode, self._decode)):
+            if client is not None and worker is not None and not await client.connected():
+                error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
+                raise AttemptFailedError(error, worker)
+        self._sent = True
         calls: list[PrefillCall | DecodeCall] = []
         readers: list[asyncio.Task[None]] = []
         if prefill is not None and self._prefill is not None:

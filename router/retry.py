@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.errors import BatonError, CapacityError
+from cluster.errors import BatonError, CapacityError, WorkerUnreachableError
 from engine.intake import WORKER_DRAINING
 from router.placement import WorkerKey
 
@@ -27,7 +27,7 @@ class Retries:
 
     limits: RetryLimits
     last: BatonError | None = None
-    _refusals: int = 0  # attempts that a worker turned away; they cost nothing
+    _untaken: int = 0  # attempts that no worker took; they cost nothing
     _avoided_until_s: dict[WorkerKey, float] = field(default_factory=dict)
     _tokens: int = 0
     _failing_since_s: float | None = None
@@ -48,10 +48,12 @@ class Retries:
             tokens: that the application has by now.
 
         Raises:
-            BatonError: ``error``, when there were too many attempts.
+            BatonError: ``error``, when there were too many attempts that a worker may have died of,
+                or no worker can be reached for too long.
         """
         refused = error.reason == WORKER_DRAINING or isinstance(error, CapacityError)
-        self._refusals += refused
+        unreachable = isinstance(error, WorkerUnreachableError)
+        self._untaken += refused or unreachable
         self.last = error
         if worker is not None:
             hint_s = error.retry_after_s if refused else None
@@ -59,7 +61,8 @@ class Retries:
         if self._failing_since_s is None or tokens > self._tokens:
             self._failing_since_s, self._waits = now_s, 0
         self._tokens = tokens
-        if attempts - self._refusals >= self.limits.max_attempts:
+        late = now_s > self._failing_since_s + self.limits.timeout_s
+        if attempts - self._untaken >= self.limits.max_attempts or (unreachable and late):
             raise error
 
     def excluded(self, now_s: float) -> frozenset[WorkerKey]:

@@ -8,6 +8,10 @@ import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
+IDLE = grpc.ChannelConnectivity.IDLE
+CONNECTING = grpc.ChannelConnectivity.CONNECTING
+READY = grpc.ChannelConnectivity.READY
+
 PrefillCall = grpc.aio.UnaryUnaryCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
 DecodeCall = grpc.aio.UnaryStreamCall[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 
@@ -15,7 +19,7 @@ MAX_RECONNECT_BACKOFF_MS = 1000
 
 
 class WorkerClient:
-    """Owns the channel to ``address`` ("host:port"), which connects with the first call.
+    """Owns the channel to ``address`` ("host:port"), which connects when it is used.
 
     Args:
         connect_timeout_s: a connection that takes longer counts as refused.
@@ -38,6 +42,16 @@ class WorkerClient:
         )
         self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+
+    async def connected(self) -> bool:
+        """Connect, if that is not done; False: the worker cannot be reached now.
+
+        Takes ``connect_timeout_s`` at most. A call that fails does not say whether the worker got
+        it, so a call is begun only where this is true.
+        """
+        while (state := self._channel.get_state(try_to_connect=True)) in (IDLE, CONNECTING):
+            await self._channel.wait_for_state_change(state)
+        return state is READY
 
     def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> PrefillCall:
         return cast(PrefillCall, self._prefill.Prefill(request, timeout=timeout_s))

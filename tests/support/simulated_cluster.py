@@ -219,6 +219,9 @@ class SimWorker:
 
     # What the router calls.
 
+    async def connected(self) -> bool:
+        return self.alive
+
     def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> SimCall:
         async def handle(context: Any) -> worker_pb2.PrefillResponse:
             response = await self._prefill.Prefill(request, context)

@@ -32,6 +32,9 @@ class PrefillStub:
             asyncio.get_running_loop().create_future()
         )
 
+    async def connected(self) -> bool:
+        return True
+
     def prefill(self, *_: object) -> PrefillStub:
         return self
 
@@ -48,6 +51,9 @@ class DecodeStub:
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.read = 0  # responses
+
+    async def connected(self) -> bool:
+        return True
 
     def decode(self, *_: object) -> DecodeStub:
         return self

@@ -8,12 +8,14 @@ from cluster.errors import (
     InternalError,
     UnavailableError,
     WorkerLostError,
+    WorkerUnreachableError,
 )
 from engine.intake import WORKER_DRAINING
 from router.retry import FIRST_WAIT_S, MAX_WAIT_S, Retries, RetryLimits
 
 LIMITS = RetryLimits(max_attempts=3, timeout_s=10, avoid_s=3)
 LOST = WorkerLostError("lost")
+UNREACHABLE = WorkerUnreachableError("unreachable")
 WORKER = ("decode-1", "incarnation")
 
 
@@ -37,14 +39,25 @@ def test_a_full_worker_says_itself_how_long() -> None:
     assert retries.excluded(0.5) == frozenset()
 
 
-def test_attempts_are_counted_but_not_those_that_were_refused() -> None:
+def test_attempts_are_counted_but_not_those_that_no_worker_took() -> None:
     retries = Retries(LIMITS)
     failed(retries, attempts=1)
     failed(retries, UnavailableError("drains", reason=WORKER_DRAINING), attempts=2)
     failed(retries, CapacityError("full"), attempts=3)
-    failed(retries, attempts=4)
+    failed(retries, UNREACHABLE, attempts=4)
+    failed(retries, attempts=5)
     with pytest.raises(InternalError, match="third"):
-        failed(retries, InternalError("third"), attempts=5)
+        failed(retries, InternalError("third"), attempts=6)
+
+
+def test_workers_that_cannot_be_reached_are_tried_until_the_timeout() -> None:
+    """Also where each try takes so long that there always is one that was not tried of late."""
+    retries = Retries(LIMITS)
+    failed(retries, UNREACHABLE, now_s=100)
+    failed(retries, UNREACHABLE, attempts=2, now_s=110)
+    with pytest.raises(WorkerUnreachableError):
+        failed(retries, UNREACHABLE, attempts=3, now_s=110.1)
+    failed(retries, UNREACHABLE, attempts=4, tokens=1, now_s=120)  # anew after a token
 
 
 def test_waits_grow_and_begin_anew_after_a_token() -> None:

@@ -257,6 +257,48 @@ async def test_a_refused_connection_fails_over_at_once() -> None:
     assert again[-1].phases.attempts == 1
 
 
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+async def test_workers_that_cannot_be_reached_cost_no_attempt_and_nobody_is_sent_anything(
+    pool: str,
+) -> None:
+    """Five that are dead, and whose leases live on; each is tried once."""
+    dead_prefills = [FakePrefill(f"prefill-{i}") for i in range(5 if pool == "prefill" else 0)]
+    dead_decodes = [FakeDecode(f"decode-{i}") for i in range(5 if pool == "decode" else 0)]
+    prefill, decode = FakePrefill("prefill-9"), FakeDecode("decode-9")
+    async with RouterHarness(
+        prefill=[*dead_prefills, prefill],
+        decode=[*dead_decodes, decode],
+        router={"max_attempts": 1},
+    ) as router:
+        for each in (*dead_prefills, *dead_decodes):
+            await each.stop()
+        responses = await router.generate(PROMPT, max_tokens=4)
+        counters = router.server.counters
+    assert token_ids(responses) == answer_tokens(PROMPT, 4)
+    assert responses[-1].phases.attempts == 6
+    assert counters.failovers == 5
+    assert [len(worker.requests) for worker in (prefill, decode)] == [1, 1]
+    assert not prefill.released, "it had nothing to release"
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+async def test_a_worker_that_dies_with_the_request_costs_an_attempt(pool: str) -> None:
+    prefills = [FakePrefill(f"prefill-{index}", prefill_hangs) for index in range(2)]
+    decodes = [FakeDecode(f"decode-{index}", decode_hangs) for index in range(2)]
+    async with RouterHarness(
+        prefill=prefills, decode=decodes, router={"max_attempts": 1}
+    ) as router:
+        call = router.call(token_ids={"ids": PROMPT})
+        await prefills[0].until(lambda: bool(prefills[0].running))
+        await decodes[0].until(lambda: bool(decodes[0].running))
+        await (prefills if pool == "prefill" else decodes)[0].stop()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(call))
+    assert error_detail(caught.value).reason == "WORKER_LOST"
+    assert not prefills[1].requests
+    assert not decodes[1].requests
+
+
 async def test_a_worker_that_accepts_and_says_nothing_is_given_up() -> None:
     """As a hung process does: the kernel takes the connection, nobody reads."""
     decode = FakeDecode()
@@ -264,7 +306,7 @@ async def test_a_worker_that_accepts_and_says_nothing_is_given_up() -> None:
         async with RouterHarness(
             prefill=[FakePrefill()],
             decode=[decode],
-            router={"worker_connect_timeout_s": 0.2},
+            router={"worker_connect_timeout_s": 0.2, "max_attempts": 1},
         ) as router:
             host, port = mute.getsockname()
             hung = replace(decode.record, id="decode-0", address=f"{host}:{port}")
