@@ -132,6 +132,9 @@ class RouterServer:
                     async with asyncio.timeout(grace_s):
                         await self.servicer.drained()
                 self.servicer.send_away()
+            # What still is open was sent away, or is no request: a health watch, a call whose
+            # message never came. A second stop with less grace hastens the first.
+            await server.stop(_STATUS_S)
             await stopping
         if self.servicer is not None:
             await self.servicer.drained()  # cancelled calls still end their work on workers

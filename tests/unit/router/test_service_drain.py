@@ -1,0 +1,60 @@
+"""A router that leaves: what runs ends well, nothing new begins, nothing else holds it up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from router.service import SERVICE
+from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
+from tests.support.router_harness import RouterHarness, token_ids
+from tests.unit.router.test_service_failover import dies_after
+
+pytestmark = pytest.mark.asyncio
+
+PROMPT = (1, 2, 3)
+GRACE_S = 30.0
+SOON_S = 10.0
+
+
+async def test_what_runs_ends_within_the_grace_and_nothing_new_begins() -> None:
+    gate = asyncio.Event()
+    # Until the gate is open, its stream stands still after a token; then it goes on elsewhere.
+    first = FakeDecode("decode-1", dies_after(1, gate=gate))
+    async with RouterHarness(
+        prefill=[FakePrefill()], decode=[first, FakeDecode("decode-2")]
+    ) as router:
+        stream = aiter(router.call(token_ids={"ids": PROMPT}, sampling={"max_tokens": 6}))
+        responses = [await anext(stream), await anext(stream)]
+        health = health_pb2_grpc.HealthStub(router.channel)
+        watch = aiter(health.Watch(health_pb2.HealthCheckRequest(service=SERVICE)))
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
+        leaving = asyncio.create_task(router.server.stop(GRACE_S))
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.generate(PROMPT, max_tokens=1)
+        # CANCELLED: it came before gRPC had told the client that this server goes away.
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert not leaving.done()
+        gate.set()
+        responses += [response async for response in stream]
+        assert token_ids(responses) == answer_tokens(PROMPT, 6)
+        async with asyncio.timeout(SOON_S):
+            await leaving
+
+
+async def test_streams_that_are_no_requests_hold_up_no_leaving() -> None:
+    """A health watch, and a call whose message never comes."""
+    async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
+        health = health_pb2_grpc.HealthStub(router.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        mute: Any = router.channel.stream_stream(f"/{SERVICE}/Generate")()
+        assert (await router.generate(PROMPT, max_tokens=2))[-1].usage.completion_tokens == 2
+        async with asyncio.timeout(SOON_S):
+            await router.server.stop(GRACE_S)
+        assert await mute.code() is not grpc.StatusCode.OK
