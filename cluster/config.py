@@ -227,7 +227,9 @@ class RouterConfig(_Section):
         default=64, description="Responses held for a client that reads slower than we decode."
     )
     tokenizer_threads: Count = Field(
-        default=1, description="Threads that tokenise prompts beside the event loop."
+        default=1,
+        description="Threads that tokenise prompts beside the event loop; one more takes the very "
+        "long ones.",
     )
 
 

@@ -1,13 +1,15 @@
 """The text side of the router: chat template and tokeniser, beside the event loop.
 
-Each request is tokenised once, in a thread: the tokeniser releases the GIL, so a long prompt
-does not hold up the streams of others. The number of threads is bounded by configuration,
-the number of waiting requests by the router's own bound on requests in flight.
+Each request is tokenised once, in a thread, without the GIL, so a long prompt does not hold up
+the streams of others; and very long ones wait for each other, not short ones for them. The number
+of threads is bounded by configuration, the number of waiting requests by the router's own bound
+on requests in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ import tokenizers
 from cluster.errors import ConfigError, InvalidArgumentError
 from router.detokenizer import TokenDecoder
 
+LONG_CHARS = 65_536  # take some 50 ms; the largest message, 4 MB of text, takes 3 s
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -26,6 +30,15 @@ class ModelFacts:
     served_name: str
     max_model_len: int  # prompt and output together, tokens
     vocab_size: int
+
+    def check_fits(self, prompt_tokens: int) -> None:
+        """Raises InvalidArgumentError unless one token of output has room after the prompt."""
+        if prompt_tokens >= self.max_model_len:
+            raise InvalidArgumentError(
+                f"the prompt has {prompt_tokens} tokens; at most {self.max_model_len - 1} fit into "
+                f"the context of {self.max_model_len} with one token of output",
+                reason="PROMPT_TOO_LONG",
+            )
 
 
 ChatRenderer = Callable[[Sequence["ChatTurn"]], str]
@@ -43,7 +56,7 @@ class TextCodec:
     Args:
         render_chat: turns to the prompt's text, special tokens included; raises
             ``InvalidArgumentError`` for turns that the template refuses.
-        threads: prompts tokenised at a time.
+        threads: prompts tokenised at a time; one more takes those over ``LONG_CHARS``.
     """
 
     def __init__(
@@ -57,7 +70,8 @@ class TextCodec:
         self.model = model
         self._tokenizer = tokenizer
         self._render_chat = render_chat
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._short = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
 
     @property
     def decoder(self) -> TokenDecoder:
@@ -65,29 +79,44 @@ class TextCodec:
         return self._tokenizer
 
     async def encode_prompt(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of ``prompt``, with the model's own rule for a BOS token."""
-        return await self._in_thread(lambda: self._encode(prompt, add_special_tokens=True))
+        """Token ids of ``prompt``, with the model's own rule for a BOS token.
+
+        Raises:
+            InvalidArgumentError: they do not fit into the model's context.
+        """
+        return await self._in_thread(
+            len(prompt), lambda: self._encode(prompt, add_special_tokens=True)
+        )
 
     async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
         """Token ids of the rendered chat, ready for the assistant's turn.
 
         Raises:
-            InvalidArgumentError: the model's template refuses these turns.
+            InvalidArgumentError: the model's template refuses these turns, or their tokens do not
+                fit into the model's context.
         """
         # The template writes the special tokens itself.
         return await self._in_thread(
-            lambda: self._encode(self._render_chat(turns), add_special_tokens=False)
+            sum(len(turn.content) for turn in turns),
+            lambda: self._encode(self._render_chat(turns), add_special_tokens=False),
         )
 
     def close(self) -> None:
         """End the threads; prompts that wait are dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._short, self._long):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # A batch of one, for ``encode`` keeps the GIL (tokenizers 0.23).
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        self.model.check_fits(len(encoding))  # before the ids become objects, with the GIL
+        return tuple(encoding.ids)
 
-    async def _in_thread(self, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def _in_thread(self, chars: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        pool = self._long if chars > LONG_CHARS else self._short
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def load_text_codec(
@@ -110,6 +139,8 @@ def load_text_codec(
     from transformers import AutoConfig, AutoTokenizer  # seconds of import
 
     name = str(path)
+    # Our threads are enough: its own would share the texts of one batch, and ours have one text.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

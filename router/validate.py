@@ -126,13 +126,8 @@ def with_prompt(
     """
     if not token_ids:
         raise InvalidArgumentError("the prompt has no tokens", reason="EMPTY_PROMPT")
+    model.check_fits(len(token_ids))
     room_tokens = model.max_model_len - len(token_ids)
-    if room_tokens < 1:
-        raise InvalidArgumentError(
-            f"the prompt has {len(token_ids)} tokens; at most {model.max_model_len - 1} fit into "
-            f"the context of {model.max_model_len} with one token of output",
-            reason="PROMPT_TOO_LONG",
-        )
     sampling = inference_pb2.SamplingParams()
     sampling.CopyFrom(checked.sampling)
     stops = tuple(sampling.stop)
@@ -156,6 +151,7 @@ def _prompt(
     if kind == "token_ids":
         if not request.token_ids.ids:
             raise _empty("token_ids")
+        model.check_fits(len(request.token_ids.ids))  # before a million of them are looked at
         _check_token_ids("token_ids", request.token_ids.ids, model)
         return PromptTokens(tuple(request.token_ids.ids))
     raise InvalidArgumentError(

@@ -56,6 +56,7 @@ async def refusal(
         ({"token_ids": {}}, "EMPTY_PROMPT", "token_ids"),
         ({"prompt": "x y " * 100}, "PROMPT_TOO_LONG", "at most 63"),
         ({"token_ids": {"ids": [1] * 64}}, "PROMPT_TOO_LONG", "64 tokens"),
+        ({"token_ids": {"ids": [10**6] * 64}}, "PROMPT_TOO_LONG", "64 tokens"),
         ({"token_ids": {"ids": [0, VOCAB_SIZE]}}, "TOKEN_ID_OUT_OF_RANGE", "token_ids[1]"),
         ({"token_ids": IDS, "request_id": "no spaces"}, "INVALID_REQUEST_ID", "no spaces"),
         ({"token_ids": IDS, "sampling": {"temperature": math.nan}}, "INVALID_SAMPLING", "nan"),

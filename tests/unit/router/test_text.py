@@ -3,13 +3,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from cluster.errors import ConfigError, InvalidArgumentError
-from router.text import ChatTurn, ModelFacts, TextCodec, load_text_codec
+from router.text import LONG_CHARS, ChatTurn, ModelFacts, TextCodec, load_text_codec
 from tests.support.router_harness import make_tokenizer, render_chat
 
 CONFIG = {"model_type": "llama", "vocab_size": 320, "max_position_embeddings": 77}
@@ -30,17 +31,63 @@ def write_model(folder: Path, **tokenizer_config: object) -> Path:
 
 @pytest.mark.asyncio
 async def test_the_event_loop_runs_on_while_a_prompt_is_tokenised() -> None:
-    loop_ran_on = threading.Event()
+    text = "the lazy fox " * 40_000
+    codec = TextCodec(ModelFacts("m", 10**6, 320), make_tokenizer(), render_chat)
+    task = asyncio.create_task(codec.encode_prompt(text))
+    turns = 0
+    while not task.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 1000, "or it kept the GIL"
+    assert list(await task) == make_tokenizer().encode(text).ids
+    codec.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["prompt", "chat"])
+async def test_a_very_long_prompt_holds_up_no_short_one(kind: str) -> None:
+    short_are_done = threading.Event()
 
     class Slow:
-        def encode(self, text: str, add_special_tokens: bool) -> Any:
-            assert loop_ran_on.wait(timeout=10), "the event loop was blocked"
-            return make_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
+            if len(texts[0]) > LONG_CHARS:
+                assert short_are_done.wait(timeout=10)
+            return make_tokenizer().encode_batch(texts, add_special_tokens=add_special_tokens)
 
-    codec = TextCodec(ModelFacts("m", 64, 320), cast(Any, Slow()), render_chat)
-    task = asyncio.create_task(codec.encode_prompt("the fox"))
-    asyncio.get_running_loop().call_later(0, loop_ran_on.set)
-    assert list(await task) == make_tokenizer().encode("the fox").ids
+    codec = TextCodec(ModelFacts("m", 10**6, 320), cast(Any, Slow()), render_chat)
+
+    def encode(text: str) -> Coroutine[Any, Any, tuple[int, ...]]:
+        if kind == "prompt":
+            return codec.encode_prompt(text)
+        return codec.encode_chat([ChatTurn("user", text)])
+
+    long = [asyncio.create_task(encode("x" * (LONG_CHARS + 1))) for _ in range(3)]
+    for _ in range(3):
+        assert await encode("the fox")
+    assert not any(task.done() for task in long)
+    short_are_done.set()
+    for tokens in await asyncio.gather(*long):
+        assert len(tokens) > LONG_CHARS
+    codec.close()
+
+
+@pytest.mark.asyncio
+async def test_tokens_that_do_not_fit_are_counted_and_not_listed() -> None:
+    class Encoding:
+        ids = property()  # cannot be read
+
+        def __len__(self) -> int:
+            return 64
+
+    class Tokenizer:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
+            return [Encoding() for _ in texts]
+
+    codec = TextCodec(ModelFacts("m", 64, 320), cast(Any, Tokenizer()), render_chat)
+    for encoding in (codec.encode_prompt("x"), codec.encode_chat([ChatTurn("user", "x")])):
+        with pytest.raises(InvalidArgumentError, match="has 64 tokens; at most 63 fit") as caught:
+            await encoding
+        assert caught.value.reason == "PROMPT_TOO_LONG"
     codec.close()
 
 
