@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Set
+from typing import Any, Self
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from cluster.config import Config
 from cluster.errors import WorkerLostError
+from cluster.grpc_status import from_rpc_error
 from cluster.registry import MemoryRegistry
 from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 from engine.fake import FakeEngine, FakeLatency
-from engine.intake import Intake
-from engine.protocol import Engine
+from engine.intake import WORKER_DRAINING, Intake
+from engine.protocol import Engine, EngineOutput, EngineRequest
 from engine.replica import WorkerReplica
 from prefill_worker.servicer import PrefillServicer
 from tests.support.waiting import until, until_awaited
@@ -65,7 +67,7 @@ class Setup:
             self.config, Pool.PREFILL, "m", self.engine, self.registry, _add, incarnation="i"
         )
 
-    async def __aenter__(self) -> Setup:
+    async def __aenter__(self) -> Self:
         record = await self.replica.start()
         self.channel = grpc.aio.insecure_channel(record.address)
         self.stub: Any = worker_pb2_grpc.PrefillWorkerStub(self.channel)
@@ -118,6 +120,88 @@ async def test_kv_that_nobody_fetches_does_not_outlast_the_grace() -> None:
         await worker.prefill("a")
         await worker.replica.stop(0.2)
         assert worker.engine.held_at_stop == 1
+
+
+class GatedEngine(WatchedEngine):
+    """A request waits for the gate, and holds no KV block yet: as one that waits for its turn."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
+        self.gate = asyncio.Event()
+        self.waiting = 0
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        self.waiting += 1
+        await self.gate.wait()
+        async for output in super().generate(request):
+            yield output
+
+
+class GatedSetup(Setup):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = self.engine = GatedEngine(self.config, Pool.PREFILL)
+        self.replica = WorkerReplica(
+            self.config, Pool.PREFILL, "m", self.engine, self.registry, _add, incarnation="i"
+        )
+
+    async def start_prefills(self, count: int) -> list[asyncio.Task[worker_pb2.PrefillResponse]]:
+        tasks = [asyncio.create_task(self.prefill(f"running-{n}")) for n in range(count)]
+        await until(lambda: self.gated.waiting == count, what="all run")
+        return tasks
+
+    async def is_refused(self) -> bool:
+        """A request that comes now."""
+        try:
+            async with asyncio.timeout(0.1):
+                await self.prefill("late")
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error, "w").reason == WORKER_DRAINING
+        except TimeoutError:
+            return False  # it was taken
+        return False
+
+
+async def test_within_the_grace_what_runs_ends_and_what_comes_is_refused() -> None:
+    async with GatedSetup() as worker, asyncio.timeout(WAIT_S):
+        running = await worker.start_prefills(3)
+        stopping = asyncio.create_task(worker.replica.stop(WAIT_S))
+        await until_awaited(worker.is_refused, what="it takes nothing more")
+        assert not stopping.done()
+        worker.gated.gate.set()
+        for task in running:
+            assert (await task).token_id
+        await stopping
+        assert worker.engine.held_at_stop == 0
+
+
+async def test_what_outlasts_the_grace_is_told_to_go_elsewhere() -> None:
+    async with GatedSetup() as worker, asyncio.timeout(WAIT_S):
+        running = await worker.start_prefills(20)
+        await worker.replica.stop(0.1)
+        for task in running:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await task
+            assert from_rpc_error(caught.value, "w").reason == WORKER_DRAINING
+
+
+async def test_a_worker_that_is_asked_to_drains_and_leaves() -> None:
+    worker = PairingSetup(Pool.PREFILL)
+    record = await worker.replica.start()
+    async with grpc.aio.insecure_channel(record.address) as channel:
+        request = health_pb2.HealthCheckRequest()
+        watch = aiter(health_pb2_grpc.HealthStub(channel).Watch(request))
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
+        await worker.registry.ask_to_drain(record.id)
+        async with asyncio.timeout(WAIT_S):
+            assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            await worker.registry.draining.wait()
+
+    async def gone() -> bool:
+        return not await worker.registry.list()
+
+    await until_awaited(gone, what="it has left")
+    await worker.replica.stop(0.01)
 
 
 class PairingEngine(WatchedEngine):

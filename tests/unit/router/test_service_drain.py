@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from router.service import SERVICE
 from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
 from tests.support.router_harness import RouterHarness, token_ids
-from tests.unit.router.test_service_failover import dies_after
+from tests.unit.router.test_service_failover import decode_hangs, dies_after, error_detail
 
 pytestmark = pytest.mark.asyncio
 
@@ -45,6 +45,19 @@ async def test_what_runs_ends_within_the_grace_and_nothing_new_begins() -> None:
         assert token_ids(responses) == answer_tokens(PROMPT, 6)
         async with asyncio.timeout(SOON_S):
             await leaving
+
+
+async def test_all_that_outlasts_the_grace_is_told_to_go_elsewhere() -> None:
+    decode = FakeDecode(script=decode_hangs)
+    async with RouterHarness(prefill=[FakePrefill()], decode=[decode]) as router:
+        calls = [router.call(token_ids={"ids": PROMPT}) for _ in range(40)]
+        await decode.until(lambda: len(decode.running) == len(calls))
+        await router.server.stop(0)
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in call:
+                    pass
+            assert error_detail(caught.value).reason == "ROUTER_DRAINING"
 
 
 async def test_streams_that_are_no_requests_hold_up_no_leaving() -> None:
