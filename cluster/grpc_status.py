@@ -56,6 +56,21 @@ def error_detail(error: errors.BatonError, request_id: str) -> inference_pb2.Err
     )
 
 
+async def accept(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Begin to answer a call that may be ended from outside, by a drain or for its slow client.
+
+    Else gRPC sends the initial metadata with the first response, and a call that is ended in the
+    middle of that can be told nothing more: ``abort`` fails, and the caller waits for nothing.
+
+    Raises:
+        CancelledError: the caller is gone.
+    """
+    try:
+        await context.send_initial_metadata(())
+    except grpc.aio.InternalError as err:
+        raise errors.CancelledError("the caller went away") from err
+
+
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: errors.BatonError, request_id: str
 ) -> NoReturn:

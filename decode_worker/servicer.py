@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
+from cluster.grpc_status import accept
 from engine.calls import closing, engine_key, errors_to_status
 from engine.intake import Intake
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
@@ -24,6 +25,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         async with errors_to_status(context, request.key.request_id):
             key = engine_key(request.key)
             with self._intake.admit(key):
+                await accept(context)
                 outputs = self._engine.generate(_engine_request(key, request))
                 async with closing(outputs):  # a call that ends early aborts the request
                     async for output in outputs:

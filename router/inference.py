@@ -24,7 +24,7 @@ from cluster.errors import (
     NotFoundError,
     UnavailableError,
 )
-from cluster.grpc_status import abort
+from cluster.grpc_status import abort, accept
 from cluster.in_flight import InFlight
 from router.admission import FULL, MIN_RETRY_AFTER_S, Ask
 from router.answer import Answer
@@ -174,6 +174,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         ready = with_prompt(checked, token_ids, self._text.model)
         ask = replace(ask, service_s=self._dispatcher.service_s(ready), cost=len(ready.prompt))
         async with self.admission.slot(ask, lambda: self._dispatcher.place(ready)) as placed:
+            await accept(call.context)
             progress = call.progress(ready)
             answer = Answer(progress, self._output(ready), call.write)
             if self._journal is None:
@@ -192,6 +193,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             self.admission.slot(ask, lambda: contextlib.ExitStack[None]()),
             self._journal.resume(call.request_id) as (entry, kept, batches),
         ):
+            await accept(call.context)
             checked = check_request(kept, call.request_id, self._text.model)
             ready = with_prompt(checked, kept.token_ids.ids, self._text.model)
             progress = call.progress(ready)

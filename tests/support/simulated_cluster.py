@@ -59,6 +59,9 @@ class _ServerContext:
     def __init__(self, call: SimCall) -> None:
         self._call = call
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Nobody reads it."""
+
     async def write(self, message: Any) -> None:
         await self._call.send(message)
 
@@ -553,6 +556,9 @@ class SimClient:
 
     def time_remaining(self) -> float:
         return self.deadline_s - self._clock()
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Nobody reads it."""
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         await elapse(self._write_s)

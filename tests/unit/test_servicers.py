@@ -206,12 +206,26 @@ async def test_what_is_moved_out_ends_as_on_a_worker_that_drains() -> None:
         await worker.until_idle()
 
 
+async def test_what_is_moved_out_in_the_middle_of_its_first_response_is_told() -> None:
+    class MovedOut(FakeEngine):
+        async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+            async for output in super().generate(request):
+                asyncio.get_running_loop().call_soon(worker.intake.move_out)
+                yield output
+
+    async with serving(engine=MovedOut(Config(), Pool.DECODE, size=FakeSize(64))) as worker:
+        async with asyncio.timeout(10):
+            error = await failure(worker.decode.Decode(decode_request()))
+        assert error.reason == "WORKER_DRAINING"
+        await worker.until_idle()
+
+
 async def test_a_dead_engine_is_an_unavailable_worker() -> None:
     async with serving() as worker:
         worker.engine.fail()
         for call in (
-            worker.decode.Decode(decode_request()),
-            worker.prefill.Prefill(prefill_request()),
+            worker.decode.Decode(decode_request("a")),
+            worker.prefill.Prefill(prefill_request("b")),
         ):
             error = await failure(call)
             assert isinstance(error, UnavailableError)

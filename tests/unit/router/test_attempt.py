@@ -81,6 +81,8 @@ class Setup:
         self.prefill, self.decode = PrefillStub(), decode or DecodeStub()
         self.prefilled: asyncio.Queue[bool] = asyncio.Queue()
         self.tokens: list[int] = []
+        self.client_reads = asyncio.Event()
+        self.client_reads.set()
         plan = AttemptPlan(
             key=worker_pb2.TransferKey(request_id="r", attempt=1),
             token_ids=(1, 2, 3),
@@ -99,6 +101,7 @@ class Setup:
         await self.attempt.run(prefill, decode, self.emit)
 
     async def emit(self, batch: TokenBatch) -> bool:
+        await self.client_reads.wait()
         self.tokens.extend(batch.token_ids)
         return True
 
@@ -117,6 +120,20 @@ async def test_little_is_read_from_the_decode_worker_until_the_first_token_is_th
     assert setup.decode.read == BUFFER + 1, "the buffer, and the one that waits for room in it"
     assert setup.tokens == []
     setup.prefill.answer.set_result(worker_pb2.PrefillResponse(token_id=0))
+    await running
+    assert setup.tokens == list(range(TOKENS))
+
+
+async def test_little_is_read_from_the_decode_worker_while_the_client_reads_nothing() -> None:
+    setup = Setup()
+    setup.client_reads.clear()
+    running = asyncio.create_task(setup.run())
+    setup.prefill.answer.set_result(worker_pb2.PrefillResponse(token_id=0))
+    await until(lambda: setup.decode.read, what="the decode worker says something")
+    await settled()
+    # The one that the client gets next may be prefill's or the decode worker's first.
+    assert setup.decode.read <= BUFFER + 2
+    setup.client_reads.set()
     await running
     assert setup.tokens == list(range(TOKENS))
 

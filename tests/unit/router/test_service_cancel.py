@@ -19,6 +19,7 @@ from tests.support.fake_workers import (
     until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, token_ids
+from tests.unit.router.test_service_failover import error_detail
 
 pytestmark = pytest.mark.asyncio
 
@@ -175,6 +176,9 @@ async def test_a_write_to_a_caller_who_is_gone_is_a_cancel_and_no_defect(
         def time_remaining(self) -> float | None:
             return None
 
+        async def send_initial_metadata(self, metadata: object) -> None:
+            """Has just been able to."""
+
         async def write(self, response: inference_pb2.GenerateResponse) -> None:
             raise grpc.aio.InternalError("the call has ended")
 
@@ -239,4 +243,5 @@ async def test_a_client_that_does_not_read_is_ended_and_holds_up_nobody() -> Non
                     count += 1
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "read nothing" in (caught.value.details() or "")
+        assert error_detail(caught.value).reason == "CLIENT_TOO_SLOW"
         assert 0 < count < 10_000
