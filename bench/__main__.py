@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("prefill", "serving", "kv_stream", "kv_copy", "journal", "failover", "overload")
+ALL = ("prefill", "serving", "kv_stream", "kv_copy", "journal", "failover", "cancel", "overload")
 
 
 def main() -> int:

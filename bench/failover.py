@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 import baton
-from bench.report import Report
+from bench.report import Report, spread
 from bench.serving import fresh_prompt
 from cluster.config import load_config
 from cluster.launch import Cluster
@@ -120,13 +120,6 @@ def wait_whole(cluster: Cluster, before: Sequence[WorkerRecord]) -> None:
             return
         time.sleep(_POLL_S)
     raise RuntimeError(f"after {WHOLE_S:.0f} s no other worker has replaced the one that died")
-
-
-def spread(name: str, values_ms: Sequence[float]) -> dict[str, float]:
-    return {
-        f"{name}_ms_p50": round(statistics.median(values_ms), 1),
-        f"{name}_ms_max": round(max(values_ms), 1),
-    }
 
 
 def main() -> None:

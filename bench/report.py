@@ -24,6 +24,14 @@ def summary(name: str, values_ms: Sequence[float]) -> dict[str, float]:
     }
 
 
+def spread(name: str, values_ms: Sequence[float]) -> dict[str, float]:
+    """p50 and the largest of a few milliseconds, under named keys."""
+    return {
+        f"{name}_ms_p50": round(statistics.median(values_ms), 1),
+        f"{name}_ms_max": round(max(values_ms), 1),
+    }
+
+
 class Report:
     """Collects rows; ``path`` is where they go in the end, if anywhere."""
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,18 +20,17 @@ from cluster.config import load_config
 from cluster.errors import ConfigError
 from cluster.model import resolve_model
 from cluster.types import Pool
-from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
+from engine.protocol import KvSend
 from engine.vllm_engine import VllmEngine
 from tests.support.tiny_model import KV_BYTES_PER_TOKEN, LAYERS, make_tiny_model
-from tests.support.waiting import until, until_awaited
+from tests.support.two_engines import Engines, random_prompt, two_engines
+from tests.support.waiting import until_awaited
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(240),
 ]
-
-GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @dataclass(frozen=True)
@@ -58,109 +55,29 @@ SHAPES = [
 ]
 
 
-@dataclass
-class Engines:
-    prefill: VllmEngine
-    decode: VllmEngine
-    receive: KvReceive
-    decode_incarnation: str
-    block_tokens: tuple[int, int]
-
-    async def read(
-        self,
-        engine: VllmEngine,
-        key: str,
-        prompt: list[int],
-        kv: KvSend | KvReceive | None,
-        sampling: pb.SamplingParams = GREEDY,
-        so_far: int = 0,
-    ) -> list[EngineOutput]:
-        wanted = pb.SamplingParams()
-        wanted.CopyFrom(sampling)
-        if isinstance(kv, KvSend):
-            wanted.max_tokens = 1
-        request = EngineRequest(key, tuple(prompt), wanted, kv, so_far)
-        return [output async for output in engine.generate(request)]
-
-    async def streamed(
-        self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
-    ) -> tuple[list[int], pb.KvReport]:
-        """All tokens, the first one from prefill, and what decode says of the transfer."""
-        key = f"{uuid4().hex}#1"
-        sent, received = await asyncio.gather(
-            self.read(self.prefill, key, prompt, KvSend(True), sampling, so_far),
-            self.read(self.decode, key, prompt, self.receive, sampling, so_far),
-        )
-        report = received[0].kv
-        assert report is not None
-        tokens = [token for output in received for token in output.token_ids]
-        if received[0].first_index == 1:
-            tokens = [*sent[0].token_ids, *tokens]
-        return tokens, report
-
-    async def aggregated(
-        self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
-    ) -> list[int]:
-        """The same from the prefill engine alone."""
-        key = f"{uuid4().hex}#1"
-        outputs = await self.read(self.prefill, key, prompt, None, sampling, so_far)
-        return [token for output in outputs for token in output.token_ids]
-
-    async def all_free(self) -> None:
-        """Until no engine holds a KV block."""
-        for engine in (self.prefill, self.decode):
-            await until(partial(_is_free, engine), what="all blocks are free")
-
-
-def _is_free(engine: VllmEngine) -> bool:
-    load = engine.load()
-    return load.kv_blocks_free == load.kv_blocks_total
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=SHAPES, ids=str)
 async def engines(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Engines]:
     shape: Shape = request.param
-    environment = dict(os.environ)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     folder = make_tiny_model(
         tmp_path_factory.mktemp("tiny") / "model", layer_types=shape.layer_types
     )
     arguments = [
         {"max_num_batched_tokens": 192, "block_size": tokens} for tokens in shape.block_tokens
     ]
-    config = load_config(
-        overrides={
-            "model.path": str(folder),
-            "model.dtype": "float32",
-            "model.max_model_len": 2048,
-            "prefill.engine": arguments[0],
-            "decode.engine": arguments[1],
-            "prefill.tensor_parallel_size": shape.tp[0],
-            "decode.tensor_parallel_size": shape.tp[1],
-        }
-    )
-    model = resolve_model(config.model, print)
-    names = f"{uuid4().hex}-p", f"{uuid4().hex}-d"
+    overrides = {
+        "model.path": str(folder),
+        "model.dtype": "float32",
+        "model.max_model_len": 2048,
+        "prefill.engine": arguments[0],
+        "decode.engine": arguments[1],
+        "prefill.tensor_parallel_size": shape.tp[0],
+        "decode.tensor_parallel_size": shape.tp[1],
+    }
     cores = ["0|1" if tp == 2 else core for tp, core in zip(shape.tp, "01", strict=True)]
-    prefill = VllmEngine(config, Pool.PREFILL, model, cores[0], "secret", names[0])
-    decode = VllmEngine(config, Pool.DECODE, model, cores[1], "secret", names[1])
-    try:
-        facts = await prefill.start()
-        await decode.start()
-        receive = KvReceive(names[0], facts.kv_addresses, True)
-        yield Engines(prefill, decode, receive, names[1], shape.block_tokens)
-    finally:
-        await prefill.stop()
-        await decode.stop()
-        os.environ.clear()
-        os.environ.update(environment)
-
-
-def random_prompt(tokens: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(100, 40_000) for _ in range(tokens)]
+    async with two_engines(overrides, cores) as engines:
+        yield engines
 
 
 async def test_pairs_are_made_before_a_request_and_both_sides_know(engines: Engines) -> None:

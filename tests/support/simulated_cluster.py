@@ -62,6 +62,9 @@ class _ServerContext:
     async def send_initial_metadata(self, metadata: Any) -> None:
         """Nobody reads it."""
 
+    def time_remaining(self) -> float:
+        return self._call.time_remaining()
+
     async def write(self, message: Any) -> None:
         await self._call.send(message)
 
@@ -88,12 +91,20 @@ class SimCall:
         worker.calls.add(self)
         loop = asyncio.get_running_loop()
         code = grpc.StatusCode.DEADLINE_EXCEEDED
-        self._deadline = loop.call_later(timeout_s, self.break_, code, "deadline")
+        self._deadline_s = loop.time() + timeout_s
+        self._deadline = loop.call_at(self._deadline_s, self.break_, code, "deadline")
+        self._cancel: asyncio.Task[None] | None = None
         self._server = asyncio.create_task(self._serve())
+        self._server.add_done_callback(lambda _: worker.calls.discard(self))
 
     def cancel(self) -> None:
-        """By the caller."""
+        """By the caller, who hears nothing more; the worker hears of it later."""
+        if self._cancel is None and not self._server.done():
+            self._cancel = asyncio.create_task(self._cancel_server())
         self._end()
+
+    async def _cancel_server(self) -> None:
+        await self._worker.link()
         self._server.cancel()
 
     def break_(self, code: grpc.StatusCode, details: str) -> None:
@@ -102,6 +113,10 @@ class SimCall:
             self._messages.pop()
         self._fail(code, details)
         self._server.cancel()
+
+    def time_remaining(self) -> float:
+        """As gRPC counts it: none is left of a deadline that has passed."""
+        return max(0.0, self._deadline_s - asyncio.get_running_loop().time())
 
     async def send_status(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
         await self._worker.link()
@@ -158,7 +173,6 @@ class SimCall:
     def _end(self) -> None:
         self._ended = True
         self._deadline.cancel()
-        self._worker.calls.discard(self)
         self._changed.set()
 
 
@@ -178,6 +192,7 @@ class SimWorker:
         self.pool = pool
         self.alive = True
         self.calls: set[SimCall] = set()
+        self.asked: list[str] = []  # keys of all calls that ever came
         self.prefilled: set[str] = set()  # keys whose KV a decode worker may fetch
         self.slow = False
         self.slowness = 1.0  # of its engine
@@ -227,6 +242,7 @@ class SimWorker:
 
     def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> SimCall:
         async def handle(context: Any) -> worker_pb2.PrefillResponse:
+            self.asked.append(_key(request.key))
             response = await self._prefill.Prefill(request, context)
             self.prefilled.add(_key(request.key))
             return response
@@ -234,7 +250,11 @@ class SimWorker:
         return SimCall(self, handle, timeout_s)
 
     def decode(self, request: worker_pb2.DecodeRequest, timeout_s: float) -> SimCall:
-        return SimCall(self, lambda context: self._decode.Decode(request, context), timeout_s)
+        async def handle(context: Any) -> None:
+            self.asked.append(_key(request.key))
+            await self._decode.Decode(request, context)
+
+        return SimCall(self, handle, timeout_s)
 
     async def release(self, key: worker_pb2.TransferKey, timeout_s: float) -> None:
         async def handle(context: Any) -> worker_pb2.ReleaseResponse:
@@ -411,6 +431,7 @@ class SimCluster:
         self.registry = MemoryRegistry(lease_s=LEASE_S, clock=self.clock)
         self.journal = MemoryJournal(lease_s=LEASE_S, clock=self.clock)
         self.store_slow = False
+        self.transfer_s = 0.0  # of a prompt's KV, once it is computed
         self.workers: dict[str, SimWorker] = {}  # those that are gone, too
         self.routers: list[SimRouter] = []
         self._numbers = 0
@@ -450,21 +471,24 @@ class SimCluster:
         self,
         pool: Pool,
         latency: FakeLatency | None = None,
-        limit: int | None = None,
+        limit: int = 8,
         kv_blocks: int = KV_BLOCKS,
     ) -> SimWorker:
-        """A new worker, ready at its first lease; what is not said is random."""
+        """A new worker, ready at its first lease; a random one unless its latency is told."""
         self._numbers += 1
         name = f"{pool}-{self._numbers}"
-        latency = latency or FakeLatency(
+        if latency is None:
+            limit, latency = self.rng.choice((2, 8)), self._random_latency()
+        worker = SimWorker(name, pool, self, latency, limit, kv_blocks)
+        self.workers[name] = worker
+        return worker
+
+    def _random_latency(self) -> FakeLatency:
+        return FakeLatency(
             prefill_ms_per_token=self.rng.choice((0.1, 2.0)),
             decode_step_ms=self.rng.choice((0.0, 5.0, 30.0)),
             transfer_ms=self.rng.choice((0.0, 20.0)),
         )
-        limit = limit or self.rng.choice((2, 8))
-        worker = SimWorker(name, pool, self, latency, limit, kv_blocks)
-        self.workers[name] = worker
-        return worker
 
     def living(self, pool: Pool | None = None) -> list[SimWorker]:
         """Workers that run and take requests."""
@@ -489,6 +513,7 @@ class SimCluster:
                 return False
             if request.key in source.prefilled:
                 source.prefilled.discard(request.key)
+                await wait(self.transfer_s)
                 return True
             await wait(0.01)
         return False

@@ -1,0 +1,227 @@
+"""How long a request that its client cancels still holds KV blocks: a router and two workers with
+real engines in one event loop, which sees both engines' reports as they come.
+
+freed     the client's cancel -> neither engine has the request or a block of it
+step      of the engine that computes at that moment; no engine ends a step early
+beyond    the end of that step -> freed
+
+queued       its blocks are reserved on D, and P computes another prompt
+prefilling   after the first chunk
+handed over  P's token has arrived
+decoding     after some tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import grpc
+
+import baton
+from baton.v1 import inference_pb2, worker_pb2_grpc
+from bench.report import Report, spread
+from bench.serving import fresh_prompt
+from cluster.config import load_config
+from cluster.model import resolve_model
+from cluster.registry import MemoryRegistry
+from cluster.types import Pool
+from decode_worker.servicer import DecodeServicer
+from engine.intake import Intake
+from engine.protocol import Engine, EngineRequest
+from engine.replica import WorkerReplica
+from engine.vllm_engine import VllmEngine
+from prefill_worker.servicer import PrefillServicer
+from router.service import RouterServer
+
+PHASES = ("queued", "prefilling", "handed over", "decoding")
+CHUNK_TOKENS = 256
+PROMPT_TOKENS = 1700
+BEFORE_CANCEL = 20  # tokens of a stream that decodes
+WAIT_S = 60.0
+GRACE_S = 5.0
+_ONE_TOKEN = inference_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+
+
+class Watch:
+    """When one engine reported a step, and what it holds."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self.engine = engine
+        self.reports_s = [time.perf_counter()]
+        self._changed = asyncio.Event()
+        record = engine._stats.record
+
+        def note(scheduler_stats: Any) -> None:
+            record(scheduler_stats)
+            self.reports_s.append(time.perf_counter())
+            self._changed.set()
+
+        engine._stats.record = note  # type: ignore[method-assign]
+
+    def is_free(self) -> bool:
+        load = self.engine.load()
+        return load.kv_blocks_free == load.kv_blocks_total and not load.queue_depth
+
+    def has_no_queue(self) -> bool:
+        return not self.engine.load().queue_depth
+
+    async def until(self, condition: Callable[[], bool]) -> float:
+        """The time of the first report after which ``condition`` holds; now, if it does already."""
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+        return time.perf_counter()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """One request."""
+
+    freed_ms: float
+    step_ms: float
+    beyond_ms: float
+
+
+class Bench:
+    """One request at a time, but for the one that keeps P busy."""
+
+    def __init__(self, client: baton.AsyncClient, prefill: Watch, decode: Watch) -> None:
+        self._client = client
+        self._prefill = prefill
+        self._decode = decode
+        self._rng = random.Random(1)
+
+    async def cancel_in(self, phase: str) -> Cancelled:
+        """Run one request and cancel it at some moment of a step."""
+        computes = self._prefill if phase in ("queued", "prefilling") else self._decode
+        async with self._busy_prefill() if phase == "queued" else contextlib.nullcontext():
+            stream = self._client.generate(
+                token_ids=fresh_prompt(PROMPT_TOKENS, self._rng), max_tokens=200, ignore_eos=True
+            )
+            await self._reach(phase, stream)
+            step_s = computes.reports_s[-1] - computes.reports_s[-2]
+            await asyncio.sleep(step_s * self._rng.random())
+            steps = len(computes.reports_s)
+            cancelled_s = time.perf_counter()
+            await stream.aclose()
+            leaves = self._prefill.has_no_queue if phase == "queued" else self._prefill.is_free
+            freed_s = max(
+                await asyncio.gather(
+                    self._prefill.until(leaves), self._decode.until(self._decode.is_free)
+                )
+            )
+            await computes.until(lambda: len(computes.reports_s) > steps)
+        await self._prefill.until(self._prefill.is_free)
+        began_s, ended_s = computes.reports_s[steps - 1 : steps + 1]
+        return Cancelled(
+            1000 * (freed_s - cancelled_s),
+            1000 * (ended_s - began_s),
+            1000 * max(0.0, freed_s - ended_s),
+        )
+
+    async def _reach(self, phase: str, stream: baton.AsyncResponseStream) -> None:
+        tokens = {"handed over": 1, "decoding": BEFORE_CANCEL}.get(phase, 0)
+        while tokens > 0:
+            tokens -= len((await anext(stream)).token_ids)
+        await self._decode.until(lambda: not self._decode.is_free())
+        if phase == "queued":
+            await self._prefill.until(lambda: not self._prefill.has_no_queue())
+        elif phase == "prefilling":
+            await self._prefill.until(lambda: not self._prefill.is_free())
+
+    @contextlib.asynccontextmanager
+    async def _busy_prefill(self) -> AsyncIterator[None]:
+        """P computes a prompt of nobody's for the block."""
+
+        async def compute() -> None:
+            prompt = tuple(fresh_prompt(PROMPT_TOKENS, self._rng))
+            request = EngineRequest(f"{uuid4().hex}#1", prompt, _ONE_TOKEN, None)
+            async for _ in self._prefill.engine.generate(request):
+                pass
+
+        computing = asyncio.create_task(compute())
+        await self._prefill.until(lambda: not self._prefill.is_free())
+        yield
+        await computing
+
+
+def add_prefill(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+    servicer = PrefillServicer(engine, intake)
+    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)
+
+
+def add_decode(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+    servicer = DecodeServicer(engine, intake)
+    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)
+
+
+@contextlib.asynccontextmanager
+async def cluster() -> AsyncIterator[Bench]:
+    """Two workers, a router and a client of it."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    config = load_config(
+        overrides={
+            "router.port": 0,
+            "model.max_model_len": 2048,
+            "prefill.engine": {"max_num_batched_tokens": CHUNK_TOKENS},
+        }
+    )
+    model = resolve_model(config.model, print)
+    registry = MemoryRegistry(lease_s=config.redis.lease_s)
+    watches: list[Watch] = []
+    async with contextlib.AsyncExitStack() as stack:
+        for core, pool in enumerate(Pool):
+            incarnation = uuid4().hex
+            engine = VllmEngine(config, pool, model, str(core), "bench", incarnation)
+            watches.append(Watch(engine))
+            add = add_prefill if pool is Pool.PREFILL else add_decode
+            name = model.served_name
+            worker = WorkerReplica(
+                config, pool, name, engine, registry, add, incarnation=incarnation
+            )
+            await worker.start()
+            stack.push_async_callback(worker.stop, GRACE_S)
+        router = RouterServer(config, registry)
+        port = await router.start()
+        stack.push_async_callback(router.stop, GRACE_S)
+        client = await stack.enter_async_context(baton.AsyncClient(f"127.0.0.1:{port}"))
+        await client.complete(token_ids=[5] * 300, max_tokens=8)  # warm-up
+        yield Bench(client, *watches)
+
+
+async def measure(rounds: int, report: Report) -> None:
+    async with cluster() as bench:
+        for phase in PHASES:
+            ends = [await bench.cancel_in(phase) for _ in range(rounds)]
+            report.add(
+                phase=phase,
+                **spread("freed", [each.freed_ms for each in ends]),
+                **spread("step", [each.step_ms for each in ends]),
+                **spread("beyond", [each.beyond_ms for each in ends]),
+                rounds=rounds,
+            )
+    report.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cancel", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    asyncio.run(measure(args.rounds, Report(args.json)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A prefill and a decode engine of vLLM's in this event loop, without router and Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from baton.v1 import inference_pb2 as pb
+from cluster.config import load_config
+from cluster.model import resolve_model
+from cluster.types import Pool
+from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
+from engine.vllm_engine import VllmEngine
+from tests.support.waiting import until
+
+GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@dataclass
+class Engines:
+    prefill: VllmEngine
+    decode: VllmEngine
+    receive: KvReceive
+    decode_incarnation: str
+
+    @property
+    def block_tokens(self) -> tuple[int, int]:
+        """Tokens a KV block, of prefill and decode."""
+        return _block_tokens(self.prefill), _block_tokens(self.decode)
+
+    async def read(
+        self,
+        engine: VllmEngine,
+        key: str,
+        prompt: list[int],
+        kv: KvSend | KvReceive | None,
+        sampling: pb.SamplingParams = GREEDY,
+        so_far: int = 0,
+    ) -> list[EngineOutput]:
+        wanted = pb.SamplingParams()
+        wanted.CopyFrom(sampling)
+        if isinstance(kv, KvSend):
+            wanted.max_tokens = 1
+        request = EngineRequest(key, tuple(prompt), wanted, kv, so_far)
+        return [output async for output in engine.generate(request)]
+
+    async def streamed(
+        self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
+    ) -> tuple[list[int], pb.KvReport]:
+        """All tokens, the first one from prefill, and what decode says of the transfer."""
+        key = f"{uuid4().hex}#1"
+        sent, received = await asyncio.gather(
+            self.read(self.prefill, key, prompt, KvSend(True), sampling, so_far),
+            self.read(self.decode, key, prompt, self.receive, sampling, so_far),
+        )
+        report = received[0].kv
+        assert report is not None
+        tokens = [token for output in received for token in output.token_ids]
+        if received[0].first_index == 1:
+            tokens = [*sent[0].token_ids, *tokens]
+        return tokens, report
+
+    async def aggregated(
+        self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
+    ) -> list[int]:
+        """The same from the prefill engine alone."""
+        key = f"{uuid4().hex}#1"
+        outputs = await self.read(self.prefill, key, prompt, None, sampling, so_far)
+        return [token for output in outputs for token in output.token_ids]
+
+    async def all_free(self) -> None:
+        """Until no engine holds a KV block."""
+        for engine in (self.prefill, self.decode):
+            await until(partial(_is_free, engine), what="all blocks are free")
+
+
+def _block_tokens(engine: VllmEngine) -> int:
+    assert engine._llm is not None
+    return int(engine._llm.vllm_config.cache_config.block_size)
+
+
+def _is_free(engine: VllmEngine) -> bool:
+    load = engine.load()
+    return load.kv_blocks_free == load.kv_blocks_total
+
+
+@asynccontextmanager
+async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> AsyncIterator[Engines]:
+    """Start both, and stop them after the block.
+
+    Args:
+        overrides: of the configuration.
+        cores: ``cpu_binding`` of the prefill and of the decode engine.
+    """
+    environment = dict(os.environ)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    config = load_config(overrides=overrides)
+    model = resolve_model(config.model, print)
+    names = f"{uuid4().hex}-p", f"{uuid4().hex}-d"
+    prefill = VllmEngine(config, Pool.PREFILL, model, cores[0], "secret", names[0])
+    decode = VllmEngine(config, Pool.DECODE, model, cores[1], "secret", names[1])
+    try:
+        facts = await prefill.start()
+        await decode.start()
+        receive = KvReceive(names[0], facts.kv_addresses, True)
+        yield Engines(prefill, decode, receive, names[1])
+    finally:
+        await prefill.stop()
+        await decode.stop()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def random_prompt(tokens: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, 40_000) for _ in range(tokens)]
