@@ -6,7 +6,7 @@ import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
 from cluster.grpc_status import accept
-from engine.calls import closing, engine_key, errors_to_status
+from engine.calls import check_deadline, closing, engine_key, errors_to_status
 from engine.intake import Intake
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
 
@@ -24,6 +24,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         """Stream the tokens of one attempt as the engine makes them."""
         async with errors_to_status(context, request.key.request_id):
             key = engine_key(request.key)
+            check_deadline(context)
             with self._intake.admit(key):
                 await accept(context)
                 outputs = self._engine.generate(_engine_request(key, request))

@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from baton.v1 import worker_pb2
-from cluster.errors import BatonError, InternalError, InvalidArgumentError
+from cluster.errors import BatonError, DeadlineError, InternalError, InvalidArgumentError
 from cluster.grpc_status import abort
 from engine.protocol import EngineOutput
 
@@ -31,6 +31,17 @@ def engine_key(key: worker_pb2.TransferKey) -> str:
             reason="INVALID_REQUEST_ID",
         )
     return f"{key.request_id}#{key.attempt}"
+
+
+def check_deadline(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Before a call costs anything: gRPC hands one over that expired while this process was busy.
+
+    Raises DeadlineError if the call's deadline has passed.
+    """
+    # None without a deadline, although the stubs say otherwise.
+    remaining_s = cast("float | None", context.time_remaining())
+    if remaining_s is not None and remaining_s <= 0:
+        raise DeadlineError("the deadline passed before the worker began")
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import grpc
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from cluster.errors import InternalError
-from engine.calls import closing, engine_key, errors_to_status
+from engine.calls import check_deadline, closing, engine_key, errors_to_status
 from engine.intake import Intake
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvSend
 
@@ -27,6 +27,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
         """Compute the prompt and answer with the first token."""
         async with errors_to_status(context, request.key.request_id):
             key = engine_key(request.key)
+            check_deadline(context)
             with self._intake.admit(key):
                 output = await self._first_token(_engine_request(key, request))
         return _response(output, request)

@@ -114,6 +114,7 @@ class _FakeWorker:
             load=IDLE,
         )
         self.requests: list[Any] = []
+        self.remaining_s: list[float] = []  # until the deadline, at the start of each
         self.running: set[tuple[str, int]] = set()
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
@@ -149,6 +150,7 @@ class _FakeWorker:
     async def _serving(self, request: Any, context: Any) -> AsyncIterator[None]:
         key = (request.key.request_id, request.key.attempt)
         self.requests.append(request)
+        self.remaining_s.append(context.time_remaining())
         self.running.add(key)
         self.note()
         try:

@@ -6,14 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from cluster.config import Config
-from cluster.errors import AlreadyExistsError, BatonError, CapacityError, UnavailableError
+from cluster.errors import (
+    AlreadyExistsError,
+    BatonError,
+    CapacityError,
+    DeadlineError,
+    UnavailableError,
+)
 from cluster.grpc_status import from_rpc_error
 from cluster.types import Pool
 from decode_worker.servicer import DecodeServicer
@@ -150,6 +156,52 @@ async def test_cancelling_a_call_aborts_the_request() -> None:
         call.cancel()
         await worker.until_idle()
         assert worker.engine.load().running == 0
+
+
+class Expired:
+    """gRPC's context of a call that lay unread until its deadline had passed."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+
+    def time_remaining(self) -> float:
+        return 0.0
+
+    async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+async def test_a_call_that_is_late_already_never_reaches_the_engine() -> None:
+    class Untouched(FakeEngine):
+        def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+            raise AssertionError(request.key)
+
+    engine, context = Untouched(Config(), Pool.DECODE), cast(Any, Expired())
+    late = {
+        Pool.PREFILL: PrefillServicer(engine, Intake(1)).Prefill(prefill_request(), context),
+        Pool.DECODE: DecodeServicer(engine, Intake(1)).Decode(decode_request(), context),
+    }
+    for pool, call in late.items():
+        with pytest.raises(grpc.aio.AbortError):
+            await call
+        assert context.code is grpc.StatusCode.DEADLINE_EXCEEDED, pool
+        context.code = None
+
+
+async def test_a_call_that_expires_in_the_engines_queue_leaves_it() -> None:
+    full = FakeEngine(Config(), Pool.DECODE, latency=HOUR, size=FakeSize(kv_blocks=1))
+    async with serving(engine=full) as worker:
+        running = worker.decode.Decode(decode_request("a"))
+        assert await running.read() is not grpc.aio.EOF
+        late = worker.decode.Decode(decode_request("b"), timeout=0.2)
+        await until(lambda: worker.engine.load().queue_depth == 1, what="it is queued")
+        assert isinstance(await failure(late), DeadlineError)
+        await until(lambda: worker.engine.load().queue_depth == 0, what="it has left the queue")
+        assert worker.engine.load().running == 1
+        running.cancel()
+        await worker.intake.drained()
+        assert worker.engine.load().kv_blocks_free == 1
 
 
 async def whole(call: Any) -> list[Any]:

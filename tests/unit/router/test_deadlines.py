@@ -1,0 +1,101 @@
+"""Work whose deadline has passed is dropped before it costs anything."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from baton.v1 import inference_pb2
+from cluster.types import Pool
+from engine.fake import FakeLatency
+from router.admission import AdmissionLimits, ClassLimits
+from tests.support.fake_workers import FakeDecode, FakePrefill
+from tests.support.router_harness import RouterHarness
+from tests.support.simulated_cluster import SimClient, SimCluster
+from tests.support.virtual_time import elapse, run_virtually
+
+LATE = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Expired:
+    """gRPC's context of a call that lay unread until its deadline had passed."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+
+    def time_remaining(self) -> float:
+        return 0.0
+
+    async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+async def test_the_router_tokenises_nothing_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
+        tokenised: list[str] = []
+
+        async def encode(prompt: str) -> tuple[int, ...]:
+            tokenised.append(prompt)
+            return (1, 2, 3)
+
+        monkeypatch.setattr(router.codec, "encode_prompt", encode)
+        assert router.server.servicer is not None
+        context = Expired()
+        with pytest.raises(grpc.aio.AbortError):
+            await router.server.servicer.Generate(
+                inference_pb2.GenerateRequest(prompt="late"), cast(Any, context)
+            )
+        assert context.code is LATE
+        async for _ in router.call(prompt="in time", sampling={"max_tokens": 2}):
+            pass
+        assert tokenised == ["in time"]
+        assert len(router.decode[0].requests) == len(router.prefill[0].requests) == 1
+
+
+async def test_workers_know_the_deadline() -> None:
+    """They end what is late by themselves, should the router be gone or hang."""
+    prefill, decode = FakePrefill(), FakeDecode()
+    async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
+        call = router.call(token_ids={"ids": (1, 2)}, timeout=20, sampling={"max_tokens": 2})
+        async for _ in call:
+            pass
+        for worker in (prefill, decode):
+            (remaining_s,) = worker.remaining_s
+            assert 0 < remaining_s < 21  # gRPC rounds up
+
+
+async def slot_comes(seed: int, before_deadline_s: float) -> int:
+    """How many calls come to workers for a request that gets its slot just then."""
+    limits = AdmissionLimits(1, {"only": ClassLimits(1, 1, 60)})
+    async with SimCluster(random.Random(seed), limits) as cluster:
+        latency = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=60_000)
+        workers = [cluster.add(pool, latency) for pool in Pool]
+        await elapse(1)
+        (router,) = cluster.routers
+        clients = []
+        for name, timeout_s in (("first", 60.0), ("second", 10.0)):
+            request = inference_pb2.GenerateRequest(request_id=name)
+            request.token_ids.ids.extend((5, 6, 7))
+            request.sampling.max_tokens = 2
+            clients.append(SimClient(request, cluster.clock, cluster.living_routers, timeout_s))
+        first = asyncio.create_task(clients[0].call(router))
+        await elapse(1)
+        second = asyncio.create_task(clients[1].call(router))
+        await elapse(0.1)
+        await elapse(clients[1].deadline_s - before_deadline_s - cluster.clock())
+        first.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert clients[1].statuses == [(LATE, "DEADLINE_EXCEEDED")]
+        await elapse(1)
+        return sum(key.startswith("second~") for worker in workers for key in worker.asked)
+
+
+@pytest.mark.parametrize(("before_deadline_s", "calls"), [(0.5, 2), (0.0, 0)])
+def test_a_slot_that_comes_too_late_sends_nothing(before_deadline_s: float, calls: int) -> None:
+    for seed in range(20):
+        assert run_virtually(slot_comes(seed, before_deadline_s), seed) == calls
