@@ -8,6 +8,7 @@ from router.phases import PhaseClock
 
 KNOWN_REQUESTS = 256  # the latest ones count
 FEW_REQUESTS = 16  # with fewer, nobody knows
+FIRST_GROWTH_TOKENS = 512  # assumed until then; a model's whole context would let hardly any begin
 GROWTH_QUANTILE = 0.9  # of lengths: KV that turns out too little costs a preemption
 SMOOTHING = 0.1  # weight of the newest request in the means
 
@@ -43,7 +44,7 @@ class Expectation:
     def growth_tokens(self, max_tokens: int) -> int:
         """How many of at most ``max_tokens`` a request should have room for."""
         known = self._growth_tokens
-        return max_tokens if known is None else min(known, max_tokens)
+        return min(FIRST_GROWTH_TOKENS if known is None else known, max_tokens)
 
     def service_s(self, max_tokens: int) -> float:
         """How long a request will likely run; 0 if nobody knows."""

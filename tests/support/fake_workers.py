@@ -26,7 +26,7 @@ DecodeScript = Callable[[worker_pb2.DecodeRequest], AsyncGenerator[worker_pb2.De
 VOCAB = 256  # token ids that the fakes produce are below
 MODEL = "tiny"
 IDLE = WorkerLoad(
-    queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=100, kv_blocks_total=100
+    queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=10_000, kv_blocks_total=10_000
 )
 WAIT_S = 10.0  # a condition that takes longer never comes true
 

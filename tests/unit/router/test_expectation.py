@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.expectation import FEW_REQUESTS, KNOWN_REQUESTS, Expectation
+from router.expectation import FEW_REQUESTS, FIRST_GROWTH_TOKENS, KNOWN_REQUESTS, Expectation
 from router.phases import PhaseClock
 
 
@@ -29,9 +29,10 @@ def after(*lengths: int) -> Expectation:
     return expectation
 
 
-def test_before_enough_is_known_a_request_may_take_all_it_asks_for() -> None:
+def test_before_enough_is_known_a_request_takes_what_it_asks_for_within_reason() -> None:
     few = after(*[5] * (FEW_REQUESTS - 1))
-    assert few.growth_tokens(1000) == 1000
+    assert few.growth_tokens(200) == 200
+    assert few.growth_tokens(100_000) == FIRST_GROWTH_TOKENS
     assert few.service_s(1000) == 0.0, "nobody knows"
 
 

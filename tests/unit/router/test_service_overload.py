@@ -68,8 +68,9 @@ async def test_each_class_has_a_queue_of_its_own() -> None:
     async with RouterHarness(
         prefill=[FakePrefill()], decode=[decode], router={"max_concurrent": 1, "classes": CLASSES}
     ) as router:
-        calls = [router.call(token_ids=IDS, service_class=name) for name in ("", "fast", "slow")]
-        await first(calls[0])
+        running = router.call(token_ids=IDS)
+        await first(running)
+        waiting = [router.call(token_ids=IDS, service_class=name) for name in ("", "slow")]
         assert router.server.servicer is not None
         admission = router.server.servicer.admission
         await until(lambda: admission.waiting == 2, what="one waits in each class")
@@ -77,7 +78,7 @@ async def test_each_class_has_a_queue_of_its_own() -> None:
             _, message, detail = await refusal(router, token_ids=IDS, service_class=name)
             assert detail.reason == "QUEUE_FULL"
             assert repr(name) in message
-        for call in calls:
+        for call in (*waiting, running):
             call.cancel()
         await decode.until(lambda: not decode.running)
 
