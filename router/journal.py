@@ -160,7 +160,8 @@ class Journal:
                     await self._wake.wait()
             except TimeoutError:
                 for entry in self._entries:
-                    self._put(entry, Change(entry.request_id, entry.writer))
+                    if not entry.lost:  # else the id's entry may be an older request's
+                        self._put(entry, Change(entry.request_id, entry.writer))
             self._wake.clear()
             pending, self._pending = self._pending, []
             if pending:

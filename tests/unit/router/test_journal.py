@@ -161,3 +161,21 @@ async def test_a_request_without_tokens_keeps_its_lease(router: Open, store: Sto
     async with journal.begin(REQUEST):
         await until(lambda: len(store.writes) > 3, what="it renews")
         assert all(not change.batches for write in store.writes for change in write)
+
+
+async def test_an_older_entry_of_its_id_does_not_end_a_request_that_is_not_written(
+    router: Open, store: Store
+) -> None:
+    """It was refused, and came again while the store was away."""
+    journal = router(lease_s=0.03)
+    async with journal.begin(REQUEST):
+        pass
+    await until(lambda: store.writes and store.writes[-1][-1].ends, what="the refused one ends")
+    store.available = False
+    async with journal.begin(REQUEST) as entry:
+        await until(lambda: entry.lost, what="the store is missed")
+        store.available = True
+        async with journal.begin(inference_pb2.GenerateRequest(request_id="other")):
+            before = len(store.writes)
+            await until(lambda: len(store.writes) > before + 2, what="leases are renewed")
+        await entry.add(FIRST)
