@@ -35,6 +35,9 @@ ENGINE = "VLLM::EngineCore"
 STORE = "valkey-server"
 GCS = "gcs_server"
 RAYLET = "raylet"
+# vLLM gives its engine core a title, which now and then does not take: it stays what it was spawned
+# as. With one rank an engine it is all that a replica spawns, but for Python's resource tracker.
+_ENGINE_UNNAMED = b"from multiprocessing.spawn import spawn_main"
 _KINDS = (ROUTER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
 
 
@@ -218,6 +221,8 @@ def _kind(pid: int) -> str:
     except OSError:
         return ""  # ended meanwhile
     words = line.rstrip(b"\0 ").decode(errors="replace").split("\0")
+    if _ENGINE_UNNAMED in line:
+        return ENGINE
     program = words[0].rpartition("/")[2]
     for kind in _KINDS:
         # Ray adds the method that an actor is in.
