@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cluster import reaper
-from cluster.types import Pool
+from cluster.types import Pool, WorkerRecord, WorkerState
 from engine.fake import next_tokens
 from tests.support import live_cluster
 from tests.support.live_cluster import LiveCluster
@@ -23,14 +23,18 @@ from tests.support.process_faults import (
     FullLogDisk,
     KillController,
     KillGcs,
+    KillRouter,
     KillStore,
     KillWorker,
+    RestartRouter,
     StallWorker,
     StopStore,
     StopWorker,
     title,
 )
 from tests.support.stream_load import (
+    REFUSALS,
+    ROUTER_GONE,
     Ask,
     Load,
     Outcome,
@@ -43,10 +47,11 @@ from tests.support.word_model import write_word_model
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 # A fault every few seconds kills more workers under one request than the default number of
-# attempts, beyond which the request itself is suspected.
+# attempts, beyond which the request itself is suspected. A machine that is busy with starting
+# workers may take its time for a write to the journal, and what is not in there cannot be resumed.
 CONFIG = """\
 model: {{path: {model}}}
-router: {{port: 0, max_attempts: 20}}
+router: {{port: 0, max_attempts: 20, journal_patience_s: 1}}
 prefill: {{engine_kind: fake, shutdown_grace_s: 1}}
 decode: {{engine_kind: fake, shutdown_grace_s: 1}}
 """
@@ -136,6 +141,37 @@ def check_served(cluster: LiveCluster) -> None:
         return len(served) == SIZES[Pool.PREFILL] * SIZES[Pool.DECODE]
 
     cluster.wait(all_pairs_served, "each pair of workers serves")
+
+
+def test_a_rolling_restart_under_load_loses_no_request(cluster: LiveCluster) -> None:
+    """Each worker of both pools leaves and is replaced, one after the other, and then the router,
+    which dies as well."""
+    before = cluster.workers()
+    plans = [random_asks(random.Random(number)) for number in range(CLIENTS)]
+    with Load(cluster.state.address, plans, REFUSALS | ROUTER_GONE) as load:
+        load.wait_for_tokens(1)
+        for worker in before:
+            done = cluster.cli("drain", worker.id)
+            assert done.returncode == 0, done.stderr
+            wait_replaced(cluster, worker)
+        for fault in (RestartRouter(), KillRouter()):
+            load.wait_for_streams(CLIENTS // 2)
+            fault.strike(cluster)
+            load.wait_for_requests(len(load.outcomes) + CLIENTS)
+        load.finish()
+    for outcome in load.outcomes:
+        check(outcome)
+    cluster.wait_whole(WHOLE_S)
+    assert not {each.id for each in before} & {each.id for each in cluster.workers()}
+    check_served(cluster)
+
+
+def wait_replaced(cluster: LiveCluster, gone: WorkerRecord) -> None:
+    def replaced() -> bool:
+        ready = [each for each in cluster.workers(gone.pool) if each.state is WorkerState.READY]
+        return len(ready) == SIZES[gone.pool] and gone.id not in {each.id for each in ready}
+
+    cluster.wait(replaced, f"another worker has replaced {gone.id}", WHOLE_S)
 
 
 def test_streams_end_before_the_cluster_that_lost_ray(cluster: LiveCluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +80,29 @@ class LiveCluster:
             timeout=timeout_s,
             check=False,
         )
+
+    def scale_router(self, number: int) -> None:
+        """Have Ray Serve run so many routers."""
+        (raylet,) = self.parts(RAYLET)
+        (address,) = (
+            word.partition("=")[2]
+            for word in psutil.Process(raylet.pid).cmdline()
+            if word.startswith("--gcs-address=")
+        )
+        settings = {  # its secret, and how it uses loopback
+            name: value
+            for name, value in psutil.Process(raylet.pid).environ().items()
+            if name.startswith("RAY_")
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.scale_router", address, str(number)],
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
     def output(self) -> str:
         """What the launcher said, latest last."""

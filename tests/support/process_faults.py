@@ -18,6 +18,7 @@ from tests.support.live_cluster import (
     GCS,
     REPLICAS,
     ROUTER,
+    STOP_S,
     STORE,
     LiveCluster,
     Part,
@@ -110,6 +111,25 @@ class DrainWorker:
     def strike(self, cluster: LiveCluster) -> None:
         done = cluster.cli("drain", busiest(cluster, self.pool).worker.id)
         assert done.returncode == 0, done.stderr
+
+
+@dataclass(frozen=True, slots=True)
+class KillRouter:
+    """kill -9 of the router."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        _kill(cluster, ROUTER)
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRouter:
+    """The router ends in good order, after its streams, and another one starts."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        (router,) = cluster.parts(ROUTER)
+        cluster.scale_router(0)
+        cluster.wait(lambda: router not in cluster.parts(ROUTER), "the router ends", STOP_S)
+        cluster.scale_router(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -19,6 +19,8 @@ REFUSALS = {
     "QUEUE_TIMEOUT",
     "OVERLOADED",
 }
+# The router died, or left, before it had said anything of the request.
+ROUTER_GONE = {"CONNECTION_FAILED", "ROUTER_DRAINING"}
 _COME_AGAIN_S = 0.2
 _JOIN_S = 200.0
 
@@ -59,10 +61,19 @@ class Load:
 
     Leaving the block waits for the requests that run; those not begun are left out if an error
     ends the block.
+
+    Args:
+        refusals: reasons to come again with a request.
     """
 
-    def __init__(self, address: str, plans: Sequence[Iterable[Ask]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        plans: Sequence[Iterable[Ask]],
+        refusals: Set[str] = REFUSALS,
+    ) -> None:
         self._address = address
+        self._refusals = refusals
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(plan,), daemon=True) for plan in plans
@@ -86,6 +97,14 @@ class Load:
             thread.join(_JOIN_S)
         if error is None:
             assert not any(thread.is_alive() for thread in self._threads), "a client hangs"
+
+    def wait_for_streams(self, count: int, within_s: float = 60) -> None:
+        """Until so many requests have some of their responses, and not all."""
+
+        def there() -> bool:
+            return sum(bool(each.responses) and not each.ends for each in self.outcomes) >= count
+
+        wait_until(there, what=f"{count} streams run", within_s=within_s)
 
     def finish(self) -> None:
         """Begin no more requests."""
@@ -111,13 +130,13 @@ class Load:
                     return
                 outcome = Outcome(ask)
                 self.outcomes.append(outcome)
-                while _is_refused(outcome, client):
+                while _is_refused(outcome, client, self._refusals):
                     if self._over.wait(_COME_AGAIN_S):
                         outcome.given_up = True
                         return
 
 
-def _is_refused(outcome: Outcome, client: baton.Client) -> bool:
+def _is_refused(outcome: Outcome, client: baton.Client, refusals: Set[str]) -> bool:
     """Send the request once; True if it may come again."""
     try:
         stream = client.generate(
@@ -129,7 +148,7 @@ def _is_refused(outcome: Outcome, client: baton.Client) -> bool:
         for response in stream:
             outcome.responses.append(response)
     except baton.BatonError as error:
-        if error.reason in REFUSALS and not outcome.responses:
+        if error.reason in refusals and not outcome.responses:
             outcome.refusals.append(error.reason)
             return True
         outcome.errors.append(error)

@@ -1,0 +1,32 @@
+"""Has Ray Serve run so many routers: ``python -m tests.support.scale_router GCS_ADDRESS NUMBER``.
+
+A process of its own: Ray keeps what its first start read from the environment. 0 ends the router
+in good order, as Serve ends any replica; two cannot be, on one port.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import ray
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
+
+from cluster.ray_runtime import APP
+from cluster.serve_app import ROUTER
+
+_CALL_TIMEOUT_S = 20.0
+
+
+def main() -> None:
+    address, number = sys.argv[1:]
+    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+    controller = _get_global_client()._controller
+    router = DeploymentID(name=ROUTER, app_name=APP)
+    ray.get(
+        controller.update_deployment_replicas.remote(router, int(number)), timeout=_CALL_TIMEOUT_S
+    )
+
+
+if __name__ == "__main__":
+    main()
