@@ -2,7 +2,9 @@
 workers, one of them killed in each round; the next round waits until another has replaced it.
 
 next token    kill -> the next token at the client
-notice        kill -> the router begins another attempt, as its log says (to the millisecond)
+break         kill -> the kernel has ended the process and closes its connections, as one of the
+              benchmark's own shows
+notice        that -> the router begins another attempt, as its log says (to the millisecond)
 resume        that -> the next token: the prefill worker reads the prompt and the tokens so far,
               their KV goes to the other decode worker, and that makes its first step
 """
@@ -14,10 +16,13 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -48,19 +53,45 @@ _FAILED = re.compile(
 @dataclass(frozen=True, slots=True)
 class Failover:
     next_token_ms: float
+    break_ms: float
     notice_ms: float
     tokens_so_far: int
     step_ms: float  # median time between two tokens when nothing is wrong
 
     @property
     def resume_ms(self) -> float:
-        return self.next_token_ms - self.notice_ms
+        return self.next_token_ms - self.break_ms - self.notice_ms
+
+
+class Wire:
+    """A connection to a worker, for when it breaks."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._broken: datetime | None = None
+        self._thread = threading.Thread(target=self._read, name="wire")
+        self._thread.start()
+
+    def broken(self) -> datetime:
+        """Waits until it is."""
+        self._thread.join()
+        self._socket.close()
+        assert self._broken is not None
+        return self._broken
+
+    def _read(self) -> None:
+        with suppress(ConnectionError):
+            while self._socket.recv(4096):
+                pass
+        self._broken = datetime.now()
 
 
 def fail_over(cluster: Cluster, client: baton.Client, prompt: list[int]) -> Failover:
     """Run one stream and kill its decode worker under way."""
     at: list[datetime] = []  # of each token; the log has wall-clock times, too
     killed: datetime | None = None
+    wire: Wire | None = None
     stream = client.generate(token_ids=prompt, temperature=0, max_tokens=TOKENS, ignore_eos=True)
     for response in stream:
         at += [datetime.now()] * len(response.token_ids)
@@ -68,15 +99,18 @@ def fail_over(cluster: Cluster, client: baton.Client, prompt: list[int]) -> Fail
             running = [each for each in decode_workers(cluster) if each.load.running]
             if running:
                 pid = listener(running[0].address)
+                wire = Wire(running[0].address)
                 killed = datetime.now()
                 os.kill(pid, signal.SIGKILL)
-    if killed is None or len(at) != TOKENS:
+    if killed is None or wire is None or len(at) != TOKENS:
         raise RuntimeError(f"the stream ended too early, after {len(at)} tokens")
+    broken = wire.broken()
     begun, tokens = begun_again(cluster, stream.request_id)
     gaps_s = [(later - each).total_seconds() for each, later in pairwise(at[1:tokens])]
     return Failover(
         next_token_ms=1000 * (at[tokens] - killed).total_seconds(),
-        notice_ms=1000 * (begun - killed).total_seconds(),
+        break_ms=1000 * (broken - killed).total_seconds(),
+        notice_ms=1000 * (begun - broken).total_seconds(),
         tokens_so_far=tokens,
         step_ms=1000 * statistics.median(gaps_s),
     )
@@ -152,6 +186,7 @@ def main() -> None:
         prompt_tokens=args.prompt,
         tokens_so_far_p50=int(statistics.median(each.tokens_so_far for each in found)),
         **spread("next_token", [each.next_token_ms for each in found]),
+        **spread("break", [each.break_ms for each in found]),
         **spread("notice", [each.notice_ms for each in found]),
         **spread("resume", [each.resume_ms for each in found]),
         **spread("decode_step", [each.step_ms for each in found]),
