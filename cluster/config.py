@@ -165,7 +165,7 @@ class RouterConfig(_Section):
         default=256, description="Requests dispatched at a time; beyond it they queue."
     )
     prefill_backlog_s: Seconds = Field(
-        default=0.5,
+        default=0.2,
         description="Seconds of work that one prefill worker may have, at the rate that it had "
         "lately; beyond it (and two prompts) prompts wait at the router, by class and deadline.",
     )
