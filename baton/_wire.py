@@ -65,6 +65,10 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
         ("grpc.enable_http_proxy", 0),
         # A backend that starts before its cluster finds it within seconds, not minutes.
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # A router whose host is gone closes no connection; the stream is resumed at another one.
+        ("grpc.keepalive_time_ms", 5000),
+        ("grpc.keepalive_timeout_ms", 5000),
+        ("grpc.http2.max_pings_without_data", 0),
         *extra,
     ]
 

@@ -86,6 +86,11 @@ class ClusterConfig(_Section):
         default=10,
         description="Seconds that running requests get to finish when the cluster goes down.",
     )
+    connection_silence_s: Seconds = Field(
+        default=10,
+        description="Seconds without a sign of life until a gRPC connection counts as broken, "
+        "though nobody closed it: its other host, or the way there, is gone.",
+    )
     num_cpus: Count | None = Field(
         default=None, description="CPU cores that Ray may hand out here. Default: as Ray counts."
     )

@@ -26,6 +26,7 @@ from prometheus_client import start_http_server
 from cluster.config import Config
 from cluster.errors import InternalError, UnavailableError, WorkerLostError
 from cluster.grpc_malformed import RefuseMalformed
+from cluster.grpc_options import server_options
 from cluster.model import ResolvedModel
 from cluster.orders import report_failure
 from cluster.registry import RedisRegistry, Registry
@@ -187,11 +188,7 @@ class WorkerReplica:
         limit = int(self._config.router.max_message_bytes)
         server = grpc.aio.server(
             interceptors=(RefuseMalformed(),),
-            options=(
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-            ),
+            options=server_options(limit, self._config.cluster.connection_silence_s),
         )
         self._add_service(server, self._engine, self._intake)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -15,6 +15,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.grpc_malformed import RefuseMalformed
+from cluster.grpc_options import server_options
 from cluster.journal import JournalStore
 from cluster.model import resolve_model
 from cluster.types import Pool, WorkerRecord, WorkerState
@@ -152,10 +153,8 @@ class RouterServer:
         router = self._config.router
         self._server = grpc.aio.server(
             interceptors=(RefuseMalformed(),),
-            options=(
-                ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it
-                ("grpc.max_receive_message_length", int(router.max_message_bytes)),
-                ("grpc.max_send_message_length", int(router.max_message_bytes)),
+            options=server_options(
+                int(router.max_message_bytes), self._config.cluster.connection_silence_s
             ),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
@@ -216,6 +215,7 @@ class RouterServer:
             lost_after_s=config.redis.lease_s,
             connect_timeout_s=config.router.worker_connect_timeout_s,
             max_message_bytes=int(config.router.max_message_bytes),
+            connection_silence_s=config.cluster.connection_silence_s,
         )
 
     def _dispatch_settings(self, model: str) -> DispatchSettings:

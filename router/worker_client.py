@@ -7,6 +7,7 @@ from typing import cast
 import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
+from cluster.grpc_options import channel_options
 
 IDLE = grpc.ChannelConnectivity.IDLE
 CONNECTING = grpc.ChannelConnectivity.CONNECTING
@@ -23,9 +24,12 @@ class WorkerClient:
 
     Args:
         connect_timeout_s: a connection that takes longer counts as refused.
+        silence_s: a connection without a sign of life for so long counts as broken.
     """
 
-    def __init__(self, address: str, *, connect_timeout_s: float, max_message_bytes: int) -> None:
+    def __init__(
+        self, address: str, *, connect_timeout_s: float, max_message_bytes: int, silence_s: float
+    ) -> None:
         connect_timeout_ms = max(1, round(connect_timeout_s * 1000))
         self._channel = grpc.aio.insecure_channel(
             address,
@@ -34,8 +38,7 @@ class WorkerClient:
                 ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
                 ("grpc.initial_reconnect_backoff_ms", min(100, connect_timeout_ms)),
                 ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.max_receive_message_length", max_message_bytes),
+                *channel_options(max_message_bytes, silence_s),
                 ("grpc.enable_http_proxy", 0),  # workers are never behind one
                 ("grpc.use_local_subchannel_pool", 1),  # a new incarnation, a new connection
             ),

@@ -29,6 +29,7 @@ class WorkersSettings:
     lost_after_s: float  # one lease: who is gone from the registry so long may be called lost
     connect_timeout_s: float
     max_message_bytes: int
+    connection_silence_s: float  # until a connection counts as broken
 
 
 @dataclass(slots=True)
@@ -142,6 +143,7 @@ class Workers:
             record.address,
             connect_timeout_s=self._settings.connect_timeout_s,
             max_message_bytes=self._settings.max_message_bytes,
+            silence_s=self._settings.connection_silence_s,
         )
 
     def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:

@@ -16,17 +16,20 @@ from cluster import reaper
 from cluster.types import Pool, WorkerRecord, WorkerState
 from engine.fake import next_tokens
 from tests.support import live_cluster
-from tests.support.live_cluster import LiveCluster
+from tests.support.live_cluster import SILENCE_S, LiveCluster
 from tests.support.process_faults import (
+    CutWorker,
     DrainWorker,
     Fault,
     FullLogDisk,
+    JumpClock,
     KillController,
     KillGcs,
     KillRouter,
     KillStore,
     KillWorker,
     RestartRouter,
+    SilenceWorker,
     StallWorker,
     StopStore,
     StopWorker,
@@ -57,7 +60,7 @@ decode: {{engine_kind: fake, shutdown_grace_s: 1}}
 """
 SIZES = {Pool.PREFILL: 2, Pool.DECODE: 2}
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
-FAULTS = 30
+FAULTS = 40
 CLIENTS = 6
 WHOLE_S = 90.0
 
@@ -86,6 +89,10 @@ def random_fault(rng: random.Random) -> Fault:
         (2, StopStore),
         (3, KillController),
         (2, lambda: FullLogDisk(pool)),
+        (3, lambda: CutWorker(pool)),
+        (2, lambda: SilenceWorker(pool, SILENCE_S / 4)),
+        (2, lambda: SilenceWorker(pool, SILENCE_S * 1.5)),
+        (2, JumpClock),
     )
     (make,) = rng.choices([make for _, make in makes], [weight for weight, _ in makes])
     return make()

@@ -13,15 +13,18 @@ from cluster import reaper
 from cluster.types import Pool
 from tests.e2e.conftest import random_prompt
 from tests.support import live_cluster
-from tests.support.live_cluster import LiveCluster
+from tests.support.live_cluster import SILENCE_S, LiveCluster
 from tests.support.process_faults import (
+    CutWorker,
     DrainWorker,
     Fault,
+    JumpClock,
     KillController,
     KillEngine,
     KillGcs,
     KillStore,
     KillWorker,
+    SilenceWorker,
     StallWorker,
     StopEngine,
     StopStore,
@@ -112,6 +115,7 @@ def attempts(outcomes: Sequence[Outcome], asks: Sequence[Ask]) -> list[int]:
         # First the controller: the new one has all workers to replace that die later.
         (KillController(), KillStore(), StopStore()),
         (StallWorker(Pool.DECODE),),
+        (JumpClock(), SilenceWorker(Pool.DECODE, 1.0), SilenceWorker(Pool.PREFILL, 1.0)),
     ],
     ids=lambda faults: " ".join(map(title, faults)),
 )
@@ -133,6 +137,11 @@ def test_streams_do_not_notice(
         (KillWorker(Pool.DECODE), KillEngine(Pool.PREFILL)),
         (StopEngine(Pool.DECODE), KillWorker(Pool.PREFILL)),
         (DrainWorker(Pool.DECODE), None),
+        (CutWorker(Pool.DECODE), CutWorker(Pool.PREFILL)),
+        (
+            SilenceWorker(Pool.DECODE, 2 * SILENCE_S),
+            SilenceWorker(Pool.PREFILL, 2 * SILENCE_S),
+        ),
     ],
     ids=lambda fault: title(fault) if fault else "nothing more",
 )

@@ -17,6 +17,7 @@ import grpc
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from cluster.errors import BatonError
+from cluster.grpc_options import server_options
 from cluster.grpc_status import abort
 from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 
@@ -122,7 +123,7 @@ class _FakeWorker:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._server = grpc.aio.server(options=server_options(2**22, silence_s=60))
         self._add_to(self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.record = replace(self.record, address=f"127.0.0.1:{port}")

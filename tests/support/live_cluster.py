@@ -25,6 +25,7 @@ from tests.support.waiting import wait_until
 START_S = 240.0  # engines load one after the other on a small machine
 GRACE_S = 30.0  # for the streams of a cluster that goes down
 STOP_S = GRACE_S + 30.0
+SILENCE_S = 4.0  # a connection without a sign of life is given up
 
 ROUTER = "ray::ServeReplica:baton:Router"
 CONTROLLER = "ray::ServeController"
@@ -201,7 +202,8 @@ def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> Li
     """
     run_dir, file, log = folder / "run", folder / f"{name}.yaml", folder / f"{name}.log"
     settings = (
-        f"name: {name}, run_dir: {run_dir}, start_timeout_s: {START_S}, stop_grace_s: {GRACE_S}"
+        f"name: {name}, run_dir: {run_dir}, start_timeout_s: {START_S}, stop_grace_s: {GRACE_S}, "
+        f"connection_silence_s: {SILENCE_S}"
     )
     file.write_text(f"cluster: {{{settings}}}\n{config}")
     flags = [word for pool in Pool for word in (f"--{pool}", str(sizes[pool]))]

@@ -12,9 +12,12 @@ import signal
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Protocol
 
+import redis
+
 from cluster.types import Pool, WorkerRecord, WorkerState
 from tests.support.live_cluster import (
     CONTROLLER,
+    ENGINE,
     GCS,
     REPLICAS,
     ROUTER,
@@ -23,6 +26,8 @@ from tests.support.live_cluster import (
     LiveCluster,
     Part,
 )
+from tests.support.tcp_faults import End, cut, ends, silence
+from tests.support.waiting import let_pass
 
 _STORE_IS_AWAY = "running requests go on"  # as the launcher says it
 _NOTICED_S = 30.0
@@ -100,6 +105,42 @@ class StopEngine:
     def strike(self, cluster: LiveCluster) -> None:
         replica = busiest(cluster, self.pool).replica
         os.kill(cluster.engine_of(replica).pid, signal.SIGSTOP)
+
+
+@dataclass(frozen=True, slots=True)
+class CutWorker:
+    """All connections end that the pool's busiest worker has with others: the router, the store,
+    the other pool. The processes go on."""
+
+    pool: Pool
+
+    def strike(self, cluster: LiveCluster) -> None:
+        cut(_connections(cluster, busiest(cluster, self.pool).replica))
+
+
+@dataclass(frozen=True, slots=True)
+class SilenceWorker:
+    """Nothing arrives over these connections for a while, and nobody is told. For a moment: all
+    comes late. For longer than ``connection_silence_s``: they are half-open."""
+
+    pool: Pool
+    seconds: float
+
+    def strike(self, cluster: LiveCluster) -> None:
+        with silence(_connections(cluster, busiest(cluster, self.pool).replica)):
+            let_pass(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class JumpClock:
+    """The store's clock jumps far ahead: what expires has expired, all leases among it. No other
+    process of ours looks at a clock that can jump."""
+
+    def strike(self, cluster: LiveCluster) -> None:
+        with redis.Redis.from_url(cluster.state.redis_url) as store:
+            for key in store.scan_iter():
+                if store.pttl(key) > 0:
+                    store.delete(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +259,22 @@ def busiest(cluster: LiveCluster, pool: Pool) -> Victim:
 
     cluster.wait(look, f"a {pool} worker is ready", _READY_S)
     return found[0]
+
+
+def _connections(cluster: LiveCluster, replica: Part) -> list[End]:
+    """Both ends of those that a worker has with other processes of ours."""
+    mine = [replica.pid]
+    if cluster.has_engines:
+        mine.append(cluster.engine_of(replica).pid)
+    kinds = (ROUTER, STORE, ENGINE, *REPLICAS.values())
+    others = [part.pid for kind in kinds for part in cluster.parts(kind) if part.pid not in mine]
+    theirs = {(end.port, end.peer_port): end for pid in others for end in ends(pid)}
+    found = []
+    for end in (end for pid in mine for end in ends(pid)):
+        if (other := theirs.get((end.peer_port, end.port))) is not None:
+            found += [end, other]
+    assert found, "the worker has no connections"
+    return found
 
 
 def _kill(cluster: LiveCluster, kind: str) -> None:

@@ -74,11 +74,13 @@ class RouterHarness:
         redis: Mapping[str, Any] | None = None,
         context_tokens: int = CONTEXT_TOKENS,
         journal: JournalStore | None = None,
+        silence_s: float = 10,
     ) -> None:
         self.prefill = list(prefill)
         self.decode = list(decode)
         self.config = Config.model_validate(
             {
+                "cluster": {"connection_silence_s": silence_s},
                 "router": {
                     "port": 0,
                     "registry_poll_s": 0.01,

@@ -366,7 +366,7 @@ class SimRouter:
         self.book.on_room = admission.wake
         self.workers = Workers(
             cluster.registry,
-            WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20),
+            WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20, 10.0),
             clock,
             lambda snapshot: self.book.new_snapshot(frozenset(map(worker_key, snapshot))),
             connect=lambda record: cluster.workers[record.id],  # type: ignore[arg-type, return-value]

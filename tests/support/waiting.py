@@ -25,6 +25,11 @@ def wait_until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T
     return value
 
 
+def let_pass(seconds: float) -> None:
+    """For what lasts so long by itself, such as a fault; never for what might happen meanwhile."""
+    time.sleep(seconds)
+
+
 async def until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T:
     """``wait_until`` for a test that shares its event loop with what it waits for."""
     deadline_s = time.monotonic() + within_s

@@ -69,6 +69,14 @@ def test_tests_do_not_sleep() -> None:
     assert not [line for path in TESTS if path not in WAITING for line in sleeps(path)]
 
 
+def test_no_clock_that_can_jump_is_read() -> None:
+    """Deadlines and leases go by monotonic time; only benchmarks compare with a log's times."""
+    packages = [ROOT.joinpath(*name.split(".")) for name in PACKAGES if name != "bench"]
+    files = [path for package in packages for path in package.glob("*.py")]
+    clocks = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\b|\bCLOCK_REALTIME\b")
+    assert not [path for path in files if clocks.search(path.read_text())]
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
 def test_locks_pin_each_package_once(lock: Path) -> None:
     lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]

@@ -15,7 +15,12 @@ from tests.support.fake_workers import FakeDecode
 pytestmark = pytest.mark.asyncio
 
 SETTINGS = WorkersSettings(
-    poll_s=60, poll_timeout_s=1, lost_after_s=3, connect_timeout_s=1, max_message_bytes=1000
+    poll_s=60,
+    poll_timeout_s=1,
+    lost_after_s=3,
+    connect_timeout_s=1,
+    max_message_bytes=1000,
+    connection_silence_s=60,
 )
 
 
@@ -107,7 +112,7 @@ async def test_a_registry_that_hangs_is_given_up() -> None:
             await asyncio.get_running_loop().create_future()
             raise AssertionError
 
-    settings = WorkersSettings(60, 0.01, 3, 1, 1000)
+    settings = replace(SETTINGS, poll_timeout_s=0.01)
     workers = Workers(Hanging(), settings, lambda: 0.0, lambda snapshot: None)
     await workers.start()
     await workers.stop()

@@ -1,0 +1,78 @@
+"""What may happen to TCP connections of processes that run: they are cut, or nothing arrives.
+
+Linux only, and for processes of one's own: the connections' sockets are borrowed from them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import psutil
+
+_PIDFD_GETFD = 438  # the system call, on every architecture
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_DROP_ALL = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One process's end of a connection."""
+
+    pid: int
+    fd: int
+    port: int
+    peer_port: int
+
+    @contextmanager
+    def socket(self) -> Iterator[socket.socket]:
+        """The process's own socket, borrowed."""
+        process = os.pidfd_open(self.pid)
+        try:
+            fd = _libc.syscall(_PIDFD_GETFD, process, self.fd, 0)
+            if fd < 0:
+                raise OSError(ctypes.get_errno(), f"cannot borrow a socket of process {self.pid}")
+        finally:
+            os.close(process)
+        with socket.socket(fileno=fd) as borrowed:
+            yield borrowed
+
+
+def ends(pid: int, *, port: int | None = None) -> list[End]:
+    """The connections of a process; with ``port``, those whose either end has it."""
+    return [
+        End(pid, each.fd, each.laddr.port, each.raddr.port)
+        for each in psutil.Process(pid).net_connections("tcp")
+        if each.status == psutil.CONN_ESTABLISHED
+        and port in (None, each.laddr.port, each.raddr.port)
+    ]
+
+
+def cut(connections: list[End]) -> None:
+    """Both sides see them end."""
+    for end in connections:
+        with suppress(OSError), end.socket() as borrowed:  # else it was closed meanwhile
+            borrowed.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def silence(connections: list[End]) -> Iterator[None]:
+    """Nothing arrives at these ends for the block, acknowledgements included; nobody is told."""
+    program = struct.pack("HL", 1, ctypes.addressof(_DROP_ALL))
+    _set_option(connections, _SO_ATTACH_FILTER, program)
+    try:
+        yield
+    finally:
+        _set_option(connections, _SO_DETACH_FILTER, 0)
+
+
+def _set_option(connections: list[End], option: int, value: bytes | int) -> None:
+    for end in connections:
+        with suppress(OSError), end.socket() as borrowed:  # else it was closed meanwhile
+            borrowed.setsockopt(socket.SOL_SOCKET, option, value)
