@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -236,7 +237,8 @@ class FullLogDisk:
             _wait_until_gone(cluster, victim.worker)
         finally:
             for pid, limits in before.items():
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+                with suppress(ProcessLookupError):  # it was about to end
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 @dataclass(frozen=True, slots=True)
