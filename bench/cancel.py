@@ -25,24 +25,22 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import grpc
-
 import baton
-from baton.v1 import inference_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from bench.report import Report, spread
 from bench.serving import fresh_prompt
 from cluster.config import load_config
 from cluster.model import resolve_model
 from cluster.registry import MemoryRegistry
 from cluster.types import Pool
-from decode_worker.servicer import DecodeServicer
-from engine.intake import Intake
-from engine.protocol import Engine, EngineRequest
+from decode_worker.servicer import add_decode_service
+from engine.protocol import EngineRequest
 from engine.replica import WorkerReplica
 from engine.vllm_engine import VllmEngine
-from prefill_worker.servicer import PrefillServicer
+from prefill_worker.servicer import add_prefill_service
 from router.service import RouterServer
 
+ADD_SERVICE = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 PHASES = ("queued", "prefilling", "handed over", "decoding")
 CHUNK_TOKENS = 256
 PROMPT_TOKENS = 1700
@@ -156,16 +154,6 @@ class Bench:
         await computing
 
 
-def add_prefill(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    servicer = PrefillServicer(engine, intake)
-    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)
-
-
-def add_decode(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    servicer = DecodeServicer(engine, intake)
-    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)
-
-
 @contextlib.asynccontextmanager
 async def cluster() -> AsyncIterator[Bench]:
     """Two workers, a router and a client of it."""
@@ -186,7 +174,7 @@ async def cluster() -> AsyncIterator[Bench]:
             incarnation = uuid4().hex
             engine = VllmEngine(config, pool, model, str(core), "bench", incarnation)
             watches.append(Watch(engine))
-            add = add_prefill if pool is Pool.PREFILL else add_decode
+            add = ADD_SERVICE[pool]
             name = model.served_name
             worker = WorkerReplica(
                 config, pool, name, engine, registry, add, incarnation=incarnation

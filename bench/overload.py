@@ -140,13 +140,14 @@ async def measure(
     bad = [each.sent_s for each in after if ttft_s(each) > 2 * normal_s or each.status != "ok"]
     good = goodput(outcomes, begin_s, args.seconds)
     refused = [each for each in outcomes if each.status in ("QUEUE_FULL", "WOULD_BE_LATE")]
+    statuses = Counter(each.status for each in outcomes)
     late = [each for each in outcomes if each.ended_s > each.sent_s + deadline_s + LATE_S]
     return {
         "peak_per_s": round(peak, 1),
         "goodput_per_s": round(good, 1),
         "share": round(good / peak, 3),
         "sent": len(outcomes),
-        **{f"ended_{status}": count for status, count in Counter(map(_status, outcomes)).items()},
+        **{f"ended_{status}": count for status, count in statuses.items()},
         "late": len(late),
         **summary("refused", [1000 * (each.ended_s - each.sent_s) for each in refused]),
         **summary("ttft", [1000 * ttft_s(each) for each in outcomes if each.status == "ok"]),
@@ -155,10 +156,6 @@ async def measure(
         "rss_mib_at_10_s": round(rss[10] / MIB, 1),
         "rss_mib_max": round(max(rss[10:]) / MIB, 1),
     }
-
-
-def _status(outcome: Outcome) -> str:
-    return outcome.status
 
 
 def main() -> None:

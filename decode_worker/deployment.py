@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import grpc
-
-from baton.v1 import worker_pb2_grpc
 from cluster.ray_replica import local_slot, on_this_node, prepare_process
-from decode_worker.servicer import DecodeServicer
-from engine.intake import Intake
-from engine.protocol import Engine
+from decode_worker.servicer import add_decode_service
 from engine.replica import WorkerReplica, WorkerSettings, start_worker
 
 
@@ -22,7 +17,7 @@ class DecodeWorker:
         prepare_process(settings.config.cluster.host)
         self._grace_s = settings.config.decode.shutdown_grace_s
         self._worker: WorkerReplica | None = None
-        self._worker = await start_worker(settings, _add_service, slot=local_slot())
+        self._worker = await start_worker(settings, add_decode_service, slot=local_slot())
 
     async def check_health(self) -> None:
         """Raises WorkerLostError if the worker can serve no more."""
@@ -32,8 +27,3 @@ class DecodeWorker:
     async def __del__(self) -> None:
         if self._worker is not None:
             await self._worker.stop(self._grace_s)
-
-
-def _add_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    servicer = DecodeServicer(engine, intake)
-    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(servicer, server)

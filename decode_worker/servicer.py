@@ -33,6 +33,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
                         await context.write(_response(output))
 
 
+def add_decode_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+    """Have ``server`` serve this pool's protocol."""
+    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
+
+
 def _engine_request(key: str, request: worker_pb2.DecodeRequest) -> EngineRequest:
     source = request.kv_source
     receive = KvReceive(

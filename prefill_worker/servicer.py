@@ -51,6 +51,11 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
         return first
 
 
+def add_prefill_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+    """Have ``server`` serve this pool's protocol."""
+    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
+
+
 def _engine_request(key: str, request: worker_pb2.PrefillRequest) -> EngineRequest:
     sampling = inference_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)

@@ -11,7 +11,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import grpc
 
@@ -125,7 +124,7 @@ class Dispatcher:
         Raises:
             UnavailableError: a pool that is needed has no worker at all.
         """
-        facts = self._facts(len(request.prompt), request.sampling.max_tokens)
+        facts = self._facts_of(len(request.prompt), request.sampling.max_tokens)
         return self._book.place(self._workers.snapshot, replace(facts, may_wait=True))
 
     def service_s(self, request: TokenRequest) -> float:
@@ -154,9 +153,9 @@ class Dispatcher:
 
     async def _run(self, progress: Progress, emit: Emit, placed: HeldPlacement | None) -> None:
         retries = Retries(self._settings.retries)
-        changes: dict[str, Any] = {}
+        facts = self._facts(progress)
         while progress.remaining_tokens > 0:
-            placed = placed or await self._place(progress, changes, retries)
+            placed = placed or await self._place(facts, retries)
             progress.attempts += 1
             try:
                 with contextlib.closing(placed):
@@ -164,22 +163,15 @@ class Dispatcher:
                 return
             except AttemptFailedError as err:
                 if progress.remaining_tokens > 0:
-                    changes = self._note_failure(progress, placed.placement, err, retries)
+                    facts = self._note_failure(progress, placed.placement, err, retries)
             placed = None
         # All tokens are there, and their end was lost with the worker.
         await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
-    async def _place(
-        self, progress: Progress, changes: dict[str, Any], retries: Retries
-    ) -> HeldPlacement:
+    async def _place(self, facts: PlacementFacts, retries: Retries) -> HeldPlacement:
         """Choose workers. A request that has lost some waits for others; a new one does not."""
-        prompt_tokens = len(progress.request.prompt) + len(progress.token_ids)
         while True:
-            facts = replace(
-                self._facts(prompt_tokens, progress.remaining_tokens),
-                excluded=retries.excluded(self._clock()),
-                **changes,
-            )
+            facts = replace(facts, excluded=retries.excluded(self._clock()))
             try:
                 placed = self._book.place(self._workers.snapshot, facts)
                 assert placed is not None, "it may not wait"
@@ -189,7 +181,12 @@ class Dispatcher:
                     raise
             await asyncio.sleep(retries.wait_s(self._clock()))
 
-    def _facts(self, prompt_tokens: int, max_tokens: int) -> PlacementFacts:
+    def _facts(self, progress: Progress) -> PlacementFacts:
+        """What placement must know of the next attempt."""
+        prompt_tokens = len(progress.request.prompt) + len(progress.token_ids)
+        return self._facts_of(prompt_tokens, progress.remaining_tokens)
+
+    def _facts_of(self, prompt_tokens: int, max_tokens: int) -> PlacementFacts:
         return PlacementFacts(
             self._settings.model,
             prompt_tokens,
@@ -264,10 +261,9 @@ class Dispatcher:
         placement: Placement,
         failed: AttemptFailedError,
         retries: Retries,
-    ) -> dict[str, Any]:
-        """What placement must mind in the next attempt. Slower is better than an error:
-        whatever the configuration says, it may prefill on the decode worker if no other way is
-        left.
+    ) -> PlacementFacts:
+        """What the next attempt must mind. Slower is better than an error: whatever the
+        configuration says, it may prefill on the decode worker if no other way is left.
 
         Raises:
             BatonError: there is no next attempt.
@@ -300,7 +296,9 @@ class Dispatcher:
             len(progress.token_ids),
             error.message,
         )
-        return {"local_prefill": local_prefill, "preferred_decode": preferred}
+        return replace(
+            self._facts(progress), local_prefill=local_prefill, preferred_decode=preferred
+        )
 
     def _count_start(self, plan: AttemptPlan) -> None:
         self.counters.first_tokens_forwarded += plan.forwards

@@ -31,9 +31,9 @@ class Expectation:
         """
         first_s, step_s = phases.first_s, phases.step_s
         if output_tokens is not None or first_s > self._first_s:
-            self._first_s = _mean(self._first_s, first_s)
+            self._first_s = smoothed(self._first_s, first_s)
         if step_s is not None:
-            self._step_s = _mean(self._step_s, step_s)
+            self._step_s = smoothed(self._step_s, step_s)
         if output_tokens is not None:
             self._lengths.append(output_tokens)
             if len(self._lengths) >= FEW_REQUESTS:
@@ -53,5 +53,6 @@ class Expectation:
         return self._first_s + (min(self._median_tokens, max_tokens) - 1) * self._step_s
 
 
-def _mean(mean: float, newest: float) -> float:
+def smoothed(mean: float, newest: float) -> float:
+    """The mean with one value more, of which the latest ones count; 0: there was none yet."""
     return newest if mean == 0.0 else mean + SMOOTHING * (newest - mean)

@@ -9,9 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from cluster.errors import BatonError, CapacityError, DeadlineError, InvalidArgumentError
 from router.admission import AdmissionLimits, Ask, Queues, Refusal, decide, decide_turn
-
-HOLD_SMOOTHING = 0.1  # weight of the newest request in the mean
-_SHOWN_CHARS = 40  # of a bad name, in messages
+from router.expectation import smoothed
+from router.validate import shown
 
 
 class Room(Protocol):
@@ -67,7 +66,7 @@ class Admission:
         if name:
             known = ", ".join(self._limits.classes)
             raise InvalidArgumentError(
-                f"service_class is {name[:_SHOWN_CHARS]!r}; this cluster knows {known}",
+                f"service_class is {shown(name)}; this cluster knows {known}",
                 reason="UNKNOWN_SERVICE_CLASS",
             )
         return next(iter(self._limits.classes))
@@ -79,11 +78,9 @@ class Admission:
             CapacityError: it would wait too long, or with too many.
             DeadlineError: its deadline has passed.
         """
-        now_s = self._clock()
-        if now_s >= ask.deadline_s:
-            raise DeadlineError("the deadline passed before the request began to run")
-        if self._queues or self.running >= self._limits.max_concurrent:
-            self._check_wait(ask, now_s)
+        self._check_deadline(ask)
+        if self._must_wait:
+            self._check_wait(ask)
 
     @contextlib.asynccontextmanager
     async def slot(self, ask: Ask, take: Take[R]) -> AsyncIterator[R]:
@@ -94,10 +91,8 @@ class Admission:
             DeadlineError: the deadline passed while waiting.
             BatonError: of ``take``.
         """
-        self.check(ask)
-        room = None
-        if not self._queues and self.running < self._limits.max_concurrent:
-            room = take()
+        self._check_deadline(ask)
+        room = None if self._must_wait else take()
         if room is None:
             room = await self._wait(ask, take)
         else:
@@ -107,19 +102,15 @@ class Admission:
             yield room
         finally:
             room.close()
-            self._note_hold(self._clock() - started_s)
+            self._mean_hold_s = smoothed(self._mean_hold_s, self._clock() - started_s)
             self._leave()
 
     def wake(self) -> None:
         """There may be room: let in whoever's turn it is."""
         while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
             ask, waiter = head
-            refusal = decide_turn(ask, self._clock())
-            if refusal is not None:
-                self._queues.remove(waiter)
-                waiter.granted.set_exception(_refused(refusal))
-                continue
             try:
+                _raise(decide_turn(ask, self._clock()))
                 room = waiter.take()
             except BatonError as err:
                 self._queues.remove(waiter)
@@ -133,13 +124,12 @@ class Admission:
 
     async def _wait(self, ask: Ask, take: Take[R]) -> R:
         """Returns with room that is ours; leaves the queue in every other case."""
-        now_s = self._clock()
-        self._check_wait(ask, now_s)
+        self._check_wait(ask)
         waiter = _Waiter(take)
         self._queues.push(ask, waiter)
         timeout_s = self._limits.classes[ask.service_class].queue_timeout_s
         try:
-            async with asyncio.timeout_at(min(ask.deadline_s, now_s + timeout_s)):
+            async with asyncio.timeout_at(min(ask.deadline_s, self._clock() + timeout_s)):
                 # Shielded, for a cancel must not hide from us that there is room by now.
                 return await asyncio.shield(waiter.granted)
         except BaseException as err:
@@ -153,14 +143,21 @@ class Admission:
                 raise self._waited_too_long(ask, timeout_s) from None
             raise
 
-    def _check_wait(self, ask: Ask, now_s: float) -> None:
+    @property
+    def _must_wait(self) -> bool:
+        """Whatever room there is."""
+        return bool(self._queues) or self.running >= self._limits.max_concurrent
+
+    def _check_deadline(self, ask: Ask) -> None:
+        if self._clock() >= ask.deadline_s:
+            raise DeadlineError("the deadline passed before the request began to run")
+
+    def _check_wait(self, ask: Ask) -> None:
         waiting = self._queues.waiting(ask.service_class)
         # Little's law: requests that run = those that end per second * how long each runs.
         rate = self.running / self._mean_hold_s if self._mean_hold_s else 0.0
         before = self._queues.before(ask)
-        refusal = decide(self._limits, ask, waiting, before, rate, now_s)
-        if refusal is not None:
-            raise _refused(refusal)
+        _raise(decide(self._limits, ask, waiting, before, rate, self._clock()))
 
     def _waited_too_long(self, ask: Ask, timeout_s: float) -> CapacityError | DeadlineError:
         if self._clock() >= ask.deadline_s:
@@ -175,15 +172,11 @@ class Admission:
         self.running -= 1
         self.wake()
 
-    def _note_hold(self, hold_s: float) -> None:
-        if self._mean_hold_s == 0.0:
-            self._mean_hold_s = hold_s
-        self._mean_hold_s += HOLD_SMOOTHING * (hold_s - self._mean_hold_s)
 
-
-def _refused(refusal: Refusal) -> CapacityError:
-    return CapacityError(
-        f"the cluster is full: {refusal.message}",
-        reason=refusal.reason,
-        retry_after_s=refusal.retry_after_s,
-    )
+def _raise(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        raise CapacityError(
+            f"the cluster is full: {refusal.message}",
+            reason=refusal.reason,
+            retry_after_s=refusal.retry_after_s,
+        )

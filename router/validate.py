@@ -109,7 +109,7 @@ def check_request(
     """
     if request.model not in ("", model.served_name):
         raise NotFoundError(
-            f"model is {_shown(request.model)}; this cluster serves {model.served_name!r}",
+            f"model is {shown(request.model)}; this cluster serves {model.served_name!r}",
             reason="UNKNOWN_MODEL",
         )
     _check_sampling(request.sampling, model)
@@ -229,10 +229,11 @@ def _invalid_sampling(name: str, value: object, allowed: str) -> InvalidArgument
 
 
 def _invalid(field: str, value: object, allowed: str, reason: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{field} is {_shown(value)}; must be {allowed}", reason=reason)
+    return InvalidArgumentError(f"{field} is {shown(value)}; must be {allowed}", reason=reason)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value that somebody sent, short enough for a message."""
     if not isinstance(value, str):
         return str(value)
     short = value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "…"

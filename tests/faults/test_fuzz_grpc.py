@@ -24,12 +24,12 @@ from cluster.config import Config
 from cluster.grpc_status import DETAIL_KEY, from_rpc_error
 from cluster.registry import MemoryRegistry
 from cluster.types import Pool
-from decode_worker.servicer import DecodeServicer
+from decode_worker.servicer import add_decode_service
 from engine.fake import FakeEngine, FakeLatency, next_tokens
 from engine.intake import Intake
 from engine.protocol import Engine
 from engine.replica import WorkerReplica
-from prefill_worker.servicer import PrefillServicer
+from prefill_worker.servicer import add_prefill_service
 from router.service import SERVICE
 from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
 from tests.support.hostile import (
@@ -136,8 +136,8 @@ async def worker() -> AsyncIterator[Server]:
     engine = FakeEngine(config, Pool.DECODE, latency=FakeLatency(0, 0, 20))
 
     def add(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
-        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
+        add_prefill_service(server, engine, intake)
+        add_decode_service(server, engine, intake)
 
     replica = WorkerReplica(
         config, Pool.DECODE, "m", engine, MemoryRegistry(lease_s=3600), add, incarnation="i"

@@ -19,10 +19,10 @@ from cluster.grpc_status import from_rpc_error
 from cluster.registry import MemoryRegistry
 from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 from engine.fake import FakeEngine, FakeLatency
-from engine.intake import WORKER_DRAINING, Intake
-from engine.protocol import Engine, EngineOutput, EngineRequest
+from engine.intake import WORKER_DRAINING
+from engine.protocol import EngineOutput, EngineRequest
 from engine.replica import WorkerReplica
-from prefill_worker.servicer import PrefillServicer
+from prefill_worker.servicer import add_prefill_service
 from tests.support.waiting import until, until_awaited
 
 pytestmark = pytest.mark.asyncio
@@ -64,7 +64,13 @@ class Setup:
         self.engine: WatchedEngine = WatchedEngine(self.config, Pool.PREFILL, latency=latency)
         self.registry = WatchedRegistry()
         self.replica = WorkerReplica(
-            self.config, Pool.PREFILL, "m", self.engine, self.registry, _add, incarnation="i"
+            self.config,
+            Pool.PREFILL,
+            "m",
+            self.engine,
+            self.registry,
+            add_prefill_service,
+            incarnation="i",
         )
 
     async def __aenter__(self) -> Self:
@@ -86,11 +92,6 @@ class Setup:
         )
         response: worker_pb2.PrefillResponse = await self.stub.Prefill(request)
         return response
-
-
-def _add(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    servicer = PrefillServicer(engine, intake)
-    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(servicer, server)
 
 
 async def test_until_routers_know_that_it_drains_a_worker_takes_requests() -> None:
@@ -142,7 +143,13 @@ class GatedSetup(Setup):
         super().__init__()
         self.gated = self.engine = GatedEngine(self.config, Pool.PREFILL)
         self.replica = WorkerReplica(
-            self.config, Pool.PREFILL, "m", self.engine, self.registry, _add, incarnation="i"
+            self.config,
+            Pool.PREFILL,
+            "m",
+            self.engine,
+            self.registry,
+            add_prefill_service,
+            incarnation="i",
         )
 
     async def start_prefills(self, count: int) -> list[asyncio.Task[worker_pb2.PrefillResponse]]:
@@ -235,7 +242,7 @@ class PairingSetup(Setup):
         )
         self.pairing = self.engine = PairingEngine(self.config, pool)
         self.replica = WorkerReplica(
-            self.config, pool, "m", self.engine, self.registry, _add, incarnation="i"
+            self.config, pool, "m", self.engine, self.registry, add_prefill_service, incarnation="i"
         )
         self.pool = pool
 

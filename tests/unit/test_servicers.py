@@ -22,11 +22,12 @@ from cluster.errors import (
 )
 from cluster.grpc_status import from_rpc_error
 from cluster.types import Pool
-from decode_worker.servicer import DecodeServicer
+from decode_worker.servicer import DecodeServicer, add_decode_service
 from engine.fake import FakeEngine, FakeLatency, FakeSize, next_tokens
 from engine.intake import Intake
 from engine.protocol import EngineOutput, EngineRequest
-from prefill_worker.servicer import PrefillServicer
+from prefill_worker.servicer import PrefillServicer, add_prefill_service
+from tests.support.expired_call import Expired
 from tests.support.waiting import until
 
 PROMPT = [5, 6, 7]
@@ -56,8 +57,8 @@ async def serving(
     engine = engine or FakeEngine(Config(), Pool.DECODE, latency=latency, size=FakeSize(64))
     intake = Intake(limit)
     server = grpc.aio.server()
-    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
-    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
+    add_prefill_service(server, engine, intake)
+    add_decode_service(server, engine, intake)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -156,20 +157,6 @@ async def test_cancelling_a_call_aborts_the_request() -> None:
         call.cancel()
         await worker.until_idle()
         assert worker.engine.load().running == 0
-
-
-class Expired:
-    """gRPC's context of a call that lay unread until its deadline had passed."""
-
-    def __init__(self) -> None:
-        self.code: grpc.StatusCode | None = None
-
-    def time_remaining(self) -> float:
-        return 0.0
-
-    async def abort(self, code: grpc.StatusCode, *_: object) -> None:
-        self.code = code
-        raise grpc.aio.AbortError
 
 
 async def test_a_call_that_is_late_already_never_reaches_the_engine() -> None:

@@ -13,26 +13,13 @@ from baton.v1 import inference_pb2
 from cluster.types import Pool
 from engine.fake import FakeLatency
 from router.admission import AdmissionLimits, ClassLimits
+from tests.support.expired_call import Expired
 from tests.support.fake_workers import FakeDecode, FakePrefill
 from tests.support.router_harness import RouterHarness
 from tests.support.simulated_cluster import SimClient, SimCluster
 from tests.support.virtual_time import elapse, run_virtually
 
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-class Expired:
-    """gRPC's context of a call that lay unread until its deadline had passed."""
-
-    def __init__(self) -> None:
-        self.code: grpc.StatusCode | None = None
-
-    def time_remaining(self) -> float:
-        return 0.0
-
-    async def abort(self, code: grpc.StatusCode, *_: object) -> None:
-        self.code = code
-        raise grpc.aio.AbortError
 
 
 async def test_the_router_tokenises_nothing_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
