@@ -30,7 +30,7 @@ class Expectation:
             output_tokens: None: it was cut off, so that its times may be too short.
         """
         first_s, step_s = phases.first_s, phases.step_s
-        if output_tokens is not None or first_s > self._first_s:
+        if first_s is not None and (output_tokens is not None or first_s > self._first_s):
             self._first_s = smoothed(self._first_s, first_s)
         if step_s is not None:
             self._step_s = smoothed(self._step_s, step_s)

@@ -46,8 +46,11 @@ class PhaseClock:
             self._handed_s = self._clock()
 
     @property
-    def first_s(self) -> float:
-        """Dispatch to first token, or to now if there is none yet."""
+    def first_s(self) -> float | None:
+        """Dispatch to first token, or to now if there is none yet; None: it never got to a
+        worker."""
+        if self._dispatched_s is None:
+            return None
         return _between(self._dispatched_s, self._first_s or self._clock())
 
     @property

@@ -57,6 +57,12 @@ def test_one_token_says_nothing_of_the_steps() -> None:
     assert known.service_s(11) == pytest.approx(0.5 + 10 * 0.1)
 
 
+def test_a_resumed_request_with_nothing_left_to_run_tells_no_times() -> None:
+    known = after(*[21] * 50)
+    known.note(PhaseClock(lambda: 100.0), 21)
+    assert known.service_s(1) == pytest.approx(0.5)
+
+
 def test_who_was_cut_off_tells_that_all_has_become_slower_and_never_faster() -> None:
     known = after(*[21] * 50)
     known.note(phases(0.01, 0), None)
