@@ -226,7 +226,7 @@ class RouterConfig(_Section):
     journal_patience_s: Seconds = Field(
         default=0.05,
         description="Seconds that a token waits to be in the journal; then the stream goes on "
-        "without.",
+        "ahead of it.",
     )
     stream_buffer_responses: Count = Field(
         default=64, description="Responses held for a client that reads slower than we decode."

@@ -4,8 +4,8 @@ One write is on its way at a time and takes along all that came up meanwhile, of
 (group commit). So a token waits for one or two answers of the store, however many streams run,
 and the client never has what another router could not give again.
 
-A store that is slow or away holds nobody up: the request goes on, and cannot be resumed any more
-from beyond what was written.
+A slow store holds nobody up: the request goes on, ahead of its journal until all is written. If the
+store is away it goes on as well, and cannot be resumed any more from beyond what was written.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class Entry:
         self.request_id = request_id
         self.writer = uuid.uuid4().hex
         self.lost = False  # it is not written any more
+        self.behind = False  # a write took too long: nobody waits until all are answered
         self.refusal: BatonError | None = None  # why the request must end here
         self._journal = journal
         self.batches = 0  # written, or on their way
 
     async def add(self, batch: TokenBatch) -> None:
-        """Return when the batch is written, or cannot be.
+        """Return when the batch is written, or cannot be for now.
 
         Raises:
             AlreadyExistsError, CancelledError: another router serves the request.
@@ -131,11 +132,13 @@ class Journal:
     async def written(self, entry: Entry, change: Change) -> None:
         """Return when the change is written, or has taken too long."""
         done = self._put(entry, change)
+        if entry.behind:
+            return
         try:
             async with asyncio.timeout(self._settings.patience_s):
                 await done
         except TimeoutError:
-            entry.lost = True
+            entry.behind = True
 
     def _put(self, entry: Entry, change: Change) -> asyncio.Future[None]:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -182,8 +185,10 @@ class Journal:
             if self._away:
                 logger.warning("the journal is back")
             self._away = False
+            more = {entry for entry, *_ in self._pending}
             for (entry, change, _), answer in zip(pending, answers, strict=True):
                 self._note(entry, change, answer)
+                entry.behind &= entry in more
         for *_, done in pending:
             if not done.done():
                 done.set_result(None)
