@@ -144,6 +144,10 @@ class PrefillServer:
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self._router.setsockopt(zmq.IPV6, ":" in options.host)
+        # A peer whose host vanished closes no connection: each is asked for signs of life.
+        ping_ms = min(round(options.peer_lease_s * 1000 / 2), 2**31 - 1)
+        self._router.setsockopt(zmq.HEARTBEAT_IVL, ping_ms)
+        self._router.setsockopt(zmq.HEARTBEAT_TIMEOUT, ping_ms)
         host = f"[{options.host}]" if ":" in options.host else options.host
         port: int = self._router.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"

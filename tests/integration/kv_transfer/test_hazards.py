@@ -48,6 +48,7 @@ from kv_transfer.pair import Pair, PendingWork
 from kv_transfer.receive import DecodeClient, Reservation, TransferResult
 from kv_transfer.send import PrefillServer, StepChunk
 from kv_transfer.session import SendSession
+from tests.support import tcp_faults
 from tests.support.kv_faults import (
     CHILD_TOKENS,
     PATIENT_S,
@@ -964,6 +965,20 @@ def test_groups_are_bounded_on_decode() -> None:
             assert not prefills[0].server._peers
             if turn == 0:
                 at_first = files()
+        wait_until(lambda: files() <= at_first, what="no file is left open")
+
+
+def test_a_connection_that_nobody_closes_is_given_up() -> None:
+    """The other host is gone, and nothing comes that says so."""
+    prefill, decode = PrefillEnd(peer_lease_s=1), DecodeEnd(peer_lease_s=1)
+    with running(decode, prefill):
+        assert delivers(prefill, decode, "a#1")
+        at_first = files()
+        port = int(prefill.server.address.rpartition(":")[2])
+        with tcp_faults.silence(control := tcp_faults.ends(os.getpid(), port=port)):
+            assert len(control) == 2
+            wait_until(lambda: not tcp_faults.ends(os.getpid(), port=port), what="both are closed")
+        assert delivers(prefill, decode, "b#1")
         wait_until(lambda: files() <= at_first, what="no file is left open")
 
 

@@ -225,15 +225,12 @@ class PrefillMachine(Machine):
         self.threads: list[Stepped] = []
         self.router = Router(self.ranks)
         context = SimpleNamespace(instance=lambda: SimpleNamespace(socket=lambda _: self.router))
-        constants = ("NOBLOCK", "Again", "ROUTER", "LINGER", "MAXMSGSIZE", "IPV6", "POLLIN")
         self.fake(
             send,
             threading=SimpleNamespace(
                 Thread=self.make_thread, Lock=threading.Lock, Condition=SteppedCondition
             ),
-            zmq=SimpleNamespace(
-                Poller=Poller, Context=context, **{name: getattr(zmq, name) for name in constants}
-            ),
+            zmq=SimpleNamespace(**vars(zmq) | {"Poller": Poller, "Context": context}),
             Pair=self.make_pair,
             join_store=lambda *_: None,
         )
