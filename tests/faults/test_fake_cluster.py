@@ -111,6 +111,8 @@ def check(outcome: Outcome) -> None:
 
 
 def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
+    check_served(cluster)
+    files = cluster.files()
     rng = random.Random(SEED)
     print(f"BATON_FAULT_SEED={SEED}")
     plans = [random_asks(random.Random(rng.random())) for _ in range(CLIENTS)]
@@ -134,6 +136,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
     assert max(attempts) > 1, "no fault hit a request"
     cluster.wait_whole(WHOLE_S)
     check_served(cluster)
+    cluster.wait_files(files)
 
 
 def check_served(cluster: LiveCluster) -> None:

@@ -40,6 +40,7 @@ RAYLET = "raylet"
 # vLLM gives its engine core a title, which now and then does not take: it stays what it was spawned
 # as. With one rank an engine it is all that a replica spawns, but for Python's resource tracker.
 _ENGINE_UNNAMED = b"from multiprocessing.spawn import spawn_main"
+_FILES_OF_RAY = 5  # its own connections between replicas, controller and raylet come and go
 _KINDS = (ROUTER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
 
 
@@ -160,6 +161,33 @@ class LiveCluster:
         kinds |= {REPLICAS[pool]: size for pool, size in self.sizes.items()}
         return Counter(kinds | ({ENGINE: sum(self.sizes.values())} if self.has_engines else {}))
 
+    def files(self) -> Counter[str]:
+        """How many files and sockets a process of ours has open at most, by what it is."""
+        found: Counter[str] = Counter()
+        for kind in (ROUTER, *REPLICAS.values()):
+            for part in self.parts(kind):
+                found |= Counter({kind: _files(part)})
+                if self.has_engines and kind != ROUTER:
+                    found |= Counter({f"{kind} {ENGINE}": _files(self.engine_of(part))})
+        return found
+
+    def wait_files(self, at_first: Counter[str]) -> None:
+        """Until no process has more open than ``files`` said then."""
+        differs: list[Counter[str]] = []
+
+        def as_at_first() -> bool:
+            differs[:] = [self.files() - at_first]
+            return all(
+                more == 0 or (ENGINE not in kind and more <= _FILES_OF_RAY)
+                for kind, more in differs[0].items()
+            )
+
+        try:
+            self.wait(as_at_first, "what was opened has been closed")
+        except AssertionError as error:
+            error.add_note(f"open still: {differs}")
+            raise
+
     def wait_whole(self, within_s: float) -> None:
         """Until it is as an undisturbed cluster without a request."""
         differs: list[str] = []
@@ -255,6 +283,13 @@ def _kind(pid: int) -> str:
         if program == kind or words[0] == kind or words[0].startswith(f"{kind}."):
             return kind
     return " ".join(words)
+
+
+def _files(part: Part) -> int:
+    try:
+        return int(psutil.Process(part.pid).num_fds())
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _started(part: Part) -> float:

@@ -187,9 +187,9 @@ class StopStore:
     """The registry's store hangs until the launcher has noticed, and goes on."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        (store,) = cluster.parts(STORE)
+        store = _running(cluster, STORE)
         noticed = cluster.log.read_text().count(_STORE_IS_AWAY)
-        os.kill(store.pid, signal.SIGSTOP)
+        os.kill(store, signal.SIGSTOP)
         try:
             cluster.wait(
                 lambda: cluster.log.read_text().count(_STORE_IS_AWAY) > noticed,
@@ -197,7 +197,7 @@ class StopStore:
                 _NOTICED_S,
             )
         finally:
-            os.kill(store.pid, signal.SIGCONT)
+            os.kill(store, signal.SIGCONT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +280,11 @@ def _connections(cluster: LiveCluster, replica: Part) -> list[End]:
 
 
 def _kill(cluster: LiveCluster, kind: str) -> None:
+    os.kill(_running(cluster, kind), signal.SIGKILL)
+
+
+def _running(cluster: LiveCluster, kind: str) -> int:
+    """The process of ``kind``. Waits for it, should it have been killed just now."""
     parts: list[int] = []
 
     def there() -> bool:
@@ -287,7 +292,7 @@ def _kill(cluster: LiveCluster, kind: str) -> None:
         return bool(parts)
 
     cluster.wait(there, f"{kind} runs")
-    os.kill(parts[0], signal.SIGKILL)
+    return parts[0]
 
 
 def _wait_until_gone(cluster: LiveCluster, worker: WorkerRecord) -> None:
