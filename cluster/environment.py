@@ -48,6 +48,9 @@ def cluster_environment(
         # Ray runs code for whoever reaches its ports; with a token, only our processes do.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # When the raylet dies, the launcher says so and ends its cluster. Without this, Ray ends it
+        # without a word if its parent is process 1, which Ray takes for a sign of a dead raylet.
+        "RAY_RAYLET_PID": str(os.getpid()),
         # Nobody collects Ray's own metrics; sampling them costs CPU time that engines need.
         "RAY_enable_metrics_collection": "0",
         "RAY_event_stats": "0",

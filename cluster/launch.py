@@ -43,6 +43,7 @@ T = TypeVar("T")
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 1.0
 _ROUTER_SHARE = 0.8  # of the grace; the rest is for workers and engines
+_LATE_S = 1.0  # for a call of Ray's that is under way: to abandon it leaves noise
 
 
 class StartInterruptedError(Exception):
@@ -397,7 +398,7 @@ class Cluster:
         self._bounded(lambda: runtime.drain_router(left_s() * _ROUTER_SHARE), deadline_s)
         if runtime.is_alive():  # else Serve cannot, and all of it is killed
             self._progress("stopping the workers")
-            self._bounded(lambda: runtime.delete(left_s()), deadline_s)
+            self._bounded(lambda: runtime.delete(left_s()), deadline_s + _LATE_S)
 
     def _bounded(self, step: Callable[[], object], deadline_s: float) -> None:
         """Run a step that may hang or fail, until it ends, time is up or the signal hurries."""

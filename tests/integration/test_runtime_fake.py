@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.serve.exceptions import RayServeException
@@ -464,33 +466,72 @@ def test_no_cluster_is_a_clear_error(tmp_path: Path, model: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["kill -9", "Ctrl-C twice"])
-def test_nothing_is_left_however_the_launcher_ends(
-    tmp_path: Path, model: Path, twice: bool
-) -> None:
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C", "Ctrl-C twice"])
+def test_nothing_is_left_however_the_launcher_ends(tmp_path: Path, model: Path, how: str) -> None:
     cluster = start(tmp_path, model, "victim", "--prefill", "2")
     try:
         cluster.wait(lambda: is_ready(cluster), START_S)
         assert len(cluster.ids("prefill")) == 2
         state = cluster.state
         cluster.pids = {cluster.process.pid} | reaper.find(state.cluster_id)
-        with cluster.client() as client:
+        with baton.Client(state.address, timeout_s=30, resume_timeout_s=0) as client:
             stream = client.generate(token_ids=PROMPT, max_tokens=8000)  # longer than any wait
             next(stream)
-            if twice:
+            if how == "kill -9":
+                cluster.process.kill()
+                cluster.process.wait()
+            else:
                 cluster.process.send_signal(signal.SIGINT)
+            if how == "Ctrl-C twice":
                 cluster.wait(lambda: "draining" in cluster.log.read_text())
                 cluster.process.send_signal(signal.SIGINT)
                 assert cluster.process.wait(5) == 0, cluster.log.read_text()
-            else:
-                cluster.process.kill()
-                cluster.process.wait()
+            elif how == "Ctrl-C":  # and the stream is still there when the grace is over
+                assert cluster.process.wait(GONE_S) == 0, cluster.log.read_text()
+                _, _, end = cluster.log.read_text().partition("draining")
+                said = r"[ .\d]+ s\nstopping the workers[ .\d]+ s\nstopped\n"
+                assert re.fullmatch(said, end), cluster.log.read_text()
             with pytest.raises(baton.BatonError):
                 list(stream)
         assert_nothing_is_left(cluster, state)
     finally:
         cluster.process.kill()
         cluster.process.wait()
+
+
+def test_a_launcher_that_init_started_says_why_it_ends(tmp_path: Path, model: Path) -> None:
+    """Ray looks at the parent's death, too, and would end it without a word."""
+    file, log = write_config(tmp_path, model, "daemon"), tmp_path / "daemon.log"
+    started = subprocess.run(
+        [
+            *("sh", "-c", '"$@" >"$0" 2>&1 & echo $!', str(log)),  # whose parent is gone at once
+            *(sys.executable, "-m", "cluster.cli", "up", "--config", str(file)),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    launcher = psutil.Process(int(started.stdout))
+    try:
+        wait_until(lambda: "ready: gRPC" in log.read_text(), START_S, log)
+        state = read_state(tmp_path / "run", "daemon")
+        assert state is not None
+        (raylet,) = (pid for pid in reaper.find(state.cluster_id) if name_of(pid) == "raylet")
+        os.kill(raylet, signal.SIGKILL)
+        wait_until(lambda: not reaper.find(state.cluster_id), GONE_S, log)
+        said = "baton: Ray ended unexpectedly; the cluster is taken down\n"
+        wait_until(lambda: log.read_text().endswith(said), GONE_S, log)
+        wait_until(lambda: not Path(state.folders[0]).exists(), GONE_S, log)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            launcher.kill()
+
+
+def name_of(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).name())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
