@@ -43,7 +43,7 @@ T = TypeVar("T")
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 1.0
 _ROUTER_SHARE = 0.8  # of the grace; the rest is for workers and engines
-_LATE_S = 1.0  # for a call of Ray's that is under way: to abandon it leaves noise
+_LATE_S = 1.0  # beyond the grace, for a call of Ray's under way: to abandon it leaves noise
 
 
 class StartInterruptedError(Exception):
@@ -398,10 +398,11 @@ class Cluster:
         self._bounded(lambda: runtime.drain_router(left_s() * _ROUTER_SHARE), deadline_s)
         if runtime.is_alive():  # else Serve cannot, and all of it is killed
             self._progress("stopping the workers")
-            self._bounded(lambda: runtime.delete(left_s()), deadline_s + _LATE_S)
+            self._bounded(lambda: runtime.delete(left_s()), deadline_s)
 
     def _bounded(self, step: Callable[[], object], deadline_s: float) -> None:
-        """Run a step that may hang or fail, until it ends, time is up or the signal hurries."""
+        """Run a step that may hang or fail, until it ends, time is up or the signal hurries. It
+        ends in time by itself, but for a call of Ray's that is under way."""
 
         errors: list[Exception] = []
 
@@ -413,6 +414,7 @@ class Cluster:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
+        deadline_s += _LATE_S
         while thread.is_alive() and time.monotonic() < deadline_s and not self._signal.hurry:
             thread.join(0.05)
         self._has_abandoned |= thread.is_alive()

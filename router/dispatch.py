@@ -153,9 +153,9 @@ class Dispatcher:
 
     async def _run(self, progress: Progress, emit: Emit, placed: HeldPlacement | None) -> None:
         retries = Retries(self._settings.retries)
-        facts = self._facts(progress)
+        facts: PlacementFacts | None = None
         while progress.remaining_tokens > 0:
-            placed = placed or await self._place(facts, retries)
+            placed = placed or await self._place(facts or self._facts(progress), retries)
             progress.attempts += 1
             try:
                 with contextlib.closing(placed):

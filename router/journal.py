@@ -47,10 +47,15 @@ class Entry:
         self.request_id = request_id
         self.writer = uuid.uuid4().hex
         self.lost = False  # it is not written any more
-        self.behind = False  # a write took too long: nobody waits until all are answered
         self.refusal: BatonError | None = None  # why the request must end here
         self._journal = journal
+        self._newest: asyncio.Future[None] | None = None  # write that nobody waits for any more
         self.batches = 0  # written, or on their way
+
+    @property
+    def behind(self) -> bool:
+        """Whether the stream goes on ahead of its journal, for the store is slow."""
+        return self._newest is not None and not self._newest.done()
 
     async def add(self, batch: TokenBatch) -> None:
         """Return when the batch is written, or cannot be for now.
@@ -63,7 +68,10 @@ class Entry:
                 self.request_id, self.writer, batches={self.batches: _encode_batch(batch)}
             )
             self.batches += 1
-            await self._journal.written(self, change)
+            written = self._journal.put(self, change)
+            if not self.behind:
+                await asyncio.wait([written], timeout=self._journal.patience_s)
+            self._newest = written
         if self.refusal is not None:
             raise self.refusal
 
@@ -100,7 +108,7 @@ class Journal:
         """An entry for a new request, which holds all that is needed to run it, for the block."""
         entry = Entry(self, request.request_id)
         change = Change(entry.request_id, entry.writer, request=request.SerializeToString())
-        self._put(entry, change)  # its answer comes with that of the first batch
+        self.put(entry, change)  # its answer comes with that of the first batch
         async with self._serving(entry):
             yield entry
 
@@ -129,18 +137,13 @@ class Journal:
         async with self._serving(entry):
             yield entry, request, [_decode_batch(batch) for batch in stored.batches]
 
-    async def written(self, entry: Entry, change: Change) -> None:
-        """Return when the change is written, or has taken too long."""
-        done = self._put(entry, change)
-        if entry.behind:
-            return
-        try:
-            async with asyncio.timeout(self._settings.patience_s):
-                await done
-        except TimeoutError:
-            entry.behind = True
+    @property
+    def patience_s(self) -> float:
+        """How long a batch waits to be written."""
+        return self._settings.patience_s
 
-    def _put(self, entry: Entry, change: Change) -> asyncio.Future[None]:
+    def put(self, entry: Entry, change: Change) -> asyncio.Future[None]:
+        """Have the change written after all that was put before; done when it is answered."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.append((entry, change, done))
         self._wake.set()
@@ -154,7 +157,7 @@ class Journal:
         finally:
             self._entries.discard(entry)
             if not entry.lost and entry.refusal is None:
-                self._put(entry, Change(entry.request_id, entry.writer, ends=True))
+                self.put(entry, Change(entry.request_id, entry.writer, ends=True))
 
     async def _write(self) -> None:
         while self._writer is not None or self._pending:
@@ -164,7 +167,7 @@ class Journal:
             except TimeoutError:
                 for entry in self._entries:
                     if not entry.lost:  # else the id's entry may be an older request's
-                        self._put(entry, Change(entry.request_id, entry.writer))
+                        self.put(entry, Change(entry.request_id, entry.writer))
             self._wake.clear()
             pending, self._pending = self._pending, []
             if pending:
@@ -185,13 +188,10 @@ class Journal:
             if self._away:
                 logger.warning("the journal is back")
             self._away = False
-            more = {entry for entry, *_ in self._pending}
             for (entry, change, _), answer in zip(pending, answers, strict=True):
                 self._note(entry, change, answer)
-                entry.behind &= entry in more
         for *_, done in pending:
-            if not done.done():
-                done.set_result(None)
+            done.set_result(None)
 
     def _note(self, entry: Entry, change: Change, answer: Written) -> None:
         if answer is Written.GONE:

@@ -36,6 +36,7 @@ from cluster.types import Pool
 from cluster.valkey import EmbeddedValkey
 from engine.fake import next_tokens
 from tests.support import waiting
+from tests.support.live_cluster import RAYLET, parts_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -516,8 +517,8 @@ def test_a_launcher_that_init_started_says_why_it_ends(tmp_path: Path, model: Pa
         wait_until(lambda: "ready: gRPC" in log.read_text(), START_S, log)
         state = read_state(tmp_path / "run", "daemon")
         assert state is not None
-        (raylet,) = (pid for pid in reaper.find(state.cluster_id) if name_of(pid) == "raylet")
-        os.kill(raylet, signal.SIGKILL)
+        (raylet,) = parts_of(state.cluster_id, RAYLET)
+        os.kill(raylet.pid, signal.SIGKILL)
         wait_until(lambda: not reaper.find(state.cluster_id), GONE_S, log)
         said = "baton: Ray ended unexpectedly; the cluster is taken down\n"
         wait_until(lambda: log.read_text().endswith(said), GONE_S, log)
@@ -525,13 +526,6 @@ def test_a_launcher_that_init_started_says_why_it_ends(tmp_path: Path, model: Pa
     finally:
         with suppress(psutil.NoSuchProcess):
             launcher.kill()
-
-
-def name_of(pid: int) -> str:
-    try:
-        return str(psutil.Process(pid).name())
-    except psutil.NoSuchProcess:
-        return ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])

@@ -125,9 +125,7 @@ class LiveCluster:
 
     def parts(self, kind: str | None = None) -> list[Part]:
         """Its living processes of ``kind``, or of all the kinds there are, oldest first."""
-        found = [Part(pid, _kind(pid)) for pid in reaper.find(self.state.cluster_id)]
-        wanted = _KINDS if kind is None else (kind,)
-        return sorted((each for each in found if each.kind in wanted), key=_started)
+        return parts_of(self.state.cluster_id, kind)
 
     def replica_of(self, worker: WorkerRecord) -> Part | None:
         """The process that serves ``worker``; None if it is dead, and only its lease lives."""
@@ -173,31 +171,31 @@ class LiveCluster:
 
     def wait_files(self, at_first: Counter[str]) -> None:
         """Until no process has more open than ``files`` said then."""
-        differs: list[Counter[str]] = []
 
-        def as_at_first() -> bool:
-            differs[:] = [self.files() - at_first]
-            return all(
-                more == 0 or (ENGINE not in kind and more <= _FILES_OF_RAY)
-                for kind, more in differs[0].items()
-            )
+        def open_still() -> list[str]:
+            return [
+                f"{kind} has {more} files more"
+                for kind, more in (self.files() - at_first).items()
+                if ENGINE in kind or more > _FILES_OF_RAY
+            ]
 
-        try:
-            self.wait(as_at_first, "what was opened has been closed")
-        except AssertionError as error:
-            error.add_note(f"open still: {differs}")
-            raise
+        self._wait_alike(open_still, "what was opened has been closed")
 
     def wait_whole(self, within_s: float) -> None:
         """Until it is as an undisturbed cluster without a request."""
+        self._wait_alike(self.unlike_whole, "the cluster is whole and idle", within_s)
+
+    def _wait_alike(
+        self, differences: Callable[[], list[str]], what: str, within_s: float = 60
+    ) -> None:
         differs: list[str] = []
 
-        def whole() -> bool:
-            differs[:] = self.unlike_whole()
+        def alike() -> bool:
+            differs[:] = differences()
             return not differs
 
         try:
-            self.wait(whole, "the cluster is whole and idle", within_s)
+            self.wait(alike, what, within_s)
         except AssertionError as error:
             error.add_note("\n".join(differs))
             raise
@@ -218,6 +216,13 @@ class LiveCluster:
             found.append(f"processes: {dict(census - self.whole())} too many")
             found.append(f"processes: {dict(self.whole() - census)} too few")
         return found
+
+
+def parts_of(cluster_id: str, kind: str | None = None) -> list[Part]:
+    """A cluster's living processes of ``kind``, or of all the kinds there are, oldest first."""
+    found = [Part(pid, _kind(pid)) for pid in reaper.find(cluster_id)]
+    wanted = _KINDS if kind is None else (kind,)
+    return sorted((each for each in found if each.kind in wanted), key=_started)
 
 
 def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> LiveCluster:

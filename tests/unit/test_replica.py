@@ -61,16 +61,13 @@ class Setup:
     def __init__(self, *, poll_s: float = 0.01, transfer_ms: float = 0.0) -> None:
         self.config = Config.model_validate({"router": {"registry_poll_s": poll_s}})
         latency = FakeLatency(0, 0, transfer_ms)
-        self.engine: WatchedEngine = WatchedEngine(self.config, Pool.PREFILL, latency=latency)
         self.registry = WatchedRegistry()
+        self.serve_with(WatchedEngine(self.config, Pool.PREFILL, latency=latency), Pool.PREFILL)
+
+    def serve_with(self, engine: WatchedEngine, pool: Pool) -> None:
+        self.engine = engine
         self.replica = WorkerReplica(
-            self.config,
-            Pool.PREFILL,
-            "m",
-            self.engine,
-            self.registry,
-            add_prefill_service,
-            incarnation="i",
+            self.config, pool, "m", engine, self.registry, add_prefill_service, incarnation="i"
         )
 
     async def __aenter__(self) -> Self:
@@ -141,16 +138,8 @@ class GatedEngine(WatchedEngine):
 class GatedSetup(Setup):
     def __init__(self) -> None:
         super().__init__()
-        self.gated = self.engine = GatedEngine(self.config, Pool.PREFILL)
-        self.replica = WorkerReplica(
-            self.config,
-            Pool.PREFILL,
-            "m",
-            self.engine,
-            self.registry,
-            add_prefill_service,
-            incarnation="i",
-        )
+        self.gated = GatedEngine(self.config, Pool.PREFILL)
+        self.serve_with(self.gated, Pool.PREFILL)
 
     async def start_prefills(self, count: int) -> list[asyncio.Task[worker_pb2.PrefillResponse]]:
         tasks = [asyncio.create_task(self.prefill(f"running-{n}")) for n in range(count)]
@@ -240,10 +229,8 @@ class PairingSetup(Setup):
                 "kv_transfer": {"pair_timeout_s": pair_timeout_s},
             }
         )
-        self.pairing = self.engine = PairingEngine(self.config, pool)
-        self.replica = WorkerReplica(
-            self.config, pool, "m", self.engine, self.registry, add_prefill_service, incarnation="i"
-        )
+        self.pairing = PairingEngine(self.config, pool)
+        self.serve_with(self.pairing, pool)
         self.pool = pool
 
     async def add(self, name: str, state: WorkerState = WorkerState.READY) -> None:
