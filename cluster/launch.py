@@ -156,6 +156,8 @@ class Cluster:
             try:
                 self._carry_out_orders(say)
                 ready = self._tell_changes(ready, say)
+                if away:
+                    say("the registry answers again")
                 away = False
             except UnavailableError as error:
                 if not away:

@@ -139,6 +139,18 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
     cluster.wait_files(files)
 
 
+def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
+    """Each victim here was hit by the fault before, and is being replaced."""
+    for fault in (
+        *(KillStore(), StopStore(), KillStore(), JumpClock()),
+        *(KillController(), KillController()),
+        *(KillWorker(Pool.DECODE), StallWorker(Pool.DECODE)),
+    ):
+        fault.strike(cluster)
+    cluster.wait_whole(WHOLE_S)
+    check_served(cluster)
+
+
 def check_served(cluster: LiveCluster) -> None:
     """By each prefill worker with each decode worker."""
     served: set[tuple[str, str]] = set()

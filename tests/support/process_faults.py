@@ -1,18 +1,21 @@
 """What may happen to the processes of a cluster that runs, each a named object.
 
-``strike`` returns when the fault has happened. What only stands still for a while goes on before
-that; what is dead or hangs for good is the cluster's to replace.
+``strike`` waits until its victim is up: an earlier fault may have just hit it. It returns when the
+fault has happened. A process that is paused for a while has resumed by then; the cluster must
+replace one that is dead or hangs for good.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Protocol
 
+import psutil
 import redis
 
 from cluster.types import Pool, WorkerRecord, WorkerState
@@ -31,6 +34,8 @@ from tests.support.tcp_faults import End, cut, ends, silence
 from tests.support.waiting import let_pass
 
 _STORE_IS_AWAY = "running requests go on"  # as the launcher says it
+_STORE_IS_BACK = "the registry answers again"
+_ENDS_S = 30.0  # for the kernel to end a process that was killed
 _NOTICED_S = 30.0
 _READY_S = 90.0
 
@@ -56,7 +61,7 @@ class KillWorker:
     pool: Pool
 
     def strike(self, cluster: LiveCluster) -> None:
-        os.kill(busiest(cluster, self.pool).replica.pid, signal.SIGKILL)
+        _kill(busiest(cluster, self.pool).replica.pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,7 @@ class KillEngine:
 
     def strike(self, cluster: LiveCluster) -> None:
         replica = busiest(cluster, self.pool).replica
-        os.kill(cluster.engine_of(replica).pid, signal.SIGKILL)
+        _kill(cluster.engine_of(replica).pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,7 @@ class JumpClock:
     process of ours looks at a clock that can jump."""
 
     def strike(self, cluster: LiveCluster) -> None:
+        _store(cluster)
         with redis.Redis.from_url(cluster.state.redis_url) as store:
             for key in store.scan_iter():
                 if store.pttl(key) > 0:
@@ -160,7 +166,7 @@ class KillRouter:
     """kill -9 of the router."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(cluster, ROUTER)
+        _kill(_running(cluster, ROUTER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,7 @@ class KillStore:
     """kill -9 of the registry's store: all leases are lost."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(cluster, STORE)
+        _kill(_store(cluster))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +193,7 @@ class StopStore:
     """The registry's store hangs until the launcher has noticed, and goes on."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        store = _running(cluster, STORE)
+        store = _store(cluster)
         noticed = cluster.log.read_text().count(_STORE_IS_AWAY)
         os.kill(store, signal.SIGSTOP)
         try:
@@ -205,7 +211,7 @@ class KillController:
     """kill -9 of Ray Serve's controller, which watches and replaces the workers."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(cluster, CONTROLLER)
+        _kill(_running(cluster, CONTROLLER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +219,7 @@ class KillGcs:
     """kill -9 of Ray's own head process. The cluster goes down, and lets its streams end."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(cluster, GCS)
+        _kill(_running(cluster, GCS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +239,7 @@ class FullLogDisk:
         for pid, (_soft, hard) in before.items():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
         try:
-            os.kill(victim.replica.pid, signal.SIGKILL)
+            _kill(victim.replica.pid)
             _wait_until_gone(cluster, victim.worker)
         finally:
             for pid, limits in before.items():
@@ -254,7 +260,8 @@ def busiest(cluster: LiveCluster, pool: Pool) -> Victim:
     def look() -> bool:
         ready = [each for each in cluster.workers(pool) if each.state is WorkerState.READY]
         for worker in sorted(ready, key=lambda each: -each.load.running):
-            if (replica := cluster.replica_of(worker)) is not None:
+            replica = cluster.replica_of(worker)
+            if replica is not None and _is_up(replica.pid):
                 found.append(Victim(worker, replica))
                 return True
         return False
@@ -279,12 +286,27 @@ def _connections(cluster: LiveCluster, replica: Part) -> list[End]:
     return found
 
 
-def _kill(cluster: LiveCluster, kind: str) -> None:
-    os.kill(_running(cluster, kind), signal.SIGKILL)
+def _kill(pid: int) -> None:
+    """End a process at once; returns when the kernel has ended it."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        end = select.poll()
+        end.register(descriptor, select.POLLIN)
+        assert end.poll(_ENDS_S * 1000), f"process {pid} survives SIGKILL"
+    finally:
+        os.close(descriptor)
+
+
+def _is_up(pid: int) -> bool:
+    """Whether no earlier fault has ended the process, or stopped it for good."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_STOPPED)
+    return False
 
 
 def _running(cluster: LiveCluster, kind: str) -> int:
-    """The process of ``kind``. Waits for it, should it have been killed just now."""
+    """The process of ``kind``. Waits for the next one if none is alive."""
     parts: list[int] = []
 
     def there() -> bool:
@@ -293,6 +315,21 @@ def _running(cluster: LiveCluster, kind: str) -> int:
 
     cluster.wait(there, f"{kind} runs")
     return parts[0]
+
+
+def _store(cluster: LiveCluster) -> int:
+    """The process of the store. Waits until the store answers and the launcher knows it does."""
+
+    def answers() -> bool:
+        log = cluster.log.read_text()
+        if log.count(_STORE_IS_AWAY) > log.count(_STORE_IS_BACK):
+            return False
+        with suppress(redis.RedisError), redis.Redis.from_url(cluster.state.redis_url) as store:
+            return bool(store.ping())
+        return False
+
+    cluster.wait(answers, "the store answers")
+    return _running(cluster, STORE)
 
 
 def _wait_until_gone(cluster: LiveCluster, worker: WorkerRecord) -> None:

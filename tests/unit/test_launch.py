@@ -168,6 +168,7 @@ def test_it_is_said_which_workers_come_and_go(
     make(FakeStore(looks), signal=StopAfter(len(looks))).watch(said.append)
     assert said == [
         f"{AWAY}; running requests go on",
+        "the registry answers again",
         "decode-1 takes no more requests",
         "decode-2 is ready",
     ]
