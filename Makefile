@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml tools/install.py tools/check_system.py $(wildcard requi
 	@touch $@
 
 demo: env ## a cluster of one router, one prefill and one decode worker answers two prompts
-	@$(BIN)/python -m cluster.demo $(ARGS)
+	@$(BIN)/python -m cluster.cli.demo $(ARGS)
 
 test: env ## all tests
 	@$(BIN)/python -m pytest $(ARGS)

@@ -29,16 +29,16 @@ import baton
 from baton.v1 import inference_pb2
 from bench.report import Report, spread
 from bench.serving import fresh_prompt
-from cluster.config import load_config
-from cluster.model import resolve_model
-from cluster.registry import MemoryRegistry
-from cluster.types import Pool
+from core.config.schema import load_config
+from core.model.resolve import resolve_model
+from core.state.registry import MemoryRegistry
+from core.types import Pool
 from decode_worker.servicer import add_decode_service
 from engine.protocol import EngineRequest
-from engine.replica import WorkerReplica
-from engine.vllm_engine import VllmEngine
+from engine.vllm.engine import VllmEngine
 from prefill_worker.servicer import add_prefill_service
-from router.service import RouterServer
+from router.server import RouterServer
+from worker.replica import WorkerReplica
 
 ADD_SERVICE = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 PHASES = ("queued", "prefilling", "handed over", "decoding")

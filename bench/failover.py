@@ -33,11 +33,11 @@ import psutil
 import baton
 from bench.report import Report, spread
 from bench.serving import fresh_prompt
-from cluster.config import load_config
-from cluster.launch import Cluster
-from cluster.progress import Progress
-from cluster.run_dir import read_state
-from cluster.types import Pool, WorkerRecord, WorkerState
+from cluster.cli.progress import Progress
+from cluster.local.launch import Cluster
+from cluster.local.run_dir import read_state
+from core.config.schema import load_config
+from core.types import Pool, WorkerRecord, WorkerState
 
 TOKENS = 300  # of an answer; long enough to be killed in the middle of
 BEFORE_KILL = 30  # tokens that the client has by then, at least

@@ -22,11 +22,11 @@ import psutil
 
 import baton
 from bench.report import Report, summary
-from cluster import reaper
-from cluster.config import Config, load_config
-from cluster.launch import Cluster
-from cluster.progress import Progress
-from cluster.run_dir import read_state
+from cluster.cli.progress import Progress
+from cluster.local import reaper
+from cluster.local.launch import Cluster
+from cluster.local.run_dir import read_state
+from core.config.schema import Config, load_config
 
 TOKENS = 500
 

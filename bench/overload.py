@@ -29,9 +29,9 @@ import psutil
 import baton
 from bench.journal import router_process
 from bench.report import Report, summary
-from cluster.config import load_config
-from cluster.launch import Cluster
-from cluster.progress import Progress
+from cluster.cli.progress import Progress
+from cluster.local.launch import Cluster
+from core.config.schema import load_config
 
 PROMPT = 250  # tokens; 50 ms in the fake prefill engine, one at a time
 TOKENS = 40  # of an answer; 3 ms each

@@ -35,11 +35,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from baton.v1 import inference_pb2 as pb
 from bench.report import Report, summary
-from cluster.config import load_config
-from cluster.model import resolve_model
-from cluster.types import Pool
+from core.config.schema import load_config
+from core.model.resolve import resolve_model
+from core.types import Pool
 from engine.protocol import EngineRequest, KvReceive, KvSend
-from engine.vllm_engine import VllmEngine, engine_arguments, start_llm
+from engine.vllm.engine import VllmEngine, engine_arguments, start_llm
 
 _ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 _SOME_TOKENS = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

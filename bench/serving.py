@@ -24,10 +24,10 @@ import baton
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import worker_pb2, worker_pb2_grpc
 from bench.report import Report, summary
-from cluster.config import load_config
-from cluster.launch import Cluster
-from cluster.progress import Progress
-from cluster.types import Pool
+from cluster.cli.progress import Progress
+from cluster.local.launch import Cluster
+from core.config.schema import load_config
+from core.types import Pool
 
 
 def fresh_prompt(tokens: int, rng: random.Random) -> list[int]:

@@ -1,1 +1,4 @@
-"""Configuration, state, launch and command line of a Baton cluster."""
+"""Orchestration: starts, watches, scales and stops a cluster; the command line.
+
+No token passes through here.
+"""

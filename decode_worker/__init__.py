@@ -1,0 +1,4 @@
+"""What only decode workers do: the Decode service.
+
+Nothing here may know text, Ray or the prefill pool.
+"""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
-from cluster.grpc_status import accept
-from engine.calls import check_deadline, closing, engine_key, errors_to_status
-from engine.intake import Intake
+from core.rpc.status import accept
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
+from worker.calls import check_deadline, closing, engine_key, errors_to_status
+from worker.intake import Intake
 
 _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 

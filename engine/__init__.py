@@ -1,1 +1,4 @@
-"""The seam to the inference engine: a small protocol, vLLM behind it, and a fake."""
+"""The engine protocol, and a fake engine with a latency model.
+
+Nothing here may know gRPC or the registry; what depends on vLLM is in ``engine.vllm``.
+"""

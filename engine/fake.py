@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass
 
 from baton.v1 import inference_pb2
-from cluster.config import Config
-from cluster.errors import InvalidArgumentError, WorkerLostError
-from cluster.types import Pool, WorkerLoad
+from core.config.schema import Config
+from core.errors import InvalidArgumentError, WorkerLostError
+from core.types import Pool, WorkerLoad
 from engine.protocol import (
     EngineFacts,
     EngineOutput,

@@ -1,6 +1,6 @@
 """What Baton asks of an inference engine. One screen; two implementations beside it.
 
-``engine.vllm_engine`` runs vLLM's AsyncLLM; ``engine.fake`` is a deterministic engine with
+``engine.vllm.engine`` runs vLLM's AsyncLLM; ``engine.fake`` is a deterministic engine with
 a latency model, for tests of everything around the engine.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.v1 import inference_pb2
-from cluster.errors import InvalidArgumentError
-from cluster.types import WorkerLoad
+from core.errors import InvalidArgumentError
+from core.types import WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)

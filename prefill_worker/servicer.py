@@ -5,10 +5,10 @@ from __future__ import annotations
 import grpc
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from cluster.errors import InternalError
-from engine.calls import check_deadline, closing, engine_key, errors_to_status
-from engine.intake import Intake
+from core.errors import InternalError
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvSend
+from worker.calls import check_deadline, closing, engine_key, errors_to_status
+from worker.intake import Intake
 
 _PrefillContext = grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
 _ReleaseContext = grpc.aio.ServicerContext[worker_pb2.ReleaseRequest, worker_pb2.ReleaseResponse]

@@ -1,4 +1,4 @@
-"""Writes cluster/engine_args.py from the installed vLLM: ``make engine-args``."""
+"""Writes core/config/engine_args.py from the installed vLLM: ``make engine-args``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-TARGET = Path(__file__).resolve().parents[1] / "cluster" / "engine_args.py"
+TARGET = Path(__file__).resolve().parents[1] / "core" / "config" / "engine_args.py"
 
 
 def engine_arg_names() -> list[str]:

@@ -90,7 +90,7 @@ class RunningCluster:
 
 def run_baton(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
+        [sys.executable, "-m", "cluster.cli.main", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -163,7 +163,7 @@ def cluster(
     foreign = frozenset(os.listdir("/dev/shm"))
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "up", "--config", str(config_file)],
+            [sys.executable, "-m", "cluster.cli.main", "up", "--config", str(config_file)],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import baton
-from cluster.config import load_config
-from cluster.model import resolve_model
+from core.config.schema import load_config
+from core.model.resolve import resolve_model
 from tests.e2e.conftest import (
     CASES,
     MAX_TOKENS,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cluster import reaper
-from cluster.types import Pool, WorkerRecord, WorkerState
+from cluster.local import reaper
+from core.types import Pool, WorkerRecord, WorkerState
 from engine.fake import next_tokens
 from tests.support import live_cluster
 from tests.support.live_cluster import SILENCE_S, LiveCluster

@@ -20,17 +20,15 @@ import pytest
 from google.protobuf.message import Message
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from cluster.config import Config
-from cluster.grpc_status import DETAIL_KEY, from_rpc_error
-from cluster.registry import MemoryRegistry
-from cluster.types import Pool
+from core.config.schema import Config
+from core.rpc.status import DETAIL_KEY, from_rpc_error
+from core.state.registry import MemoryRegistry
+from core.types import Pool
 from decode_worker.servicer import add_decode_service
 from engine.fake import FakeEngine, FakeLatency, next_tokens
-from engine.intake import Intake
 from engine.protocol import Engine
-from engine.replica import WorkerReplica
 from prefill_worker.servicer import add_prefill_service
-from router.service import SERVICE
+from router.server import SERVICE
 from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
 from tests.support.hostile import (
     WITHIN_S,
@@ -49,6 +47,8 @@ from tests.support.hostile import (
 )
 from tests.support.router_harness import RouterHarness, token_ids
 from tests.support.waiting import until
+from worker.intake import Intake
+from worker.replica import WorkerReplica
 
 pytestmark = pytest.mark.asyncio
 

@@ -14,10 +14,10 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2
-from cluster.types import Pool
+from core.types import Pool
 from engine.fake import FakeLatency, next_tokens
-from router.admission import AdmissionLimits, ClassLimits
-from router.placement import PlacementLimits
+from router.admission.policy import AdmissionLimits, ClassLimits
+from router.placement.policy import PlacementLimits
 from tests.support.simulated_cluster import SimClient, SimCluster, SimWorker
 from tests.support.virtual_time import elapse, run_virtually
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster import reaper
-from cluster.types import Pool
+from cluster.local import reaper
+from core.types import Pool
 from tests.e2e.conftest import random_prompt
 from tests.support import live_cluster
 from tests.support.live_cluster import SILENCE_S, LiveCluster

@@ -20,11 +20,11 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2
-from cluster.types import Pool
+from core.types import Pool
 from engine.fake import next_tokens
-from router.admission import LATE as WOULD_BE_LATE
-from router.admission import AdmissionLimits, ClassLimits
-from router.journal import NOT_RESUMABLE, REQUEST_IN_FLIGHT
+from router.admission.policy import LATE as WOULD_BE_LATE
+from router.admission.policy import AdmissionLimits, ClassLimits
+from router.resume.journal import NOT_RESUMABLE, REQUEST_IN_FLIGHT
 from tests.support.simulated_cluster import CONNECTION_LOST, SETTLE_S, SimClient, SimCluster
 from tests.support.virtual_time import elapse, run_virtually
 

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from baton.v1 import inference_pb2 as pb
 from engine.protocol import KvSend
-from engine.vllm_engine import VllmEngine
+from engine.vllm.engine import VllmEngine
 from tests.support.two_engines import Engines, random_prompt, two_engines
 from tests.support.waiting import until
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ModelConfig
-from cluster.model import resolve_model
+from core.config.schema import ModelConfig
+from core.model.resolve import resolve_model
 
 pytestmark = pytest.mark.integration
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from cluster.engine_args import ENGINE_ARGS
+from core.config.engine_args import ENGINE_ARGS
 
 pytestmark = pytest.mark.integration
 

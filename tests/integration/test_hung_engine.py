@@ -13,12 +13,12 @@ import pytest
 import pytest_asyncio
 
 from baton.v1 import inference_pb2 as pb
-from cluster.config import load_config
-from cluster.errors import WorkerLostError
-from cluster.model import resolve_model
-from cluster.types import Pool
+from core.config.schema import load_config
+from core.errors import WorkerLostError
+from core.model.resolve import resolve_model
+from core.types import Pool
 from engine.protocol import EngineRequest
-from engine.vllm_engine import VllmEngine
+from engine.vllm.engine import VllmEngine
 from tests.support.live_cluster import ENGINE
 from tests.support.tiny_model import make_tiny_model
 from tests.support.waiting import until_awaited

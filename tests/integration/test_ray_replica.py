@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config import Config
-from cluster.model import ResolvedModel
+from core.config.schema import Config
+from core.model.resolve import ResolvedModel
 
 pytestmark = pytest.mark.integration
 
@@ -21,7 +21,7 @@ def test_a_replica_uses_the_address_of_its_own_node(
 ) -> None:
     import ray
 
-    from cluster.ray_replica import on_this_node
+    from cluster.ray.replica import on_this_node
 
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: NODE)
     config = Config.model_validate({"cluster": {"host": host, "name": "c"}, "router": {"port": 1}})
@@ -32,7 +32,7 @@ def test_a_replica_uses_the_address_of_its_own_node(
 
 
 def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
-    from cluster.serve_app import Secrets, build_app
+    from cluster.ray.app import Secrets, build_app
 
     app = build_app(Config(), ResolvedModel("", "m"), Secrets("", ""), cuda=False)
     router = app._bound_deployment

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config
-from cluster.errors import ConfigError, UnavailableError
-from cluster.journal import JournalStore, RedisJournal, Written
-from cluster.orders import ROUTER, Orders, StartFailure, report_failure
-from cluster.ports import free_port
-from cluster.redis_client import RedisClient
-from cluster.registry import RedisRegistry
-from cluster.types import Pool
-from cluster.valkey import EmbeddedValkey
+from cluster.local.ports import free_port
+from cluster.local.valkey import EmbeddedValkey
+from core.config.schema import Config
+from core.errors import ConfigError, UnavailableError
+from core.state.journal import JournalStore, RedisJournal, Written
+from core.state.orders import ROUTER, Orders, StartFailure, report_failure
+from core.state.redis import RedisClient
+from core.state.registry import RedisRegistry
+from core.types import Pool
 from tests.support import journal_rules
 from tests.support import registry_rules as rules
 from tests.support.waiting import until_awaited

@@ -28,12 +28,13 @@ from ray.serve.exceptions import RayServeException
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import baton
-from cluster import ray_runtime, reaper
-from cluster.config import Config
-from cluster.errors import UnavailableError
-from cluster.run_dir import ClusterState, read_state
-from cluster.types import Pool
-from cluster.valkey import EmbeddedValkey
+from cluster.local import reaper
+from cluster.local.run_dir import ClusterState, read_state
+from cluster.local.valkey import EmbeddedValkey
+from cluster.ray import head as ray_runtime
+from core.config.schema import Config
+from core.errors import UnavailableError
+from core.types import Pool
 from engine.fake import next_tokens
 from tests.support import waiting
 from tests.support.live_cluster import RAYLET, parts_of
@@ -77,7 +78,7 @@ class Running:
         return cli(*arguments, "--config", str(self.file))
 
     def spawn(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "cluster.cli", *arguments, "--config", str(self.file)]
+        command = [sys.executable, "-m", "cluster.cli.main", *arguments, "--config", str(self.file)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def workers(self) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ class Running:
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
+        [sys.executable, "-m", "cluster.cli.main", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -147,7 +148,7 @@ def start(folder: Path, model: Path, name: str, *arguments: str) -> Running:
     log = folder / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "up", "--config", str(file), *arguments],
+            [sys.executable, "-m", "cluster.cli.main", "up", "--config", str(file), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
@@ -264,7 +265,7 @@ def test_all_processes_of_the_cluster_carry_its_id(cluster: Running) -> None:
             command = Path(f"/proc/{entry}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"cluster/reaper.py" in command:
+        if b"cluster/local/reaper.py" in command:
             continue
         assert not any(file.startswith(state.folders) for file in files), command
 
@@ -426,7 +427,8 @@ def test_valkey_comes_back_and_requests_never_notice(cluster: Running) -> None:
 def test_commands_that_talk_to_a_cluster_import_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "import cluster.cli, cluster.cli_client, cluster.status, cluster.scale, cluster.down\n"
+        "import cluster.cli.main, cluster.cli.generate, cluster.cli.status\n"
+        "import cluster.cli.scale, cluster.cli.down\n"
         "print([m for m in ('ray', 'vllm', 'torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -506,7 +508,7 @@ def test_a_launcher_that_init_started_says_why_it_ends(tmp_path: Path, model: Pa
     started = subprocess.run(
         [
             *("sh", "-c", '"$@" >"$0" 2>&1 & echo $!', str(log)),  # whose parent is gone at once
-            *(sys.executable, "-m", "cluster.cli", "up", "--config", str(file)),
+            *(sys.executable, "-m", "cluster.cli.main", "up", "--config", str(file)),
         ],
         capture_output=True,
         text=True,
@@ -550,8 +552,8 @@ def test_nothing_is_left_when_the_start_is_interrupted(
 EMBEDDED = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from cluster.config import load_config
-from cluster.launch import Cluster
+from core.config.schema import load_config
+from cluster.local.launch import Cluster
 import baton
 
 async def main():
@@ -587,7 +589,7 @@ def test_a_program_can_run_a_cluster_of_its_own(tmp_path: Path, model: Path) -> 
     [
         ("ray.get", GetTimeoutError("late")),
         ("ray.get", ActorDiedError()),
-        ("cluster.ray_runtime._get_global_client", RayServeException("no controller")),
+        ("cluster.ray.head._get_global_client", RayServeException("no controller")),
     ],
 )
 def test_serve_that_does_not_answer_a_scale_order_is_unavailable(

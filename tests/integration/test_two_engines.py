@@ -16,12 +16,12 @@ import pytest_asyncio
 from prometheus_client import REGISTRY
 
 from baton.v1 import inference_pb2 as pb
-from cluster.config import load_config
-from cluster.errors import ConfigError
-from cluster.model import resolve_model
-from cluster.types import Pool
+from core.config.schema import load_config
+from core.errors import ConfigError
+from core.model.resolve import resolve_model
+from core.types import Pool
 from engine.protocol import KvSend
-from engine.vllm_engine import VllmEngine
+from engine.vllm.engine import VllmEngine
 from tests.support.tiny_model import KV_BYTES_PER_TOKEN, LAYERS, make_tiny_model
 from tests.support.two_engines import Engines, random_prompt, two_engines
 from tests.support.waiting import until_awaited

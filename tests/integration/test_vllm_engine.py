@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from baton.v1 import inference_pb2
-from cluster.config import Config
-from cluster.errors import InvalidArgumentError
-from cluster.model import ResolvedModel
-from cluster.types import Pool
+from core.config.schema import Config
+from core.errors import InvalidArgumentError
+from core.model.resolve import ResolvedModel
+from core.types import Pool
 from engine.protocol import Engine, EngineOutput, EngineRequest
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
@@ -37,7 +37,7 @@ class ScriptedLlm:
 
 def make(llm: ScriptedLlm) -> Engine:
     """An engine that has started with ``llm``."""
-    from engine.vllm_engine import VllmEngine
+    from engine.vllm.engine import VllmEngine
 
     engine = VllmEngine(Config(), Pool.DECODE, ResolvedModel("", "m"), None, "", "i")
     engine._llm = llm
@@ -115,8 +115,8 @@ async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    from cluster.model import resolve_model
-    from engine.vllm_engine import engine_arguments, start_llm
+    from core.model.resolve import resolve_model
+    from engine.vllm.engine import engine_arguments, start_llm
 
     seen: dict[str, Any] = {}
 
@@ -134,6 +134,6 @@ async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
     config = Config()
     arguments = engine_arguments(config, Pool.PREFILL, resolve_model(config.model, print))
     assert start_llm(arguments) == "llm"
-    assert not seen.pop("v2"), "engine.vllm_sampling is for V1"
+    assert not seen.pop("v2"), "engine.vllm.sampling is for V1"
     assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
     assert "GOMP_CPU_AFFINITY" not in os.environ, "for that engine's process only"

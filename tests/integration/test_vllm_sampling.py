@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.model_executor.layers.utils import apply_penalties
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from engine.vllm_sampling import ContinuedSampling, continued
+from engine.vllm.sampling import ContinuedSampling, continued
 
 pytestmark = pytest.mark.integration
 

@@ -16,10 +16,10 @@ from typing import Any
 import grpc
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from cluster.errors import BatonError
-from cluster.grpc_options import server_options
-from cluster.grpc_status import abort
-from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from core.errors import BatonError
+from core.rpc.options import server_options
+from core.rpc.status import abort
+from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 
 PrefillScript = Callable[[worker_pb2.PrefillRequest], Awaitable[worker_pb2.PrefillResponse]]
 DecodeScript = Callable[[worker_pb2.DecodeRequest], AsyncGenerator[worker_pb2.DecodeResponse, None]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.journal import Change, JournalStore, Stored, Written
+from core.state.journal import Change, JournalStore, Stored, Written
 
 DONE, TAKEN, GONE = Written.DONE, Written.TAKEN, Written.GONE
 

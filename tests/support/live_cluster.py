@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 
 import baton
-from cluster import reaper
-from cluster.errors import UnavailableError
-from cluster.run_dir import ClusterState, read_state
-from cluster.status import read_workers
-from cluster.types import Pool, WorkerRecord, WorkerState
+from cluster.cli.status import read_workers
+from cluster.local import reaper
+from cluster.local.run_dir import ClusterState, read_state
+from core.errors import UnavailableError
+from core.types import Pool, WorkerRecord, WorkerState
 from tests.support.waiting import wait_until
 
 START_S = 240.0  # engines load one after the other on a small machine
@@ -76,7 +76,7 @@ class LiveCluster:
     def cli(self, *arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
         """Run a ``baton`` command of this cluster to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "cluster.cli", *arguments, "--config", str(self.file)],
+            [sys.executable, "-m", "cluster.cli.main", *arguments, "--config", str(self.file)],
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -242,7 +242,7 @@ def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> Li
     flags = [word for pool in Pool for word in (f"--{pool}", str(sizes[pool]))]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "up", "--config", str(file), *flags],
+            [sys.executable, "-m", "cluster.cli.main", "up", "--config", str(file), *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 import psutil
 import redis
 
-from cluster.types import Pool, WorkerRecord, WorkerState
+from core.types import Pool, WorkerRecord, WorkerState
 from tests.support.live_cluster import (
     CONTROLLER,
     ENGINE,

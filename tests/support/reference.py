@@ -38,10 +38,10 @@ async def _answer(job: dict[str, object]) -> list[list[int]]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from cluster.config import load_config
-    from cluster.model import resolve_model
-    from cluster.types import Pool
-    from engine.vllm_engine import engine_arguments, start_llm
+    from core.config.schema import load_config
+    from core.model.resolve import resolve_model
+    from core.types import Pool
+    from engine.vllm.engine import engine_arguments, start_llm
 
     config = load_config(Path(str(job["config"])))
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"

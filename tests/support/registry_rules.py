@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.registry import Registry
-from cluster.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from core.state.registry import Registry
+from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 
 DECODE = WorkerRecord(
     id="decode-1",

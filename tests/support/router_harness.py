@@ -14,11 +14,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
-from cluster.config import Config
-from cluster.journal import JournalStore
-from cluster.registry import MemoryRegistry
-from router.service import RouterServer
-from router.text import ChatTurn, ModelFacts, TextCodec
+from core.config.schema import Config
+from core.state.journal import JournalStore
+from core.state.registry import MemoryRegistry
+from router.server import RouterServer
+from router.text.codec import ChatTurn, ModelFacts, TextCodec
 from tests.support.fake_workers import MODEL, WAIT_S, FakeDecode, FakePrefill
 
 CONTEXT_TOKENS = 64

@@ -12,8 +12,8 @@ import ray
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
-from cluster.ray_runtime import APP
-from cluster.serve_app import ROUTER
+from cluster.ray.app import ROUTER
+from cluster.ray.head import APP
 
 _CALL_TIMEOUT_S = 20.0
 

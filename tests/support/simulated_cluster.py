@@ -18,27 +18,27 @@ from typing import Any, Self
 import grpc
 
 from baton.v1 import inference_pb2, worker_pb2
-from cluster.config import Config
-from cluster.errors import UnavailableError
-from cluster.journal import Change, MemoryJournal, Stored, Written
-from cluster.registry import MemoryRegistry
-from cluster.types import Pool, WorkerRecord, WorkerState
+from core.config.schema import Config
+from core.errors import UnavailableError
+from core.state.journal import Change, MemoryJournal, Stored, Written
+from core.state.registry import MemoryRegistry
+from core.types import Pool, WorkerRecord, WorkerState
 from decode_worker.servicer import DecodeServicer
 from engine.fake import FakeEngine, FakeLatency, FakeSize
-from engine.intake import Intake
 from engine.protocol import EngineRequest, KvReceive
 from prefill_worker.servicer import PrefillServicer
-from router.admission import AdmissionLimits
-from router.book import PlacementBook
-from router.dispatch import Dispatcher, DispatchSettings
-from router.gate import Admission
-from router.inference import CallBounds, InferenceServicer
-from router.journal import Journal, JournalSettings
-from router.placement import PlacementLimits, worker_key
-from router.retry import RetryLimits
-from router.workers import Workers, WorkersSettings
+from router.admission.gate import Admission
+from router.admission.policy import AdmissionLimits
+from router.api.servicer import CallBounds, InferenceServicer
+from router.dispatch.dispatcher import Dispatcher, DispatchSettings
+from router.dispatch.retry import RetryLimits
+from router.placement.ledger import PlacementBook
+from router.placement.policy import PlacementLimits, worker_key
+from router.resume.journal import Journal, JournalSettings
+from router.workers.membership import Workers, WorkersSettings
 from tests.support.router_harness import make_codec
 from tests.support.virtual_time import elapse
+from worker.intake import Intake
 
 LEASE_S = 3.0
 RENEW_S = 1.0
@@ -289,7 +289,7 @@ class SimWorker:
         self._running.set()
 
     async def drain(self, grace_s: float) -> None:
-        """As ``engine.replica.WorkerReplica`` leaves."""
+        """As ``worker.replica.WorkerReplica`` leaves."""
         self.record = replace(self.record, state=WorkerState.DRAINING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config import ModelConfig
-from cluster.model import resolve_model
+from core.config.schema import ModelConfig
+from core.model.resolve import resolve_model
 
 # What tests compute KV sizes from. head_dim is the least that vLLM's CPU attention takes.
 LAYERS = 2

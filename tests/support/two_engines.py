@@ -13,11 +13,11 @@ from typing import Any
 from uuid import uuid4
 
 from baton.v1 import inference_pb2 as pb
-from cluster.config import load_config
-from cluster.model import resolve_model
-from cluster.types import Pool
+from core.config.schema import load_config
+from core.model.resolve import resolve_model
+from core.types import Pool
 from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
-from engine.vllm_engine import VllmEngine
+from engine.vllm.engine import VllmEngine
 from tests.support.waiting import until
 
 GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -22,8 +22,8 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from cluster.config import ModelConfig
-from cluster.model import resolve_model
+from core.config.schema import ModelConfig
+from core.model.resolve import resolve_model
 from kv_transfer.connector import BatonConnector, RankResults, StepPlan
 from kv_transfer.receive import TransferResult
 

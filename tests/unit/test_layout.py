@@ -43,7 +43,7 @@ def test_no_python_lives_in_proto() -> None:
 
 def test_unit_tests_need_no_engine_and_no_cluster() -> None:
     script = (
-        "import sys, cluster.config, cluster.model, router, engine.protocol, baton; "
+        "import sys, core.config.schema, core.model.resolve, router, engine.protocol, baton; "
         "sys.exit(' '.join({'ray', 'torch', 'transformers', 'vllm'} & sys.modules.keys()) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

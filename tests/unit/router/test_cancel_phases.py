@@ -16,10 +16,10 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2
-from cluster.types import Pool
+from core.types import Pool
 from engine.fake import FakeLatency
-from router.admission import AdmissionLimits, ClassLimits
-from router.placement import worker_key
+from router.admission.policy import AdmissionLimits, ClassLimits
+from router.placement.policy import worker_key
 from tests.support.simulated_cluster import (
     CONTEXT_TOKENS,
     KV_BLOCKS,

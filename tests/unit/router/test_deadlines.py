@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2
-from cluster.types import Pool
+from core.types import Pool
 from engine.fake import FakeLatency
-from router.admission import AdmissionLimits, ClassLimits
+from router.admission.policy import AdmissionLimits, ClassLimits
 from tests.support.expired_call import Expired
 from tests.support.fake_workers import FakeDecode, FakePrefill
 from tests.support.router_harness import RouterHarness

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from router.service import SERVICE
+from router.server import SERVICE
 from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
 from tests.support.router_harness import RouterHarness, token_ids
 from tests.unit.router.test_service_failover import decode_hangs, dies_after, error_detail

@@ -12,14 +12,13 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
-from cluster.errors import (
+from core.errors import (
     CapacityError,
     InternalError,
     InvalidArgumentError,
     UnavailableError,
     WorkerLostError,
 )
-from engine.intake import WORKER_DRAINING
 from tests.support.fake_workers import (
     DecodeScript,
     FakeDecode,
@@ -31,6 +30,7 @@ from tests.support.fake_workers import (
     until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, token_ids
+from worker.intake import WORKER_DRAINING
 
 pytestmark = pytest.mark.asyncio
 

@@ -12,10 +12,10 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
-from cluster.config import Config
-from cluster.errors import ConfigError
-from cluster.registry import MemoryRegistry
-from router.service import RouterServer
+from core.config.schema import Config
+from core.errors import ConfigError
+from core.state.registry import MemoryRegistry
+from router.server import RouterServer
 from tests.support.fake_workers import FakeDecode, FakePrefill, until_cancelled
 from tests.support.router_harness import RouterHarness, make_codec, make_tokenizer
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
-from cluster.journal import MemoryJournal
+from core.state.journal import MemoryJournal
 from tests.support.fake_workers import (
     FakeDecode,
     FakePrefill,

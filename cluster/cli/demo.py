@@ -1,0 +1,164 @@
+"""``make demo``: a whole cluster on this machine, two requests at once, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TextIO
+
+import baton
+from baton import AsyncClient, ChatMessage, Completion, RequestFields
+from cluster.cli.demo_text import LONG_PROMPT
+from cluster.cli.progress import Progress
+from cluster.cli.render import StreamPrinter, phases_line
+from cluster.local.launch import Cluster
+from cluster.local.ports import check_port_is_free
+from cluster.local.reaper import find
+from cluster.local.run_dir import ClusterState, read_state
+from core.config.schema import Config, load_config
+from core.errors import BatonError, ConfigError, InternalError
+
+QUESTION: Final = "What is the capital of France?"
+ANSWER: Final = "Paris"
+# Its own name and port, so that it does not meet a cluster that is running already.
+OVERRIDES: Final = {"cluster.name": "demo", "router.port": 0}
+ANSWER_TIMEOUT_S: Final = 120.0  # both answers take about 5 s on two cores
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    about: str  # for the reader
+    prompt: str | None
+    fields: RequestFields
+
+
+ASKS: Final[Mapping[str, Ask]] = {
+    "paris": Ask(
+        about=f"{QUESTION} (chat)",
+        prompt=None,
+        fields={
+            "messages": [ChatMessage("user", QUESTION)],
+            "temperature": 0.0,
+            "max_tokens": 32,
+        },
+    ),
+    "alice": Ask(
+        about=f"go on after {len(LONG_PROMPT.split()):,} words of Alice in Wonderland",
+        prompt=LONG_PROMPT,
+        fields={"temperature": 0.0, "max_tokens": 64},
+    ),
+}
+
+
+class Conversation:
+    """Sends all ``asks`` at the same time and prints the answers as they arrive."""
+
+    def __init__(
+        self, client: AsyncClient, asks: Mapping[str, Ask], out: TextIO, progress: Progress
+    ) -> None:
+        self._client = client
+        self._asks = asks
+        self._progress = progress
+        self._printer = StreamPrinter(out, list(asks), clock=time.monotonic, colour=out.isatty())
+        self._silent = set(asks)  # no text yet
+        self._speaking: set[str] = set()
+
+    async def run(self) -> dict[str, Completion]:
+        """Raises baton.BatonError if a request fails; then the others are cancelled."""
+        self._show_waiting()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {label: group.create_task(self._answer(label)) for label in self._asks}
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+        return {label: task.result() for label, task in tasks.items()}
+
+    async def _answer(self, label: str) -> Completion:
+        ask = self._asks[label]
+        responses = []
+        async with self._client.generate(ask.prompt, **ask.fields) as stream:
+            async for response in stream:
+                responses.append(response)
+                if response.text:
+                    self._progress.done()
+                    self._silent.discard(label)
+                    self._speaking.add(label)
+                    self._printer.write(label, response.text)
+        self._silent.discard(label)
+        self._speaking.discard(label)
+        self._printer.finish(label)
+        self._show_waiting()
+        return Completion.join(responses)
+
+    def _show_waiting(self) -> None:
+        if self._silent and not self._speaking:
+            labels = [label for label in self._asks if label in self._silent]
+            self._progress.step(f"waiting for the first token of {' and '.join(labels)}")
+
+
+def demo(config: Config, out: TextIO) -> None:
+    """Raises ConfigError, core.errors.BatonError or baton.BatonError if anything fails."""
+    print("Baton: a router, a prefill worker and a decode worker on this machine", file=out)
+    with Progress(out) as progress:
+        with Cluster(config, progress.step) as cluster:
+            progress.done()
+            state = read_state(config.cluster.run_path, config.cluster.name)
+            assert state is not None, "a cluster that runs has a state"
+            print_answers(asyncio.run(_converse(cluster.address, out, progress)), out)
+        progress.done()
+    check_all_gone(state)
+    print("Everything is down: no process, port or folder is left.", file=out)
+
+
+async def _converse(address: str, out: TextIO, progress: Progress) -> dict[str, Completion]:
+    print(f"\nTwo requests at the same time, over gRPC to {address}:", file=out)
+    for label, ask in ASKS.items():
+        print(f"  {label}: {ask.about}", file=out)
+    print(file=out)
+    async with AsyncClient(address, timeout_s=ANSWER_TIMEOUT_S) as client:
+        return await Conversation(client, ASKS, out, progress).run()
+
+
+def check_all_gone(state: ClusterState) -> None:
+    """Raises InternalError if something of the cluster is still there."""
+    if pids := find(state.cluster_id):
+        raise InternalError(f"processes are left: {', '.join(map(str, sorted(pids)))}")
+    if folders := [folder for folder in state.folders if Path(folder).exists()]:
+        raise InternalError(f"folders are left: {', '.join(folders)}")
+    host, _, port = state.address.rpartition(":")
+    try:
+        check_port_is_free(host.strip("[]"), int(port))
+    except ConfigError as error:
+        raise InternalError(f"the port is still in use: {error}") from error
+
+
+def print_answers(answers: Mapping[str, Completion], out: TextIO) -> None:
+    """One line of phases each; and a remark if the short answer is not the right one."""
+    print(file=out)
+    width = max(map(len, answers))
+    for label, answer in answers.items():
+        print(f"{label:>{width}}: {phases_line(answer)}", file=out)
+    if ANSWER not in answers["paris"].text:
+        print(f"(the answer was expected to name {ANSWER})", file=out)
+    print(file=out)
+
+
+def main() -> int:
+    """Exit code: 0 if all of it worked."""
+    try:
+        demo(load_config(None, OVERRIDES), sys.stdout)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ConfigError, BatonError, baton.BatonError) as error:
+        print(f"The demo failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""``baton generate`` and ``baton chat``: the client package on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from baton import (
+    BatonError,
+    ChatMessage,
+    Client,
+    Completion,
+    InvalidArgumentError,
+    RequestFields,
+    Response,
+)
+from cluster.cli.render import phases_line, printable, response_json
+
+_NOT_TEXT = "standard input holds bytes that are not UTF-8 text"
+
+
+def generate(options: argparse.Namespace, address: str) -> int:
+    """Send one prompt and print the answer as it comes; the phases go to stderr."""
+    prompt = _prompt(options)
+    fields = _fields(options)
+    if options.chat:
+        fields["messages"] = [ChatMessage("user", prompt)]
+    with (
+        Client(address, timeout_s=options.timeout) as client,
+        client.generate(None if options.chat else prompt, **fields) as stream,
+    ):
+        last: Response | None = None
+        for last in stream:
+            if options.json:
+                print(response_json(last), flush=True)
+            else:
+                _show(last.text)
+    if last is not None and not options.json:
+        print(flush=True)
+        print(phases_line(last), file=sys.stderr)
+    return 0
+
+
+def chat(options: argparse.Namespace, address: str) -> int:
+    """Read messages and print answers until the input ends. Ctrl-C ends an answer only.
+
+    So does an error: the conversation goes on, unless the router cannot be reached.
+    """
+    messages = [ChatMessage("system", options.system)] if options.system else []
+    fields = _fields(options)
+    with Client(address, timeout_s=options.timeout) as client:
+        while True:
+            try:
+                text = input("> ")
+            except EOFError:
+                print()
+                return 0
+            except UnicodeDecodeError:
+                print(f"baton: {_NOT_TEXT}", file=sys.stderr)
+                continue
+            if not text.strip():
+                continue
+            messages.append(ChatMessage("user", text))
+            answer = _answer(client, messages, fields)
+            if answer is None:
+                messages.pop()  # it may be what was wrong, and must not fail the next one as well
+            else:
+                messages.append(ChatMessage("assistant", answer))
+
+
+def _answer(client: Client, messages: list[ChatMessage], fields: RequestFields) -> str | None:
+    """Print one answer and return it, as far as it came; None if an error came instead."""
+    responses: list[Response] = []
+    try:
+        with client.generate(**(fields | {"messages": list(messages)})) as stream:
+            for response in stream:
+                responses.append(response)
+                _show(response.text)
+    except KeyboardInterrupt:
+        print(" (interrupted)")
+        return "".join(response.text for response in responses)
+    except BatonError as error:
+        if error.reason == "CONNECTION_FAILED":
+            raise
+        if responses:
+            print()
+        print(f"baton: {error}", file=sys.stderr)
+        return "".join(response.text for response in responses) or None
+    print()
+    print(phases_line(Completion.join(responses)), file=sys.stderr)
+    return "".join(response.text for response in responses)
+
+
+def _show(text: str) -> None:
+    """A terminal gets what cannot steer it; a file or a pipe gets the text as it is."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    prompt: str = options.prompt
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise InvalidArgumentError(_NOT_TEXT) from None
+
+
+def _fields(options: argparse.Namespace) -> RequestFields:
+    given = {
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "seed": options.seed,
+        "stop": options.stop,
+    }
+    fields: RequestFields = {}
+    fields.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    return fields

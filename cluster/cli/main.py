@@ -1,0 +1,229 @@
+"""The command ``baton``. Commands that talk to a running cluster start in well under a second:
+Ray, vLLM and PyTorch are only imported by what needs them.
+
+Exit status: 0 done, 1 failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.local.run_dir import ClusterState, is_held, read_state
+from core.config.schema import Config, load_config
+from core.errors import BatonError, ConfigError
+from core.types import Pool
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    run: Command = options.run
+    import baton
+
+    try:
+        return run(options)
+    except (ConfigError, BatonError, baton.BatonError) as error:
+        print(f"baton: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _up(options: argparse.Namespace) -> int:
+    from cluster.cli.progress import Progress
+    from cluster.local.launch import Cluster, StartInterruptedError
+    from cluster.local.signals import Signals
+
+    config = _load(options)
+    with Signals() as signals, Progress(sys.stdout) as progress:
+        cluster = Cluster(config, progress.step, signals)
+        try:
+            cluster.start()
+            progress.done()
+            _say(f"ready: gRPC at {cluster.address}; Ctrl-C stops it")
+            cluster.watch(_say)
+        except StartInterruptedError:
+            pass
+        finally:
+            cluster.stop()
+            progress.done()
+    _say("stopped")
+    if signals.hurry:  # a thread may still be in a call of Ray's, and hold the exit up
+        os._exit(0)
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    from cluster.cli.down import take_down
+
+    config = _load(options)
+    take_down(config.cluster.run_path, config.cluster.name, _say)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.cli.status import as_json, as_table, read_workers
+
+    state = _running(_load(options))
+    workers = read_workers(state) if state.redis_url else ()
+    print((as_json if options.json else as_table)(state, workers))
+    return 0
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from cluster.cli.progress import Progress
+    from cluster.cli.scale import scale
+
+    with Progress(sys.stdout) as progress:
+        scale(_running(_load(options)), dict(options.targets), progress.step)
+    return 0
+
+
+def _drain(options: argparse.Namespace) -> int:
+    from cluster.cli.drain import drain
+    from cluster.cli.progress import Progress
+
+    with Progress(sys.stdout) as progress:
+        drain(_running(_load(options)), options.worker, progress.step)
+    _say(f"{options.worker} has left; another worker starts in its place")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from cluster.cli.generate import generate
+
+    return generate(options, _address(options))
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from cluster.cli.generate import chat
+
+    return chat(options, _address(options))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _load(options: argparse.Namespace) -> Config:
+    given = {
+        "cluster.name": options.name,
+        "prefill.replicas": getattr(options, "prefill", None),
+        "decode.replicas": getattr(options, "decode", None),
+        "model.path": getattr(options, "model", None),
+        "router.port": getattr(options, "port", None),
+    }
+    overrides: dict[str, Any] = {path: value for path, value in given.items() if value is not None}
+    return load_config(options.config, overrides)
+
+
+def _running(config: Config) -> ClusterState:
+    """Raises ConfigError if no cluster of this name runs."""
+    base, name = config.cluster.run_path, config.cluster.name
+    state = read_state(base, name)
+    if state is None or not is_held(base, name):
+        raise _not_running(config)
+    return state
+
+
+def _not_running(config: Config) -> ConfigError:
+    return ConfigError(
+        f"no cluster named {config.cluster.name!r} is running; start one with: baton up"
+    )
+
+
+def _address(options: argparse.Namespace) -> str:
+    if options.address is not None:
+        address: str = options.address
+        return address
+    config = _load(options)
+    try:
+        state = read_state(config.cluster.run_path, config.cluster.name)
+    except ConfigError:  # the cluster may be another user's, or on another machine
+        state = None
+    if state is not None:
+        return state.address
+    if config.router.port == 0:
+        raise _not_running(config)
+    return config.router_address
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton", description="An LLM serving cluster that splits prefill and decode."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    up = _command(commands, "up", _up, "start a cluster and stay in the foreground")
+    up.add_argument("--prefill", type=int, metavar="N", help="prefill workers")
+    up.add_argument("--decode", type=int, metavar="N", help="decode workers")
+    up.add_argument("--model", metavar="NAME_OR_PATH", help="what to serve")
+    up.add_argument("--port", type=int, help="gRPC port of the router; 0 takes a free one")
+
+    _command(commands, "down", _down, "stop a cluster")
+
+    status = _command(commands, "status", _status, "show a cluster's workers")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+
+    scale = _command(commands, "scale", _scale, "change the number of workers")
+    scale.add_argument(
+        "targets", nargs="+", type=_target, metavar="POOL=N", help="such as prefill=2"
+    )
+
+    drain = _command(commands, "drain", _drain, "have one worker leave, for another one")
+    drain.add_argument("worker", metavar="WORKER", help="its id, as baton status shows it")
+
+    generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")
+    generate.add_argument("prompt", help="the text; - reads it from standard input")
+    generate.add_argument("--chat", action="store_true", help="send it as a user's chat message")
+    generate.add_argument("--json", action="store_true", help="one JSON object a response")
+    _sampling(generate)
+
+    chat = _command(commands, "chat", _chat, "talk to the model; Ctrl-D ends")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    _sampling(chat)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Command, about: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--name", help="cluster's name (default: baton)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="default: the cluster's, or as configured"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of a request")
+
+
+def _target(text: str) -> tuple[Pool, int]:
+    pool, _, count = text.partition("=")
+    try:
+        return Pool(pool), int(count)
+    except ValueError:
+        known = " or ".join(f"{pool}=N" for pool in Pool)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {known}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""``baton scale``: asks the launcher for other numbers of workers, and waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from cluster.cli.status import wait_for_workers
+from cluster.local.run_dir import ClusterState
+from core.errors import ConfigError
+from core.state.orders import Orders
+from core.types import Pool, WorkerRecord, WorkerState
+
+
+def scale(
+    state: ClusterState, targets: Mapping[Pool, int], progress: Callable[[str], None]
+) -> None:
+    """Return when each pool in ``targets`` has that many ready workers.
+
+    Raises:
+        ConfigError: a number is out of its pool's bounds, or the cluster is not ready.
+        UnavailableError: not reached within ``cluster.start_timeout_s``.
+    """
+    if state.phase != "ready":
+        raise ConfigError(f"the cluster {state.name!r} is {state.phase}; wait until it is ready")
+    for pool, replicas in targets.items():
+        limit = state.max_replicas[pool]
+        if not 1 <= replicas <= limit:
+            raise ConfigError(
+                f"{pool}={replicas} is not within 1 and {limit} ({pool}.max_replicas)"
+            )
+    asyncio.run(_ask(state, targets))
+
+    def left(workers: Sequence[WorkerRecord]) -> str | None:
+        ready = {
+            pool: sum(w.pool is pool and w.state is WorkerState.READY for w in workers)
+            for pool in targets
+        }
+        if ready == dict(targets):
+            return None
+        return ", ".join(f"{pool} {ready[pool]} of {targets[pool]} ready" for pool in targets)
+
+    wait_for_workers(state, left, progress)
+
+
+async def _ask(state: ClusterState, targets: Mapping[Pool, int]) -> None:
+    orders = Orders(state.redis_url, cluster=state.name, socket_timeout_s=state.socket_timeout_s)
+    try:
+        for pool, replicas in targets.items():
+            await orders.ask_scale(pool, replicas)
+    finally:
+        await orders.close()

@@ -1,0 +1,115 @@
+"""What ``baton status`` shows: the workers whose leases hold."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from cluster.local.run_dir import ClusterState
+from core.errors import UnavailableError
+from core.state.registry import RedisRegistry
+from core.types import WorkerRecord
+
+_POLL_S = 0.2
+_COLUMNS = (
+    "id",
+    "pool",
+    "state",
+    "address",
+    "queue_depth",
+    "running",
+    "kv_blocks_free",
+    "kv_blocks_total",
+    "metrics",
+)
+
+
+def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
+    """Raises UnavailableError if the registry does not answer."""
+
+    async def read() -> tuple[WorkerRecord, ...]:
+        async with open_registry(state) as registry:
+            return await registry.list()
+
+    return asyncio.run(read())
+
+
+def wait_for_workers(
+    state: ClusterState,
+    left: Callable[[Sequence[WorkerRecord]], str | None],
+    progress: Callable[[str], None],
+) -> None:
+    """Look at the workers until ``left``, which says what is still to come, says None.
+
+    Raises:
+        UnavailableError: not within ``cluster.start_timeout_s``.
+    """
+    deadline_s = time.monotonic() + state.start_timeout_s
+    while (line := left(read_workers(state))) is not None:
+        progress(line)
+        if time.monotonic() > deadline_s:
+            raise UnavailableError(f"after {state.start_timeout_s:.0f} s: {line}")
+        time.sleep(_POLL_S)
+
+
+@asynccontextmanager
+async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
+    """The registry of a cluster that runs, for the block."""
+    registry = RedisRegistry(
+        state.redis_url,
+        cluster=state.name,
+        lease_s=state.lease_s,
+        socket_timeout_s=state.socket_timeout_s,
+    )
+    try:
+        yield registry
+    finally:
+        await registry.close()
+
+
+def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
+    """One object: the cluster's own fields, and ``workers``, a list of flat objects."""
+    return json.dumps(
+        {
+            "name": state.name,
+            "phase": state.phase,
+            "address": state.address,
+            "model": state.model,
+            "pid": state.pid,
+            "workers": [_row(worker) for worker in workers],
+        },
+        indent=2,
+    )
+
+
+def as_table(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
+    """A line about the cluster, then one for each worker."""
+    head = f"{state.name}: {state.phase}, {state.model or 'no model yet'}, gRPC at {state.address}"
+    if not workers:
+        return f"{head}\nno workers"
+    rows = [[str(_row(worker)[column]) for column in _COLUMNS] for worker in workers]
+    table = [list(_COLUMNS), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in table
+    ]
+    return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def _row(worker: WorkerRecord) -> dict[str, str | int]:
+    load = worker.load
+    return {
+        "id": worker.id,
+        "pool": worker.pool.value,
+        "state": worker.state.value,
+        "address": worker.address,
+        "queue_depth": load.queue_depth,
+        "running": load.running,
+        "queued_tokens": load.queued_tokens,
+        "kv_blocks_free": load.kv_blocks_free,
+        "kv_blocks_total": load.kv_blocks_total,
+        "metrics": worker.metrics,
+    }

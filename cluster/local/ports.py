@@ -1,0 +1,50 @@
+"""Asks the operating system about TCP ports before anything is started on them."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from core.errors import ConfigError
+
+
+def free_port(host: str, host_field: str = "cluster.host") -> int:
+    """A port that nobody listens on now; somebody else may take it before the caller does.
+
+    Args:
+        host_field: where the configuration says ``host``, for the error.
+
+    Raises:
+        ConfigError: ``host`` is not an address of this machine.
+    """
+    return _try_bind(host, 0, host_field, host_field)
+
+
+def check_port_is_free(host: str, port: int, host_field: str = "cluster.host") -> None:
+    """Raises ConfigError if ``router.port`` is taken, or ``host`` is not of this machine."""
+    _try_bind(host, port, host_field, "router.port")
+
+
+def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As servers do: a port in TIME_WAIT is free, one that somebody listens on is not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+            bound: int = probe.getsockname()[1]
+            return bound
+    except socket.gaierror as error:
+        raise ConfigError(f"{host_field}: {host!r} cannot be resolved: {error.strerror}") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"{field}: port {port} on {host} is in use by another program; "
+                "stop it, or choose another port"
+            ) from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"{host_field}: {host} is not an address of this machine") from None
+        raise ConfigError(f"{field}: cannot listen on {host}:{port}: {error.strerror}") from None

@@ -1,0 +1,217 @@
+"""The folder of a running cluster: who holds the name, and how to reach it.
+
+<run_dir>/<name>.lock         held by launcher and reaper while the name is in use
+<run_dir>/<name>/state.json   for the other commands; mode 0600, it holds a password
+<scratch>/                    Ray's and the engines' files and sockets, the same folder
+                              unless its path is too long for a socket
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cluster.local import reaper
+from core.errors import ConfigError
+
+_STATE = "state.json"
+_STATE_NEW = f"{_STATE}.new"  # while it is being written
+_SCRATCH = ("ray", "tmp", "valkey")
+_OURS = {_STATE, _STATE_NEW, *_SCRATCH}  # all that we ever make in a cluster's folder
+_LOCK_ATTEMPTS = 10
+
+# Linux ends a socket's path at 107 bytes, and Ray adds "/ray", its session and
+# "/sockets/plasma_store" to ours.
+_LONGEST_SCRATCH = 107 - len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """What other processes of this user may know about a cluster."""
+
+    name: str
+    cluster_id: str
+    pid: int  # of the launcher
+    pid_started: int  # clock ticks after boot: tells a new process with the same pid
+    phase: str  # "starting", "ready" or "stopping"
+    address: str  # gRPC of the router, "host:port"
+    model: str  # served name
+    redis_url: str
+    lease_s: float
+    socket_timeout_s: float
+    start_timeout_s: float
+    stop_grace_s: float
+    max_replicas: dict[str, int]  # by pool
+    folders: tuple[str, ...]
+
+    def launcher_lives(self) -> bool:
+        """Whether the process that wrote this still runs."""
+        return process_started(self.pid) == self.pid_started
+
+
+class RunDir:
+    """A cluster's folder, held exclusively until the process and its reaper end."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        """Take the name.
+
+        Raises:
+            ConfigError: a cluster of this name runs, the folder cannot be used, or holds what
+                is not a cluster's.
+        """
+        self.path = base / name
+        self.lock_file = base / f"{name}.lock"
+        try:
+            self.lock_fd = _lock(self.lock_file, base, name)
+            try:
+                _clear_leftovers(base, name)
+                self.path.mkdir(mode=0o700)
+            except BaseException:
+                reaper.remove_lock(self.lock_file, self.lock_fd)
+                os.close(self.lock_fd)
+                raise
+        except OSError as error:
+            raise ConfigError(f"cluster.local.run_dir: {base}: {error.strerror}") from None
+        self._released = False
+        self.scratch = self.path
+        if len(os.fsencode(self.path)) > _LONGEST_SCRATCH:
+            self.scratch = Path(tempfile.mkdtemp(prefix="baton-", dir="/tmp"))
+        for folder in _SCRATCH:
+            (self.scratch / folder).mkdir(mode=0o700)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders to remove when the cluster is gone."""
+        return (self.path,) if self.scratch == self.path else (self.path, self.scratch)
+
+    def write(self, state: ClusterState) -> None:
+        """Publish ``state`` at once or not at all."""
+        new = self.path / _STATE_NEW
+        with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(asdict(state), file)
+        new.replace(self.path / _STATE)
+
+    def set_phase(self, phase: str) -> None:
+        """Publish another phase of a state that was written before."""
+        state = read_state(self.path.parent, self.path.name)
+        if state is not None:
+            self.write(replace(state, phase=phase))
+
+    def release(self) -> None:
+        """Remove what is left and give the name back. Idempotent."""
+        if self._released:
+            return
+        self._released = True
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        reaper.remove_lock(self.lock_file, self.lock_fd)
+        os.close(self.lock_fd)
+
+    def leave_to_reaper(self) -> None:
+        """Touch nothing any more: a reaper that is not done holds the name until it is."""
+        if not self._released:
+            self._released = True
+            os.close(self.lock_fd)
+
+
+def read_state(base: Path, name: str) -> ClusterState | None:
+    """The state of the cluster ``name``; None if there is none.
+
+    Raises:
+        ConfigError: the file is damaged, or of another version of Baton.
+    """
+    file = base / name / _STATE
+    try:
+        fields = json.loads(file.read_text())
+        return ClusterState(**fields | {"folders": tuple(fields["folders"])})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"{file} is damaged, or of another version of Baton; if no cluster named {name!r} "
+            "runs, delete it"
+        ) from None
+
+
+def is_held(base: Path, name: str) -> bool:
+    """Whether a launcher or its reaper still holds the name."""
+    try:
+        descriptor = os.open(base / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def process_started(pid: int) -> int | None:
+    """Start of a living process in clock ticks after boot; None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat[stat.rindex(")") + 1 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _lock(lock_file: Path, base: Path, name: str) -> int:
+    """A descriptor that holds the lock; a reaper may remove file and folder while we open it."""
+    for _ in range(_LOCK_ATTEMPTS):
+        try:
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if base.stat().st_uid != os.getuid():
+                raise ConfigError(f"cluster.local.run_dir: {base} belongs to another user")
+            descriptor = os.open(lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError(_held_message(base, name)) from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock_file.stat()):
+                return descriptor
+        os.close(descriptor)
+    raise ConfigError(f"cluster.local.run_dir: {lock_file} cannot be locked")
+
+
+def _held_message(base: Path, name: str) -> str:
+    state = read_state(base, name)
+    if state is None or not state.launcher_lives() or state.phase == "stopping":
+        return f"the cluster {name!r} is just starting or stopping; try again in some seconds"
+    return (
+        f"the cluster {name!r} is running already (pid {state.pid}, {state.address}); "
+        f"stop it with: baton down --name {name}"
+    )
+
+
+def _clear_leftovers(base: Path, name: str) -> None:
+    """Launcher and reaper were both killed: do the reaper's work now.
+
+    Raises:
+        ConfigError: the folder is none of a cluster, but perhaps somebody's documents.
+    """
+    folder = base / name
+    state = read_state(base, name)
+    if state is not None:
+        reaper.reap(state.cluster_id, [Path(each) for each in state.folders])
+    elif os.path.lexists(folder):
+        if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) - _OURS:
+            raise ConfigError(
+                f"cluster.local.run_dir: {folder} exists and is not a cluster's; choose another "
+                "cluster.local.run_dir or cluster.name"
+            )
+        shutil.rmtree(folder)

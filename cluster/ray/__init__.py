@@ -1,0 +1,4 @@
+"""The only folder that may import Ray: the Serve application, its deployments, the head node.
+
+Nothing here may touch a request.
+"""

@@ -1,0 +1,93 @@
+"""The Ray Serve application: one deployment for the router, one for each pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.ray.decode import DecodeWorker
+from cluster.ray.prefill import PrefillWorker
+from cluster.ray.router import Router, RouterSettings
+from core.config.schema import Config, PoolConfig
+from core.model.resolve import ResolvedModel
+from core.types import Pool
+from worker.replica import WorkerSettings
+
+ROUTER = "Router"
+DEPLOYMENTS = {Pool.PREFILL: "PrefillWorker", Pool.DECODE: "DecodeWorker"}
+
+# Placement is by GPU and by label; the CPU cores of engines are bound, not counted by Ray.
+_NUM_CPUS = 0.01
+# Applications connect to the router at the head's address, so it must run nowhere else.
+_ON_HEAD = {"node:__internal_head__": 0.001}
+_HEALTH_TIMEOUT_S = 10.0  # an event loop that stands still for so long serves nobody
+_STOP_MARGIN_S = 5.0  # for the engine to end, after the requests' grace
+_DRAIN_POLL_S = 0.05
+_CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarely
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What only the processes of this cluster may know."""
+
+    redis_url: str = field(repr=False)
+    kv_token: str = field(repr=False)
+
+
+def build_app(config: Config, model: ResolvedModel, secrets: Secrets, *, cuda: bool) -> Application:
+    """The application; Serve's ingress is the router, although requests don't pass Serve.
+
+    Args:
+        cuda: the cluster has CUDA devices, so a worker takes as many as it has ranks unless
+            its pool says otherwise.
+    """
+    workers = [_worker(config, pool, model, secrets, cuda=cuda) for pool in Pool]
+    router = serve.deployment(
+        name=ROUTER,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": _NUM_CPUS, "resources": _ON_HEAD},
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=config.cluster.stop_grace_s + _STOP_MARGIN_S,
+        **_common(),
+    )(Router)
+    return router.bind(RouterSettings(config, secrets.redis_url), *workers)
+
+
+def _worker(
+    config: Config, pool: Pool, model: ResolvedModel, secrets: Secrets, *, cuda: bool
+) -> Application:
+    settings = WorkerSettings(config, pool, model, secrets.redis_url, secrets.kv_token)
+    options = config.pool(pool)
+    deployment = serve.deployment(
+        name=DEPLOYMENTS[pool],
+        num_replicas=options.replicas,
+        ray_actor_options=actor_options(options, cuda=cuda),
+        health_check_period_s=options.health_check_period_s,
+        graceful_shutdown_timeout_s=options.shutdown_grace_s + _STOP_MARGIN_S,
+        **_common(),
+    )
+    return deployment(PrefillWorker if pool is Pool.PREFILL else DecodeWorker).bind(settings)
+
+
+def actor_options(pool: PoolConfig, *, cuda: bool) -> dict[str, Any]:
+    """What Ray reserves for one worker, and where it may be."""
+    gpus = pool.num_gpus_per_replica
+    if gpus is None:
+        gpus = pool.tensor_parallel_size if cuda else 0
+    options: dict[str, Any] = {"num_cpus": _NUM_CPUS, "num_gpus": gpus}
+    if pool.label_selector:
+        options["label_selector"] = pool.label_selector
+    return options
+
+
+def _common() -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": _CONTROL_CALLS,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
+        # The launcher tells the first failure; a replacement later is tried again for ever.
+        "max_constructor_retry_count": 1,
+    }

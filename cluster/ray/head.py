@@ -1,0 +1,199 @@
+"""Ray on this machine, and Ray Serve in it: started, asked and ended by the launcher.
+
+Ray reads its settings from the environment when it is first imported, so this module must
+only be imported once the environment is set (see ``cluster.local.environment``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray._private import utils as ray_utils
+from ray._private import worker as ray_worker
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+from ray.exceptions import RayError
+from ray.serve import Application
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
+
+from cluster.ray.app import DEPLOYMENTS, ROUTER
+from core.config.schema import Config
+from core.errors import InternalError, UnavailableError
+from core.types import Pool
+
+APP = "baton"
+
+_OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; nothing of ours goes through it
+_DELETE_POLL_S = 0.05
+_CALL_TIMEOUT_S = 10.0
+
+
+class _QuietNode(Node):
+    """A head node without the dashboard, whose process Ray starts even where it is switched
+    off (75 MB). The log monitor and Ray's autoscaler are left out by parameters (95 MB)."""
+
+    def start_api_server(self, **_: Any) -> None:
+        self._webui_url = ""
+
+
+class RayRuntime:
+    """One Ray head node with Serve; at most one in a process."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._node: Node | None = None
+
+    def start(self) -> None:
+        """Start Ray and Serve, without Serve's HTTP proxy. Takes some seconds.
+
+        Must be called from the main thread: the kernel ends Ray's processes with the thread
+        that started them. Signals stay with the handlers that they have.
+
+        Raises:
+            InternalError: Ray does not start.
+        """
+        try:
+            self._start()
+        except Exception as error:  # its own are plain Exceptions, too
+            raise InternalError(f"Ray does not start: {error}") from error
+
+    def has_cuda(self) -> bool:
+        """Whether Ray found GPUs."""
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+
+    def deploy(self, app: Application) -> None:
+        """Hand the application to Serve, which starts it on its own time."""
+        target = serve.RunTarget(app, name=APP, route_prefix=None, external_scaler_enabled=True)
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    def failure(self) -> str | None:
+        """Why Serve gave the application up; None while it hasn't."""
+        status = serve.status().applications.get(APP)
+        if status is None or status.status is not ApplicationStatus.DEPLOY_FAILED:
+            return None
+        messages = [d.message for d in status.deployments.values() if d.message]
+        lines = [line for line in "\n".join(messages or [status.message]).splitlines() if line]
+        return lines[-1].strip() if lines else "Ray Serve gives no reason"
+
+    def scale(self, pool: Pool, replicas: int) -> None:
+        """Change a pool's number of replicas; those that stay are not touched.
+
+        Raises:
+            UnavailableError: Serve's controller is gone, or hangs.
+        """
+        deployment = DeploymentID(name=DEPLOYMENTS[pool], app_name=APP)
+        try:
+            controller = _get_global_client()._controller
+            ray.get(
+                controller.update_deployment_replicas.remote(deployment, replicas),
+                timeout=_CALL_TIMEOUT_S,
+            )
+        except (RayError, RayServeException) as error:
+            raise UnavailableError("Ray Serve does not answer") from error
+
+    def is_alive(self) -> bool:
+        """Whether Ray's own processes still run."""
+        return self._node is not None and not self._node.dead_processes()
+
+    def has_replicas(self) -> bool:
+        """Whether requests may run: of Ray's processes, replicas need only the raylet for that."""
+        if self._node is None:
+            return False
+        return PROCESS_TYPE_RAYLET not in {kind for kind, _ in self._node.dead_processes()}
+
+    def drain_router(self, grace_s: float) -> None:
+        """Let the router finish what it has accepted, for at most ``grace_s``."""
+        handle = serve.get_deployment_handle(ROUTER, APP)
+        handle.drain.remote(grace_s).result(timeout_s=grace_s + 1)
+
+    def delete(self, timeout_s: float) -> bool:
+        """Stop all replicas, draining them. False if some are left after ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        serve.delete(APP, _blocking=False)
+        while APP in serve.status().applications:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_DELETE_POLL_S)
+        return True
+
+    def stop(self, *, disconnect: bool = True) -> None:
+        """End Ray at once. Idempotent.
+
+        Args:
+            disconnect: leave Ray's client in this process in good order. Not while another
+                thread is in a call of it: Ray then aborts the process.
+        """
+        if self._node is None:
+            return
+        node, self._node = self._node, None
+        if disconnect:
+            ray.shutdown()
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+    def worker_logs(self) -> list[Path]:
+        """What the workers and their engines wrote, latest last."""
+        logs = [*self._folder.glob("session_latest/logs/worker-*.err")]
+        logs += self._folder.glob("session_latest/logs/worker-*.out")
+        return sorted(logs, key=os.path.getmtime)
+
+    def _start(self) -> None:
+        host = self._config.cluster.host
+        parameters = RayParams(
+            node_ip_address=host,
+            temp_dir=str(self._folder),
+            num_cpus=self._config.cluster.num_cpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            include_log_monitor=False,
+            no_monitor=True,
+            gcs_server_port=0,
+            dashboard_agent_listen_port=0,
+        )
+        self._node = _QuietNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+        with _sigterm_left_alone():
+            ray.init(
+                address=self._node.gcs_address,
+                _node_ip_address=host,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        # Pages about a worker that died, which Ray prints here even without log_to_driver.
+        ray_worker._worker_logs_enabled = False
+        serve.start(proxy_location="Disabled")
+
+
+@contextmanager
+def _sigterm_left_alone() -> Iterator[None]:
+    """Keep Ray from making SIGTERM end this process on the spot: the launcher handles it.
+
+    Only putting the handler back would leave the seconds of ``ray.init`` to Ray's. It is put
+    back, too, because Ray's C++ part slips one beneath it, which prints where it was.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    original = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = original
+        if handler is not None:  # it was set by Python code
+            signal.signal(signal.SIGTERM, handler)

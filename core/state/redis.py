@@ -1,0 +1,77 @@
+"""The only module of the state layer that speaks to Redis (or Valkey).
+
+Everything above it sends commands as plain tuples, so that no other file imports a driver.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from core.errors import ConfigError, UnavailableError
+
+Command = tuple[str | bytes | int, ...]
+
+# Renewals, reads and scale orders of one process; more would only hide a server that hangs.
+_MAX_CONNECTIONS = 4
+
+
+class RedisClient:
+    """A connection to one server. Belongs to the event loop that first uses it.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``; may carry a password.
+        socket_timeout_s: bound of connecting and of each answer. A lost connection is
+            tried again once, so a call takes at most about four times as long.
+
+    Raises:
+        ConfigError: ``url`` is malformed.
+    """
+
+    def __init__(self, url: str, *, socket_timeout_s: float) -> None:
+        try:
+            self._redis: Redis = Redis.from_url(
+                url,
+                socket_timeout=socket_timeout_s,
+                socket_connect_timeout=socket_timeout_s,
+                retry=Retry(NoBackoff(), retries=1),
+                retry_on_error=[RedisConnectionError, RedisTimeoutError],
+                max_connections=_MAX_CONNECTIONS,
+                protocol=2,  # understood by every server since Redis 2
+            )
+        except ValueError:  # its text quotes what may be a part of the password
+            raise ConfigError(
+                "redis.url: no such address is possible; write special characters of a user's "
+                "name or password as %XX"
+            ) from None
+
+    async def execute(self, *commands: Command) -> list[Any]:
+        """Run the commands as one transaction and return their answers, bytes undecoded.
+
+        Commands must be safe to repeat: a transaction whose answer got lost runs twice.
+
+        Raises:
+            UnavailableError: the server does not answer, or refuses.
+        """
+        try:
+            async with self._redis.pipeline(transaction=len(commands) > 1) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                answers: list[Any] = await pipeline.execute()
+                return answers
+        except (RedisError, OSError) as error:
+            raise UnavailableError(
+                f"the registry does not answer: {error}",
+                reason="REGISTRY_UNAVAILABLE",
+                retry_after_s=1.0,
+            ) from error
+
+    async def close(self) -> None:
+        """Disconnect. Idempotent."""
+        await self._redis.aclose()

@@ -1,0 +1,164 @@
+"""The registry: which workers live, where, and how loaded they are.
+
+A worker's record is a lease. It is renewed while the worker lives and vanishes by itself
+after ``lease_s`` when it doesn't, so nobody has to notice a death to route around it.
+
+    baton:{cluster}:worker:{id}   JSON of the record, expires after lease_s
+    baton:{cluster}:workers       set of ids, so that listing needs no scan of all keys
+    baton:{cluster}:drain:{id}    there if the worker is to leave; read once, by the worker
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from core.errors import UnavailableError
+from core.state.redis import RedisClient
+from core.types import WorkerRecord
+
+# The index outlives a short absence of all workers, and does not outlive the cluster.
+_INDEX_LEASES = 100
+
+
+class Registry(Protocol):
+    """All methods but ``close`` raise UnavailableError when the store does not answer."""
+
+    async def put(self, record: WorkerRecord) -> bool:
+        """Take or renew the lease of ``record.id``. True if it is asked to drain, once."""
+
+    async def ask_to_drain(self, worker_id: str) -> None:
+        """Ask a worker to leave. An unknown id is not an error."""
+
+    async def remove(self, worker_id: str) -> None:
+        """End a lease. An unknown id is not an error."""
+
+    async def list(self) -> tuple[WorkerRecord, ...]:
+        """The workers whose leases hold, ordered by id."""
+
+    async def close(self) -> None:
+        """Disconnect; leases stay until they expire. Idempotent."""
+
+
+class RedisRegistry:
+    """The registry of one cluster in Redis or Valkey.
+
+    Args:
+        cluster: name of the cluster; part of every key.
+        lease_s: lifetime of a record that is not renewed.
+        socket_timeout_s: bound of one wait for the store, see ``RedisClient``.
+    """
+
+    def __init__(self, url: str, *, cluster: str, lease_s: float, socket_timeout_s: float) -> None:
+        self._client = RedisClient(url, socket_timeout_s=socket_timeout_s)
+        self._prefix = f"baton:{cluster}:worker:"
+        self._index = f"baton:{cluster}:workers"
+        self._drain = f"baton:{cluster}:drain:"
+        self._lease_ms = round(lease_s * 1000)
+
+    async def put(self, record: WorkerRecord) -> bool:
+        """See ``Registry``."""
+        *_, asked = await self._client.execute(
+            ("SET", self._prefix + record.id, msgspec.json.encode(record), "PX", self._lease_ms),
+            ("SADD", self._index, record.id),
+            ("PEXPIRE", self._index, self._lease_ms * _INDEX_LEASES),
+            ("GETDEL", self._drain + record.id),
+        )
+        return asked is not None
+
+    async def ask_to_drain(self, worker_id: str) -> None:
+        """See ``Registry``."""
+        await self._client.execute(
+            ("SET", self._drain + worker_id, 1, "PX", self._lease_ms * _INDEX_LEASES)
+        )
+
+    async def remove(self, worker_id: str) -> None:
+        """See ``Registry``."""
+        await self._client.execute(
+            ("DEL", self._prefix + worker_id), ("SREM", self._index, worker_id)
+        )
+
+    async def list(self) -> tuple[WorkerRecord, ...]:
+        """See ``Registry``."""
+        ids: list[bytes] = sorted((await self._client.execute(("SMEMBERS", self._index)))[0])
+        if not ids:
+            return ()
+        keys = [self._prefix.encode() + worker_id for worker_id in ids]
+        values: list[bytes | None] = (await self._client.execute(("MGET", *keys)))[0]
+        # A worker that takes its lease again between these commands is missing from the
+        # index until its next renewal, which adds it again.
+        gone = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
+        if gone:
+            await self._client.execute(("SREM", self._index, *gone))
+        return tuple(decode_record(value) for value in values if value is not None)
+
+    async def close(self) -> None:
+        """See ``Registry``."""
+        await self._client.close()
+
+
+class MemoryRegistry:
+    """A registry inside one process, for tests.
+
+    Args:
+        clock: seconds on any monotonic scale.
+    """
+
+    def __init__(self, *, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease_s = lease_s
+        self._clock = clock
+        self._leases: dict[str, tuple[float, WorkerRecord]] = {}  # id -> end of lease, record
+        self._to_drain: set[str] = set()
+        self.available = True  # False: every call fails, as when the store went away
+
+    async def put(self, record: WorkerRecord) -> bool:
+        """See ``Registry``."""
+        self._check()
+        self._leases[record.id] = (self._clock() + self._lease_s, record)
+        asked = record.id in self._to_drain
+        self._to_drain.discard(record.id)
+        return asked
+
+    async def ask_to_drain(self, worker_id: str) -> None:
+        """See ``Registry``."""
+        self._check()
+        self._to_drain.add(worker_id)
+
+    async def remove(self, worker_id: str) -> None:
+        """See ``Registry``."""
+        self._check()
+        self._leases.pop(worker_id, None)
+
+    async def list(self) -> tuple[WorkerRecord, ...]:
+        """See ``Registry``."""
+        self._check()
+        now_s = self._clock()
+        self._leases = {key: lease for key, lease in self._leases.items() if lease[0] > now_s}
+        return tuple(self._leases[worker_id][1] for worker_id in sorted(self._leases))
+
+    async def close(self) -> None:
+        """See ``Registry``."""
+
+    def _check(self) -> None:
+        if not self.available:
+            raise UnavailableError(
+                "the registry does not answer", reason="REGISTRY_UNAVAILABLE", retry_after_s=1.0
+            )
+
+
+def decode_record(value: bytes) -> WorkerRecord:
+    """Fields of a newer version are ignored.
+
+    Raises:
+        UnavailableError: ``value`` is no record: something else writes under our keys.
+    """
+    try:
+        return msgspec.json.decode(value, type=WorkerRecord)
+    except msgspec.MsgspecError as error:
+        raise UnavailableError(
+            f"the registry holds a record that cannot be read: {error}",
+            reason="REGISTRY_CORRUPT",
+        ) from None

@@ -1,0 +1,4 @@
+"""Runs a request on its workers: attempts, retries, the order of tokens.
+
+Nothing here may know text or the client's protocol.
+"""

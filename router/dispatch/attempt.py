@@ -1,0 +1,314 @@
+"""One attempt at a request: a Decode stream and a Prefill call, started together.
+
+Two readers put what the workers say into one bounded queue; ``run`` takes it out, orders it
+by position and hands it on. When ``run`` ends, for whatever reason, both calls are ended and
+KV that nobody fetched is released.
+
+    prefill reader --+
+                     +--> events (bounded) --> run --> Assembler --> emit
+    decode reader  --+
+
+While the prefill worker's token is awaited, what the decode worker says is held. The decode
+reader bounds that: it reads no more than fits the queue, and the decode worker waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from baton.v1 import inference_pb2, worker_pb2
+from core.errors import (
+    BatonError,
+    InternalError,
+    UnavailableError,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
+from core.rpc.status import from_rpc_error
+from core.types import WorkerRecord
+from router.dispatch.assemble import (
+    UNFINISHED,
+    Assembler,
+    FirstTokenDiffersError,
+    ProtocolViolationError,
+    TokenBatch,
+)
+from router.placement.policy import RETRY_AFTER_S, Placement
+from router.workers.client import DecodeCall, PrefillCall, WorkerClient
+
+logger = logging.getLogger(__name__)
+
+STOP = inference_pb2.FINISH_REASON_STOP
+LENGTH = inference_pb2.FINISH_REASON_LENGTH
+
+# Hands tokens to the application; False: it wants no more.
+Emit = Callable[[TokenBatch], Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptPlan:
+    """What one attempt asks of which workers."""
+
+    key: worker_pb2.TransferKey
+    token_ids: tuple[int, ...]  # prompt and the tokens so far
+    tokens_so_far: int
+    sampling: inference_pb2.SamplingParams  # max_tokens: what is still to come
+    placement: Placement
+    forwards: bool  # the prefill worker's token goes to the application
+    timeout_s: float
+    buffer_responses: int
+    lost_after_s: float
+
+
+class AttemptFailedError(Exception):
+    """The attempt is over, and another may do better.
+
+    Args:
+        error: what the caller sees if there is no other.
+        failed: the worker to avoid; None if the workers are well.
+    """
+
+    def __init__(self, error: BatonError, failed: WorkerRecord | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.failed = failed
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    worker: WorkerRecord
+    error: BatonError
+
+
+_Event = worker_pb2.PrefillResponse | worker_pb2.DecodeResponse | _Failed
+
+
+class Attempt:
+    """Runs one plan once.
+
+    Args:
+        clock: monotonic time, seconds.
+        on_prefilled: called when the prefill call has ended; True: with its answer.
+    """
+
+    def __init__(
+        self, plan: AttemptPlan, clock: Callable[[], float], on_prefilled: Callable[[bool], None]
+    ) -> None:
+        self._plan = plan
+        self._clock = clock
+        self._on_prefilled = on_prefilled
+        self._prefill = plan.placement.prefill
+        self._decode = plan.placement.decode
+        self._assembler = Assembler(forwards=plan.forwards, limit_tokens=plan.sampling.max_tokens)
+        self._events: asyncio.Queue[_Event] = asyncio.Queue(plan.buffer_responses)
+        self._heard_s = {record.id: clock() for record in (self._prefill, self._decode) if record}
+        self._first_token_known = asyncio.Event()
+        if not plan.forwards:
+            self._first_token_known.set()  # it comes with the decode stream
+        self._decode_held_back = False  # it may have said more than was read
+        self._sent = False  # anything to any worker
+        self._failed_ids: set[str] = set()
+        self._prefill_answer: worker_pb2.PrefillResponse | None = None
+        self.kv: inference_pb2.KvReport | None = None  # the decode worker's, once it came
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the worker which prefilled found in its prefix cache."""
+        if self._prefill_answer is not None:
+            return self._prefill_answer.cached_tokens
+        if self._prefill is None and self.kv is not None:
+            return self.kv.cached_tokens
+        return 0
+
+    @property
+    def holds_kv(self) -> bool:
+        """The prefill worker may hold KV that the decode worker will not fetch."""
+        if self._decode is None or self._prefill is None or not self._sent:
+            return False
+        if self._prefill.id in self._failed_ids:
+            return False
+        # Also when the call was cancelled: its answer may have crossed our cancel.
+        return self.kv is None or self.kv.outcome != inference_pb2.KV_OUTCOME_TRANSFERRED
+
+    def worker_lost(self, worker: WorkerRecord) -> None:
+        """The worker's lease is gone. If it is silent as well, it fails the attempt."""
+        if worker is self._prefill and self._prefill_answer is not None:
+            return  # it has done its part; a transfer that is cut is the decode worker's to see
+        if worker is self._decode and self._decode_held_back:
+            return  # it is we who don't listen
+        silent_s = self._clock() - self._heard_s[worker.id]
+        silent = silent_s >= self._plan.lost_after_s and self._events.empty()
+        if silent and worker.id not in self._failed_ids:
+            message = f"worker {worker.id} lost its lease and has been silent for {silent_s:.1f} s"
+            self._events.put_nowait(_Failed(worker, WorkerLostError(message)))
+
+    async def run(
+        self, prefill: WorkerClient | None, decode: WorkerClient | None, emit: Emit
+    ) -> None:
+        """Returns when the request has ended.
+
+        Raises:
+            AttemptFailedError: it has not, and another attempt may help.
+            BatonError: it has not, and none will.
+        """
+        # Before the first call: an attempt that was sent to neither cannot have killed either.
+        for client, worker in ((prefill, self._prefill), (decode, self._decode)):
+            if client is not None and worker is not None and not await client.connected():
+                error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
+                raise AttemptFailedError(error, worker)
+        self._sent = True
+        calls: list[PrefillCall | DecodeCall] = []
+        readers: list[asyncio.Task[None]] = []
+        if prefill is not None and self._prefill is not None:
+            call = prefill.prefill(self._prefill_request(), self._plan.timeout_s)
+            calls.append(call)
+            readers.append(asyncio.create_task(self._read_prefill(call, self._prefill)))
+        if decode is not None and self._decode is not None:
+            stream = decode.decode(self._decode_request(), self._plan.timeout_s)
+            calls.append(stream)
+            readers.append(asyncio.create_task(self._read_decode(stream, self._decode)))
+        try:
+            while not await self._step(await self._events.get(), emit):
+                pass
+        finally:
+            # Here, for a reader that is cancelled before its first step does nothing at all.
+            for each in (*calls, *readers):
+                each.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _step(self, event: _Event, emit: Emit) -> bool:
+        """Handle one event; True when the request has ended."""
+        batches = self._batches(event)
+        if self._assembler.started:
+            self._first_token_known.set()
+        for batch in batches:
+            if not await emit(batch) or batch.finish_reason != UNFINISHED:
+                return True
+        return False
+
+    def _batches(self, event: _Event) -> tuple[TokenBatch, ...]:
+        if isinstance(event, _Failed):
+            return self._on_failure(event)
+        if isinstance(event, worker_pb2.PrefillResponse):
+            return self._on_prefill(event)
+        return self._on_decode(event)
+
+    def _on_prefill(self, answer: worker_pb2.PrefillResponse) -> tuple[TokenBatch, ...]:
+        self._prefill_answer = answer
+        logprobs = (answer.logprobs,) if answer.HasField("logprobs") else ()
+        finish = STOP if answer.finish_reason == STOP else UNFINISHED
+        if self._decode is None:
+            return (TokenBatch((answer.token_id,), logprobs, finish or LENGTH),)
+        if not self._plan.forwards:
+            return ()
+        return self._assembler.prefill(TokenBatch((answer.token_id,), logprobs, finish))
+
+    def _on_decode(self, response: worker_pb2.DecodeResponse) -> tuple[TokenBatch, ...]:
+        if response.HasField("kv"):
+            self.kv = response.kv
+        batch = TokenBatch(
+            tuple(response.token_ids), tuple(response.logprobs), response.finish_reason
+        )
+        try:
+            return self._assembler.decode(response.first_index, batch)
+        except FirstTokenDiffersError as err:
+            # The prompt's KV is on the decode worker: nobody has failed.
+            error: BatonError = UnavailableError(
+                f"worker {self._decode_id} continued another answer: {err}",
+                reason="FIRST_TOKEN_DIFFERS",
+                retry_after_s=RETRY_AFTER_S,
+            )
+            raise AttemptFailedError(error, None) from err
+        except ProtocolViolationError as err:
+            error = InternalError(f"worker {self._decode_id} broke the protocol: {err}")
+            raise AttemptFailedError(error, self._decode) from err
+
+    def _on_failure(self, event: _Failed) -> tuple[TokenBatch, ...]:
+        self._failed_ids.add(event.worker.id)
+        if event.worker is self._prefill and self._decode is not None and self._assembler.started:
+            # The decode worker has what it needs, or recomputes it by itself.
+            logger.warning("%s: prefill failed late: %s", self._name, event.error.message)
+            return ()
+        raise AttemptFailedError(event.error, event.worker)
+
+    async def _read_prefill(self, call: PrefillCall, worker: WorkerRecord) -> None:
+        done = False
+        try:
+            event: _Event = await call
+            done = True
+        except grpc.aio.AioRpcError as err:
+            event = _Failed(worker, from_rpc_error(err, worker.id))
+        except Exception as err:  # noqa: BLE001 - without an event, the request would hang
+            event = _Failed(worker, self._defect(worker, err))
+        finally:
+            self._on_prefilled(done)
+        await self._events.put(event)
+
+    async def _read_decode(self, call: DecodeCall, worker: WorkerRecord) -> None:
+        try:
+            responses = 0
+            async for response in call:
+                responses += 1
+                if responses > self._plan.buffer_responses:
+                    await self._until_first_token_known()
+                self._heard_s[worker.id] = self._clock()
+                await self._events.put(response)
+                if response.finish_reason != UNFINISHED:
+                    return
+            error: BatonError = WorkerLostError(f"worker {worker.id} ended its stream too early")
+        except grpc.aio.AioRpcError as err:
+            error = from_rpc_error(err, worker.id)
+        except Exception as err:  # noqa: BLE001 - without an event, the request would hang
+            error = self._defect(worker, err)
+        await self._events.put(_Failed(worker, error))
+
+    async def _until_first_token_known(self) -> None:
+        self._decode_held_back = True
+        try:
+            await self._first_token_known.wait()
+        finally:
+            self._decode_held_back = False
+
+    def _defect(self, worker: WorkerRecord, err: Exception) -> InternalError:
+        logger.error("%s: reading from %s failed", self._name, worker.id, exc_info=err)
+        return InternalError(f"the answer of worker {worker.id} could not be read")
+
+    def _prefill_request(self) -> worker_pb2.PrefillRequest:
+        return worker_pb2.PrefillRequest(
+            key=self._plan.key,
+            token_ids=self._plan.token_ids,
+            sampling=self._plan.sampling,
+            transfer=self._decode is not None,
+            first_token=self._plan.forwards,
+            tokens_so_far=self._plan.tokens_so_far,
+        )
+
+    def _decode_request(self) -> worker_pb2.DecodeRequest:
+        source = None
+        if self._prefill is not None:
+            source = worker_pb2.KvSource(
+                worker_id=self._prefill.id,
+                incarnation=self._prefill.incarnation,
+                control_addresses=self._prefill.kv_addresses,
+                first_token=self._plan.forwards,
+            )
+        return worker_pb2.DecodeRequest(
+            key=self._plan.key,
+            token_ids=self._plan.token_ids,
+            sampling=self._plan.sampling,
+            kv_source=source,
+            tokens_so_far=self._plan.tokens_so_far,
+        )
+
+    @property
+    def _decode_id(self) -> str:
+        return self._decode.id if self._decode is not None else ""
+
+    @property
+    def _name(self) -> str:
+        return f"{self._plan.key.request_id} attempt {self._plan.key.attempt}"

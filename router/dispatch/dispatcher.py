@@ -1,0 +1,339 @@
+"""A request's way through the workers: attempts, failover, and what is left behind.
+
+Every attempt sends prompt + tokens so far, and where the one ends and the others begin, so a
+retry, a failover and a first try are the same act. docs/failure.md says what is exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from baton.v1 import inference_pb2, worker_pb2
+from core.errors import (
+    BatonError,
+    CapacityError,
+    DeadlineError,
+    InternalError,
+    UnavailableError,
+)
+from core.types import WorkerRecord
+from router.admission.expectation import Expectation
+from router.api.validate import TokenRequest
+from router.dispatch.assemble import TokenBatch
+from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
+from router.dispatch.first_token import first_token_rule
+from router.dispatch.retry import Retries, RetryLimits
+from router.phases import PhaseClock
+from router.placement.ledger import HeldPlacement, PlacementBook
+from router.placement.policy import (
+    RETRY_AFTER_S,
+    LocalPrefill,
+    Placement,
+    PlacementFacts,
+    WorkerKey,
+    worker_key,
+)
+from router.workers.client import WorkerClient
+from router.workers.membership import Workers
+
+logger = logging.getLogger(__name__)
+
+RETRYABLE = (UnavailableError, CapacityError, InternalError)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSettings:
+    model: str
+    local_prefill: LocalPrefill
+    retries: RetryLimits
+    buffer_responses: int
+    release_timeout_s: float
+    max_releases: int  # under way at a time; the prefill worker's own timeout covers the rest
+
+
+@dataclass(slots=True)
+class DispatchCounters:
+    """Since the start; for metrics and tests."""
+
+    failovers: int = 0
+    local_prefills: int = 0
+    first_tokens_forwarded: int = 0
+    first_tokens_differed: int = 0
+    kv_recomputed: int = 0
+    releases_dropped: int = 0
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one request has come, over all its attempts."""
+
+    request: TokenRequest
+    transfer_id: str  # for the workers: never used before, unlike a client's request id
+    deadline_s: float
+    phases: PhaseClock
+    token_ids: list[int] = field(default_factory=list)
+    attempts: int = 0
+    prefill_id: str = ""
+    decode_id: str = ""
+    attempt: Attempt | None = None  # the latest
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.request.sampling.max_tokens - len(self.token_ids)
+
+    def sampling(self) -> inference_pb2.SamplingParams:
+        """For the next attempt: what is still to come."""
+        sampling = inference_pb2.SamplingParams()
+        sampling.CopyFrom(self.request.sampling)
+        sampling.max_tokens = self.remaining_tokens
+        sampling.min_tokens = max(0, sampling.min_tokens - len(self.token_ids))
+        return sampling
+
+
+class Dispatcher:
+    """Runs requests on the workers; shared by all of them.
+
+    Args:
+        clock: monotonic time, seconds; ``Progress.deadline_s`` is on it.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        book: PlacementBook,
+        settings: DispatchSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._workers = workers
+        self._book = book
+        self._settings = settings
+        self._clock = clock
+        self._releases: set[asyncio.Task[None]] = set()
+        self._expectation = Expectation()
+        self.counters = DispatchCounters()
+
+    def place(self, request: TokenRequest) -> HeldPlacement | None:
+        """Workers with room for a new request; None: there are none now.
+
+        Raises:
+            UnavailableError: a pool that is needed has no worker at all.
+        """
+        facts = self._facts_of(len(request.prompt), request.sampling.max_tokens)
+        return self._book.place(self._workers.snapshot, replace(facts, may_wait=True))
+
+    def service_s(self, request: TokenRequest) -> float:
+        """How long a request will likely run; 0 if nobody knows."""
+        return self._expectation.service_s(request.sampling.max_tokens)
+
+    async def run(
+        self, progress: Progress, emit: Emit, placed: HeldPlacement | None = None
+    ) -> None:
+        """Dispatch until the request has ended; its tokens go to ``emit`` in order.
+
+        Cancelling this cancels the work on both workers.
+
+        Args:
+            placed: where to begin; closed by the caller, too. None: wherever is least load.
+
+        Raises:
+            BatonError: it ended without a finish reason.
+        """
+        done = False
+        try:
+            await self._run(progress, emit, placed)
+            done = True
+        finally:
+            self._expectation.note(progress.phases, len(progress.token_ids) if done else None)
+
+    async def _run(self, progress: Progress, emit: Emit, placed: HeldPlacement | None) -> None:
+        retries = Retries(self._settings.retries)
+        facts: PlacementFacts | None = None
+        while progress.remaining_tokens > 0:
+            placed = placed or await self._place(facts or self._facts(progress), retries)
+            progress.attempts += 1
+            try:
+                with contextlib.closing(placed):
+                    await self._attempt(progress, placed, emit)
+                return
+            except AttemptFailedError as err:
+                if progress.remaining_tokens > 0:
+                    facts = self._note_failure(progress, placed.placement, err, retries)
+            placed = None
+        # All tokens are there, and their end was lost with the worker.
+        await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
+
+    async def _place(self, facts: PlacementFacts, retries: Retries) -> HeldPlacement:
+        """Choose workers. A request that has lost some waits for others; a new one does not."""
+        while True:
+            facts = replace(facts, excluded=retries.excluded(self._clock()))
+            try:
+                placed = self._book.place(self._workers.snapshot, facts)
+                assert placed is not None, "it may not wait"
+                return placed
+            except UnavailableError:
+                if retries.last is None:
+                    raise
+            await asyncio.sleep(retries.wait_s(self._clock()))
+
+    def _facts(self, progress: Progress) -> PlacementFacts:
+        """What placement must know of the next attempt."""
+        prompt_tokens = len(progress.request.prompt) + len(progress.token_ids)
+        return self._facts_of(prompt_tokens, progress.remaining_tokens)
+
+    def _facts_of(self, prompt_tokens: int, max_tokens: int) -> PlacementFacts:
+        return PlacementFacts(
+            self._settings.model,
+            prompt_tokens,
+            max_tokens,
+            self._expectation.growth_tokens(max_tokens),
+            self._settings.local_prefill,
+        )
+
+    async def close(self) -> None:
+        """Wait for releases under way; each is bounded by its timeout."""
+        await asyncio.gather(*self._releases, return_exceptions=True)
+
+    async def _attempt(self, progress: Progress, placed: HeldPlacement, emit: Emit) -> None:
+        placement = placed.placement
+        plan = self._plan(progress, placement)
+        self._count_start(plan)
+
+        async def emit_and_note(batch: TokenBatch) -> bool:
+            progress.token_ids.extend(batch.token_ids)
+            progress.phases.tokens_arrived(len(batch.token_ids))
+            return await emit(batch)
+
+        async with contextlib.AsyncExitStack() as stack:
+            attempt = Attempt(plan, self._clock, on_prefilled=placed.prefilled)
+            progress.attempt = attempt
+            prefill = await self._connect(stack, attempt, placement.prefill)
+            decode = await self._connect(stack, attempt, placement.decode)
+            progress.phases.dispatched()
+            try:
+                await attempt.run(prefill, decode, emit_and_note)
+            finally:
+                self._count_end(attempt)
+                if attempt.holds_kv and placement.prefill is not None:
+                    self._release(placement.prefill, plan.key)
+
+    async def _connect(
+        self, stack: contextlib.AsyncExitStack, attempt: Attempt, worker: WorkerRecord | None
+    ) -> WorkerClient | None:
+        """Hold the channel to a worker for an attempt."""
+        if worker is None:
+            return None
+        return await stack.enter_async_context(
+            self._workers.connection(worker, lambda: attempt.worker_lost(worker))
+        )
+
+    def _plan(self, progress: Progress, placement: Placement) -> AttemptPlan:
+        timeout_s = progress.deadline_s - self._clock()
+        if timeout_s <= 0:
+            raise DeadlineError("the deadline passed before the request was dispatched")
+        progress.prefill_id = placement.prefill.id if placement.prefill else ""
+        progress.decode_id = placement.decode.id if placement.decode else ""
+        sampling = progress.sampling()
+        # With one token there is nothing to carry over, so it is always valid.
+        forwards = placement.prefill is not None and (
+            placement.decode is None or first_token_rule(sampling).forward
+        )
+        return AttemptPlan(
+            key=worker_pb2.TransferKey(request_id=progress.transfer_id, attempt=progress.attempts),
+            token_ids=(*progress.request.prompt, *progress.token_ids),
+            tokens_so_far=len(progress.token_ids),
+            sampling=sampling,
+            placement=placement,
+            forwards=forwards,
+            timeout_s=timeout_s,
+            buffer_responses=self._settings.buffer_responses,
+            lost_after_s=self._workers.lost_after_s,
+        )
+
+    def _note_failure(
+        self,
+        progress: Progress,
+        placement: Placement,
+        failed: AttemptFailedError,
+        retries: Retries,
+    ) -> PlacementFacts:
+        """What the next attempt must mind. Slower is better than an error: whatever the
+        configuration says, it may prefill on the decode worker if no other way is left.
+
+        Raises:
+            BatonError: there is no next attempt.
+        """
+        error = _with_retry_hint(failed.error)
+        if not isinstance(error, RETRYABLE):
+            raise error from failed
+        worker = worker_key(failed.failed) if failed.failed is not None else None
+        retries.failed(
+            error,
+            worker,
+            attempts=progress.attempts,
+            tokens=len(progress.token_ids),
+            now_s=self._clock(),
+        )
+        self.counters.failovers += 1
+        local_prefill: LocalPrefill = "fallback"
+        preferred: WorkerKey | None = None
+        if worker is not None:
+            if isinstance(error, UnavailableError):
+                self._book.suspect(worker)
+        elif placement.decode is not None:
+            self.counters.first_tokens_differed += 1
+            local_prefill = "always"
+            preferred = worker_key(placement.decode)
+        logger.warning(
+            "request %s: attempt %d failed after %d tokens: %s",
+            progress.request.request_id,
+            progress.attempts,
+            len(progress.token_ids),
+            error.message,
+        )
+        return replace(
+            self._facts(progress), local_prefill=local_prefill, preferred_decode=preferred
+        )
+
+    def _count_start(self, plan: AttemptPlan) -> None:
+        self.counters.first_tokens_forwarded += plan.forwards
+        if plan.placement.prefill is None:
+            self.counters.local_prefills += 1
+            logger.warning("request %s: prefilled by the decode worker", plan.key.request_id)
+
+    def _count_end(self, attempt: Attempt) -> None:
+        kv = attempt.kv
+        if kv is not None and kv.outcome == inference_pb2.KV_OUTCOME_RECOMPUTED:
+            self.counters.kv_recomputed += 1
+            logger.warning("a KV transfer failed; the decode worker recomputed the prompt")
+
+    def _release(self, worker: WorkerRecord, key: worker_pb2.TransferKey) -> None:
+        """Tell the prefill worker in the background that nobody will fetch this KV."""
+        if len(self._releases) >= self._settings.max_releases:
+            self.counters.releases_dropped += 1
+            return
+        self._spawn(self._call_release(worker, key))
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work, name="release")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _call_release(self, worker: WorkerRecord, key: worker_pb2.TransferKey) -> None:
+        async with self._workers.connection(worker, lambda: None) as client:
+            try:
+                await client.release(key, self._settings.release_timeout_s)
+            except grpc.aio.AioRpcError as err:
+                logger.warning("release on %s failed: %s", worker.id, err.details())
+
+
+def _with_retry_hint(error: BatonError) -> BatonError:
+    """Workers come and go, so another try may help; no hint would say that it won't."""
+    if isinstance(error, UnavailableError) and error.retry_after_s is None:
+        error.retry_after_s = RETRY_AFTER_S
+    return error

@@ -1,0 +1,243 @@
+"""The router's gRPC server: Inference, health and reflection, and what they stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.v1 import inference_pb2, inference_pb2_grpc
+from core.config.schema import Config
+from core.errors import ConfigError
+from core.model.resolve import resolve_model
+from core.rpc.malformed import RefuseMalformed
+from core.rpc.options import server_options
+from core.state.journal import JournalStore
+from core.types import Pool, WorkerRecord, WorkerState
+from router.admission.gate import Admission
+from router.admission.policy import AdmissionLimits, ClassLimits
+from router.api.servicer import CallBounds, InferenceServicer
+from router.dispatch.dispatcher import DispatchCounters, Dispatcher, DispatchSettings
+from router.dispatch.retry import RetryLimits
+from router.placement.ledger import PlacementBook
+from router.placement.policy import PlacementLimits, worker_key
+from router.resume.journal import Journal, JournalSettings
+from router.text.codec import TextCodec, load_text_codec
+from router.workers.membership import WorkerList, Workers, WorkersSettings
+
+logger = logging.getLogger(__name__)
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_STATUS_S = 0.5  # for calls that are sent away to tell their clients
+
+
+class RouterServer:
+    """Serves applications from ``start`` until ``stop``; owns all that it makes.
+
+    Args:
+        registry: read, never written; not closed here.
+        text: closed with the server. None: loaded from ``config.model`` at start.
+        journal: closed with the server. None: requests cannot be resumed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        registry: WorkerList,
+        text: TextCodec | None = None,
+        journal: JournalStore | None = None,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._text = text
+        self._journal = Journal(journal, self._journal_settings()) if journal is not None else None
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._health_set: set[asyncio.Task[None]] = set()
+        self._serving: bool | None = None
+        self.workers: Workers | None = None
+        self._dispatcher: Dispatcher | None = None
+        self.servicer: InferenceServicer | None = None
+
+    @property
+    def counters(self) -> DispatchCounters:
+        """What happened on the way to the workers, since the start."""
+        assert self._dispatcher is not None, "not started"
+        return self._dispatcher.counters
+
+    async def start(self) -> int:
+        """Listen and serve; returns the port.
+
+        Raises:
+            ConfigError: the port is taken, or the model has no tokeniser.
+        """
+        text = self._text
+        if text is None:
+            text = self._text = await asyncio.to_thread(_load_text, self._config)
+        clock = asyncio.get_running_loop().time
+        redis = self._config.redis
+        book = PlacementBook(
+            self._placement_limits(),
+            clock,
+            suspect_s=redis.lease_s,
+            report_snapshots=math.ceil(redis.renew_s / self._config.router.registry_poll_s),
+        )
+
+        def on_snapshot(snapshot: tuple[WorkerRecord, ...]) -> None:
+            book.new_snapshot(frozenset(map(worker_key, snapshot)))
+            self._set_serving(self._can_serve(snapshot))
+
+        self.workers = Workers(self._registry, self._workers_settings(), clock, on_snapshot)
+        self._dispatcher = Dispatcher(
+            self.workers, book, self._dispatch_settings(text.model.served_name), clock
+        )
+        router = self._config.router
+        admission = Admission(self._admission_limits(), clock)
+        book.on_room = admission.wake
+        servicer = self.servicer = InferenceServicer(
+            text,
+            self._dispatcher,
+            admission,
+            CallBounds(router.default_deadline_s, router.client_stall_s),
+            clock,
+            self._journal,
+        )
+        if self._journal is not None:
+            self._journal.start()
+        try:
+            port = self._bind(servicer)
+            self._set_serving(False)
+            await self.workers.start()
+            assert self._server is not None
+            await self._server.start()
+        except BaseException:
+            await self.stop(grace_s=0)
+            raise
+        return port
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, give running ones ``grace_s``, send the rest away. Idempotent."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            server, self._server = self._server, None
+            stopping = asyncio.create_task(server.stop(grace_s + _STATUS_S))
+            if self.servicer is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace_s):
+                        await self.servicer.drained()
+                self.servicer.send_away()
+            # What still is open was sent away, or is no request: a health watch, a call whose
+            # message never came. A second stop with less grace hastens the first.
+            await server.stop(_STATUS_S)
+            await stopping
+        if self.servicer is not None:
+            await self.servicer.drained()  # cancelled calls still end their work on workers
+        if self._dispatcher is not None:
+            await self._dispatcher.close()
+        if self._journal is not None:
+            await self._journal.close()
+        if self.workers is not None:
+            await self.workers.stop()
+        await asyncio.gather(*self._health_set)
+        if self._text is not None:
+            self._text.close()
+
+    def _bind(self, servicer: InferenceServicer) -> int:
+        router = self._config.router
+        self._server = grpc.aio.server(
+            interceptors=(RefuseMalformed(),),
+            options=server_options(
+                int(router.max_message_bytes), self._config.cluster.connection_silence_s
+            ),
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        host = self._config.router_host
+        address = f"[{host}]:{router.port}" if ":" in host else f"{host}:{router.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as err:
+            port = 0
+            logger.debug("cannot listen on %s: %s", address, err)
+        if port == 0:
+            raise ConfigError(
+                f"router.port: cannot listen on port {router.port} of {host}: it is in use or not "
+                "ours to take; free it, or set router.port to another one (0: any)"
+            )
+        return port
+
+    def _can_serve(self, snapshot: tuple[WorkerRecord, ...]) -> bool:
+        ready = {record.pool for record in snapshot if record.state is WorkerState.READY}
+        local = self._config.router.local_prefill == "fallback"
+        return Pool.DECODE in ready and (Pool.PREFILL in ready or local)
+
+    def _set_serving(self, serving: bool) -> None:
+        if serving is self._serving:
+            return
+        self._serving = serving
+        task = asyncio.create_task(self._tell_health(SERVING if serving else NOT_SERVING))
+        self._health_set.add(task)
+        task.add_done_callback(self._health_set.discard)
+
+    async def _tell_health(self, status: int) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    def _admission_limits(self) -> AdmissionLimits:
+        router = self._config.router
+        classes = {
+            name: ClassLimits(each.weight, each.max_queue, each.queue_timeout_s)
+            for name, each in router.classes.items()
+        }
+        return AdmissionLimits(router.max_concurrent, classes)
+
+    def _placement_limits(self) -> PlacementLimits:
+        max_requests = {pool: self._config.pool(pool).max_concurrent for pool in Pool}
+        return PlacementLimits(max_requests, self._config.router.prefill_backlog_s)
+
+    def _journal_settings(self) -> JournalSettings:
+        return JournalSettings(self._config.redis.lease_s, self._config.router.journal_patience_s)
+
+    def _workers_settings(self) -> WorkersSettings:
+        config = self._config
+        return WorkersSettings(
+            poll_s=config.router.registry_poll_s,
+            poll_timeout_s=config.redis.socket_timeout_s,
+            lost_after_s=config.redis.lease_s,
+            connect_timeout_s=config.router.worker_connect_timeout_s,
+            max_message_bytes=int(config.router.max_message_bytes),
+            connection_silence_s=config.cluster.connection_silence_s,
+        )
+
+    def _dispatch_settings(self, model: str) -> DispatchSettings:
+        router = self._config.router
+        return DispatchSettings(
+            model=model,
+            local_prefill=router.local_prefill,
+            retries=RetryLimits(
+                router.max_attempts, router.failover_timeout_s, self._config.redis.lease_s
+            ),
+            buffer_responses=router.stream_buffer_responses,
+            release_timeout_s=router.worker_connect_timeout_s,
+            max_releases=router.max_concurrent,
+        )
+
+
+def _load_text(config: Config) -> TextCodec:
+    model = resolve_model(config.model, logger.info)
+    return load_text_codec(
+        model.path,
+        served_name=model.served_name,
+        max_model_len=config.model.max_model_len,
+        trust_remote_code=config.model.trust_remote_code,
+        threads=config.router.tokenizer_threads,
+    )

@@ -1,0 +1,4 @@
+"""Text to tokens and back: chat template, tokeniser, detokeniser, stop strings.
+
+Nothing here may know workers.
+"""

@@ -1,0 +1,185 @@
+"""The text side of the router: chat template and tokeniser, beside the event loop.
+
+Each request is tokenised once, in a thread, without the GIL, so a long prompt does not hold up
+the streams of others; and very long ones wait for each other, not short ones for them. The number
+of threads is bounded by configuration, the number of waiting requests by the router's own bound
+on requests in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from core.errors import ConfigError, InvalidArgumentError
+from router.text.detokenizer import TokenDecoder
+
+LONG_CHARS = 65_536  # take some 50 ms; the largest message, 4 MB of text, takes 3 s
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the router must know of the model that the workers serve."""
+
+    served_name: str
+    max_model_len: int  # prompt and output together, tokens
+    vocab_size: int
+
+    def check_fits(self, prompt_tokens: int) -> None:
+        """Raises InvalidArgumentError unless one token of output has room after the prompt."""
+        if prompt_tokens >= self.max_model_len:
+            raise InvalidArgumentError(
+                f"the prompt has {prompt_tokens} tokens; at most {self.max_model_len - 1} fit into "
+                f"the context of {self.max_model_len} with one token of output",
+                reason="PROMPT_TOO_LONG",
+            )
+
+
+ChatRenderer = Callable[[Sequence["ChatTurn"]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    role: str
+    content: str
+
+
+class TextCodec:
+    """Text to token ids, for one model. Owns its threads: call ``close``.
+
+    Args:
+        render_chat: turns to the prompt's text, special tokens included; raises
+            ``InvalidArgumentError`` for turns that the template refuses.
+        threads: prompts tokenised at a time; one more takes those over ``LONG_CHARS``.
+    """
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        tokenizer: tokenizers.Tokenizer,
+        render_chat: ChatRenderer,
+        *,
+        threads: int = 1,
+    ) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        self._render_chat = render_chat
+        self._short = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+
+    @property
+    def decoder(self) -> TokenDecoder:
+        """Decodes output tokens; cheap enough for the event loop (microseconds a token)."""
+        return self._tokenizer
+
+    async def encode_prompt(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of ``prompt``, with the model's own rule for a BOS token.
+
+        Raises:
+            InvalidArgumentError: they do not fit into the model's context.
+        """
+        return await self._in_thread(
+            len(prompt), lambda: self._encode(prompt, add_special_tokens=True)
+        )
+
+    async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
+        """Token ids of the rendered chat, ready for the assistant's turn.
+
+        Raises:
+            InvalidArgumentError: the model's template refuses these turns, or their tokens do not
+                fit into the model's context.
+        """
+        # The template writes the special tokens itself.
+        return await self._in_thread(
+            sum(len(turn.content) for turn in turns),
+            lambda: self._encode(self._render_chat(turns), add_special_tokens=False),
+        )
+
+    def close(self) -> None:
+        """End the threads; prompts that wait are dropped."""
+        for pool in (self._short, self._long):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        # A batch of one, for ``encode`` keeps the GIL (tokenizers 0.23).
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        self.model.check_fits(len(encoding))  # before the ids become objects, with the GIL
+        return tuple(encoding.ids)
+
+    async def _in_thread(self, chars: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        pool = self._long if chars > LONG_CHARS else self._short
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def load_text_codec(
+    path: Path | str,
+    *,
+    served_name: str,
+    max_model_len: int | None,
+    trust_remote_code: bool = False,
+    threads: int = 1,
+) -> TextCodec:
+    """Load a model's tokeniser and chat template; takes seconds, so call it in a thread.
+
+    Args:
+        path: the model's folder or hub name.
+        max_model_len: tokens; ``None`` takes the model's own context.
+
+    Raises:
+        ConfigError: no fast tokeniser, or no context length to be found.
+    """
+    from transformers import AutoConfig, AutoTokenizer  # seconds of import
+
+    name = str(path)
+    # Our threads are enough: its own would share the texts of one batch, and ours have one text.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"model.path: no tokeniser can be loaded from {name}: {err}") from err
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise ConfigError(f"model.path: {name} has no fast tokeniser (tokenizer.json)")
+    backend.no_truncation()  # a file may carry both, from its training
+    backend.no_padding()
+    text_config = config.get_text_config()
+    context_tokens = max_model_len or getattr(text_config, "max_position_embeddings", None)
+    if context_tokens is None:
+        raise ConfigError(f"model.max_model_len: {name} does not say its context; set it")
+    facts = ModelFacts(served_name, int(context_tokens), int(text_config.vocab_size))
+    return TextCodec(facts, backend, _template_of(tokenizer), threads=threads)
+
+
+def _template_of(tokenizer: object) -> ChatRenderer:
+    """The chat template of a transformers tokeniser as a function."""
+    from jinja2 import TemplateError
+
+    apply_template = getattr(tokenizer, "apply_chat_template")  # noqa: B009 - untyped library
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+
+    def render(turns: Sequence[ChatTurn]) -> str:
+        if not has_template:
+            raise InvalidArgumentError(
+                "chat: this model has no chat template; send prompt or token_ids",
+                reason="NO_CHAT_TEMPLATE",
+            )
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return str(apply_template(messages, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ValueError, TypeError) as err:
+            # Not only the template's own: of several named ones, none may be the default.
+            raise InvalidArgumentError(
+                f"chat: the model's template refuses these messages: {err}",
+                reason="INVALID_CHAT",
+            ) from err
+
+    return render

@@ -1,0 +1,70 @@
+"""Typed calls to one worker process, over one channel."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import grpc
+
+from baton.v1 import worker_pb2, worker_pb2_grpc
+from core.rpc.options import channel_options
+
+IDLE = grpc.ChannelConnectivity.IDLE
+CONNECTING = grpc.ChannelConnectivity.CONNECTING
+READY = grpc.ChannelConnectivity.READY
+
+PrefillCall = grpc.aio.UnaryUnaryCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
+DecodeCall = grpc.aio.UnaryStreamCall[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
+
+MAX_RECONNECT_BACKOFF_MS = 1000
+
+
+class WorkerClient:
+    """Owns the channel to ``address`` ("host:port"), which connects when it is used.
+
+    Args:
+        connect_timeout_s: a connection that takes longer counts as refused.
+        silence_s: a connection without a sign of life for so long counts as broken.
+    """
+
+    def __init__(
+        self, address: str, *, connect_timeout_s: float, max_message_bytes: int, silence_s: float
+    ) -> None:
+        connect_timeout_ms = max(1, round(connect_timeout_s * 1000))
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=(
+                # gRPC core gives a connection attempt this long, although the name says less.
+                ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
+                ("grpc.initial_reconnect_backoff_ms", min(100, connect_timeout_ms)),
+                ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
+                *channel_options(max_message_bytes, silence_s),
+                ("grpc.enable_http_proxy", 0),  # workers are never behind one
+                ("grpc.use_local_subchannel_pool", 1),  # a new incarnation, a new connection
+            ),
+        )
+        self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)
+        self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+
+    async def connected(self) -> bool:
+        """Connect, if that is not done; False: the worker cannot be reached now.
+
+        Takes ``connect_timeout_s`` at most. A call that fails does not say whether the worker got
+        it, so a call is begun only where this is true.
+        """
+        while (state := self._channel.get_state(try_to_connect=True)) in (IDLE, CONNECTING):
+            await self._channel.wait_for_state_change(state)
+        return state is READY
+
+    def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> PrefillCall:
+        return cast(PrefillCall, self._prefill.Prefill(request, timeout=timeout_s))
+
+    def decode(self, request: worker_pb2.DecodeRequest, timeout_s: float) -> DecodeCall:
+        return cast(DecodeCall, self._decode.Decode(request, timeout=timeout_s))
+
+    async def release(self, key: worker_pb2.TransferKey, timeout_s: float) -> None:
+        """Raises grpc.aio.AioRpcError."""
+        await self._prefill.Release(worker_pb2.ReleaseRequest(key=key), timeout=timeout_s)
+
+    async def close(self) -> None:
+        await self._channel.close()

@@ -1,0 +1,187 @@
+"""The workers that live now: snapshots of the registry, and one channel to each process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from core.types import WorkerRecord
+from router.placement.policy import WorkerKey, worker_key
+from router.workers.client import WorkerClient
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerList(Protocol):
+    """The part of the registry that the router reads."""
+
+    async def list(self) -> tuple[WorkerRecord, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersSettings:
+    poll_s: float  # between two looks at the registry
+    poll_timeout_s: float  # a look that takes longer has failed
+    lost_after_s: float  # one lease: who is gone from the registry so long may be called lost
+    connect_timeout_s: float
+    max_message_bytes: int
+    connection_silence_s: float  # until a connection counts as broken
+
+
+@dataclass(slots=True)
+class _Connection:
+    client: WorkerClient
+    users: int = 0
+    # Asked when the worker's lease has been away for lost_after_s.
+    watchers: set[Callable[[], None]] = field(default_factory=set)
+
+
+class Workers:
+    """Reads the registry again and again, and owns the channels to the workers in it.
+
+    If the registry fails, the last snapshot stays. A store that was restarted knows nobody until
+    each worker has renewed its lease, so who is missing then stays for one lease. A channel is
+    closed when its worker has left the registry and nobody uses it any more.
+
+    Args:
+        clock: monotonic time, seconds.
+        on_snapshot: called after each successful look.
+        connect: makes the client of one worker process.
+    """
+
+    def __init__(
+        self,
+        registry: WorkerList,
+        settings: WorkersSettings,
+        clock: Callable[[], float],
+        on_snapshot: Callable[[tuple[WorkerRecord, ...]], None],
+        connect: Callable[[WorkerRecord], WorkerClient] | None = None,
+    ) -> None:
+        self._registry = registry
+        self._settings = settings
+        self._clock = clock
+        self._on_snapshot = on_snapshot
+        self._connect = connect or self._connect_grpc
+        self._connections: dict[WorkerKey, _Connection] = {}
+        self._missing_since_s: dict[WorkerKey, float] = {}
+        self._registry_failed = False
+        self._refilling_since_s: float | None = None  # the registry may have been restarted
+        self._poller: asyncio.Task[None] | None = None
+        self.snapshot: tuple[WorkerRecord, ...] = ()
+
+    @property
+    def lost_after_s(self) -> float:
+        return self._settings.lost_after_s
+
+    @property
+    def open_channels(self) -> int:
+        return len(self._connections)
+
+    async def start(self) -> None:
+        """Look once, then go on looking in the background."""
+        await self.refresh()
+        self._poller = asyncio.create_task(self._poll(), name="registry poll")
+
+    async def stop(self) -> None:
+        """Stop looking and close all channels. Idempotent."""
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+            self._poller = None
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
+            await connection.client.close()
+
+    async def refresh(self) -> None:
+        """Look at the registry once. A failure is logged and changes nothing."""
+        try:
+            async with asyncio.timeout(self._settings.poll_timeout_s):
+                present = await self._registry.list()
+        except Exception as err:  # noqa: BLE001 - whatever store it is, routing goes on
+            if not self._registry_failed:
+                logger.warning("registry away, routing from the last snapshot: %r", err)
+            self._registry_failed = True
+            self._missing_since_s.clear()  # nobody is missing while nobody can be seen
+            return
+        if self._registry_failed:
+            logger.warning("registry is back")
+        returning = self._returning(present)
+        self._registry_failed = False
+        self.snapshot = (*present, *returning)
+        self._on_snapshot(self.snapshot)
+        self._note_missing(frozenset(map(worker_key, present)))
+        if not returning:
+            await self._close_unused()
+
+    @contextlib.asynccontextmanager
+    async def connection(
+        self, record: WorkerRecord, on_lost: Callable[[], None]
+    ) -> AsyncIterator[WorkerClient]:
+        """Use the channel to a worker for the block.
+
+        ``on_lost`` is called at every look while the worker's lease has been away for
+        ``lost_after_s``: it may be hung, or only unable to reach the registry.
+        """
+        key = worker_key(record)
+        connection = self._connections.get(key)
+        if connection is None:
+            connection = self._connections[key] = _Connection(self._connect(record))
+        connection.users += 1
+        connection.watchers.add(on_lost)
+        try:
+            yield connection.client
+        finally:
+            connection.users -= 1
+            connection.watchers.discard(on_lost)
+
+    def _connect_grpc(self, record: WorkerRecord) -> WorkerClient:
+        return WorkerClient(
+            record.address,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            max_message_bytes=self._settings.max_message_bytes,
+            silence_s=self._settings.connection_silence_s,
+        )
+
+    def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:
+        """Workers of the last snapshot that a restarted registry need not know yet."""
+        keys = frozenset(map(worker_key, present))
+        missing = tuple(record for record in self.snapshot if worker_key(record) not in keys)
+        now_s = self._clock()
+        if not missing:
+            self._refilling_since_s = None
+        elif self._registry_failed or (self._refilling_since_s is None and not present):
+            self._refilling_since_s = now_s
+        since_s = self._refilling_since_s
+        if since_s is None or now_s - since_s >= self._settings.lost_after_s:
+            self._refilling_since_s = None
+            return ()
+        return missing
+
+    def _note_missing(self, present: frozenset[WorkerKey]) -> None:
+        now_s = self._clock()
+        for key, connection in self._connections.items():
+            if key in present:
+                self._missing_since_s.pop(key, None)
+                continue
+            since_s = self._missing_since_s.setdefault(key, now_s)
+            if now_s - since_s >= self._settings.lost_after_s:
+                for on_lost in tuple(connection.watchers):
+                    on_lost()
+
+    async def _close_unused(self) -> None:
+        for key in [*self._missing_since_s]:
+            connection = self._connections.get(key)
+            if connection is None or connection.users == 0:
+                self._missing_since_s.pop(key)
+                if connection is not None:
+                    del self._connections[key]
+                    await connection.client.close()
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll_s)
+            await self.refresh()

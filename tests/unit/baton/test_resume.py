@@ -1,0 +1,105 @@
+"""Both clients go on with a stream whose router died or left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from baton import AsyncClient, BatonError, Client, UnavailableError
+from baton.v1 import inference_pb2 as pb
+from tests.unit.baton.scripted import ResumeScript, Script, ScriptedServer, answer, fail, serve
+
+TEXTS = ("a", "b", "c", "d")
+LEAVING = pb.ErrorDetail(reason="ROUTER_DRAINING", retry_after_ms=1000)
+BUSY = pb.ErrorDetail(reason="REQUEST_IN_FLIGHT", retry_after_ms=10)
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
+def breaks_after(count: int, detail: pb.ErrorDetail | None = LEAVING) -> Script:
+    def script(
+        request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        yield from answer(*TEXTS)[:count]
+        yield from fail(UNAVAILABLE, "gone", detail)(request, context)
+
+    return script
+
+
+def rest(request: pb.ResumeRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+    yield from answer(*TEXTS)[request.last_sequence + 1 :]
+
+
+def in_turn(*scripts: ResumeScript) -> ResumeScript:
+    turns = iter(scripts)
+    return lambda request, context: next(turns)(request, context)
+
+
+def refuses(code: grpc.StatusCode, detail: pb.ErrorDetail | None) -> ResumeScript:
+    return lambda request, context: fail(code, "no", detail)(pb.GenerateRequest(), context)
+
+
+def breaks_again(
+    request: pb.ResumeRequest, context: grpc.ServicerContext
+) -> Iterator[pb.GenerateResponse]:
+    yield answer(*TEXTS)[request.last_sequence + 1]
+    yield from fail(UNAVAILABLE, "gone", None)(pb.GenerateRequest(), context)
+
+
+def read(kind: str, server: ScriptedServer, resume_timeout_s: float = 10) -> str:
+    """All text, by the blocking or the asyncio client."""
+    if kind == "sync":
+        with Client(server.address, resume_timeout_s=resume_timeout_s) as client:
+            return client.complete("Hi", timeout_s=20).text
+
+    async def read_() -> str:
+        async with AsyncClient(server.address, resume_timeout_s=resume_timeout_s) as client:
+            return (await client.complete("Hi", timeout_s=20)).text
+
+    return asyncio.run(read_())
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
+@pytest.mark.parametrize("detail", [None, LEAVING], ids=["died", "left"])
+def test_a_broken_stream_goes_on(kind: str, detail: pb.ErrorDetail | None) -> None:
+    with serve(breaks_after(2, detail), resume=rest) as server:
+        assert read(kind, server) == "abcd"
+    assert server.resumed == [pb.ResumeRequest(request_id="r-1", last_sequence=1)]
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
+def test_it_may_break_again_and_be_busy_at_first(kind: str) -> None:
+    busy = refuses(grpc.StatusCode.ALREADY_EXISTS, BUSY)
+    with serve(breaks_after(1), resume=in_turn(busy, busy, breaks_again, rest)) as server:
+        assert read(kind, server) == "abcd"
+    assert [each.last_sequence for each in server.resumed] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
+def test_what_cannot_be_resumed_ends_as_it_broke(kind: str) -> None:
+    unknown = refuses(grpc.StatusCode.NOT_FOUND, pb.ErrorDetail(reason="NOT_RESUMABLE"))
+    with (
+        serve(breaks_after(2), resume=unknown) as server,
+        pytest.raises(UnavailableError, match="gone") as caught,
+    ):
+        read(kind, server)
+    assert caught.value.reason == "ROUTER_DRAINING"
+    assert len(server.resumed) == 1
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
+@pytest.mark.parametrize(
+    ("script", "resume_timeout_s"),
+    [
+        (breaks_after(2), 0),
+        (breaks_after(0), 10),  # nothing came: to ask anew loses nothing
+        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router's own word
+    ],
+    ids=["switched off", "nothing received", "an answer"],
+)
+def test_other_ends_are_ends(kind: str, script: Script, resume_timeout_s: float) -> None:
+    with serve(script, resume=rest) as server, pytest.raises(BatonError, match="gone"):
+        read(kind, server, resume_timeout_s)
+    assert not server.resumed

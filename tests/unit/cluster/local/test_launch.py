@@ -1,0 +1,277 @@
+"""The launcher's own decisions, with Ray and the store replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.local import launch
+from cluster.local.launch import Cluster, StartInterruptedError
+from cluster.local.ports import check_port_is_free, free_port
+from cluster.local.run_dir import RunDir
+from core.config.schema import Config, load_config
+from core.errors import ConfigError, InternalError, UnavailableError
+from core.model.resolve import ResolvedModel
+from core.state.orders import StartFailure
+from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+
+AWAY = UnavailableError("the registry does not answer")
+ELSEWHERE = "192.0.2.1"  # reserved for documentation: no machine has it
+
+
+def quiet(_line: str) -> None:
+    """Progress that nobody reads."""
+
+
+@dataclass
+class FakeRuntime:
+    """Ray that only notes what it is told."""
+
+    scaled: list[tuple[Pool, int]] = field(default_factory=list)
+    scale_error: Exception | None = None
+
+    def is_alive(self) -> bool:
+        return True
+
+    def has_replicas(self) -> bool:
+        return True
+
+    def failure(self) -> str | None:
+        return None
+
+    def worker_logs(self) -> list[Path]:
+        return []
+
+    def scale(self, pool: Pool, replicas: int) -> None:
+        if self.scale_error is not None:
+            raise self.scale_error
+        self.scaled.append((pool, replicas))
+
+    def drain_router(self, grace_s: float) -> None:
+        """At once."""
+
+    def delete(self, timeout_s: float) -> bool:
+        return True
+
+
+@dataclass
+class FakeStore:
+    """Registry and orders in one. Each element of ``answers`` is one look at the workers."""
+
+    answers: list[tuple[WorkerRecord, ...] | Exception] = field(default_factory=list)
+    orders: dict[Pool, int] = field(default_factory=dict)
+
+    async def list(self) -> tuple[WorkerRecord, ...]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def take_scale(self) -> dict[Pool, int]:
+        taken, self.orders = self.orders, {}
+        return taken
+
+    async def take_failures(self) -> tuple[StartFailure, ...]:
+        return ()
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def worker(pool: Pool) -> WorkerRecord:
+    load = WorkerLoad(0, 0, 0, 1, 1)
+    return WorkerRecord(f"{pool}-1", pool, WorkerState.READY, "i", "a:1", (), "m", load)
+
+
+ALL = tuple(worker(pool) for pool in Pool)
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """A cluster between start and stop, and its fakes."""
+
+    def make(
+        store: FakeStore | None = None,
+        progress: Callable[[str], None] = quiet,
+        config: Config | None = None,
+        signal: Any = None,
+    ) -> Any:
+        cluster: Any = Cluster(config or Config(), progress, signal)
+        cluster._runtime = FakeRuntime()
+        cluster._registry = cluster._orders = store or FakeStore([ALL])
+        request.addfinalizer(cluster._loop.close)
+        return cluster
+
+    return make
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt])
+def test_all_is_taken_down_even_if_draining_ends_with_an_error(
+    make: Callable[..., Any], error: type[BaseException]
+) -> None:
+    def fail(_line: str) -> None:
+        raise error
+
+    cluster = make(progress=fail)
+    undone: list[str] = []
+    cluster._stack.callback(undone.append, "Ray")
+    with pytest.raises(error):
+        cluster.stop()
+    assert undone == ["Ray"]
+    cluster.stop()  # idempotent: nothing is there any more
+
+
+@dataclass
+class StopAfter:
+    """A signal that comes when it was looked at so many times."""
+
+    looks: int
+    hurry: bool = False
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize(
+    "error", [UnavailableError("Ray Serve does not answer"), ConfigError("it does not fit")]
+)
+def test_an_order_that_cannot_be_carried_out_does_not_end_the_cluster(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(launch, "_POLL_S", 0.001)
+    store = FakeStore([ALL], orders={Pool.DECODE: 2})
+    cluster = make(store, signal=StopAfter(2))
+    cluster._runtime.scale_error = error
+    said: list[str] = []
+    cluster.watch(said.append)
+    assert said == ["scaling decode from 1 to 2", str(error)]
+    assert cluster._wanted[Pool.DECODE] == 1
+
+
+def test_it_is_said_which_workers_come_and_go(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_POLL_S", 0.001)
+    prefill, decode = ALL
+    draining, newer = replace(decode, state=WorkerState.DRAINING), replace(decode, id="decode-2")
+    looks: list[tuple[WorkerRecord, ...] | Exception] = [
+        *(ALL, ALL, AWAY, ALL),
+        *((prefill, draining), (prefill,), (prefill, newer)),
+    ]
+    said: list[str] = []
+    make(FakeStore(looks), signal=StopAfter(len(looks))).watch(said.append)
+    assert said == [
+        f"{AWAY}; running requests go on",
+        "the registry answers again",
+        "decode-1 takes no more requests",
+        "decode-2 is ready",
+    ]
+
+
+def test_a_start_survives_a_store_that_hiccups(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_POLL_S", 0.001)
+    monkeypatch.setattr("baton.Client.health", lambda *_args, **_options: True)
+    lines: list[str] = []
+    make(FakeStore([AWAY, (), AWAY, ALL]), lines.append).wait_ready()
+    assert "the registry does not answer" in lines
+
+
+def test_a_store_that_stays_away_ends_the_start_at_its_timeout(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "_POLL_S", 0.001)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    config = load_config(None, {"cluster.start_timeout_s": 0.01})
+    with pytest.raises(InternalError, match="not ready after 0 s: the registry does not answer"):
+        make(FakeStore([AWAY]), config=config).wait_ready()
+
+
+def test_logs_that_cannot_be_kept_do_not_hide_what_failed(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failure = StartFailure("router", "no memory", is_config=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    message = str(make()._start_error(failure))
+    assert message.startswith("the router could not start: no memory; logs could not be kept: ")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "logs could not be kept: Could not" in str(make()._start_error(failure))
+
+
+def test_a_signal_ends_the_unpacking_of_the_model(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(_model: object, progress: Callable[[str], None]) -> ResolvedModel:
+        for second in range(100):
+            progress(f"unpacking, {second} s")
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(launch, "resolve_model", unpack)
+    lines: list[str] = []
+    cluster = make(progress=lines.append, signal=StopAfter(2))
+    with pytest.raises(StartInterruptedError):
+        cluster._resolve_model()
+    assert lines == ["unpacking, 0 s", "unpacking, 1 s"]
+
+
+def test_a_scale_order_for_an_earlier_cluster_is_dropped(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FakeStore([()], orders={Pool.DECODE: 8})
+    monkeypatch.setattr(launch, "RedisRegistry", lambda *_args, **_options: store)
+    monkeypatch.setattr(launch, "Orders", lambda *_args, **_options: store)
+    cluster = make(config=load_config(None, {"redis.url": "redis://10.0.0.1"}))
+    cluster._connect_registry(None)
+    cluster._carry_out_orders(quiet)
+    assert cluster._runtime.scaled == []
+
+
+@dataclass
+class FailedReaper:
+    at_work: bool
+
+    def finish(self) -> bool:
+        return False
+
+    def is_at_work(self) -> bool:
+        return self.at_work
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_folder_and_lock_are_left_to_a_reaper_that_is_still_at_work(
+    make: Callable[..., Any], tmp_path: Path, at_work: bool
+) -> None:
+    lines: list[str] = []
+    run = RunDir(tmp_path / "run", "c")
+    make(progress=lines.append)._finish(FailedReaper(at_work), run)
+    run.release()
+    assert run.path.exists() is run.lock_file.exists() is at_work
+    assert lines == ["some processes of the cluster resist being killed"]
+
+
+@pytest.mark.parametrize("port", [0, 50051])
+@pytest.mark.parametrize("name", ["router.host", "cluster.host"])
+def test_a_host_that_is_not_here_is_named_by_its_field(
+    make: Callable[..., Any], name: str, port: int
+) -> None:
+    cluster = make(config=load_config(None, {name: ELSEWHERE, "router.port": port}))
+    with pytest.raises(ConfigError, match=f"^{name}: {ELSEWHERE} is not an address of this mach"):
+        cluster._choose_port()
+
+
+def test_a_host_without_an_address_is_named_by_its_field() -> None:
+    with pytest.raises(ConfigError, match=r"^router.host: 'no.invalid' cannot be resolved"):
+        check_port_is_free("no.invalid", free_port("127.0.0.1"), "router.host")

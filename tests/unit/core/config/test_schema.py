@@ -1,0 +1,255 @@
+"""The configuration loads, and says clearly what is wrong with one that does not."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from core.config.engine import RESERVED_ENGINE_ARGS
+from core.config.engine_args import ENGINE_ARGS
+from core.config.errors import field_paths
+from core.config.load import share_cores
+from core.config.schema import MIB, Config, load_config
+from core.errors import ConfigError
+
+DEPLOY = Path(__file__).resolve().parents[4] / "deploy"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_laptop_file_is_what_happens_without_a_file() -> None:
+    assert load_config(DEPLOY / "laptop.yaml") == load_config(None)
+
+
+def test_the_one_node_file_uses_each_of_eight_gpus_once() -> None:
+    config = load_config(DEPLOY / "one-gpu-node.yaml")
+    gpus = [
+        pool.replicas * (pool.num_gpus_per_replica or 0) for pool in (config.prefill, config.decode)
+    ]
+    assert gpus == [4, 4]
+    assert config.prefill.tensor_parallel_size == config.decode.tensor_parallel_size == 4
+    assert config.kv_transfer.message_bytes == 8 * MIB
+
+
+def test_the_two_pools_file_quantizes_them_differently_on_one_node() -> None:
+    config = load_config(DEPLOY / "two-unlike-pools.yaml")
+    assert config.prefill.engine["quantization"] == "fp8"
+    assert "quantization" not in config.decode.engine
+    assert config.prefill.max_replicas + config.decode.max_replicas == 8
+    assert not config.prefill.label_selector  # a node has one value of each label
+    assert config.cluster.host == "127.0.0.1"
+
+
+def test_every_example_is_loaded_by_a_test_here() -> None:
+    assert {path.name for path in DEPLOY.glob("*.yaml")} == {
+        "laptop.yaml",
+        "one-gpu-node.yaml",
+        "two-unlike-pools.yaml",
+    }
+
+
+def test_every_field_is_described() -> None:
+    bare = [path for path, field in field_paths(Config).items() if not field.description]
+    assert not bare
+
+
+def test_everything_listens_on_loopback_by_default() -> None:
+    config = load_config()
+    assert config.cluster.host == config.router_host == "127.0.0.1"
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "prefill: {replicas: 3}\nmodel: {path: /models/a}\n")
+    config = load_config(path, {"prefill.replicas": 2, "router.port": 0})
+    assert (config.prefill.replicas, config.router.port) == (2, 0)
+    assert config.model.path == "/models/a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("roter: {}", "roter: unknown field; the nearest known name is router"),
+        ("prefill: {replica: 2}", "the nearest known name is prefill.replicas"),
+        ("port: 50051", "port: unknown field; there is router.port"),
+        ("decode: {max_num_seqs: 8}", "the engine it is decode.engine.max_num_seqs"),
+        ("decode: {engine: {max_num_seq: 8}}", "nearest known name is max_num_seqs"),
+        ("decode: {engine: {model: x}}", "model is not passed through: set model.path"),
+        ("prefill: {replicas: 0}", "prefill.replicas: Input should be greater than or equal to 1"),
+        ("prefill: {replicas: 9}", "prefill: replicas 9 exceed max_replicas 8"),
+        ("prefill: 3", "prefill: Input should be"),
+        ("prefill: {cpu_binding: [a]}", "prefill.cpu_binding: 'a' is no list of CPU cores"),
+        ("router: {max_message_bytes: 0}", "router.max_message_bytes: must be at least 1 byte"),
+        ("router: {max_message_bytes: 2 GiB}", "router.max_message_bytes: Input should be less"),
+        ("router: {max_message_bytes: yes}", "max_message_bytes: must be a number of bytes"),
+        ("router: {port: yes}", "router.port: Input should be a valid integer, not True"),
+        ("router: {port: {{ port }}}", "line 1, column 17: a key must be a plain value"),
+        ("router: {1: 2}", "router.1: Keys should be strings"),
+        ("redis: {lease_s: yes}", "redis.lease_s: Input should be a valid number, not True"),
+        ("decode: {replicas: '2'}", "decode.replicas: Input should be a valid integer, not '2'"),
+        ("decode: {num_gpus_per_replica: yes}", "decode.num_gpus_per_replica: Input should be"),
+        (
+            "router: {classes: {slow: {max_qeue: 3}}}",
+            "router.classes.slow.max_qeue: unknown field; the nearest known name is "
+            "router.classes.NAME.max_queue",
+        ),
+        ("router: {max_queue: 3}", "there is router.classes.NAME.max_queue"),
+        ("router: {classes: {}}", "router.classes: "),
+        ("router: {classes: {a b: {}}}", "router.classes.a b"),
+        ("router: {default_deadline_s: .nan}", "router.default_deadline_s: Input should be"),
+        ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
+        ("redis: {url: localhost}", "redis.url: String should match pattern"),
+        ("redis: {renew_s: 2}", "redis: renew_s 2.0 must be at most half of lease_s 3.0"),
+        ("router: {port: 1}\nrouter: {port: 2}", "line 2, column 1: 'router' is there twice"),
+        ("prefill: &p {replicas: 2}\ndecode: {<<: *p, replicas: 1, replicas: 3}", "is there twice"),
+        ("router: [", "is not YAML"),
+        ("- router", "must hold sections"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "router: {prot: 1}\ndecode: {replicas: no}\nmodell: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    lines = str(caught.value).splitlines()[1:]
+    assert {line.partition(":")[0] for line in lines} == {
+        "router.prot",
+        "decode.replicas",
+        "modell",
+    }
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"router.prot": 1}, {"router.port.x": 1}, {"x": 1}, {"prefill.replicas": None}]
+)
+def test_a_wrong_override_is_refused(overrides: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(overrides)).split(".")[0]):
+        load_config(None, overrides)
+
+
+def test_a_configuration_never_changes() -> None:
+    with pytest.raises(ValidationError):
+        load_config().router.port = 1
+
+
+def test_a_configuration_travels_to_other_processes() -> None:
+    config = load_config(DEPLOY / "two-unlike-pools.yaml")
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert Config.model_validate(config.model_dump()) == config
+
+
+def test_a_password_is_not_shown() -> None:
+    config = load_config(None, {"redis.url": "redis://:hush@10.0.0.1:6379"})
+    assert "hush" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "redis: redis://user:hush@10.0.0.1",
+        "redis: {url: redis//user:hush@10.0.0.1}",
+        "redis: {lease_s: 'redis://:hu@sh:hush@10.0.0.1'}",
+        "redis: {lease_s: 'redis://10.0.0.1?password=hush&db=1'}",
+        "redis: {url: redis://:hush@10.0.0.1",
+        "redis: {url: redis://:hush@10.0.0.1, x, url: 1}",
+    ],
+)
+def test_no_error_tells_a_password(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert "hush" not in str(caught.value)
+
+
+def test_sections_can_be_built_on_others(tmp_path: Path) -> None:
+    text = """\
+prefill: &common {replicas: 2, engine: {max_num_seqs: 8}}
+decode: {<<: *common, replicas: 3}
+"""
+    config = load_config(write(tmp_path, text))
+    assert (config.prefill.replicas, config.decode.replicas) == (2, 3)
+    assert config.decode.engine == {"max_num_seqs": 8}
+
+
+def test_pools_that_are_written_once_have_cores_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
+    path = write(tmp_path, "prefill: &pool {kv_cache_gib: 2}\ndecode: *pool\n")
+    config = load_config(path)
+    assert (config.prefill.cpu_binding, config.decode.cpu_binding) == (("0",), ("1",))
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "shares"),
+    [
+        ([0, 1], 2, ["0", "1"]),
+        ([0], 2, ["0", "0"]),
+        ([0, 1], 3, ["0", "1", "0"]),
+        ([4, 5, 6, 7], 2, ["4", "5"]),
+        (list(range(8)), 2, ["0,1,2", "3,4,5"]),
+    ],
+)
+def test_cores_are_shared_evenly(cores: list[int], ranks: int, shares: list[str]) -> None:
+    assert share_cores(cores, ranks) == shares
+
+
+def test_each_rank_of_a_worker_gets_its_own_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(7)))
+    ranks = {"prefill.tensor_parallel_size": 2, "decode.tensor_parallel_size": 2}
+    config = load_config(None, ranks | {"decode.replicas": 2})
+    assert config.prefill.cpu_binding == ("0|1",)
+    assert config.decode.cpu_binding == ("2|3", "4|5")
+
+
+@pytest.mark.parametrize(
+    ("cores", "prefill", "decode"),
+    [
+        ({0, 1}, ["1"], ("0",)),
+        ({0, 1}, ["0-1"], ("0",)),  # all are named: one must be shared
+        ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # and one kept for the router
+        ({0, 1}, [], ("1",)),  # where vLLM chooses, nobody knows what is free
+    ],
+)
+def test_cores_that_one_pool_names_are_not_given_to_the_other(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], prefill: list[str], decode: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: cores)
+    config = load_config(None, {"prefill.cpu_binding": prefill})
+    assert config.prefill.cpu_binding == tuple(prefill)
+    assert config.decode.cpu_binding == decode
+
+
+def test_a_binding_that_is_written_down_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, 'prefill: {cpu_binding: []}\ndecode: {cpu_binding: ["7"]}\n')
+    config = load_config(path)
+    assert (config.prefill.cpu_binding, config.decode.cpu_binding) == ((), ("7",))
+
+
+def test_the_run_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert load_config().cluster.run_path == Path("/run/user/7/baton")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert load_config().cluster.run_path.name.startswith("baton-")
+
+
+def test_reserved_engine_arguments_exist() -> None:
+    assert RESERVED_ENGINE_ARGS.keys() <= ENGINE_ARGS

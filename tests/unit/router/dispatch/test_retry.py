@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from core.errors import (
+    BatonError,
+    CapacityError,
+    InternalError,
+    UnavailableError,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
+from router.dispatch.retry import FIRST_WAIT_S, MAX_WAIT_S, Retries, RetryLimits
+from worker.intake import WORKER_DRAINING
+
+LIMITS = RetryLimits(max_attempts=3, timeout_s=10, avoid_s=3)
+LOST = WorkerLostError("lost")
+UNREACHABLE = WorkerUnreachableError("unreachable")
+WORKER = ("decode-1", "incarnation")
+
+
+def failed(
+    retries: Retries, error: BatonError = LOST, attempts: int = 1, tokens: int = 0, now_s: float = 0
+) -> None:
+    retries.failed(error, WORKER, attempts=attempts, tokens=tokens, now_s=now_s)
+
+
+def test_a_worker_that_failed_is_avoided_for_a_while() -> None:
+    retries = Retries(LIMITS)
+    failed(retries, now_s=5)
+    assert retries.excluded(7.9) == {WORKER}
+    assert retries.excluded(8) == frozenset()
+
+
+def test_a_full_worker_says_itself_how_long() -> None:
+    retries = Retries(LIMITS)
+    failed(retries, CapacityError("full", retry_after_s=0.5))
+    assert retries.excluded(0.4) == {WORKER}
+    assert retries.excluded(0.5) == frozenset()
+
+
+def test_attempts_are_counted_but_not_those_that_no_worker_took() -> None:
+    retries = Retries(LIMITS)
+    failed(retries, attempts=1)
+    failed(retries, UnavailableError("drains", reason=WORKER_DRAINING), attempts=2)
+    failed(retries, CapacityError("full"), attempts=3)
+    failed(retries, UNREACHABLE, attempts=4)
+    failed(retries, attempts=5)
+    with pytest.raises(InternalError, match="third"):
+        failed(retries, InternalError("third"), attempts=6)
+
+
+def test_workers_that_cannot_be_reached_are_tried_until_the_timeout() -> None:
+    """Also where each try takes so long that there always is one that was not tried of late."""
+    retries = Retries(LIMITS)
+    failed(retries, UNREACHABLE, now_s=100)
+    failed(retries, UNREACHABLE, attempts=2, now_s=110)
+    with pytest.raises(WorkerUnreachableError):
+        failed(retries, UNREACHABLE, attempts=3, now_s=110.1)
+    failed(retries, UNREACHABLE, attempts=4, tokens=1, now_s=120)  # anew after a token
+
+
+def test_waits_grow_and_begin_anew_after_a_token() -> None:
+    retries = Retries(LIMITS)
+    failed(retries, tokens=1)
+    waits_s = [retries.wait_s(0) for _ in range(7)]
+    assert waits_s[:3] == [FIRST_WAIT_S, 2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S]
+    assert waits_s[-1] == MAX_WAIT_S
+    failed(retries, tokens=1, attempts=2)
+    assert retries.wait_s(0) == MAX_WAIT_S
+    failed(retries, tokens=2, attempts=2)
+    assert retries.wait_s(0) == FIRST_WAIT_S
+
+
+def test_nobody_waits_longer_than_the_timeout_without_a_token() -> None:
+    retries = Retries(LIMITS)
+    failed(retries, tokens=1, now_s=100)
+    failed(retries, tokens=1, now_s=109, attempts=2)
+    retries.wait_s(109.9)
+    with pytest.raises(WorkerLostError):
+        retries.wait_s(109.96)
+
+
+def test_a_request_without_tokens_does_not_wait_for_full_workers() -> None:
+    retries = Retries(LIMITS)
+    failed(retries, CapacityError("full", retry_after_s=2))
+    with pytest.raises(CapacityError):
+        retries.wait_s(0)
+    failed(retries, CapacityError("full", retry_after_s=2), tokens=1)
+    assert retries.wait_s(0) == FIRST_WAIT_S

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from core.errors import UnavailableError
+from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from router.placement.ledger import HeldPlacement, PlacementBook
+from router.placement.policy import (
+    OwnLoad,
+    PlacementFacts,
+    PlacementLimits,
+    PlacementState,
+    WorkerKey,
+    decide,
+    worker_key,
+)
+
+FACTS = PlacementFacts("m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never")
+WAITING = replace(FACTS, may_wait=True)
+LIMITS = PlacementLimits(dict.fromkeys(Pool, 20), prefill_backlog_s=0.5)
+IDLE = WorkerLoad(queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=50, kv_blocks_total=50)
+
+
+def worker(worker_id: str, **load: int) -> WorkerRecord:
+    return WorkerRecord(
+        id=worker_id,
+        pool=Pool.PREFILL if worker_id.startswith("p") else Pool.DECODE,
+        state=WorkerState.READY,
+        incarnation="1",
+        address="",
+        kv_addresses=(),
+        model="m",
+        load=replace(IDLE, **load),
+    )
+
+
+def choose(
+    *workers: WorkerRecord, facts: PlacementFacts = FACTS, state: PlacementState | None = None
+) -> tuple[str | None, str | None]:
+    placement = decide(workers, facts, state or PlacementState(), LIMITS, now_s=100.0)
+    assert placement is not None
+    return (
+        placement.prefill.id if placement.prefill else None,
+        placement.decode.id if placement.decode else None,
+    )
+
+
+def must_wait(*workers: WorkerRecord, own: dict[WorkerKey, OwnLoad] | None = None) -> bool:
+    state = PlacementState(own or {})
+    assert decide(workers, FACTS, state, LIMITS, now_s=0.0), "one that runs always goes on"
+    return decide(workers, WAITING, state, LIMITS, now_s=0.0) is None
+
+
+def test_the_fewest_queued_tokens_win_on_prefill() -> None:
+    busy, free = worker("p1", queued_tokens=900), worker("p2", queued_tokens=100, queue_depth=9)
+    assert choose(busy, free, worker("d1")) == ("p2", "d1")
+
+
+def test_the_fewest_streams_win_on_decode() -> None:
+    assert choose(worker("p1"), worker("d1", running=3), worker("d2", running=2)) == ("p1", "d2")
+
+
+def test_scarce_kv_room_loses_on_decode() -> None:
+    full, busy = worker("d1", kv_blocks_free=1), worker("d2", running=7)
+    assert choose(worker("p1"), full, busy) == ("p1", "d2")
+
+
+def test_more_kv_room_breaks_a_tie_on_decode() -> None:
+    assert choose(worker("p1"), worker("d1", kv_blocks_free=20), worker("d2")) == ("p1", "d2")
+
+
+def test_idle_workers_take_turns() -> None:
+    workers = (worker("p1"), worker("p2"), worker("d1"), worker("d2"), worker("d3"))
+    state, chosen = PlacementState(), []
+    for _ in range(6):
+        placement = decide(workers, FACTS, state, LIMITS, now_s=0.0)
+        assert placement is not None
+        state = placement.state
+        assert placement.prefill is not None
+        assert placement.decode is not None
+        chosen.append((placement.prefill.id, placement.decode.id))
+    assert chosen == [
+        ("p1", "d1"),
+        ("p2", "d2"),
+        ("p1", "d3"),
+        ("p2", "d1"),
+        ("p1", "d2"),
+        ("p2", "d3"),
+    ]
+
+
+@pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 2), (3, 2), (4, 2), (3, 3), (4, 6)])
+def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) -> None:
+    """In lockstep, two pools of two would only ever make two of their four pairs."""
+    workers = (
+        *(worker(f"p{index}") for index in range(prefills)),
+        *(worker(f"d{index}") for index in range(decodes)),
+    )
+    state, pairs = PlacementState(), set()
+    for _ in range(prefills * decodes):
+        placement = decide(workers, FACTS, state, LIMITS, now_s=0.0)
+        assert placement is not None
+        state = placement.state
+        assert placement.prefill is not None
+        assert placement.decode is not None
+        pairs.add((placement.prefill.id, placement.decode.id))
+    assert len(pairs) == prefills * decodes
+
+
+def test_what_this_router_sent_counts_before_it_is_reported() -> None:
+    p1, p2 = worker("p1"), worker("p2", queued_tokens=50)
+    own = {worker_key(p1): OwnLoad(1, 80, 1, 80)}
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
+    d1, d2 = worker("d1"), worker("d2", running=1)
+    own = {worker_key(d1): OwnLoad(2, 80, 2, 80)}
+    assert choose(worker("p1"), d1, d2, state=PlacementState(own)) == ("p1", "d2")
+
+
+def test_what_ended_here_counts_no_more_although_it_is_still_reported() -> None:
+    p1, p2 = worker("p1", queued_tokens=80), worker("p2", queued_tokens=50)
+    own = {worker_key(p1): OwnLoad(0, 0, 1, 80)}
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p1", "d1")
+
+
+def test_what_other_routers_sent_counts_beside() -> None:
+    p1, p2 = worker("p1", queued_tokens=120), worker("p2", queued_tokens=50)
+    own = {worker_key(p1): OwnLoad(1, 20, 2, 80)}  # 40 of others
+    assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
+
+
+def test_a_new_request_waits_while_the_backlog_of_prefill_is_long() -> None:
+    d1 = worker("d1")
+    for tokens, waits in ((990, False), (991, True)):
+        own = {("p1", "1"): OwnLoad(2, tokens, 2, tokens, tokens_per_s=2000)}
+        assert must_wait(worker("p1"), d1, own=own) is waits
+        assert not must_wait(worker("p1"), worker("p2"), d1, own=own)
+
+
+def test_other_routers_prompts_are_part_of_the_backlog() -> None:
+    own = {("p1", "1"): OwnLoad(2, 100, 2, 100, tokens_per_s=2000)}
+    assert must_wait(worker("p1", queued_tokens=1000), worker("d1"), own=own)
+
+
+def test_two_prompts_are_always_with_a_prefill_worker() -> None:
+    own = {("p1", "1"): OwnLoad(1, 10**6, 1, 10**6, tokens_per_s=10)}
+    assert not must_wait(worker("p1"), worker("d1"), own=own)
+    own = {("p1", "1"): OwnLoad(2, 20, 2, 20)}
+    assert must_wait(worker("p1"), worker("d1"), own=own), "its rate is not known"
+
+
+def test_a_new_request_waits_for_kv_room_that_counts_its_growth() -> None:
+    p1 = worker("p1")  # 50 blocks of 16 tokens; the request needs one
+    assert not must_wait(p1, worker("d1", kv_blocks_free=1))
+    assert must_wait(p1, worker("d1", kv_blocks_free=0))
+    full = {("d1", "1"): OwnLoad(3, 800 - 15, 3, 800 - 15)}
+    assert must_wait(p1, worker("d1", kv_blocks_free=40), own=full), "they will grow"
+    roomy = {("d1", "1"): OwnLoad(3, 800 - 16, 3, 800 - 16)}
+    assert not must_wait(p1, worker("d1", kv_blocks_free=40), own=roomy)
+
+
+def test_a_worker_without_room_is_no_candidate_for_a_new_request() -> None:
+    workers = worker("p1"), worker("d1", kv_blocks_free=0), worker("d2", running=9)
+    assert choose(*workers, facts=WAITING) == ("p1", "d2")
+
+
+def test_a_new_request_waits_while_a_worker_would_refuse_it() -> None:
+    own = {("d1", "1"): OwnLoad(20, 0, 20, 0)}
+    assert must_wait(worker("p1"), worker("d1"), own=own)
+
+
+def test_any_request_fits_on_a_worker_that_has_nothing() -> None:
+    small = worker("d1", kv_blocks_free=0, kv_blocks_total=0)
+    huge = replace(WAITING, prompt_tokens=5000)
+    assert choose(worker("p1"), small, facts=huge) == ("p1", "d1")
+
+
+@pytest.mark.parametrize(
+    "unusable",
+    [
+        replace(worker("d1"), state=WorkerState.DRAINING),
+        replace(worker("d1"), model="other"),
+    ],
+)
+def test_draining_workers_and_other_models_are_left_out(unusable: WorkerRecord) -> None:
+    assert choose(worker("p1"), unusable, worker("d2", running=9)) == ("p1", "d2")
+
+
+def test_workers_that_failed_this_request_are_left_out_but_not_their_successors() -> None:
+    facts = replace(FACTS, excluded=frozenset({("d1", "1")}))
+    busy = worker("d2", running=9)
+    assert choose(worker("p1"), worker("d1"), busy, facts=facts) == ("p1", "d2")
+    restarted = replace(worker("d1"), incarnation="2")
+    assert choose(worker("p1"), restarted, busy, facts=facts) == ("p1", "d1")
+
+
+def test_suspects_are_the_last_resort() -> None:
+    state = PlacementState(suspects={("d1", "1"): 101.0, ("p1", "1"): 99.0})
+    assert choose(worker("p1"), worker("d1"), worker("d2", running=9), state=state) == ("p1", "d2")
+    assert choose(worker("p1"), worker("d1"), state=state) == ("p1", "d1")
+
+
+def test_one_token_needs_no_decode_worker() -> None:
+    assert choose(worker("p1"), facts=replace(FACTS, max_tokens=1)) == ("p1", None)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10])
+def test_local_prefill_where_it_is_allowed(max_tokens: int) -> None:
+    facts = replace(FACTS, local_prefill="fallback", max_tokens=max_tokens)
+    assert choose(worker("d1"), facts=facts) == (None, "d1")
+    always = replace(facts, local_prefill="always")
+    assert choose(worker("p1"), worker("d1"), facts=always) == (None, "d1")
+
+
+def test_the_worker_that_has_the_kv_is_preferred() -> None:
+    facts = replace(FACTS, local_prefill="always", preferred_decode=("d1", "1"))
+    assert choose(worker("d1", running=9), worker("d2"), facts=facts) == (None, "d1")
+    assert choose(worker("d2"), facts=facts) == (None, "d2")
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason"),
+    [((worker("d1"),), "NO_PREFILL_WORKER"), ((worker("p1"),), "NO_DECODE_WORKER")],
+)
+def test_an_empty_pool_is_unavailable_with_a_hint(
+    workers: tuple[WorkerRecord, ...], reason: str
+) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        choose(*workers)
+    assert caught.value.reason == reason
+    assert caught.value.retry_after_s
+
+
+def test_a_burst_between_two_snapshots_spreads_out() -> None:
+    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    workers = (worker("p1"), worker("p2"), *(worker(f"d{i}", running=i) for i in range(4)))
+    counts: Counter[str] = Counter()
+    for _ in range(40):
+        placement = placed(book, workers).placement
+        for record in (placement.prefill, placement.decode):
+            assert record is not None
+            counts[record.id] += 1
+    assert counts["p1"] == counts["p2"] == 20
+    loads = [counts[f"d{i}"] + i for i in range(4)]
+    assert max(loads) - min(loads) <= 1
+
+
+def placed(
+    book: PlacementBook, workers: tuple[WorkerRecord, ...], facts: PlacementFacts = FACTS
+) -> HeldPlacement:
+    held = book.place(workers, facts)
+    assert held is not None
+    return held
+
+
+def test_the_book_counts_a_request_until_it_ends_on_each_worker() -> None:
+    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    rooms: list[tuple[int, int]] = []
+    held = placed(book, (worker("p1"), worker("d1")))
+    p1, d1 = ("p1", "1"), ("d1", "1")
+    book.on_room = lambda: rooms.append((book.own_load(p1).tokens, book.own_load(d1).tokens))
+    assert (book.own_load(p1).tokens, book.own_load(d1).tokens) == (10, 16)
+    for _ in range(2):
+        held.prefilled(done=True)
+    for _ in range(2):
+        held.close()
+    assert rooms == [(0, 16), (0, 0)]
+
+
+def test_no_room_is_given_twice_between_two_reports() -> None:
+    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    workers = (worker("p1"), worker("d1", kv_blocks_free=2, kv_blocks_total=2))
+    held = [placed(book, workers, WAITING) for _ in range(2)]
+    assert book.place(workers, WAITING) is None
+    held[0].close()
+    assert book.place(workers, WAITING) is not None
+
+
+def test_the_book_forgets_what_ended() -> None:
+    now_s = 0.0
+    book = PlacementBook(LIMITS, lambda: now_s, suspect_s=1.0, report_snapshots=2)
+    held = placed(book, (worker("p1"), worker("d1")))
+    book.new_snapshot(frozenset())
+    held.close()
+    assert book.own_load(("d1", "1")) == OwnLoad(0, 0, 1, 16), "a report may still tell of it"
+    for _ in range(3):
+        book.new_snapshot(frozenset({("d1", "1")}))
+    assert book.own_load(("d1", "1")) == OwnLoad()
+    book.suspect(("d1", "1"))
+    now_s = 1.0
+    book.new_snapshot(frozenset())
+    assert book.is_empty
+
+
+def test_the_book_knows_how_fast_a_prefill_worker_is_while_it_is_busy() -> None:
+    now_s = 0.0
+    book = PlacementBook(LIMITS, lambda: now_s, suspect_s=1.0)
+    workers = (worker("p1"), worker("d1"))
+    for _ in range(100):
+        first, second, dropped = (placed(book, workers) for _ in range(3))
+        for held in (first, second):
+            now_s += 0.05
+            held.prefilled(done=True)
+        now_s += 0.1
+        dropped.prefilled(done=False)  # neither its tokens nor its time
+        now_s += 7.0  # idle
+    assert book.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)

@@ -1,0 +1,62 @@
+"""Whether a worker can be reached, before it is sent anything."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from router.workers.client import WorkerClient
+from tests.support.fake_workers import FakePrefill
+from tests.support.waiting import until_awaited
+
+pytestmark = pytest.mark.asyncio
+
+
+@asynccontextmanager
+async def client(address: str, connect_timeout_s: float = 5) -> AsyncIterator[WorkerClient]:
+    client = WorkerClient(
+        address, connect_timeout_s=connect_timeout_s, max_message_bytes=1000, silence_s=60
+    )
+    yield client
+    await client.close()
+
+
+async def test_a_worker_is_connected_until_it_dies() -> None:
+    worker = FakePrefill()
+    await worker.start()
+    async with client(worker.record.address) as to_worker:
+        assert await to_worker.connected()
+        assert await to_worker.connected()
+        await worker.stop()
+
+        async def lost() -> bool:
+            return not await to_worker.connected()
+
+        await until_awaited(lost, what="its death was noticed")
+        async with asyncio.timeout(1):
+            assert not await to_worker.connected()
+
+
+async def test_a_worker_that_accepts_and_says_nothing_is_not_connected() -> None:
+    """Neither for the first who waits nor for one who comes later."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = "{}:{}".format(*mute.getsockname())
+        async with client(address, connect_timeout_s=0.2) as to_mute, asyncio.timeout(2):
+            assert await asyncio.gather(*(to_mute.connected() for _ in range(3))) == [False] * 3
+            assert not await to_mute.connected()
+
+
+async def test_one_who_waits_no_longer_disturbs_nobody_who_waits() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = "{}:{}".format(*mute.getsockname())
+        async with client(address, connect_timeout_s=0.3) as to_mute:
+            waiting = asyncio.create_task(to_mute.connected())
+            given_up = asyncio.create_task(to_mute.connected())
+            await asyncio.sleep(0)
+            given_up.cancel()
+            assert not await waiting
+            assert given_up.cancelled()

@@ -1,0 +1,173 @@
+"""Snapshots outlive the registry's failures; channels live as long as their users."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from core.state.registry import MemoryRegistry
+from core.types import WorkerRecord
+from router.workers.membership import Workers, WorkersSettings
+from tests.support.fake_workers import FakeDecode
+
+pytestmark = pytest.mark.asyncio
+
+SETTINGS = WorkersSettings(
+    poll_s=60,
+    poll_timeout_s=1,
+    lost_after_s=3,
+    connect_timeout_s=1,
+    max_message_bytes=1000,
+    connection_silence_s=60,
+)
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.registry = MemoryRegistry(lease_s=3600)
+        self.record = FakeDecode().record
+        self.seen: list[tuple[WorkerRecord, ...]] = []
+        self.workers = Workers(self.registry, SETTINGS, lambda: self.now_s, self.seen.append)
+        self.lost = 0
+
+    def on_lost(self) -> None:
+        self.lost += 1
+
+
+async def test_the_last_snapshot_stays_while_the_registry_is_away() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    await setup.workers.refresh()
+    setup.registry.available = False
+    await setup.workers.refresh()
+    assert setup.workers.snapshot == (setup.record,)
+    assert len(setup.seen) == 1
+    setup.registry.available = True
+    await setup.workers.refresh()
+    assert setup.workers.snapshot == (setup.record,)
+
+
+@pytest.mark.parametrize("outage_seen", [False, True])
+async def test_a_store_that_was_restarted_may_know_its_workers_a_lease_later(
+    outage_seen: bool,
+) -> None:
+    setup = Setup()
+    others = [replace(setup.record, id=f"decode-{i}") for i in (2, 3)]
+    for record in (setup.record, *others):
+        await setup.registry.put(record)
+    await setup.workers.refresh()
+    if outage_seen:
+        setup.registry.available = False
+        await setup.workers.refresh()
+        setup.registry.available = True
+    for record in (setup.record, *others):
+        await setup.registry.remove(record.id)
+    if not outage_seen:  # else the first one is back before the first look
+        await setup.workers.refresh()
+        assert len(setup.workers.snapshot) == 3
+
+    await setup.registry.put(others[0])
+    await setup.workers.refresh()
+    assert {record.id for record in setup.workers.snapshot} == {"decode-1", "decode-2", "decode-3"}
+    assert setup.seen[-1] == setup.workers.snapshot
+    await setup.registry.put(others[1])
+    setup.now_s = 2.9
+    await setup.workers.refresh()
+    assert len(setup.workers.snapshot) == 3
+    setup.now_s = 3.0
+    await setup.workers.refresh()
+    assert setup.workers.snapshot == tuple(others), "the first one is really gone"
+
+
+async def test_workers_that_have_all_gone_leave_the_snapshot_after_a_lease() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    await setup.workers.refresh()
+    await setup.registry.remove(setup.record.id)
+    for setup.now_s in (10.0, 12.9):
+        await setup.workers.refresh()
+        assert setup.workers.snapshot == (setup.record,)
+    for setup.now_s in (13.0, 14.0):
+        await setup.workers.refresh()
+        assert not setup.workers.snapshot
+
+
+async def test_a_worker_that_leaves_others_behind_is_gone_at_once() -> None:
+    setup = Setup()
+    other = replace(setup.record, id="decode-2")
+    for record in (setup.record, other):
+        await setup.registry.put(record)
+    await setup.workers.refresh()
+    await setup.registry.remove(setup.record.id)
+    await setup.workers.refresh()
+    assert setup.workers.snapshot == (other,)
+
+
+async def test_a_registry_that_hangs_is_given_up() -> None:
+    class Hanging:
+        async def list(self) -> tuple[WorkerRecord, ...]:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError
+
+    settings = replace(SETTINGS, poll_timeout_s=0.01)
+    workers = Workers(Hanging(), settings, lambda: 0.0, lambda snapshot: None)
+    await workers.start()
+    await workers.stop()
+
+
+async def test_one_channel_per_incarnation_closed_after_its_last_user() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    await setup.registry.put(replace(setup.record, id="decode-2"))
+    await setup.workers.refresh()
+    async with setup.workers.connection(setup.record, setup.on_lost) as first:
+        async with setup.workers.connection(setup.record, setup.on_lost) as second:
+            assert first is second
+        await setup.registry.remove(setup.record.id)
+        await setup.workers.refresh()
+        assert setup.workers.open_channels == 1, "still used"
+    await setup.workers.refresh()
+    assert setup.workers.open_channels == 0
+    await setup.workers.stop()
+
+
+async def test_a_channel_stays_open_while_its_worker_lives() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    async with setup.workers.connection(setup.record, setup.on_lost) as first:
+        pass
+    await setup.workers.refresh()
+    async with setup.workers.connection(setup.record, setup.on_lost) as second:
+        assert first is second
+    await setup.workers.stop()
+    assert setup.workers.open_channels == 0
+
+
+async def test_users_are_told_when_a_lease_stays_away_and_only_then() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    async with setup.workers.connection(setup.record, setup.on_lost):
+        await setup.workers.refresh()
+        await setup.registry.remove(setup.record.id)
+        await setup.workers.refresh()
+        setup.now_s = 2.9
+        await setup.workers.refresh()
+        assert setup.lost == 0
+
+        setup.registry.available = False  # nobody is lost while nobody can be seen
+        setup.now_s = 50.0
+        await setup.workers.refresh()
+        setup.registry.available = True
+        await setup.workers.refresh()
+        assert setup.lost == 0
+
+        setup.now_s = 53.0
+        await setup.workers.refresh()
+        assert setup.lost == 1
+        await setup.registry.put(setup.record)
+        await setup.workers.refresh()
+        assert setup.lost == 1
+    await setup.workers.stop()
