@@ -34,6 +34,7 @@ from tests.support.tcp_faults import End, cut, ends, silence
 from tests.support.waiting import let_pass
 
 _STORE_IS_AWAY = "running requests go on"  # as the launcher says it
+_STORE_STARTED = "the embedded Valkey had ended and was started again"
 _STORE_IS_BACK = "the registry answers again"
 _ENDS_S = 30.0  # for the kernel to end a process that was killed
 _NOTICED_S = 30.0
@@ -182,10 +183,17 @@ class RestartRouter:
 
 @dataclass(frozen=True, slots=True)
 class KillStore:
-    """kill -9 of the registry's store: all leases are lost."""
+    """kill -9 of the registry's store: all leases are lost. Returns when the launcher has started
+    another one, because a fault that hits it sooner is a failed start and nothing else."""
 
     def strike(self, cluster: LiveCluster) -> None:
+        started = cluster.log.read_text().count(_STORE_STARTED)
         _kill(_store(cluster))
+        cluster.wait(
+            lambda: cluster.log.read_text().count(_STORE_STARTED) > started,
+            "the launcher starts another store",
+            _NOTICED_S,
+        )
 
 
 @dataclass(frozen=True, slots=True)
