@@ -1,8 +1,13 @@
-"""The errors that a caller of this package may see, one class by whose fault it is."""
+"""The one tree of errors, by whose fault they are, and its mapping to gRPC status codes.
+
+The server raises the same classes (``core.errors`` adds what only a server needs), so that a client
+raises what the router meant. The typed detail travels in trailing metadata as an ``ErrorDetail``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,16 +18,18 @@ ERROR_DETAIL_KEY = "baton-error-bin"
 
 
 class BatonError(Exception):
-    """Base of them all, and the class of those with a status code that has none of its own.
+    """Base of all errors, and the class for a status code that has no class of its own.
 
     Attributes:
-        code: gRPC status of the call, or the one that fits if it never reached the router.
-        reason: stable upper-case word for programs, e.g. ``PROMPT_TOO_LONG``.
-        retry_after_s: when trying again may help; ``None`` when the router names no time.
+        message: one sentence for a person.
+        code: gRPC status of the call, or the fitting one if the call never reached the router.
+        reason: stable upper-case word for programs, such as ``PROMPT_TOO_LONG``.
+        retry_after_s: when trying again may help; ``None`` if the router names no time.
         request_id: of the request that failed; empty if the router had not named it yet.
     """
 
-    default_code = grpc.StatusCode.UNKNOWN
+    default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+    default_reason: ClassVar[str] = ""  # empty: the name of the code
 
     def __init__(
         self,
@@ -34,8 +41,9 @@ class BatonError(Exception):
         request_id: str = "",
     ) -> None:
         super().__init__(message)
+        self.message = message
         self.code = code or self.default_code
-        self.reason = reason or self.code.name
+        self.reason = reason or self.default_reason or self.code.name
         self.retry_after_s = retry_after_s
         self.request_id = request_id
 
@@ -56,18 +64,21 @@ class AlreadyExistsError(BatonError):
     """A request with this id is in flight."""
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
+    default_reason = "DUPLICATE_REQUEST_ID"
 
 
 class CapacityError(BatonError):
     """A bound of the cluster was reached; trying later may help."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "OVERLOADED"
 
 
 class UnavailableError(BatonError):
     """The router cannot be reached, or has no worker for the request now."""
 
     default_code = grpc.StatusCode.UNAVAILABLE
+    default_reason = "NO_WORKER"
 
 
 class DeadlineError(BatonError):
@@ -106,6 +117,11 @@ _BY_CODE: dict[grpc.StatusCode, type[BatonError]] = {
 }
 
 
+def class_of(code: grpc.StatusCode) -> type[BatonError]:
+    """The class of errors with this status code."""
+    return _BY_CODE.get(code, BatonError)
+
+
 def from_status(
     code: grpc.StatusCode,
     details: str,
@@ -115,7 +131,7 @@ def from_status(
     request_id: str = "",
 ) -> BatonError:
     """The error for a call to ``address`` that ended with this status."""
-    detail = _error_detail(trailing_metadata)
+    detail = read_detail(trailing_metadata)
     if detail is None and code is grpc.StatusCode.UNAVAILABLE:
         # Baton's router always sends a detail: this status is the transport's own.
         message = f"no connection to a Baton router at {address}: {details}"
@@ -131,22 +147,23 @@ def from_status(
         )
     if detail is None:
         detail = inference_pb2.ErrorDetail()
-    return _BY_CODE.get(code, BatonError)(
+    return class_of(code)(
         details or f"the call failed with {code.name}",
         code=code,
-        reason=detail.reason or None,
+        reason=detail.reason or code.name,
         retry_after_s=detail.retry_after_ms / 1000 if detail.retry_after_ms else None,
         request_id=detail.request_id or request_id,
     )
 
 
-def _error_detail(
+def read_detail(
     metadata: Iterable[tuple[str, str | bytes]],
 ) -> inference_pb2.ErrorDetail | None:
+    """The typed detail in a call's trailing metadata; None if it is missing or unreadable."""
     for key, value in metadata:
         if key == ERROR_DETAIL_KEY and isinstance(value, bytes):
             try:
                 return inference_pb2.ErrorDetail.FromString(value)
             except DecodeError:
-                return None  # the status code and message still say what happened
+                return None  # the status code and the message still say what happened
     return None

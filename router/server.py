@@ -161,8 +161,7 @@ class RouterServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        host = self._config.router_host
-        address = f"[{host}]:{router.port}" if ":" in host else f"{host}:{router.port}"
+        host, address = self._config.router_host, self._config.router_address
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as err:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from core.errors import AlreadyExistsError, CapacityError, UnavailableError
+from core.errors import WORKER_DRAINING, AlreadyExistsError, CapacityError, UnavailableError
 from core.rpc.in_flight import InFlight
-
-WORKER_DRAINING = "WORKER_DRAINING"  # reason: this worker leaves, go on at another one
 
 _RETRY_AFTER_S = 0.1  # about as long as a request takes to make room
 

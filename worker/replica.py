@@ -26,6 +26,7 @@ from prometheus_client import start_http_server
 from core.config.schema import Config
 from core.errors import InternalError, UnavailableError, WorkerLostError
 from core.model.resolve import ResolvedModel
+from core.net import host_port
 from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
 from core.state.orders import report_failure
@@ -194,21 +195,19 @@ class WorkerReplica:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         host = self._config.cluster.host
-        host = f"[{host}]" if ":" in host else host
         try:
-            port = server.add_insecure_port(f"{host}:0")
+            port = server.add_insecure_port(host_port(host, 0))
         except RuntimeError as error:
             raise InternalError(f"cannot listen on {host}: {error}") from None
         await server.start()
         self._server = server
-        return f"{host}:{port}"
+        return host_port(host, port)
 
     def _serve_metrics(self) -> str:
         """Serve this process's Prometheus metrics on a free port, from a thread of its own."""
         host = self._config.cluster.host
         self._metrics, _ = start_http_server(0, host)
-        host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self._metrics.server_port}/metrics"
+        return f"http://{host_port(host, self._metrics.server_port)}/metrics"
 
     def _stop_metrics(self) -> None:
         """Takes up to half a second."""

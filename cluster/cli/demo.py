@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
-import baton
 from baton import AsyncClient, ChatMessage, Completion, RequestFields
 from cluster.cli.demo_text import LONG_PROMPT
 from cluster.cli.progress import Progress
@@ -21,6 +20,7 @@ from cluster.local.reaper import find
 from cluster.local.run_dir import ClusterState, read_state
 from core.config.schema import Config, load_config
 from core.errors import BatonError, ConfigError, InternalError
+from core.net import split_host_port
 
 QUESTION: Final = "What is the capital of France?"
 ANSWER: Final = "Paris"
@@ -68,7 +68,7 @@ class Conversation:
         self._speaking: set[str] = set()
 
     async def run(self) -> dict[str, Completion]:
-        """Raises baton.BatonError if a request fails; then the others are cancelled."""
+        """Raises BatonError if a request fails; then the others are cancelled."""
         self._show_waiting()
         try:
             async with asyncio.TaskGroup() as group:
@@ -101,7 +101,7 @@ class Conversation:
 
 
 def demo(config: Config, out: TextIO) -> None:
-    """Raises ConfigError, core.errors.BatonError or baton.BatonError if anything fails."""
+    """Raises ConfigError or BatonError if anything fails."""
     print("Baton: a router, a prefill worker and a decode worker on this machine", file=out)
     with Progress(out) as progress:
         with Cluster(config, progress.step) as cluster:
@@ -129,9 +129,8 @@ def check_all_gone(state: ClusterState) -> None:
         raise InternalError(f"processes are left: {', '.join(map(str, sorted(pids)))}")
     if folders := [folder for folder in state.folders if Path(folder).exists()]:
         raise InternalError(f"folders are left: {', '.join(folders)}")
-    host, _, port = state.address.rpartition(":")
     try:
-        check_port_is_free(host.strip("[]"), int(port))
+        check_port_is_free(*split_host_port(state.address))
     except ConfigError as error:
         raise InternalError(f"the port is still in use: {error}") from error
 
@@ -154,7 +153,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ConfigError, BatonError, baton.BatonError) as error:
+    except (ConfigError, BatonError) as error:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
     return 0

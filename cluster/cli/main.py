@@ -25,11 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parser().parse_args(arguments)
     run: Command = options.run
-    import baton
-
     try:
         return run(options)
-    except (ConfigError, BatonError, baton.BatonError) as error:
+    except (ConfigError, BatonError) as error:
         print(f"baton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

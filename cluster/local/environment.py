@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -11,14 +10,7 @@ from pathlib import Path
 
 from cluster.local.reaper import CLUSTER_ID_VARIABLE
 from core.model.resolve import cache_dir
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+from core.net import is_loopback
 
 
 def cluster_environment(

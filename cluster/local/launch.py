@@ -28,7 +28,7 @@ from cluster.local.run_dir import ClusterState, RunDir, process_started
 from cluster.local.signals import NeverStop, Signals, StopSignal
 from cluster.local.valkey import EmbeddedValkey
 from core.config.schema import Config
-from core.errors import ConfigError, InternalError, UnavailableError
+from core.errors import BatonError, ConfigError, InternalError, UnavailableError
 from core.model.resolve import ResolvedModel, resolve_model
 from core.state.orders import Orders, StartFailure
 from core.state.registry import RedisRegistry
@@ -320,7 +320,7 @@ class Cluster:
         with baton.Client(self.address) as client:
             try:
                 return client.health(timeout_s=_HEALTH_TIMEOUT_S)
-            except baton.BatonError:
+            except BatonError:
                 return False
 
     def _ready(self) -> dict[Pool, int]:

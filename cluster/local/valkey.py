@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.local.ports import free_port
 from core.errors import ConfigError, InternalError
+from core.net import bracketed
 
 _START_TIMEOUT_S = 5.0  # it takes about 20 ms
 _STOP_TIMEOUT_S = 2.0
@@ -43,8 +44,7 @@ class EmbeddedValkey:
     @property
     def url(self) -> str:
         """``redis://`` with the password."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"redis://:{self._password}@{host}:{self._port}/0"
+        return f"redis://:{self._password}@{bracketed(self._host)}:{self._port}/0"
 
     def start(self) -> None:
         """Start the server and wait until it answers.

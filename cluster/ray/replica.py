@@ -9,8 +9,8 @@ import ray
 from ray import serve
 from ray.serve._private import replica as serve_replica
 
-from cluster.local.environment import is_loopback
 from core.config.schema import Config
+from core.net import bracketed, is_loopback
 
 
 def local_slot() -> int:
@@ -47,10 +47,9 @@ def _bind_internal_server(host: str) -> None:
     so after the replica's constructor, from which this must be called.
     """
     original = serve_replica.add_port_to_grpc_server
-    bracketed = f"[{host}]" if ":" in host else host
 
     def add_port(server: Any, address: str) -> int:
-        port: int = original(server, address.replace("[::]:", f"{bracketed}:"))
+        port: int = original(server, address.replace("[::]:", f"{bracketed(host)}:"))
         return port
 
     serve_replica.add_port_to_grpc_server = add_port

@@ -27,6 +27,7 @@ from core.config.engine import check_engine_args
 from core.config.errors import describe
 from core.config.load import read_raw
 from core.errors import ConfigError
+from core.net import host_port
 from core.types import Pool
 
 KIB = 1024
@@ -414,8 +415,7 @@ class Config(_Section):
     @property
     def router_address(self) -> str:
         """The router's "host:port"; port 0 if only its start will tell."""
-        host = f"[{self.router_host}]" if ":" in self.router_host else self.router_host
-        return f"{host}:{self.router.port}"
+        return host_port(self.router_host, self.router.port)
 
     def pool(self, pool: Pool) -> PoolConfig:
         """The configuration of one pool."""

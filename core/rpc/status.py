@@ -1,49 +1,16 @@
-"""The one place where our errors become gRPC status codes, and worker failures our errors."""
+"""How our errors end a gRPC call, and how a failed call to a worker becomes one of our errors."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError
 
+from baton.errors import ERROR_DETAIL_KEY, class_of, read_detail
 from baton.v1 import inference_pb2
 from core import errors
-
-DETAIL_KEY = "baton-error-bin"  # trailing metadata: a serialised ErrorDetail
-
-# First match wins, so subclasses stand before their bases.
-_CODES: tuple[tuple[type[errors.BatonError], grpc.StatusCode], ...] = (
-    (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
-    (errors.AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
-    (errors.CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
-    (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (errors.CancelledError, grpc.StatusCode.CANCELLED),
-)
-
-# A call that a worker cancelled, without us asking, is a worker that is stopping.
-_FROM_CODE: dict[grpc.StatusCode, type[errors.BatonError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgumentError,
-    grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
-    grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.CapacityError,
-    grpc.StatusCode.UNAVAILABLE: errors.WorkerLostError,
-    grpc.StatusCode.CANCELLED: errors.WorkerLostError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
-}
-
-
-def status_code(error: errors.BatonError) -> grpc.StatusCode:
-    """The status code that a caller sees for ``error``."""
-    for kind, code in _CODES:
-        if isinstance(error, kind):
-            return code
-    return grpc.StatusCode.INTERNAL
 
 
 def error_detail(error: errors.BatonError, request_id: str) -> inference_pb2.ErrorDetail:
@@ -82,7 +49,7 @@ async def abort(
     """
     detail = error_detail(error, request_id).SerializeToString()
     try:
-        await context.abort(status_code(error), error.message, ((DETAIL_KEY, detail),))
+        await context.abort(error.code, error.message, ((ERROR_DETAIL_KEY, detail),))
     except grpc.aio.InternalError as err:
         raise asyncio.CancelledError("the caller went away") from err
     raise AssertionError("abort returned")
@@ -93,8 +60,13 @@ def from_rpc_error(err: grpc.aio.AioRpcError, worker_id: str) -> errors.BatonErr
 
     The worker's own reason and retry hint are kept when it sent an ``ErrorDetail``.
     """
-    kind = _FROM_CODE.get(err.code(), errors.InternalError)
-    detail = _detail_of(err)
+    kind = class_of(err.code())
+    if kind is errors.BatonError:
+        kind = errors.InternalError
+    elif kind in (errors.UnavailableError, errors.CancelledError):
+        # We did not ask for the cancel, so the worker is stopping.
+        kind = errors.WorkerLostError
+    detail = read_detail(tuple(err.trailing_metadata() or ()))
     text = err.details() or err.code().name
     if kind is errors.WorkerLostError:
         message = f"worker {worker_id} went away: {text}"
@@ -104,14 +76,3 @@ def from_rpc_error(err: grpc.aio.AioRpcError, worker_id: str) -> errors.BatonErr
         return kind(message)
     retry_after_s = detail.retry_after_ms / 1000 if detail.retry_after_ms else None
     return kind(message, reason=detail.reason or None, retry_after_s=retry_after_s)
-
-
-def _detail_of(err: grpc.aio.AioRpcError) -> inference_pb2.ErrorDetail | None:
-    pairs: Sequence[tuple[str, str | bytes]] = tuple(err.trailing_metadata() or ())
-    for key, value in pairs:
-        if key == DETAIL_KEY and isinstance(value, bytes):
-            try:
-                return inference_pb2.ErrorDetail.FromString(value)
-            except DecodeError:
-                return None  # another version's detail; the status code still tells enough
-    return None

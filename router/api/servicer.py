@@ -15,6 +15,7 @@ import grpc
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
 from core.errors import (
+    ROUTER_DRAINING,
     AlreadyExistsError,
     BatonError,
     CancelledError,
@@ -238,7 +239,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 def _leaves() -> UnavailableError:
     return UnavailableError(
         "this router is shutting down; resume the request",
-        reason="ROUTER_DRAINING",
+        reason=ROUTER_DRAINING,
         retry_after_s=RETRY_AFTER_S,
     )
 

@@ -19,9 +19,10 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
+from baton.errors import ERROR_DETAIL_KEY
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from core.config.schema import Config
-from core.rpc.status import DETAIL_KEY, from_rpc_error
+from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool
 from decode_worker.servicer import add_decode_service
@@ -263,7 +264,7 @@ async def _hostile(
     what = f"{method} {request[:200]!r}… ended in {code}: {error}"
     assert code in {*TYPED, *allowed}, what
     if error is not None and ours:
-        assert DETAIL_KEY in dict(error.trailing_metadata() or ()), what
+        assert ERROR_DETAIL_KEY in dict(error.trailing_metadata() or ()), what
         assert from_rpc_error(error, "w").reason.isupper(), what
 
 

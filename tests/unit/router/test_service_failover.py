@@ -13,6 +13,7 @@ import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
 from core.errors import (
+    WORKER_DRAINING,
     CapacityError,
     InternalError,
     InvalidArgumentError,
@@ -30,7 +31,6 @@ from tests.support.fake_workers import (
     until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, token_ids
-from worker.intake import WORKER_DRAINING
 
 pytestmark = pytest.mark.asyncio
 

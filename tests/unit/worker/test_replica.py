@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from core.config.schema import Config
-from core.errors import WorkerLostError
+from core.errors import WORKER_DRAINING, WorkerLostError
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
@@ -22,7 +22,6 @@ from engine.fake import FakeEngine, FakeLatency
 from engine.protocol import EngineOutput, EngineRequest
 from prefill_worker.servicer import add_prefill_service
 from tests.support.waiting import until, until_awaited
-from worker.intake import WORKER_DRAINING
 from worker.replica import WorkerReplica
 
 pytestmark = pytest.mark.asyncio

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from core.errors import (
+    WORKER_DRAINING,
     BatonError,
     CapacityError,
     InternalError,
@@ -11,7 +12,6 @@ from core.errors import (
     WorkerUnreachableError,
 )
 from router.dispatch.retry import FIRST_WAIT_S, MAX_WAIT_S, Retries, RetryLimits
-from worker.intake import WORKER_DRAINING
 
 LIMITS = RetryLimits(max_attempts=3, timeout_s=10, avoid_s=3)
 LOST = WorkerLostError("lost")
