@@ -17,6 +17,9 @@ class WorkerState(enum.StrEnum):
     DRAINING = "draining"
 
 
+WorkerKey = tuple[str, str]  # id, incarnation: a restarted worker is another one
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """What a worker says about itself with each lease renewal."""
@@ -46,3 +49,8 @@ class WorkerRecord:
     model: str  # served name
     load: WorkerLoad
     metrics: str = ""  # Prometheus, "http://host:port/metrics"
+
+    @property
+    def key(self) -> WorkerKey:
+        """Names this process of the worker."""
+        return self.id, self.incarnation

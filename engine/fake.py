@@ -174,6 +174,10 @@ class FakeEngine:
         """See ``Engine``."""
         self._check()
 
+    async def ping(self) -> None:
+        """See ``Engine``."""
+        self._check()
+
     async def stop(self) -> None:
         """See ``Engine``."""
         self.fail("the engine was stopped")

@@ -105,6 +105,13 @@ class Engine(Protocol):
     async def check_health(self) -> None:
         """Raises WorkerLostError if the engine can serve no more."""
 
+    async def ping(self) -> None:
+        """Return when the engine's own loop has answered, which it does between two steps.
+
+        Raises:
+            WorkerLostError: the engine died.
+        """
+
     def must_be_replaced(self) -> str | None:
         """Why this engine should be drained and ended although it serves, if it should."""
 

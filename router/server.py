@@ -25,7 +25,9 @@ from router.api.servicer import CallBounds, InferenceServicer
 from router.dispatch.dispatcher import DispatchCounters, Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
 from router.placement.ledger import PlacementBook
-from router.placement.policy import PlacementLimits, worker_key
+from router.placement.policy import (
+    PlacementLimits,
+)
 from router.resume.journal import Journal, JournalSettings
 from router.text.codec import TextCodec, load_text_codec
 from router.workers.membership import WorkerList, Workers, WorkersSettings
@@ -91,7 +93,7 @@ class RouterServer:
         )
 
         def on_snapshot(snapshot: tuple[WorkerRecord, ...]) -> None:
-            book.new_snapshot(frozenset(map(worker_key, snapshot)))
+            book.new_snapshot(frozenset(record.key for record in snapshot))
             self._set_serving(self._can_serve(snapshot))
 
         self.workers = Workers(self._registry, self._workers_settings(), clock, on_snapshot)

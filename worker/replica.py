@@ -30,11 +30,13 @@ from core.net import host_port
 from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
 from core.state.orders import report_failure
-from core.state.registry import RedisRegistry, Registry
+from core.state.registry import Registry
+from core.state.store import Store
 from core.types import Pool, WorkerRecord, WorkerState
 from engine.protocol import Engine
 from engine.vllm.log_buffers import log_buffers_kept
 from worker.intake import Intake
+from worker.liveness import LivenessProbe
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class WorkerSettings:
     config: Config
     pool: Pool
     model: ResolvedModel
-    redis_url: str = field(repr=False)
+    store: Store
     kv_token: str = field(repr=False)  # secret of the KV control channels
 
 
@@ -66,29 +68,22 @@ async def start_worker(
     Raises:
         ConfigError, BatonError: the reason.
     """
-    config = settings.config
     incarnation = secrets.token_hex(8)
     try:
         engine = _make_engine(settings, slot, incarnation)
-        registry = RedisRegistry(
-            settings.redis_url,
-            cluster=config.cluster.name,
-            lease_s=config.redis.lease_s,
-            socket_timeout_s=config.redis.socket_timeout_s,
-        )
         worker = WorkerReplica(
-            config,
+            settings.config,
             settings.pool,
             settings.model.served_name,
             engine,
-            registry,
+            settings.store.registry(),
             add_service,
             incarnation=incarnation,
         )
         await worker.start()
     except Exception as error:
         _log.exception("this %s worker cannot start", settings.pool)
-        await report_failure(settings.redis_url, config, settings.pool, error)
+        await report_failure(settings.store.orders(), settings.pool, error)
         raise
     return worker
 
@@ -122,6 +117,7 @@ class WorkerReplica:
         self._incarnation = incarnation
         self._id = f"{pool}-{secrets.token_hex(3)}"
         self._intake = Intake(config.pool(pool).max_concurrent)
+        self._liveness = LivenessProbe(engine.ping, config.pool(pool).progress_timeout_s)
         self._health = health_aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._metrics: WSGIServer | None = None
@@ -168,6 +164,7 @@ class WorkerReplica:
         if (reason := self._engine.must_be_replaced()) is not None:
             self._leave(reason)
         await self._engine.check_health()
+        await self._liveness.check()
         if self._lease is None or (self._lease.done() and self._stopped is None):
             raise WorkerLostError(f"{self._id} does not renew its lease")
 
@@ -290,6 +287,7 @@ class WorkerReplica:
         """End what has begun, in whatever state."""
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
+        await self._liveness.close()
         await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
         tasks = [task for task in (self._lease, self._pairing) if task is not None]
         for task in tasks:

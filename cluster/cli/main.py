@@ -73,7 +73,7 @@ def _status(options: argparse.Namespace) -> int:
     from cluster.cli.status import as_json, as_table, read_workers
 
     state = _running(_load(options))
-    workers = read_workers(state) if state.redis_url else ()
+    workers = read_workers(state) if state.store is not None else ()
     print((as_json if options.json else as_table)(state, workers))
     return 0
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from cluster.cli.status import wait_for_workers
 from cluster.local.run_dir import ClusterState
 from core.errors import ConfigError
-from core.state.orders import Orders
 from core.types import Pool, WorkerRecord, WorkerState
 
 
@@ -44,7 +43,8 @@ def scale(
 
 
 async def _ask(state: ClusterState, targets: Mapping[Pool, int]) -> None:
-    orders = Orders(state.redis_url, cluster=state.name, socket_timeout_s=state.socket_timeout_s)
+    assert state.store is not None, "a ready cluster has a store"
+    orders = state.store.orders()
     try:
         for pool, replicas in targets.items():
             await orders.ask_scale(pool, replicas)

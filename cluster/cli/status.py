@@ -58,12 +58,9 @@ def wait_for_workers(
 @asynccontextmanager
 async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
     """The registry of a cluster that runs, for the block."""
-    registry = RedisRegistry(
-        state.redis_url,
-        cluster=state.name,
-        lease_s=state.lease_s,
-        socket_timeout_s=state.socket_timeout_s,
-    )
+    if state.store is None:
+        raise UnavailableError(f"the cluster {state.name!r} has no registry yet")
+    registry = state.store.registry()
     try:
         yield registry
     finally:

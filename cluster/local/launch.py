@@ -32,6 +32,7 @@ from core.errors import BatonError, ConfigError, InternalError, UnavailableError
 from core.model.resolve import ResolvedModel, resolve_model
 from core.state.orders import Orders, StartFailure
 from core.state.registry import RedisRegistry
+from core.state.store import Store
 from core.types import Pool, WorkerRecord, WorkerState
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Cluster:
         reaper = Reaper(cluster_id, run.folders, run.lock_file, run.lock_fd)
         self._stack.callback(self._finish, reaper, run)
         self._run = run
-        self._write_state(cluster_id, served_name="", redis_url="")
+        self._write_state(cluster_id, served_name="", store=None)
         path = self.config.model.path
         is_local = path.startswith("embedded:") or Path(path).expanduser().exists()
         self._stack.enter_context(
@@ -220,10 +221,10 @@ class Cluster:
             )
         )
         model = self._resolve_model()
-        redis_url = self._connect_registry(run)
-        self._write_state(cluster_id, model.served_name, redis_url)
+        store = self._connect_registry(run)
+        self._write_state(cluster_id, model.served_name, store)
         self._check_signal()
-        self._start_ray(run, model, redis_url)
+        self._start_ray(run, model, store)
         self.wait_ready()
         run.set_phase("ready")
 
@@ -248,23 +249,16 @@ class Cluster:
         self.config = self.config.model_copy(update={"model": found})
         return model
 
-    def _connect_registry(self, run: RunDir) -> str:
-        redis, cluster = self.config.redis, self.config.cluster
-        url = redis.url
+    def _connect_registry(self, run: RunDir) -> Store:
+        cluster, url = self.config.cluster, self.config.redis.url
         if url is None:
             self._valkey = EmbeddedValkey(cluster.host, run.scratch / "valkey")
             self._valkey.start()
             self._stack.callback(self._valkey.stop)
             url = self._valkey.url
-        registry = self._registry = RedisRegistry(
-            url,
-            cluster=cluster.name,
-            lease_s=redis.lease_s,
-            socket_timeout_s=redis.socket_timeout_s,
-        )
-        orders = self._orders = Orders(
-            url, cluster=cluster.name, socket_timeout_s=redis.socket_timeout_s
-        )
+        store = Store.of(self.config, url)
+        registry = self._registry = store.registry()
+        orders = self._orders = store.orders()
         self._stack.callback(lambda: self._await(registry.close()))
         self._stack.callback(lambda: self._await(orders.close()))
         if self._await(registry.list()):
@@ -274,22 +268,22 @@ class Cluster:
             )
         self._await(orders.take_failures())  # of an earlier start
         self._await(orders.take_scale())  # for a cluster that died before it looked
-        return url
+        return store
 
-    def _start_ray(self, run: RunDir, model: ResolvedModel, redis_url: str) -> None:
+    def _start_ray(self, run: RunDir, model: ResolvedModel, store: Store) -> None:
         self._progress("starting Ray")
         # Imported late: Ray takes seconds, and its settings from the environment.
-        from cluster.ray.app import Secrets, build_app
+        from cluster.ray.app import build_app
         from cluster.ray.head import RayRuntime
 
         runtime = RayRuntime(self.config, run.scratch / "ray")
         self._stack.callback(lambda: runtime.stop(disconnect=not self._has_abandoned))
         runtime.start()
         self._runtime = runtime
-        secrets = Secrets(redis_url, kv_token=token_hex(32))
-        runtime.deploy(build_app(self.config, model, secrets, cuda=runtime.has_cuda()))
+        app = build_app(self.config, model, store, kv_token=token_hex(32), cuda=runtime.has_cuda())
+        runtime.deploy(app)
 
-    def _write_state(self, cluster_id: str, served_name: str, redis_url: str) -> None:
+    def _write_state(self, cluster_id: str, served_name: str, store: Store | None) -> None:
         assert self._run is not None
         config = self.config
         started = process_started(os.getpid())
@@ -303,9 +297,7 @@ class Cluster:
                 phase="starting",
                 address=self.address,
                 model=served_name,
-                redis_url=redis_url,
-                lease_s=config.redis.lease_s,
-                socket_timeout_s=config.redis.socket_timeout_s,
+                store=store,
                 start_timeout_s=config.cluster.start_timeout_s,
                 stop_grace_s=config.cluster.stop_grace_s,
                 max_replicas={pool: config.pool(pool).max_replicas for pool in Pool},

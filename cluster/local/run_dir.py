@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.local import reaper
 from core.errors import ConfigError
+from core.state.store import Store
 
 _STATE = "state.json"
 _STATE_NEW = f"{_STATE}.new"  # while it is being written
@@ -42,13 +43,16 @@ class ClusterState:
     phase: str  # "starting", "ready" or "stopping"
     address: str  # gRPC of the router, "host:port"
     model: str  # served name
-    redis_url: str
-    lease_s: float
-    socket_timeout_s: float
+    store: Store | None  # None until it is there
     start_timeout_s: float
     stop_grace_s: float
     max_replicas: dict[str, int]  # by pool
     folders: tuple[str, ...]
+
+    @property
+    def redis_url(self) -> str:
+        """The store's address, with its password; empty until the store is there."""
+        return self.store.url if self.store is not None else ""
 
     def launcher_lives(self) -> bool:
         """Whether the process that wrote this still runs."""
@@ -129,7 +133,8 @@ def read_state(base: Path, name: str) -> ClusterState | None:
     file = base / name / _STATE
     try:
         fields = json.loads(file.read_text())
-        return ClusterState(**fields | {"folders": tuple(fields["folders"])})
+        store = Store(**fields["store"]) if fields["store"] is not None else None
+        return ClusterState(**fields | {"store": store, "folders": tuple(fields["folders"])})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

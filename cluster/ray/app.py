@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
-from cluster.ray.decode import DecodeWorker
-from cluster.ray.prefill import PrefillWorker
-from cluster.ray.router import Router, RouterSettings
+from cluster.ray.deployments import Router, RouterSettings, Worker
 from core.config.schema import Config, PoolConfig
 from core.model.resolve import ResolvedModel
+from core.state.store import Store
 from core.types import Pool
 from worker.replica import WorkerSettings
 
@@ -29,22 +27,19 @@ _DRAIN_POLL_S = 0.05
 _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarely
 
 
-@dataclass(frozen=True, slots=True)
-class Secrets:
-    """What only the processes of this cluster may know."""
-
-    redis_url: str = field(repr=False)
-    kv_token: str = field(repr=False)
-
-
-def build_app(config: Config, model: ResolvedModel, secrets: Secrets, *, cuda: bool) -> Application:
+def build_app(
+    config: Config, model: ResolvedModel, store: Store, *, kv_token: str, cuda: bool
+) -> Application:
     """The application; Serve's ingress is the router, although requests don't pass Serve.
 
     Args:
+        kv_token: secret of the KV control channels, which only this cluster's processes know.
         cuda: the cluster has CUDA devices, so a worker takes as many as it has ranks unless
             its pool says otherwise.
     """
-    workers = [_worker(config, pool, model, secrets, cuda=cuda) for pool in Pool]
+    workers = [
+        _worker(WorkerSettings(config, pool, model, store, kv_token), cuda=cuda) for pool in Pool
+    ]
     router = serve.deployment(
         name=ROUTER,
         num_replicas=1,
@@ -53,14 +48,11 @@ def build_app(config: Config, model: ResolvedModel, secrets: Secrets, *, cuda: b
         graceful_shutdown_timeout_s=config.cluster.stop_grace_s + _STOP_MARGIN_S,
         **_common(),
     )(Router)
-    return router.bind(RouterSettings(config, secrets.redis_url), *workers)
+    return router.bind(RouterSettings(config, store), *workers)
 
 
-def _worker(
-    config: Config, pool: Pool, model: ResolvedModel, secrets: Secrets, *, cuda: bool
-) -> Application:
-    settings = WorkerSettings(config, pool, model, secrets.redis_url, secrets.kv_token)
-    options = config.pool(pool)
+def _worker(settings: WorkerSettings, *, cuda: bool) -> Application:
+    pool, options = settings.pool, settings.config.pool(settings.pool)
     deployment = serve.deployment(
         name=DEPLOYMENTS[pool],
         num_replicas=options.replicas,
@@ -69,7 +61,7 @@ def _worker(
         graceful_shutdown_timeout_s=options.shutdown_grace_s + _STOP_MARGIN_S,
         **_common(),
     )
-    return deployment(PrefillWorker if pool is Pool.PREFILL else DecodeWorker).bind(settings)
+    return deployment(Worker).bind(settings)
 
 
 def actor_options(pool: PoolConfig, *, cuda: bool) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from core.config.schema import Config
 from core.errors import BatonError, ConfigError
 from core.state.redis import RedisClient
 from core.types import Pool
@@ -93,8 +92,8 @@ class Orders:
         await self._client.close()
 
 
-async def report_failure(redis_url: str, config: Config, part: str, error: Exception) -> None:
-    """Tell the launcher, in one sentence, why ``part`` cannot start.
+async def report_failure(orders: Orders, part: str, error: Exception) -> None:
+    """Tell the launcher, in one sentence, why ``part`` cannot start. Closes ``orders``.
 
     Raises:
         UnavailableError: the store does not answer.
@@ -103,11 +102,6 @@ async def report_failure(redis_url: str, config: Config, part: str, error: Excep
         message = str(error)
     else:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-    orders = Orders(
-        redis_url,
-        cluster=config.cluster.name,
-        socket_timeout_s=config.redis.socket_timeout_s,
-    )
     try:
         failure = StartFailure(part, message, is_config=isinstance(error, ConfigError))
         await orders.report_failure(failure)

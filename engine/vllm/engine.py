@@ -41,7 +41,6 @@ from engine.vllm.log_buffers import log_buffers_kept
 from engine.vllm.sampling import LOGITS_PROCESSOR, continued
 from kv_transfer.release import RankReports, Releaser
 from kv_transfer.vllm_metrics import ReceiveReport
-from worker.liveness import LivenessProbe
 
 _FINISH = {
     "stop": pb.FINISH_REASON_STOP,
@@ -83,7 +82,6 @@ class VllmEngine:
         self._reports: RankReports | None = None
         self._releaser: Releaser | None = None
         self._prewarmed: set[str] = set()  # incarnations
-        self._liveness = LivenessProbe(self._ask_core, self._pool_config.progress_timeout_s)
         self._stats = _Stats()
         self._queued_tokens: dict[str, int] = {}
 
@@ -222,17 +220,18 @@ class VllmEngine:
     async def check_health(self) -> None:
         try:
             await self._running().check_health()
-            await self._liveness.check()
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
 
-    async def _ask_core(self) -> None:
-        """Ask something cheap that the loop of the engine core answers, and no rank is asked."""
-        await self._running().is_sleeping()
+    async def ping(self) -> None:
+        # A cheap call that the engine core's loop answers by itself: no rank is asked.
+        try:
+            await self._running().is_sleeping()
+        except EngineDeadError as error:
+            raise WorkerLostError("the engine of this worker died") from error
 
     async def stop(self) -> None:
         llm, self._llm = self._llm, None
-        await self._liveness.close()
         if self._releaser is not None:
             self._releaser.close()
             self._releaser = None

@@ -9,8 +9,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from core.errors import BatonError, CapacityError, DeadlineError, InvalidArgumentError
 from router.admission.expectation import smoothed
-from router.admission.policy import AdmissionLimits, Ask, Queues, Refusal, decide, decide_turn
-from router.api.validate import shown
+from router.admission.policy import (
+    AdmissionLimits,
+    Ask,
+    Queues,
+    Refusal,
+    decide_admission,
+    decide_dispatch,
+)
+from router.request import shown
 
 
 class Room(Protocol):
@@ -110,7 +117,7 @@ class Admission:
         while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
             ask, waiter = head
             try:
-                _raise(decide_turn(ask, self._clock()))
+                _raise(decide_dispatch(ask, self._clock()))
                 room = waiter.take()
             except BatonError as err:
                 self._queues.remove(waiter)
@@ -157,7 +164,7 @@ class Admission:
         # Little's law: requests that run = those that end per second * how long each runs.
         rate = self.running / self._mean_hold_s if self._mean_hold_s else 0.0
         before = self._queues.before(ask)
-        _raise(decide(self._limits, ask, waiting, before, rate, self._clock()))
+        _raise(decide_admission(self._limits, ask, waiting, before, rate, self._clock()))
 
     def _waited_too_long(self, ask: Ask, timeout_s: float) -> CapacityError | DeadlineError:
         if self._clock() >= ask.deadline_s:

@@ -65,7 +65,7 @@ class Refusal:
     retry_after_s: float
 
 
-def decide(
+def decide_admission(
     limits: AdmissionLimits, ask: Ask, waiting: int, before: float, rate: float, now_s: float
 ) -> Refusal | None:
     """Whether a request that finds no room is refused; None: it waits.
@@ -90,7 +90,7 @@ def decide(
     return None
 
 
-def decide_turn(ask: Ask, now_s: float) -> Refusal | None:
+def decide_dispatch(ask: Ask, now_s: float) -> Refusal | None:
     """Whether a request whose turn has come is refused, before it costs anything."""
     if now_s + ask.service_s <= ask.deadline_s:
         return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from baton.v1 import inference_pb2
-from router.dispatch.assemble import UNFINISHED, TokenBatch
 from router.dispatch.dispatcher import Progress
+from router.request import UNFINISHED, TokenBatch
 from router.text.output import TextOutput
 
 Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]

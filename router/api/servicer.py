@@ -35,16 +35,17 @@ from router.api.validate import (
     ChatTurns,
     CheckedRequest,
     PromptText,
-    TokenRequest,
     check_request,
     check_request_id,
     with_prompt,
 )
-from router.dispatch.assemble import TokenBatch
 from router.dispatch.attempt import Emit
 from router.dispatch.dispatcher import Dispatcher, Progress
 from router.phases import PhaseClock
-from router.placement.policy import RETRY_AFTER_S
+from router.placement.policy import (
+    RETRY_AFTER_S,
+)
+from router.request import TokenBatch, TokenRequest
 from router.resume.journal import NOT_RESUMABLE, Entry, Journal
 from router.text.codec import TextCodec
 from router.text.output import TextOutput

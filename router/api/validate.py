@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from baton.v1 import inference_pb2
 from core.errors import InvalidArgumentError, NotFoundError
+from router.request import TokenRequest, shown
 from router.text.codec import ChatTurn, ModelFacts
 
 MAX_REQUEST_ID_CHARS = 128
@@ -24,7 +25,6 @@ MAX_LOGPROBS = 20
 ROLES = ("system", "user", "assistant")
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
-_SHOWN_CHARS = 40  # of a bad value, in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,6 @@ class CheckedRequest:
     request_id: str
     prompt: PromptText | ChatTurns | PromptTokens
     sampling: inference_pb2.SamplingParams  # as it came; not changed by anyone
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """A request ready for the workers."""
-
-    request_id: str
-    prompt: tuple[int, ...]
-    # For workers: no stop strings (text is the router's), max_tokens set and fitting.
-    sampling: inference_pb2.SamplingParams
-    stops: tuple[str, ...]
 
 
 def check_request_id(request_id: str) -> None:
@@ -230,11 +219,3 @@ def _invalid_sampling(name: str, value: object, allowed: str) -> InvalidArgument
 
 def _invalid(field: str, value: object, allowed: str, reason: str) -> InvalidArgumentError:
     return InvalidArgumentError(f"{field} is {shown(value)}; must be {allowed}", reason=reason)
-
-
-def shown(value: object) -> str:
-    """A value that somebody sent, short enough for a message."""
-    if not isinstance(value, str):
-        return str(value)
-    short = value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "…"
-    return repr(short)

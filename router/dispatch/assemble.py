@@ -12,20 +12,9 @@ Pure: no token is lost, repeated or invented whichever side answers first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from baton.v1 import inference_pb2
-
-UNFINISHED = inference_pb2.FINISH_REASON_UNSPECIFIED
-
-
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """Consecutive tokens; a finish reason marks the request's last batch."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[inference_pb2.TokenLogprobs, ...]  # one per token, or none
-    finish_reason: inference_pb2.FinishReason
+from router.request import UNFINISHED, TokenBatch
 
 
 class ProtocolViolationError(Exception):

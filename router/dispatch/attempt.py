@@ -32,13 +32,15 @@ from core.errors import (
 from core.rpc.status import from_rpc_error
 from core.types import WorkerRecord
 from router.dispatch.assemble import (
-    UNFINISHED,
     Assembler,
     FirstTokenDiffersError,
     ProtocolViolationError,
-    TokenBatch,
 )
-from router.placement.policy import RETRY_AFTER_S, Placement
+from router.placement.policy import (
+    RETRY_AFTER_S,
+    Placement,
+)
+from router.request import UNFINISHED, TokenBatch
 from router.workers.client import DecodeCall, PrefillCall, WorkerClient
 
 logger = logging.getLogger(__name__)

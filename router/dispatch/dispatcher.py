@@ -22,10 +22,8 @@ from core.errors import (
     InternalError,
     UnavailableError,
 )
-from core.types import WorkerRecord
+from core.types import WorkerKey, WorkerRecord
 from router.admission.expectation import Expectation
-from router.api.validate import TokenRequest
-from router.dispatch.assemble import TokenBatch
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
 from router.dispatch.first_token import first_token_rule
 from router.dispatch.retry import Retries, RetryLimits
@@ -36,9 +34,8 @@ from router.placement.policy import (
     LocalPrefill,
     Placement,
     PlacementFacts,
-    WorkerKey,
-    worker_key,
 )
+from router.request import TokenBatch, TokenRequest
 from router.workers.client import WorkerClient
 from router.workers.membership import Workers
 
@@ -271,7 +268,7 @@ class Dispatcher:
         error = _with_retry_hint(failed.error)
         if not isinstance(error, RETRYABLE):
             raise error from failed
-        worker = worker_key(failed.failed) if failed.failed is not None else None
+        worker = failed.failed.key if failed.failed is not None else None
         retries.failed(
             error,
             worker,
@@ -288,7 +285,7 @@ class Dispatcher:
         elif placement.decode is not None:
             self.counters.first_tokens_differed += 1
             local_prefill = "always"
-            preferred = worker_key(placement.decode)
+            preferred = placement.decode.key
         logger.warning(
             "request %s: attempt %d failed after %d tokens: %s",
             progress.request.request_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from core.errors import WORKER_DRAINING, BatonError, CapacityError, WorkerUnreachableError
-from router.placement.policy import WorkerKey
+from core.types import WorkerKey
 
 FIRST_WAIT_S = 0.05  # then twice as long each time
 MAX_WAIT_S = 1.0

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from core.types import Pool, WorkerRecord
+from core.errors import UnavailableError
+from core.types import Pool, WorkerKey, WorkerRecord
 from router.placement.policy import (
+    RETRY_AFTER_S,
+    NoWorker,
     OwnLoad,
     Placement,
     PlacementFacts,
     PlacementLimits,
     PlacementState,
-    WorkerKey,
-    decide,
+    decide_placement,
     tokens_on,
-    worker_key,
 )
 
 RATE_MEMORY = 0.98  # of a prefill worker's rate: about the latest fifty prompts count
@@ -28,7 +29,7 @@ class HeldPlacement:
         self.placement = placement
         self._book = book
         self._held = {
-            record.pool: (worker_key(record), tokens_on(record, facts))
+            record.pool: (record.key, tokens_on(record, facts))
             for record in (placement.prefill, placement.decode)
             if record is not None
         }
@@ -96,9 +97,11 @@ class PlacementBook:
         Raises:
             UnavailableError: a pool that is needed has no worker.
         """
-        placement = decide(snapshot, facts, self._state, self._limits, self._clock())
+        placement = decide_placement(snapshot, facts, self._state, self._limits, self._clock())
         if placement is None:
             return None
+        if isinstance(placement, NoWorker):
+            raise _unavailable(placement)
         self._state = placement.state
         return HeldPlacement(placement, self, facts)
 
@@ -179,3 +182,12 @@ class _Count:
             peak_tokens=max((tokens for _, tokens in reported), default=0),
             tokens_per_s=self._done_tokens / self._busy_s if self._busy_s else 0.0,
         )
+
+
+def _unavailable(missing: NoWorker) -> UnavailableError:
+    detail = f"{missing.known} known, none usable" if missing.known else "none is known"
+    return UnavailableError(
+        f"no {missing.pool} worker can take the request ({detail})",
+        reason=f"NO_{missing.pool.upper()}_WORKER",
+        retry_after_s=RETRY_AFTER_S,
+    )

@@ -16,10 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from core.errors import UnavailableError
-from core.types import Pool, WorkerRecord, WorkerState
+from core.types import Pool, WorkerKey, WorkerRecord, WorkerState
 
-WorkerKey = tuple[str, str]  # id, incarnation: a restarted worker is another one
 LocalPrefill = Literal["never", "fallback", "always"]
 
 KV_SCARCE_FRACTION = 0.05  # with fewer free blocks, a decode worker is soon preempting
@@ -28,10 +26,6 @@ KV_STEPS = 10  # KV use is compared in tenths, so that small differences don't e
 # A worker that starts now is ready after its model has loaded; a lease that was lost to a
 # pause is back after one renewal. Trying again after a second serves the second case.
 RETRY_AFTER_S = 1.0
-
-
-def worker_key(record: WorkerRecord) -> WorkerKey:
-    return record.id, record.incarnation
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,27 +90,31 @@ class Placement:
     state: PlacementState  # carries the turns on
 
 
-def decide(
+@dataclass(frozen=True, slots=True)
+class NoWorker:
+    """A pool that the request needs has no usable worker."""
+
+    pool: Pool
+    known: int  # workers of that pool, usable or not
+
+
+def decide_placement(
     snapshot: tuple[WorkerRecord, ...],
     facts: PlacementFacts,
     state: PlacementState,
     limits: PlacementLimits,
     now_s: float,
-) -> Placement | None:
-    """Choose the workers for one attempt; None: it may wait, and there is no room.
-
-    Raises:
-        UnavailableError: a pool that is needed has no worker (with a retry hint).
-    """
+) -> Placement | NoWorker | None:
+    """Choose the workers for one attempt; None if no worker has room and the request may wait."""
     prefills = _usable(Pool.PREFILL, snapshot, facts, state, now_s)
     decodes = _usable(Pool.DECODE, snapshot, facts, state, now_s)
     if facts.local_prefill == "always":
         prefills = []
     elif not prefills and facts.local_prefill == "never":
-        raise _unavailable(Pool.PREFILL, snapshot)
+        return _no_worker(Pool.PREFILL, snapshot)
     first_is_all = bool(prefills) and facts.max_tokens == 1
     if not decodes and not first_is_all:
-        raise _unavailable(Pool.DECODE, snapshot)
+        return _no_worker(Pool.DECODE, snapshot)
     prefill = _choose(Pool.PREFILL, prefills, snapshot, facts, state, limits)
     decode = None
     if not first_is_all:
@@ -151,11 +149,11 @@ def _usable(
         if record.pool is pool
         and record.state is WorkerState.READY
         and record.model == facts.model
-        and worker_key(record) not in facts.excluded
+        and record.key not in facts.excluded
     ]
     # A suspect failed another request just now. It is the last resort, not excluded: the
     # failure may have been one connection's.
-    trusted = [record for record in usable if state.suspects.get(worker_key(record), 0.0) <= now_s]
+    trusted = [record for record in usable if state.suspects.get(record.key, 0.0) <= now_s]
     return trusted or usable
 
 
@@ -169,11 +167,11 @@ def _choose(
 ) -> WorkerRecord | None:
     if pool is Pool.DECODE and facts.preferred_decode is not None:
         for record in usable:
-            if worker_key(record) == facts.preferred_decode:
+            if record.key == facts.preferred_decode:
                 return record
 
     def own(record: WorkerRecord) -> OwnLoad:
-        return state.own.get(worker_key(record), OwnLoad())
+        return state.own.get(record.key, OwnLoad())
 
     roomy = [record for record in usable if _has_room(record, own(record), facts, limits)]
     candidates = roomy if roomy or facts.may_wait else usable
@@ -238,11 +236,5 @@ def _decode_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
     return free_fraction < KV_SCARCE_FRACTION, streams, used_steps
 
 
-def _unavailable(pool: Pool, snapshot: tuple[WorkerRecord, ...]) -> UnavailableError:
-    known = sum(record.pool is pool for record in snapshot)
-    detail = f"{known} known, none usable" if known else "none is known"
-    return UnavailableError(
-        f"no {pool} worker can take the request ({detail})",
-        reason=f"NO_{pool.upper()}_WORKER",
-        retry_after_s=RETRY_AFTER_S,
-    )
+def _no_worker(pool: Pool, snapshot: tuple[WorkerRecord, ...]) -> NoWorker:
+    return NoWorker(pool, known=sum(record.pool is pool for record in snapshot))

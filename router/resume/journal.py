@@ -26,7 +26,7 @@ from core.errors import (
     UnavailableError,
 )
 from core.state.journal import Change, JournalStore, Stored, Written
-from router.dispatch.assemble import TokenBatch
+from router.request import TokenBatch
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.v1 import inference_pb2
-from router.dispatch.assemble import UNFINISHED, TokenBatch
+from router.request import UNFINISHED, TokenBatch
 from router.text.detokenizer import IncrementalDetokenizer, TokenDecoder
 from router.text.stop import StopMatcher
 

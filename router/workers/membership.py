@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from core.types import WorkerRecord
-from router.placement.policy import WorkerKey, worker_key
+from core.types import WorkerKey, WorkerRecord
 from router.workers.client import WorkerClient
 
 logger = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ class Workers:
         self._registry_failed = False
         self.snapshot = (*present, *returning)
         self._on_snapshot(self.snapshot)
-        self._note_missing(frozenset(map(worker_key, present)))
+        self._note_missing(frozenset(record.key for record in present))
         if not returning:
             await self._close_unused()
 
@@ -126,7 +125,7 @@ class Workers:
         ``on_lost`` is called at every look while the worker's lease has been away for
         ``lost_after_s``: it may be hung, or only unable to reach the registry.
         """
-        key = worker_key(record)
+        key = record.key
         connection = self._connections.get(key)
         if connection is None:
             connection = self._connections[key] = _Connection(self._connect(record))
@@ -148,8 +147,8 @@ class Workers:
 
     def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:
         """Workers of the last snapshot that a restarted registry need not know yet."""
-        keys = frozenset(map(worker_key, present))
-        missing = tuple(record for record in self.snapshot if worker_key(record) not in keys)
+        keys = frozenset(record.key for record in present)
+        missing = tuple(record for record in self.snapshot if record.key not in keys)
         now_s = self._clock()
         if not missing:
             self._refilling_since_s = None

@@ -17,7 +17,9 @@ from baton.v1 import inference_pb2
 from core.types import Pool
 from engine.fake import FakeLatency, next_tokens
 from router.admission.policy import AdmissionLimits, ClassLimits
-from router.placement.policy import PlacementLimits
+from router.placement.policy import (
+    PlacementLimits,
+)
 from tests.support.simulated_cluster import SimClient, SimCluster, SimWorker
 from tests.support.virtual_time import elapse, run_virtually
 

@@ -22,6 +22,7 @@ from engine.vllm.engine import VllmEngine
 from tests.support.live_cluster import ENGINE
 from tests.support.tiny_model import make_tiny_model
 from tests.support.waiting import until_awaited
+from worker.liveness import LivenessProbe
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio, pytest.mark.timeout(120)]
 
@@ -39,7 +40,6 @@ async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
             "model.path": str(make_tiny_model(tmp_path / "model")),
             "model.dtype": "float32",
             "model.max_model_len": 2048,
-            "prefill.progress_timeout_s": TIMEOUT_S,
         }
     )
     model = resolve_model(config.model, print)
@@ -66,9 +66,11 @@ async def one_request(engine: VllmEngine) -> bool:
     return False
 
 
-async def is_healthy(engine: VllmEngine) -> bool:
+async def is_healthy(engine: VllmEngine, probe: LivenessProbe) -> bool:
+    """As a worker's replica checks it."""
     try:
         await engine.check_health()
+        await probe.check()
     except WorkerLostError:
         return False
     return True
@@ -78,16 +80,17 @@ async def test_a_core_that_is_stopped_is_noticed_by_no_request_of_its_own(
     engine: VllmEngine,
 ) -> None:
     clock = asyncio.get_running_loop().time
+    probe = LivenessProbe(engine.ping, TIMEOUT_S)
     answered = 0
     started_s = clock()
     while clock() < started_s + 2 * TIMEOUT_S:
         answered += await one_request(engine)
-        assert await is_healthy(engine)
+        assert await is_healthy(engine, probe)
     assert answered > 1
 
     async def hangs_meanwhile() -> bool:
         assert not await one_request(engine)
-        return not await is_healthy(engine)
+        return not await is_healthy(engine, probe)
 
     core = engine_core()
     core.suspend()
@@ -97,5 +100,6 @@ async def test_a_core_that_is_stopped_is_noticed_by_no_request_of_its_own(
         assert clock() >= stopped_s + TIMEOUT_S - SHORT_S
     finally:
         core.resume()
-    await until_awaited(lambda: is_healthy(engine), what="the engine is back")
+    await until_awaited(lambda: is_healthy(engine, probe), what="the engine is back")
     await until_awaited(lambda: one_request(engine), what="and answers")
+    await probe.close()

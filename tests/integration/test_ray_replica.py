@@ -6,6 +6,7 @@ import pytest
 
 from core.config.schema import Config
 from core.model.resolve import ResolvedModel
+from core.state.store import Store
 
 pytestmark = pytest.mark.integration
 
@@ -32,9 +33,11 @@ def test_a_replica_uses_the_address_of_its_own_node(
 
 
 def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
-    from cluster.ray.app import Secrets, build_app
+    from cluster.ray.app import build_app
 
-    app = build_app(Config(), ResolvedModel("", "m"), Secrets("", ""), cuda=False)
+    app = build_app(
+        Config(), ResolvedModel("", "m"), Store.of(Config(), ""), kv_token="", cuda=False
+    )
     router = app._bound_deployment
     assert router.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
     for worker in router.init_args[1:]:

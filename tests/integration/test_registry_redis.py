@@ -23,6 +23,7 @@ from core.state.journal import JournalStore, RedisJournal, Written
 from core.state.orders import ROUTER, Orders, StartFailure, report_failure
 from core.state.redis import RedisClient
 from core.state.registry import RedisRegistry
+from core.state.store import Store
 from core.types import Pool
 from tests.support import journal_rules
 from tests.support import registry_rules as rules
@@ -159,8 +160,9 @@ async def test_orders_are_taken_once_and_expire(url: str, name: str) -> None:
     assert await orders.take_scale() == {}
 
     config = Config.model_validate({"cluster": {"name": name}})
-    await report_failure(url, config, ROUTER, ConfigError("router.port: taken"))
-    await report_failure(url, config, Pool.PREFILL, RuntimeError("first line\nsecond line"))
+    store = Store.of(config, url)
+    await report_failure(store.orders(), ROUTER, ConfigError("router.port: taken"))
+    await report_failure(store.orders(), Pool.PREFILL, RuntimeError("first line\nsecond line"))
     assert set(await orders.take_failures()) == {
         StartFailure("router", "router.port: taken", is_config=True),
         StartFailure("prefill", "RuntimeError: first line", is_config=False),

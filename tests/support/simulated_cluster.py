@@ -33,7 +33,9 @@ from router.api.servicer import CallBounds, InferenceServicer
 from router.dispatch.dispatcher import Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
 from router.placement.ledger import PlacementBook
-from router.placement.policy import PlacementLimits, worker_key
+from router.placement.policy import (
+    PlacementLimits,
+)
 from router.resume.journal import Journal, JournalSettings
 from router.workers.membership import Workers, WorkersSettings
 from tests.support.router_harness import make_codec
@@ -368,7 +370,7 @@ class SimRouter:
             cluster.registry,
             WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20, 10.0),
             clock,
-            lambda snapshot: self.book.new_snapshot(frozenset(map(worker_key, snapshot))),
+            lambda snapshot: self.book.new_snapshot(frozenset(record.key for record in snapshot)),
             connect=lambda record: cluster.workers[record.id],  # type: ignore[arg-type, return-value]
         )
         self.dispatcher = Dispatcher(

@@ -19,7 +19,6 @@ from baton.v1 import inference_pb2
 from core.types import Pool
 from engine.fake import FakeLatency
 from router.admission.policy import AdmissionLimits, ClassLimits
-from router.placement.policy import worker_key
 from tests.support.simulated_cluster import (
     CONTEXT_TOKENS,
     KV_BLOCKS,
@@ -149,7 +148,7 @@ def held(cluster: SimCluster) -> dict[str, object]:
     for name, worker in cluster.workers.items():
         if worker.alive:
             found[name] = worker.engine.load(), frozenset(worker.calls), frozenset(worker.prefilled)
-        key = worker_key(worker.record)
+        key = worker.record.key
         load = router.book.own_load(key)
         found[f"router's book of {name}"] = load.requests, load.tokens
     return found

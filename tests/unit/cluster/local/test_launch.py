@@ -17,6 +17,7 @@ from core.config.schema import Config, load_config
 from core.errors import ConfigError, InternalError, UnavailableError
 from core.model.resolve import ResolvedModel
 from core.state.orders import StartFailure
+from core.state.store import Store
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 
 AWAY = UnavailableError("the registry does not answer")
@@ -231,8 +232,8 @@ def test_a_scale_order_for_an_earlier_cluster_is_dropped(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = FakeStore([()], orders={Pool.DECODE: 8})
-    monkeypatch.setattr(launch, "RedisRegistry", lambda *_args, **_options: store)
-    monkeypatch.setattr(launch, "Orders", lambda *_args, **_options: store)
+    monkeypatch.setattr(Store, "registry", lambda _self: store)
+    monkeypatch.setattr(Store, "orders", lambda _self: store)
     cluster = make(config=load_config(None, {"redis.url": "redis://10.0.0.1"}))
     cluster._connect_registry(None)
     cluster._carry_out_orders(quiet)

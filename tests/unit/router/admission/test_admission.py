@@ -8,7 +8,14 @@ import pytest
 
 from core.errors import CapacityError, DeadlineError, InvalidArgumentError, UnavailableError
 from router.admission.gate import Admission
-from router.admission.policy import AdmissionLimits, Ask, ClassLimits, Queues, decide, decide_turn
+from router.admission.policy import (
+    AdmissionLimits,
+    Ask,
+    ClassLimits,
+    Queues,
+    decide_admission,
+    decide_dispatch,
+)
 from tests.support.virtual_time import elapse, run_virtually
 
 FAR_S = 1e6
@@ -29,7 +36,9 @@ def reason(
     left_s: float = 100,
     service_s: float = 0,
 ) -> str | None:
-    refusal = decide(LIMITS, Ask("c", 1000 + left_s, service_s), waiting, before, rate, 1000)
+    refusal = decide_admission(
+        LIMITS, Ask("c", 1000 + left_s, service_s), waiting, before, rate, 1000
+    )
     return refusal.reason if refusal is not None else None
 
 
@@ -49,15 +58,15 @@ def test_who_would_be_late_is_refused_at_once() -> None:
     assert reason(before=9, rate=1, left_s=25, service_s=5) is None
     assert reason(before=9, rate=1, left_s=24, service_s=5) == "WOULD_BE_LATE"
     assert reason(rate=0, left_s=4, service_s=5) == "WOULD_BE_LATE"
-    assert decide_turn(Ask("c", 10, 5), now_s=5) is None
-    assert decide_turn(Ask("c", 10, 5), now_s=5.1) is not None
+    assert decide_dispatch(Ask("c", 10, 5), now_s=5) is None
+    assert decide_dispatch(Ask("c", 10, 5), now_s=5.1) is not None
 
 
 def test_the_retry_hint_is_the_wait() -> None:
     hints = [
         refusal.retry_after_s
         for rate in (0, 100, 2, 0.01)
-        if (refusal := decide(LIMITS, Ask("c", 1e9), 3, 9, rate, 0)) is not None
+        if (refusal := decide_admission(LIMITS, Ask("c", 1e9), 3, 9, rate, 0)) is not None
     ]
     assert hints == [0.1, 0.1, 5, 60]
 

@@ -11,11 +11,11 @@ from router.api.validate import (
     ChatTurns,
     PromptText,
     PromptTokens,
-    TokenRequest,
     check_request,
     check_request_id,
     with_prompt,
 )
+from router.request import TokenRequest
 from router.text.codec import ModelFacts
 
 MODEL = ModelFacts(served_name="m", max_model_len=16, vocab_size=100)

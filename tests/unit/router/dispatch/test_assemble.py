@@ -6,12 +6,11 @@ from hypothesis import strategies as st
 
 from baton.v1 import inference_pb2
 from router.dispatch.assemble import (
-    UNFINISHED,
     Assembler,
     FirstTokenDiffersError,
     ProtocolViolationError,
-    TokenBatch,
 )
+from router.request import UNFINISHED, TokenBatch
 
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH

@@ -11,9 +11,12 @@ import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
 from core.errors import InternalError
-from router.dispatch.assemble import TokenBatch
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan
-from router.placement.policy import Placement, PlacementState
+from router.placement.policy import (
+    Placement,
+    PlacementState,
+)
+from router.request import TokenBatch
 from router.workers.client import WorkerClient
 from tests.support.fake_workers import FakeDecode, FakePrefill, until_cancelled
 from tests.support.waiting import until

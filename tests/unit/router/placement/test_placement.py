@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 
 from core.errors import UnavailableError
-from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from core.types import Pool, WorkerKey, WorkerLoad, WorkerRecord, WorkerState
 from router.placement.ledger import HeldPlacement, PlacementBook
 from router.placement.policy import (
     OwnLoad,
+    Placement,
     PlacementFacts,
     PlacementLimits,
     PlacementState,
-    WorkerKey,
-    decide,
-    worker_key,
+    decide_placement,
 )
 
 FACTS = PlacementFacts("m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never")
@@ -40,8 +39,8 @@ def worker(worker_id: str, **load: int) -> WorkerRecord:
 def choose(
     *workers: WorkerRecord, facts: PlacementFacts = FACTS, state: PlacementState | None = None
 ) -> tuple[str | None, str | None]:
-    placement = decide(workers, facts, state or PlacementState(), LIMITS, now_s=100.0)
-    assert placement is not None
+    placement = decide_placement(workers, facts, state or PlacementState(), LIMITS, now_s=100.0)
+    assert isinstance(placement, Placement)
     return (
         placement.prefill.id if placement.prefill else None,
         placement.decode.id if placement.decode else None,
@@ -50,8 +49,8 @@ def choose(
 
 def must_wait(*workers: WorkerRecord, own: dict[WorkerKey, OwnLoad] | None = None) -> bool:
     state = PlacementState(own or {})
-    assert decide(workers, FACTS, state, LIMITS, now_s=0.0), "one that runs always goes on"
-    return decide(workers, WAITING, state, LIMITS, now_s=0.0) is None
+    assert decide_placement(workers, FACTS, state, LIMITS, now_s=0.0), "a running one goes on"
+    return decide_placement(workers, WAITING, state, LIMITS, now_s=0.0) is None
 
 
 def test_the_fewest_queued_tokens_win_on_prefill() -> None:
@@ -76,8 +75,8 @@ def test_idle_workers_take_turns() -> None:
     workers = (worker("p1"), worker("p2"), worker("d1"), worker("d2"), worker("d3"))
     state, chosen = PlacementState(), []
     for _ in range(6):
-        placement = decide(workers, FACTS, state, LIMITS, now_s=0.0)
-        assert placement is not None
+        placement = decide_placement(workers, FACTS, state, LIMITS, now_s=0.0)
+        assert isinstance(placement, Placement)
         state = placement.state
         assert placement.prefill is not None
         assert placement.decode is not None
@@ -101,8 +100,8 @@ def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) 
     )
     state, pairs = PlacementState(), set()
     for _ in range(prefills * decodes):
-        placement = decide(workers, FACTS, state, LIMITS, now_s=0.0)
-        assert placement is not None
+        placement = decide_placement(workers, FACTS, state, LIMITS, now_s=0.0)
+        assert isinstance(placement, Placement)
         state = placement.state
         assert placement.prefill is not None
         assert placement.decode is not None
@@ -112,22 +111,22 @@ def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) 
 
 def test_what_this_router_sent_counts_before_it_is_reported() -> None:
     p1, p2 = worker("p1"), worker("p2", queued_tokens=50)
-    own = {worker_key(p1): OwnLoad(1, 80, 1, 80)}
+    own = {p1.key: OwnLoad(1, 80, 1, 80)}
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
     d1, d2 = worker("d1"), worker("d2", running=1)
-    own = {worker_key(d1): OwnLoad(2, 80, 2, 80)}
+    own = {d1.key: OwnLoad(2, 80, 2, 80)}
     assert choose(worker("p1"), d1, d2, state=PlacementState(own)) == ("p1", "d2")
 
 
 def test_what_ended_here_counts_no_more_although_it_is_still_reported() -> None:
     p1, p2 = worker("p1", queued_tokens=80), worker("p2", queued_tokens=50)
-    own = {worker_key(p1): OwnLoad(0, 0, 1, 80)}
+    own = {p1.key: OwnLoad(0, 0, 1, 80)}
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p1", "d1")
 
 
 def test_what_other_routers_sent_counts_beside() -> None:
     p1, p2 = worker("p1", queued_tokens=120), worker("p2", queued_tokens=50)
-    own = {worker_key(p1): OwnLoad(1, 20, 2, 80)}  # 40 of others
+    own = {p1.key: OwnLoad(1, 20, 2, 80)}  # 40 of others
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
 
 
@@ -228,7 +227,7 @@ def test_an_empty_pool_is_unavailable_with_a_hint(
     workers: tuple[WorkerRecord, ...], reason: str
 ) -> None:
     with pytest.raises(UnavailableError) as caught:
-        choose(*workers)
+        PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0).place(workers, FACTS)
     assert caught.value.reason == reason
     assert caught.value.retry_after_s
 

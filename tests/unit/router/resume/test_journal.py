@@ -11,7 +11,7 @@ import pytest
 from baton.v1 import inference_pb2
 from core.errors import AlreadyExistsError, CancelledError, NotFoundError
 from core.state.journal import Change, JournalStore, MemoryJournal, Written
-from router.dispatch.assemble import UNFINISHED, TokenBatch
+from router.request import UNFINISHED, TokenBatch
 from router.resume.journal import Journal, JournalSettings
 from tests.support import journal_rules
 from tests.support.waiting import until

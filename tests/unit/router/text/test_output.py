@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.v1 import inference_pb2
-from router.dispatch.assemble import UNFINISHED, TokenBatch
+from router.request import UNFINISHED, TokenBatch
 from router.text.output import TextOutput
 from tests.support.router_harness import make_tokenizer
 

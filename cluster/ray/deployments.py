@@ -1,0 +1,86 @@
+"""What Ray Serve runs: one object for each replica of the router and of the two pools.
+
+Serve awaits the constructor, calls ``check_health``, and drains a replica by awaiting ``__del__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from cluster.ray.replica import local_slot, on_this_node, prepare_process
+from core.config.schema import Config
+from core.state.orders import ROUTER, report_failure
+from core.state.store import Store
+from core.types import Pool
+from decode_worker.servicer import add_decode_service
+from prefill_worker.servicer import add_prefill_service
+from router.server import RouterServer
+from worker.replica import AddService, WorkerReplica, WorkerSettings, start_worker
+
+_ADD_SERVICE: Mapping[Pool, AddService] = {
+    Pool.PREFILL: add_prefill_service,
+    Pool.DECODE: add_decode_service,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """What the router's replica is started with."""
+
+    config: Config
+    store: Store
+
+
+class Router:
+    """The router's replica. The launcher drains it before Serve does.
+
+    Args:
+        _handles: of the pools; unused. Serve deploys what is bound to its ingress, which is the
+            router, although requests do not pass through Serve.
+    """
+
+    async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
+        config, store = settings.config, settings.store
+        prepare_process(config.cluster.host)
+        self._grace_s = config.cluster.stop_grace_s
+        self._server: RouterServer | None = None
+        self._registry = store.registry()
+        journal = store.journal() if config.router.journal else None
+        try:
+            server = RouterServer(config, self._registry, journal=journal)
+            await server.start()
+        except Exception as error:
+            await report_failure(store.orders(), ROUTER, error)
+            raise
+        self._server = server
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests and return when the running ones ended, or after ``grace_s``."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def __del__(self) -> None:
+        await self.drain(self._grace_s)
+        await self._registry.close()
+
+
+class Worker:
+    """The replica of a prefill or decode worker; ``settings.pool`` says which."""
+
+    async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
+        settings = replace(settings, config=on_this_node(settings.config))
+        prepare_process(settings.config.cluster.host)
+        self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
+        self._worker: WorkerReplica | None = None
+        add_service = _ADD_SERVICE[settings.pool]
+        self._worker = await start_worker(settings, add_service, slot=local_slot())
+
+    async def check_health(self) -> None:
+        """Raises WorkerLostError if the worker can serve no more."""
+        assert self._worker is not None, "Serve checks no replica before it is constructed"
+        await self._worker.check_health()
+
+    async def __del__(self) -> None:
+        if self._worker is not None:
+            await self._worker.stop(self._grace_s)

@@ -1,0 +1,56 @@
+"""Where a cluster keeps its state, and how to open each part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from core.config.schema import Config
+from core.state.journal import RedisJournal
+from core.state.orders import Orders
+from core.state.registry import RedisRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """One cluster's keys in one Redis or Valkey. The caller closes what it opens."""
+
+    url: str = field(repr=False)  # may carry a password
+    cluster: str  # name; part of every key
+    lease_s: float
+    journal_ttl_s: float
+    socket_timeout_s: float
+
+    @classmethod
+    def of(cls, config: Config, url: str) -> Self:
+        """The store of ``config``'s cluster at ``url``, which may be the embedded Valkey."""
+        return cls(
+            url=url,
+            cluster=config.cluster.name,
+            lease_s=config.redis.lease_s,
+            journal_ttl_s=config.router.journal_ttl_s,
+            socket_timeout_s=config.redis.socket_timeout_s,
+        )
+
+    def registry(self) -> RedisRegistry:
+        """Open the registry of workers."""
+        return RedisRegistry(
+            self.url,
+            cluster=self.cluster,
+            lease_s=self.lease_s,
+            socket_timeout_s=self.socket_timeout_s,
+        )
+
+    def journal(self) -> RedisJournal:
+        """Open the journal of requests."""
+        return RedisJournal(
+            self.url,
+            cluster=self.cluster,
+            lease_s=self.lease_s,
+            ttl_s=self.journal_ttl_s,
+            socket_timeout_s=self.socket_timeout_s,
+        )
+
+    def orders(self) -> Orders:
+        """Open the orders to the launcher."""
+        return Orders(self.url, cluster=self.cluster, socket_timeout_s=self.socket_timeout_s)
