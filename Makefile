@@ -42,6 +42,7 @@ faults: env ## what dies underneath a request, by the thousand and in real proce
 lint: env ## format, lint and the direction of imports
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/python tools/check_layers.py
 	@$(BIN)/lint-imports --no-cache --no-logo $(ARGS)
 
 format: env ## put the code into shape

@@ -1,0 +1,30 @@
+"""Checks that every top-level folder with Python code has a place in the layers: ``make lint``.
+
+import-linter sees only the packages that pyproject.toml names, so it would miss a new one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+NO_PACKAGES = {"tests", "tools"}  # never imported by the product
+
+
+def folders_without_layer(root: Path) -> list[str]:
+    """Top-level folders with Python code that the contract ``layers`` does not list."""
+    linter = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = [each for each in linter["contracts"] if each["id"] == "layers"]
+    layered = set(re.findall(r"\w+", " ".join(contract["layers"])))
+    found = {path.parent.name for path in root.glob("[!.]*/*.py")} - NO_PACKAGES
+    return sorted(found - (layered & set(linter["root_packages"])))
+
+
+if __name__ == "__main__":
+    if missing := folders_without_layer(Path.cwd()):
+        sys.exit(
+            f"{', '.join(missing)}: in no layer; add the folder to root_packages and to the "
+            "contract 'layers' of [tool.importlinter] in pyproject.toml"
+        )
