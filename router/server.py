@@ -19,12 +19,13 @@ from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
 from core.state.journal import JournalStore
 from core.types import Pool, WorkerRecord, WorkerState
-from router.admission.gate import Admission
+from router.admission.gate import AdmissionGate
 from router.admission.policy import AdmissionLimits, ClassLimits
-from router.api.servicer import CallBounds, InferenceServicer
+from router.api.handler import RequestBounds, RequestHandler
+from router.api.servicer import InferenceServicer
 from router.dispatch.dispatcher import DispatchCounters, Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
-from router.placement.ledger import PlacementBook
+from router.placement.ledger import PlacementLedger
 from router.placement.policy import (
     PlacementLimits,
 )
@@ -66,6 +67,7 @@ class RouterServer:
         self._serving: bool | None = None
         self.workers: Workers | None = None
         self._dispatcher: Dispatcher | None = None
+        self.handler: RequestHandler | None = None
         self.servicer: InferenceServicer | None = None
 
     @property
@@ -85,7 +87,7 @@ class RouterServer:
             text = self._text = await asyncio.to_thread(_load_text, self._config)
         clock = asyncio.get_running_loop().time
         redis = self._config.redis
-        book = PlacementBook(
+        ledger = PlacementLedger(
             self._placement_limits(),
             clock,
             suspect_s=redis.lease_s,
@@ -93,24 +95,25 @@ class RouterServer:
         )
 
         def on_snapshot(snapshot: tuple[WorkerRecord, ...]) -> None:
-            book.new_snapshot(frozenset(record.key for record in snapshot))
+            ledger.new_snapshot(frozenset(record.key for record in snapshot))
             self._set_serving(self._can_serve(snapshot))
 
         self.workers = Workers(self._registry, self._workers_settings(), clock, on_snapshot)
         self._dispatcher = Dispatcher(
-            self.workers, book, self._dispatch_settings(text.model.served_name), clock
+            self.workers, ledger, self._dispatch_settings(text.model.served_name), clock
         )
         router = self._config.router
-        admission = Admission(self._admission_limits(), clock)
-        book.on_room = admission.wake
-        servicer = self.servicer = InferenceServicer(
+        admission = AdmissionGate(self._admission_limits(), clock)
+        ledger.on_room = admission.wake
+        self.handler = RequestHandler(
             text,
             self._dispatcher,
             admission,
-            CallBounds(router.default_deadline_s, router.client_stall_s),
+            RequestBounds(router.default_deadline_s, router.client_stall_s),
             clock,
             self._journal,
         )
+        servicer = self.servicer = InferenceServicer(self.handler, clock)
         if self._journal is not None:
             self._journal.start()
         try:
@@ -130,17 +133,17 @@ class RouterServer:
         if self._server is not None:
             server, self._server = self._server, None
             stopping = asyncio.create_task(server.stop(grace_s + _STATUS_S))
-            if self.servicer is not None:
+            if self.handler is not None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s):
-                        await self.servicer.drained()
-                self.servicer.send_away()
-            # What still is open was sent away, or is no request: a health watch, a call whose
-            # message never came. A second stop with less grace hastens the first.
+                        await self.handler.drained()
+                self.handler.send_away()
+            # Calls that are still open were sent away or are no requests: health watches, or calls
+            # whose message never came. A second stop with less grace hastens the first.
             await server.stop(_STATUS_S)
             await stopping
-        if self.servicer is not None:
-            await self.servicer.drained()  # cancelled calls still end their work on workers
+        if self.handler is not None:
+            await self.handler.drained()  # cancelled calls still end their work on workers
         if self._dispatcher is not None:
             await self._dispatcher.close()
         if self._journal is not None:

@@ -57,12 +57,14 @@ async def errors_to_status(
     try:
         yield
     except BatonError as error:
-        await abort(context, error, request_id)
+        error.request_id = request_id
+        await abort(context, error)
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
     except Exception:  # noqa: BLE001 - whatever it is, the caller gets a typed end
         _log.exception("request %s failed", request_id)
-        await abort(context, InternalError("the worker failed on this request"), request_id)
+        failure = InternalError("the worker failed on this request", request_id=request_id)
+        await abort(context, failure)
 
 
 @asynccontextmanager

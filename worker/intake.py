@@ -41,7 +41,7 @@ class Intake:
                 f"this worker has {self._limit} requests in flight already",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        with self._calls.hold(key):
+        with self._calls.track(key):
             yield
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ class InFlight:
         return len(self._tasks)
 
     @contextmanager
-    def hold(self, key: str) -> Iterator[None]:
+    def track(self, key: str) -> Iterator[None]:
         """The current task serves the call ``key``, which is not in flight yet, for the block.
 
         Raises:

@@ -76,7 +76,7 @@ async def _one(request: Any, context: _Context) -> Any:
         error = InvalidArgumentError(
             "the request is not a message of this method", reason="MALFORMED_REQUEST"
         )
-        await abort(context, error, "")
+        await abort(context, error)
     return request
 
 

@@ -13,12 +13,12 @@ from baton.v1 import inference_pb2
 from core import errors
 
 
-def error_detail(error: errors.BatonError, request_id: str) -> inference_pb2.ErrorDetail:
+def error_detail(error: errors.BatonError) -> inference_pb2.ErrorDetail:
     """The typed part of ``error``; the retry hint is rounded up to a whole millisecond."""
     retry_after_s = error.retry_after_s or 0.0
     return inference_pb2.ErrorDetail(
         reason=error.reason,
-        request_id=request_id,
+        request_id=error.request_id,
         retry_after_ms=math.ceil(retry_after_s * 1000),
     )
 
@@ -38,16 +38,14 @@ async def accept(context: grpc.aio.ServicerContext[Any, Any]) -> None:
         raise errors.CancelledError("the caller went away") from err
 
 
-async def abort(
-    context: grpc.aio.ServicerContext[Any, Any], error: errors.BatonError, request_id: str
-) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.BatonError) -> NoReturn:
     """End a server-side call with ``error``.
 
     Raises:
         grpc.aio.AbortError: always, for gRPC to end the handler with;
         asyncio.CancelledError: instead, when the caller is gone and there is nobody to tell.
     """
-    detail = error_detail(error, request_id).SerializeToString()
+    detail = error_detail(error).SerializeToString()
     try:
         await context.abort(error.code, error.message, ((ERROR_DETAIL_KEY, detail),))
     except grpc.aio.InternalError as err:

@@ -1,4 +1,4 @@
-"""The live shell around ``policy``: requests that run, and requests that wait to."""
+"""Applies the admission policy to live requests: some run, the others wait here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.errors import BatonError, CapacityError, DeadlineError, InvalidArgumen
 from router.admission.expectation import smoothed
 from router.admission.policy import (
     AdmissionLimits,
-    Ask,
+    AdmissionRequest,
     Queues,
     Refusal,
     decide_admission,
@@ -20,26 +20,27 @@ from router.admission.policy import (
 from router.request import shown
 
 
-class Room(Protocol):
-    """What a request was given on the workers."""
+class Permit(Protocol):
+    """The capacity that a running request holds on the workers."""
 
     def close(self) -> None:
-        """Give back what is left of it. Idempotent."""
+        """Return what the request still holds. Idempotent."""
 
 
-R = TypeVar("R", bound=Room)
-# Takes room on the workers; None: there is none now. Raises BatonError if there can't be any.
-Take = Callable[[], R | None]
+P = TypeVar("P", bound=Permit)
+# Takes capacity on the workers. Returns None if there is none now; raises BatonError if there can
+# be none.
+Acquire = Callable[[], P | None]
 
 
-class _Waiter(Generic[R]):
-    def __init__(self, take: Take[R]) -> None:
-        self.take = take
-        self.granted: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+class _Waiter(Generic[P]):
+    def __init__(self, acquire: Acquire[P]) -> None:
+        self.acquire = acquire
+        self.granted: asyncio.Future[P] = asyncio.get_running_loop().create_future()
 
 
-class Admission:
-    """Bounds the requests that run, and lets others wait by class and deadline.
+class AdmissionGate:
+    """Bounds the running requests and makes the others wait, by class and deadline.
 
     Args:
         clock: the event loop's time, seconds; deadlines are on it.
@@ -48,7 +49,7 @@ class Admission:
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
-        self._mean_hold_s = 0.0  # how long requests ran lately; 0: not known
+        self._mean_run_s = 0.0  # of the latest requests; 0 if unknown
         self._queues: Queues[_Waiter[Any]] = Queues(limits.classes)
         self.running = 0
 
@@ -57,16 +58,16 @@ class Admission:
         return len(self._queues)
 
     @property
-    def most(self) -> int:
-        """Requests that run and wait, at most."""
+    def max_requests(self) -> int:
+        """The most requests that may run and wait together."""
         queues = sum(each.max_queue for each in self._limits.classes.values())
         return self._limits.max_concurrent + queues
 
     def class_of(self, name: str) -> str:
-        """The class that a request means by ``name``.
+        """The service class that a request names; the first class if it names none.
 
         Raises:
-            InvalidArgumentError: there is none of that name.
+            InvalidArgumentError: no class has this name.
         """
         if name in self._limits.classes:
             return name
@@ -78,96 +79,107 @@ class Admission:
             )
         return next(iter(self._limits.classes))
 
-    def check(self, ask: Ask) -> None:
-        """Whether a request may come in. Cheap, and changes nothing.
+    def check(self, request: AdmissionRequest) -> None:
+        """Refuse a request early that ``admit`` would refuse now. Cheap, and changes nothing.
 
         Raises:
-            CapacityError: it would wait too long, or with too many.
-            DeadlineError: its deadline has passed.
+            CapacityError: the queue is full, or the wait would be too long.
+            DeadlineError: the deadline has passed.
         """
-        self._check_deadline(ask)
+        self._check_deadline(request)
         if self._must_wait:
-            self._check_wait(ask)
+            self._check_wait(request)
 
     @contextlib.asynccontextmanager
-    async def slot(self, ask: Ask, take: Take[R]) -> AsyncIterator[R]:
-        """Run for the block, on the room that ``take`` got; it is closed in the end.
+    async def admit(self, request: AdmissionRequest, acquire: Acquire[P]) -> AsyncIterator[P]:
+        """Wait for the request's turn, and let it run for the block on the permit of ``acquire``.
+
+        The permit is closed with the block.
 
         Raises:
-            CapacityError: it would wait too long, or did.
-            DeadlineError: the deadline passed while waiting.
-            BatonError: of ``take``.
+            CapacityError: the queue is full, or the wait was or would be too long.
+            DeadlineError: the deadline passed before the request ran.
+            BatonError: from ``acquire``.
         """
-        self._check_deadline(ask)
-        room = None if self._must_wait else take()
-        if room is None:
-            room = await self._wait(ask, take)
+        self._check_deadline(request)
+        permit = None if self._must_wait else acquire()
+        if permit is None:
+            permit = await self._wait(request, acquire)
         else:
             self.running += 1
         started_s = self._clock()
         try:
-            yield room
+            yield permit
         finally:
-            room.close()
-            self._mean_hold_s = smoothed(self._mean_hold_s, self._clock() - started_s)
-            self._leave()
+            permit.close()
+            self._mean_run_s = smoothed(self._mean_run_s, self._clock() - started_s)
+            self._end_run()
 
     def wake(self) -> None:
-        """There may be room: let in whoever's turn it is."""
+        """Start waiting requests in turn while there is capacity. Call when there may be more."""
         while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
-            ask, waiter = head
+            request, waiter = head
             try:
-                _raise(decide_dispatch(ask, self._clock()))
-                room = waiter.take()
+                _raise(decide_dispatch(request, self._clock()))
+                permit = waiter.acquire()
             except BatonError as err:
                 self._queues.remove(waiter)
                 waiter.granted.set_exception(err)
                 continue
-            if room is None:
+            if permit is None:
                 return
             self._queues.pop()
             self.running += 1
-            waiter.granted.set_result(room)
+            waiter.granted.set_result(permit)
 
-    async def _wait(self, ask: Ask, take: Take[R]) -> R:
-        """Returns with room that is ours; leaves the queue in every other case."""
-        self._check_wait(ask)
-        waiter = _Waiter(take)
-        self._queues.push(ask, waiter)
-        timeout_s = self._limits.classes[ask.service_class].queue_timeout_s
+    async def _wait(self, request: AdmissionRequest, acquire: Acquire[P]) -> P:
+        """Return with a permit; every other exit leaves the queue without one."""
+        self._check_wait(request)
+        waiter = _Waiter(acquire)
+        self._queues.push(request, waiter)
+        timeout_s = self._limits.classes[request.service_class].queue_timeout_s
         try:
-            async with asyncio.timeout_at(min(ask.deadline_s, self._clock() + timeout_s)):
-                # Shielded, for a cancel must not hide from us that there is room by now.
+            async with asyncio.timeout_at(min(request.deadline_s, self._clock() + timeout_s)):
+                # Shielded: a cancel must not hide a permit that was just granted.
                 return await asyncio.shield(waiter.granted)
         except BaseException as err:
             self._queues.remove(waiter)
             if not waiter.granted.done():
                 waiter.granted.cancel()
-            elif waiter.granted.exception() is None:  # in the same turn: hand it on
+            elif waiter.granted.exception() is None:  # granted in this turn of the loop
                 waiter.granted.result().close()
-                self._leave()
+                self._end_run()
             if isinstance(err, TimeoutError):
-                raise self._waited_too_long(ask, timeout_s) from None
+                raise self._timeout_error(request, timeout_s) from None
             raise
 
     @property
     def _must_wait(self) -> bool:
-        """Whatever room there is."""
+        """Others wait, or max_concurrent is reached."""
         return bool(self._queues) or self.running >= self._limits.max_concurrent
 
-    def _check_deadline(self, ask: Ask) -> None:
-        if self._clock() >= ask.deadline_s:
+    def _check_deadline(self, request: AdmissionRequest) -> None:
+        if self._clock() >= request.deadline_s:
             raise DeadlineError("the deadline passed before the request began to run")
 
-    def _check_wait(self, ask: Ask) -> None:
-        waiting = self._queues.waiting(ask.service_class)
-        # Little's law: requests that run = those that end per second * how long each runs.
-        rate = self.running / self._mean_hold_s if self._mean_hold_s else 0.0
-        before = self._queues.before(ask)
-        _raise(decide_admission(self._limits, ask, waiting, before, rate, self._clock()))
+    def _check_wait(self, request: AdmissionRequest) -> None:
+        # Little's law: running requests = requests that end per second * how long each runs.
+        ends_per_s = self.running / self._mean_run_s if self._mean_run_s else 0.0
+        _raise(
+            decide_admission(
+                self._limits,
+                request,
+                waiting=self._queues.waiting(request.service_class),
+                before=self._queues.before(request),
+                ends_per_s=ends_per_s,
+                now_s=self._clock(),
+            )
+        )
 
-    def _waited_too_long(self, ask: Ask, timeout_s: float) -> CapacityError | DeadlineError:
-        if self._clock() >= ask.deadline_s:
+    def _timeout_error(
+        self, request: AdmissionRequest, timeout_s: float
+    ) -> CapacityError | DeadlineError:
+        if self._clock() >= request.deadline_s:
             return DeadlineError("the deadline passed while the request waited to run")
         return CapacityError(
             f"no room became free within {timeout_s:g} s",
@@ -175,7 +187,7 @@ class Admission:
             retry_after_s=timeout_s,
         )
 
-    def _leave(self) -> None:
+    def _end_run(self) -> None:
         self.running -= 1
         self.wake()
 

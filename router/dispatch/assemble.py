@@ -1,13 +1,13 @@
-"""One attempt's output, put together from the prefill worker's token and the decode stream.
+"""Merges the prefill worker's token and the decode stream into one attempt's output.
 
-Positions decide, never arrival order::
+The order of the output follows from positions, never from the order of arrival::
 
     position        0           1   2   3 ...
     prefill worker  first token
     decode worker   (again, if  t1  t2  t3 ...     first_index of its first response:
                     recomputed)                    1 when token 0 came with the KV, else 0
 
-Pure: no token is lost, repeated or invented whichever side answers first.
+Pure. No token is lost, repeated or invented, whichever side answers first.
 """
 
 from __future__ import annotations
@@ -18,45 +18,47 @@ from router.request import UNFINISHED, TokenBatch
 
 
 class ProtocolViolationError(Exception):
-    """A worker's output cannot be placed; the message says why."""
+    """A worker's output fits no position; the message says why."""
 
 
 class FirstTokenDiffersError(Exception):
-    """The decode worker recomputed another first token than the application has."""
+    """The decode worker recomputed a first token that differs from the forwarded one."""
 
 
 class Assembler:
-    """Merges both workers' tokens of one attempt, in the order of their positions.
+    """Orders both workers' tokens of one attempt by position.
 
     Args:
-        forwards: the prefill worker's token is position 0.
-        limit_tokens: tokens that this attempt may produce.
+        forwards_first_token: the prefill worker's token is position 0.
+        limit_tokens: the most tokens that this attempt may produce.
     """
 
-    def __init__(self, *, forwards: bool, limit_tokens: int) -> None:
-        self._forwards = forwards
+    def __init__(self, *, forwards_first_token: bool, limit_tokens: int) -> None:
+        self._forwards_first_token = forwards_first_token
         self._limit_tokens = limit_tokens
-        self._first: int | None = None  # token 0, once it was given out
-        self._decode_next: int | None = None  # position the decode stream must continue at
-        self._held: list[TokenBatch] = []  # from position 1 on, while token 0 is missing
+        self._first_token_id: int | None = None  # once it was emitted
+        self._decode_next: int | None = None  # next position of the decode stream
+        self._held: list[TokenBatch] = []  # positions from 1 on, until token 0 comes
         self._finished = False
 
     @property
     def started(self) -> bool:
-        """Token 0 was given out, or the decode worker ended without one."""
-        return self._first is not None or self._finished
+        """Whether token 0 was emitted, or the decode worker ended without one."""
+        return self._first_token_id is not None or self._finished
 
     def prefill(self, batch: TokenBatch) -> tuple[TokenBatch, ...]:
-        """The prefill worker's token; returns the batches that may go out now.
+        """Add the prefill worker's token and return the batches to emit now.
 
-        If the decode worker recomputed and was faster, its token stands and this one is
-        dropped.
+        If the decode worker recomputed it and was faster, this token is dropped.
+
+        Raises:
+            ProtocolViolationError: nobody asked the prefill worker for a first token.
         """
-        if not self._forwards or len(batch.token_ids) != 1:
+        if not self._forwards_first_token or len(batch.token_ids) != 1:
             raise ProtocolViolationError("no first token was asked of the prefill worker")
-        if self._first is not None:
+        if self._first_token_id is not None:
             return ()
-        self._first = batch.token_ids[0]
+        self._first_token_id = batch.token_ids[0]
         if batch.finish_reason != UNFINISHED:
             self._finished = True
             return (batch,)
@@ -66,32 +68,32 @@ class Assembler:
         return out
 
     def decode(self, first_index: int, batch: TokenBatch) -> tuple[TokenBatch, ...]:
-        """Tokens of the decode stream; returns the batches that may go out now.
+        """Add tokens of the decode stream and return the batches to emit now.
 
         Raises:
             ProtocolViolationError: a gap, a repetition or too many tokens.
-            FirstTokenDiffersError: token 0 came again and is another one.
+            FirstTokenDiffersError: token 0 was recomputed and differs.
         """
         self._check(first_index, batch)
         if batch.token_ids:
             self._decode_next = first_index + len(batch.token_ids)
             if first_index == 0:
-                if self._first is None:
-                    self._first = batch.token_ids[0]
+                if self._first_token_id is None:
+                    self._first_token_id = batch.token_ids[0]
                 else:
-                    batch = self._without_copy(batch)
+                    batch = self._without_first_token(batch)
         if not batch.token_ids and batch.finish_reason == UNFINISHED:
             return ()
-        if self._first is None and self._forwards:
+        if self._first_token_id is None and self._forwards_first_token:
             self._held.append(batch)
             return ()
         self._finished = batch.finish_reason != UNFINISHED
         return (batch,)
 
-    def _without_copy(self, batch: TokenBatch) -> TokenBatch:
-        if batch.token_ids[0] != self._first:
+    def _without_first_token(self, batch: TokenBatch) -> TokenBatch:
+        if batch.token_ids[0] != self._first_token_id:
             raise FirstTokenDiffersError(
-                f"token {batch.token_ids[0]} was recomputed, {self._first} was forwarded"
+                f"token {batch.token_ids[0]} was recomputed, {self._first_token_id} was forwarded"
             )
         return replace(batch, token_ids=batch.token_ids[1:], logprobs=batch.logprobs[1:])
 
@@ -105,7 +107,7 @@ class Assembler:
         if not batch.token_ids:
             return
         if self._decode_next is None:
-            allowed = (0, 1) if self._forwards else (0,)
+            allowed = (0, 1) if self._forwards_first_token else (0,)
         else:
             allowed = (self._decode_next,)
         if first_index not in allowed:

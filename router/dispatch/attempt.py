@@ -1,15 +1,14 @@
 """One attempt at a request: a Decode stream and a Prefill call, started together.
 
-Two readers put what the workers say into one bounded queue; ``run`` takes it out, orders it
-by position and hands it on. When ``run`` ends, for whatever reason, both calls are ended and
-KV that nobody fetched is released.
+Two readers put the workers' answers into one bounded queue. ``run`` takes them out, orders them by
+position and emits them. When ``run`` ends, for any reason, both calls are ended.
 
     prefill reader --+
                      +--> events (bounded) --> run --> Assembler --> emit
     decode reader  --+
 
-While the prefill worker's token is awaited, what the decode worker says is held. The decode
-reader bounds that: it reads no more than fits the queue, and the decode worker waits.
+Until the prefill worker's token comes, tokens of the decode worker are held back. That is bounded:
+the decode reader reads no more than the queue holds, and gRPC makes the decode worker wait.
 """
 
 from __future__ import annotations
@@ -48,31 +47,31 @@ logger = logging.getLogger(__name__)
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
 
-# Hands tokens to the application; False: it wants no more.
+# Hands tokens to the client. Returns False if the request needs no more.
 Emit = Callable[[TokenBatch], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """What one attempt asks of which workers."""
+    """One attempt: what is asked of which workers."""
 
-    key: worker_pb2.TransferKey
-    token_ids: tuple[int, ...]  # prompt and the tokens so far
-    tokens_so_far: int
-    sampling: inference_pb2.SamplingParams  # max_tokens: what is still to come
+    transfer_key: worker_pb2.TransferKey
+    token_ids: tuple[int, ...]  # the prompt, then the output of earlier attempts
+    tokens_so_far: int  # of token_ids, the output of earlier attempts
+    sampling: inference_pb2.SamplingParams  # max_tokens counts only what is still to come
     placement: Placement
-    forwards: bool  # the prefill worker's token goes to the application
+    forwards_first_token: bool  # the prefill worker's token goes to the client
     timeout_s: float
     buffer_responses: int
-    lost_after_s: float
+    lost_after_s: float  # silence after which a worker without a lease counts as lost
 
 
 class AttemptFailedError(Exception):
-    """The attempt is over, and another may do better.
+    """The attempt failed, and another one may succeed.
 
     Args:
-        error: what the caller sees if there is no other.
-        failed: the worker to avoid; None if the workers are well.
+        error: what the client sees if there is no other attempt.
+        failed: the worker to avoid; None if no worker is at fault.
     """
 
     def __init__(self, error: BatonError, failed: WorkerRecord | None) -> None:
@@ -95,32 +94,37 @@ class Attempt:
 
     Args:
         clock: monotonic time, seconds.
-        on_prefilled: called when the prefill call has ended; True: with its answer.
+        on_prefill_ended: called when the prefill call has ended, with whether it was answered.
     """
 
     def __init__(
-        self, plan: AttemptPlan, clock: Callable[[], float], on_prefilled: Callable[[bool], None]
+        self,
+        plan: AttemptPlan,
+        clock: Callable[[], float],
+        on_prefill_ended: Callable[[bool], None],
     ) -> None:
         self._plan = plan
         self._clock = clock
-        self._on_prefilled = on_prefilled
+        self._on_prefill_ended = on_prefill_ended
         self._prefill = plan.placement.prefill
         self._decode = plan.placement.decode
-        self._assembler = Assembler(forwards=plan.forwards, limit_tokens=plan.sampling.max_tokens)
+        self._assembler = Assembler(
+            forwards_first_token=plan.forwards_first_token, limit_tokens=plan.sampling.max_tokens
+        )
         self._events: asyncio.Queue[_Event] = asyncio.Queue(plan.buffer_responses)
         self._heard_s = {record.id: clock() for record in (self._prefill, self._decode) if record}
         self._first_token_known = asyncio.Event()
-        if not plan.forwards:
-            self._first_token_known.set()  # it comes with the decode stream
-        self._decode_held_back = False  # it may have said more than was read
-        self._sent = False  # anything to any worker
+        if not plan.forwards_first_token:
+            self._first_token_known.set()  # the decode stream brings it
+        self._decode_held_back = False  # the decode reader waits, so silence proves nothing
+        self._sent = False  # something was sent to some worker
         self._failed_ids: set[str] = set()
         self._prefill_answer: worker_pb2.PrefillResponse | None = None
-        self.kv: inference_pb2.KvReport | None = None  # the decode worker's, once it came
+        self.kv: inference_pb2.KvReport | None = None  # from the decode worker's first response
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the worker which prefilled found in its prefix cache."""
+        """Prompt tokens that the prefilling worker found in its prefix cache."""
         if self._prefill_answer is not None:
             return self._prefill_answer.cached_tokens
         if self._prefill is None and self.kv is not None:
@@ -129,20 +133,20 @@ class Attempt:
 
     @property
     def holds_kv(self) -> bool:
-        """The prefill worker may hold KV that the decode worker will not fetch."""
+        """Whether the prefill worker may hold KV that the decode worker will not fetch."""
         if self._decode is None or self._prefill is None or not self._sent:
             return False
         if self._prefill.id in self._failed_ids:
             return False
-        # Also when the call was cancelled: its answer may have crossed our cancel.
+        # This includes cancelled calls: the answer may have crossed our cancel.
         return self.kv is None or self.kv.outcome != inference_pb2.KV_OUTCOME_TRANSFERRED
 
     def worker_lost(self, worker: WorkerRecord) -> None:
-        """The worker's lease is gone. If it is silent as well, it fails the attempt."""
+        """Note that a worker's lease is gone. If the worker is silent too, the attempt fails."""
         if worker is self._prefill and self._prefill_answer is not None:
-            return  # it has done its part; a transfer that is cut is the decode worker's to see
+            return  # it has answered; the decode worker notices if the transfer breaks
         if worker is self._decode and self._decode_held_back:
-            return  # it is we who don't listen
+            return  # its silence is ours: we read nothing
         silent_s = self._clock() - self._heard_s[worker.id]
         silent = silent_s >= self._plan.lost_after_s and self._events.empty()
         if silent and worker.id not in self._failed_ids:
@@ -152,13 +156,13 @@ class Attempt:
     async def run(
         self, prefill: WorkerClient | None, decode: WorkerClient | None, emit: Emit
     ) -> None:
-        """Returns when the request has ended.
+        """Return when the request has ended.
 
         Raises:
-            AttemptFailedError: it has not, and another attempt may help.
-            BatonError: it has not, and none will.
+            AttemptFailedError: it has not ended, and another attempt may help.
+            BatonError: it has not ended, and another attempt would not help.
         """
-        # Before the first call: an attempt that was sent to neither cannot have killed either.
+        # Connect before the first call: an attempt that was sent to no worker killed none.
         for client, worker in ((prefill, self._prefill), (decode, self._decode)):
             if client is not None and worker is not None and not await client.connected():
                 error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
@@ -178,7 +182,7 @@ class Attempt:
             while not await self._step(await self._events.get(), emit):
                 pass
         finally:
-            # Here, for a reader that is cancelled before its first step does nothing at all.
+            # Calls are cancelled here, too: a reader cancelled before its first step runs no code.
             for each in (*calls, *readers):
                 each.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
@@ -206,7 +210,7 @@ class Attempt:
         finish = STOP if answer.finish_reason == STOP else UNFINISHED
         if self._decode is None:
             return (TokenBatch((answer.token_id,), logprobs, finish or LENGTH),)
-        if not self._plan.forwards:
+        if not self._plan.forwards_first_token:
             return ()
         return self._assembler.prefill(TokenBatch((answer.token_id,), logprobs, finish))
 
@@ -219,7 +223,7 @@ class Attempt:
         try:
             return self._assembler.decode(response.first_index, batch)
         except FirstTokenDiffersError as err:
-            # The prompt's KV is on the decode worker: nobody has failed.
+            # No worker failed: the decode worker holds the prompt's KV and can continue.
             error: BatonError = UnavailableError(
                 f"worker {self._decode_id} continued another answer: {err}",
                 reason="FIRST_TOKEN_DIFFERS",
@@ -233,7 +237,7 @@ class Attempt:
     def _on_failure(self, event: _Failed) -> tuple[TokenBatch, ...]:
         self._failed_ids.add(event.worker.id)
         if event.worker is self._prefill and self._decode is not None and self._assembler.started:
-            # The decode worker has what it needs, or recomputes it by itself.
+            # The decode worker has the KV, or recomputes it by itself.
             logger.warning("%s: prefill failed late: %s", self._name, event.error.message)
             return ()
         raise AttemptFailedError(event.error, event.worker)
@@ -248,7 +252,7 @@ class Attempt:
         except Exception as err:  # noqa: BLE001 - without an event, the request would hang
             event = _Failed(worker, self._defect(worker, err))
         finally:
-            self._on_prefilled(done)
+            self._on_prefill_ended(done)
         await self._events.put(event)
 
     async def _read_decode(self, call: DecodeCall, worker: WorkerRecord) -> None:
@@ -257,7 +261,7 @@ class Attempt:
             async for response in call:
                 responses += 1
                 if responses > self._plan.buffer_responses:
-                    await self._until_first_token_known()
+                    await self._wait_for_first_token()
                 self._heard_s[worker.id] = self._clock()
                 await self._events.put(response)
                 if response.finish_reason != UNFINISHED:
@@ -269,7 +273,7 @@ class Attempt:
             error = self._defect(worker, err)
         await self._events.put(_Failed(worker, error))
 
-    async def _until_first_token_known(self) -> None:
+    async def _wait_for_first_token(self) -> None:
         self._decode_held_back = True
         try:
             await self._first_token_known.wait()
@@ -282,11 +286,11 @@ class Attempt:
 
     def _prefill_request(self) -> worker_pb2.PrefillRequest:
         return worker_pb2.PrefillRequest(
-            key=self._plan.key,
+            key=self._plan.transfer_key,
             token_ids=self._plan.token_ids,
             sampling=self._plan.sampling,
             transfer=self._decode is not None,
-            first_token=self._plan.forwards,
+            first_token=self._plan.forwards_first_token,
             tokens_so_far=self._plan.tokens_so_far,
         )
 
@@ -297,10 +301,10 @@ class Attempt:
                 worker_id=self._prefill.id,
                 incarnation=self._prefill.incarnation,
                 control_addresses=self._prefill.kv_addresses,
-                first_token=self._plan.forwards,
+                first_token=self._plan.forwards_first_token,
             )
         return worker_pb2.DecodeRequest(
-            key=self._plan.key,
+            key=self._plan.transfer_key,
             token_ids=self._plan.token_ids,
             sampling=self._plan.sampling,
             kv_source=source,
@@ -313,4 +317,4 @@ class Attempt:
 
     @property
     def _name(self) -> str:
-        return f"{self._plan.key.request_id} attempt {self._plan.key.attempt}"
+        return f"{self._plan.transfer_key.request_id} attempt {self._plan.transfer_key.attempt}"

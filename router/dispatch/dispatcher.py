@@ -1,7 +1,7 @@
-"""A request's way through the workers: attempts, failover, and what is left behind.
+"""Runs a request on the workers: attempts, failover, and the release of unused KV.
 
-Every attempt sends prompt + tokens so far, and where the one ends and the others begin, so a
-retry, a failover and a first try are the same act. docs/failure.md says what is exact.
+Every attempt sends prompt + tokens so far, and where one ends and the other begins. So a first try,
+a retry and a failover are the same act. docs/failure.md says what is exact.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +29,7 @@ from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Em
 from router.dispatch.first_token import first_token_rule
 from router.dispatch.retry import Retries, RetryLimits
 from router.phases import PhaseClock
-from router.placement.ledger import HeldPlacement, PlacementBook
+from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
     RETRY_AFTER_S,
     LocalPrefill,
@@ -51,13 +52,14 @@ class DispatchSettings:
     retries: RetryLimits
     buffer_responses: int
     release_timeout_s: float
-    max_releases: int  # under way at a time; the prefill worker's own timeout covers the rest
+    max_releases: int  # in progress at a time; the prefill worker's own timeout covers the rest
 
 
 @dataclass(slots=True)
 class DispatchCounters:
-    """Since the start; for metrics and tests."""
+    """What happened since the start; for metrics and tests."""
 
+    placements: Counter[str] = field(default_factory=Counter)  # by the reason of the placement
     failovers: int = 0
     local_prefills: int = 0
     first_tokens_forwarded: int = 0
@@ -68,10 +70,10 @@ class DispatchCounters:
 
 @dataclass(slots=True)
 class Progress:
-    """How far one request has come, over all its attempts."""
+    """The state of one request over all its attempts."""
 
     request: TokenRequest
-    transfer_id: str  # for the workers: never used before, unlike a client's request id
+    worker_request_id: str  # used once, unlike a client's request id
     deadline_s: float
     phases: PhaseClock
     token_ids: list[int] = field(default_factory=list)
@@ -85,7 +87,7 @@ class Progress:
         return self.request.sampling.max_tokens - len(self.token_ids)
 
     def sampling(self) -> inference_pb2.SamplingParams:
-        """For the next attempt: what is still to come."""
+        """The sampling parameters of the next attempt, for what is still to come."""
         sampling = inference_pb2.SamplingParams()
         sampling.CopyFrom(self.request.sampling)
         sampling.max_tokens = self.remaining_tokens
@@ -94,7 +96,7 @@ class Progress:
 
 
 class Dispatcher:
-    """Runs requests on the workers; shared by all of them.
+    """Runs requests on the workers; shared by all requests.
 
     Args:
         clock: monotonic time, seconds; ``Progress.deadline_s`` is on it.
@@ -103,101 +105,102 @@ class Dispatcher:
     def __init__(
         self,
         workers: Workers,
-        book: PlacementBook,
+        ledger: PlacementLedger,
         settings: DispatchSettings,
         clock: Callable[[], float],
     ) -> None:
         self._workers = workers
-        self._book = book
+        self._ledger = ledger
         self._settings = settings
         self._clock = clock
         self._releases: set[asyncio.Task[None]] = set()
         self._expectation = Expectation()
         self.counters = DispatchCounters()
 
-    def place(self, request: TokenRequest) -> HeldPlacement | None:
-        """Workers with room for a new request; None: there are none now.
+    def place(self, request: TokenRequest) -> PlacementPermit | None:
+        """Reserve workers for a new request; None if none has room now.
 
         Raises:
             UnavailableError: a pool that is needed has no worker at all.
         """
         facts = self._facts_of(len(request.prompt), request.sampling.max_tokens)
-        return self._book.place(self._workers.snapshot, replace(facts, may_wait=True))
+        return self._ledger.place(self._workers.snapshot, replace(facts, may_wait=True))
 
     def service_s(self, request: TokenRequest) -> float:
-        """How long a request will likely run; 0 if nobody knows."""
+        """How long a request will likely run; 0 if unknown."""
         return self._expectation.service_s(request.sampling.max_tokens)
 
     async def run(
-        self, progress: Progress, emit: Emit, placed: HeldPlacement | None = None
+        self, progress: Progress, emit: Emit, permit: PlacementPermit | None = None
     ) -> None:
         """Dispatch until the request has ended; its tokens go to ``emit`` in order.
 
-        Cancelling this cancels the work on both workers.
+        Cancelling this call cancels the work on both workers.
 
         Args:
-            placed: where to begin; closed by the caller, too. None: wherever is least load.
+            permit: the workers of the first attempt; None chooses the least loaded. The caller
+                closes it as well.
 
         Raises:
-            BatonError: it ended without a finish reason.
+            BatonError: the request ended without a finish reason.
         """
         done = False
         try:
-            await self._run(progress, emit, placed)
+            await self._run(progress, emit, permit)
             done = True
         finally:
             self._expectation.note(progress.phases, len(progress.token_ids) if done else None)
 
-    async def _run(self, progress: Progress, emit: Emit, placed: HeldPlacement | None) -> None:
+    async def _run(self, progress: Progress, emit: Emit, permit: PlacementPermit | None) -> None:
         retries = Retries(self._settings.retries)
         facts: PlacementFacts | None = None
         while progress.remaining_tokens > 0:
-            placed = placed or await self._place(facts or self._facts(progress), retries)
+            permit = permit or await self._place(facts or self._facts(progress), retries)
             progress.attempts += 1
             try:
-                with contextlib.closing(placed):
-                    await self._attempt(progress, placed, emit)
+                with contextlib.closing(permit):
+                    await self._attempt(progress, permit, emit)
                 return
             except AttemptFailedError as err:
                 if progress.remaining_tokens > 0:
-                    facts = self._note_failure(progress, placed.placement, err, retries)
-            placed = None
-        # All tokens are there, and their end was lost with the worker.
+                    facts = self._note_failure(progress, permit.placement, err, retries)
+            permit = None
+        # All tokens are there; only the finish reason was lost with the worker.
         await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
-    async def _place(self, facts: PlacementFacts, retries: Retries) -> HeldPlacement:
-        """Choose workers. A request that has lost some waits for others; a new one does not."""
+    async def _place(self, facts: PlacementFacts, retries: Retries) -> PlacementPermit:
+        """Choose workers. Only a request that lost a worker waits for others to come."""
         while True:
             facts = replace(facts, excluded=retries.excluded(self._clock()))
             try:
-                placed = self._book.place(self._workers.snapshot, facts)
-                assert placed is not None, "it may not wait"
-                return placed
+                permit = self._ledger.place(self._workers.snapshot, facts)
+                assert permit is not None, "these facts do not allow to wait"
+                return permit
             except UnavailableError:
                 if retries.last is None:
                     raise
             await asyncio.sleep(retries.wait_s(self._clock()))
 
     def _facts(self, progress: Progress) -> PlacementFacts:
-        """What placement must know of the next attempt."""
+        """What placement must know about the next attempt."""
         prompt_tokens = len(progress.request.prompt) + len(progress.token_ids)
         return self._facts_of(prompt_tokens, progress.remaining_tokens)
 
     def _facts_of(self, prompt_tokens: int, max_tokens: int) -> PlacementFacts:
         return PlacementFacts(
-            self._settings.model,
-            prompt_tokens,
-            max_tokens,
-            self._expectation.growth_tokens(max_tokens),
-            self._settings.local_prefill,
+            model=self._settings.model,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            growth_tokens=self._expectation.growth_tokens(max_tokens),
+            local_prefill=self._settings.local_prefill,
         )
 
     async def close(self) -> None:
-        """Wait for releases under way; each is bounded by its timeout."""
+        """Wait for the releases in progress; each is bounded by its timeout."""
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _attempt(self, progress: Progress, placed: HeldPlacement, emit: Emit) -> None:
-        placement = placed.placement
+    async def _attempt(self, progress: Progress, permit: PlacementPermit, emit: Emit) -> None:
+        placement = permit.placement
         plan = self._plan(progress, placement)
         self._count_start(plan)
 
@@ -207,7 +210,7 @@ class Dispatcher:
             return await emit(batch)
 
         async with contextlib.AsyncExitStack() as stack:
-            attempt = Attempt(plan, self._clock, on_prefilled=placed.prefilled)
+            attempt = Attempt(plan, self._clock, on_prefill_ended=permit.prefill_ended)
             progress.attempt = attempt
             prefill = await self._connect(stack, attempt, placement.prefill)
             decode = await self._connect(stack, attempt, placement.decode)
@@ -217,12 +220,12 @@ class Dispatcher:
             finally:
                 self._count_end(attempt)
                 if attempt.holds_kv and placement.prefill is not None:
-                    self._release(placement.prefill, plan.key)
+                    self._release(placement.prefill, plan.transfer_key)
 
     async def _connect(
         self, stack: contextlib.AsyncExitStack, attempt: Attempt, worker: WorkerRecord | None
     ) -> WorkerClient | None:
-        """Hold the channel to a worker for an attempt."""
+        """Use the channel to a worker for an attempt; None without a worker."""
         if worker is None:
             return None
         return await stack.enter_async_context(
@@ -236,17 +239,19 @@ class Dispatcher:
         progress.prefill_id = placement.prefill.id if placement.prefill else ""
         progress.decode_id = placement.decode.id if placement.decode else ""
         sampling = progress.sampling()
-        # With one token there is nothing to carry over, so it is always valid.
-        forwards = placement.prefill is not None and (
+        # A request for one token has no later token that could depend on it.
+        forwards_first_token = placement.prefill is not None and (
             placement.decode is None or first_token_rule(sampling).forward
         )
         return AttemptPlan(
-            key=worker_pb2.TransferKey(request_id=progress.transfer_id, attempt=progress.attempts),
+            transfer_key=worker_pb2.TransferKey(
+                request_id=progress.worker_request_id, attempt=progress.attempts
+            ),
             token_ids=(*progress.request.prompt, *progress.token_ids),
             tokens_so_far=len(progress.token_ids),
             sampling=sampling,
             placement=placement,
-            forwards=forwards,
+            forwards_first_token=forwards_first_token,
             timeout_s=timeout_s,
             buffer_responses=self._settings.buffer_responses,
             lost_after_s=self._workers.lost_after_s,
@@ -259,8 +264,10 @@ class Dispatcher:
         failed: AttemptFailedError,
         retries: Retries,
     ) -> PlacementFacts:
-        """What the next attempt must mind. Slower is better than an error: whatever the
-        configuration says, it may prefill on the decode worker if no other way is left.
+        """The facts for the next attempt.
+
+        It may prefill on the decode worker if no prefill worker is left, even if the configuration
+        says never: a slow answer is better than an error.
 
         Raises:
             BatonError: there is no next attempt.
@@ -281,7 +288,7 @@ class Dispatcher:
         preferred: WorkerKey | None = None
         if worker is not None:
             if isinstance(error, UnavailableError):
-                self._book.suspect(worker)
+                self._ledger.suspect(worker)
         elif placement.decode is not None:
             self.counters.first_tokens_differed += 1
             local_prefill = "always"
@@ -298,10 +305,22 @@ class Dispatcher:
         )
 
     def _count_start(self, plan: AttemptPlan) -> None:
-        self.counters.first_tokens_forwarded += plan.forwards
+        placement = plan.placement
+        self.counters.placements[placement.reason] += 1
+        logger.debug(
+            "%s attempt %d: %s, prefill on %s, decode on %s",
+            plan.transfer_key.request_id,
+            plan.transfer_key.attempt,
+            placement.reason,
+            placement.prefill.id if placement.prefill else "-",
+            placement.decode.id if placement.decode else "-",
+        )
+        self.counters.first_tokens_forwarded += plan.forwards_first_token
         if plan.placement.prefill is None:
             self.counters.local_prefills += 1
-            logger.warning("request %s: prefilled by the decode worker", plan.key.request_id)
+            logger.warning(
+                "request %s: prefilled by the decode worker", plan.transfer_key.request_id
+            )
 
     def _count_end(self, attempt: Attempt) -> None:
         kv = attempt.kv
@@ -310,7 +329,7 @@ class Dispatcher:
             logger.warning("a KV transfer failed; the decode worker recomputed the prompt")
 
     def _release(self, worker: WorkerRecord, key: worker_pb2.TransferKey) -> None:
-        """Tell the prefill worker in the background that nobody will fetch this KV."""
+        """Tell the prefill worker, in the background, to drop KV that nobody will fetch."""
         if len(self._releases) >= self._settings.max_releases:
             self.counters.releases_dropped += 1
             return
@@ -330,7 +349,7 @@ class Dispatcher:
 
 
 def _with_retry_hint(error: BatonError) -> BatonError:
-    """Workers come and go, so another try may help; no hint would say that it won't."""
+    """Add a retry hint to unavailability: workers come and go, so another try may help."""
     if isinstance(error, UnavailableError) and error.retry_after_s is None:
         error.retry_after_s = RETRY_AFTER_S
     return error

@@ -1,4 +1,4 @@
-"""What a request that lost a worker may still try, and when. Pure: times are passed in."""
+"""How often and when a request that lost a worker is tried again. Pure: times are passed in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from core.errors import WORKER_DRAINING, BatonError, CapacityError, WorkerUnreachableError
 from core.types import WorkerKey
 
-FIRST_WAIT_S = 0.05  # then twice as long each time
+FIRST_WAIT_S = 0.05  # the wait doubles each time
 MAX_WAIT_S = 1.0
 
 
@@ -16,17 +16,21 @@ class RetryLimits:
     """From the configuration (``router.max_attempts`` and so on)."""
 
     max_attempts: int
-    timeout_s: float  # without a new token, from the first failure on
-    avoid_s: float  # a worker that failed the request; a dead one has left the registry by then
+    timeout_s: float  # from the first failure, without a new token
+    avoid_s: float  # how long to avoid a worker that failed; a dead one has lost its lease by then
 
 
 @dataclass(slots=True)
 class Retries:
-    """Failures of one request. The first after a token costs no wait, later ones do."""
+    """The failures of one request.
+
+    A retry waits only if no worker is left: 50 ms at first, then twice as long each time, up to one
+    second. A new token resets the wait.
+    """
 
     limits: RetryLimits
     last: BatonError | None = None
-    _untaken: int = 0  # attempts that no worker took; they cost nothing
+    _untaken: int = 0  # attempts that no worker accepted; they do not count
     _avoided_until_s: dict[WorkerKey, float] = field(default_factory=dict)
     _tokens: int = 0
     _failing_since_s: float | None = None
@@ -41,14 +45,15 @@ class Retries:
         tokens: int,
         now_s: float,
     ) -> None:
-        """The latest of ``attempts`` failed, by the fault of ``worker`` if that is not None.
+        """Note that the latest of ``attempts`` failed.
 
         Args:
-            tokens: that the application has by now.
+            worker: the worker at fault; None if no worker is.
+            tokens: how many the client has by now.
 
         Raises:
-            BatonError: ``error``, when there were too many attempts that a worker may have died of,
-                or no worker can be reached for too long.
+            BatonError: ``error``, after too many attempts that may each have killed a worker, or
+                when no worker could be reached for too long.
         """
         refused = error.reason == WORKER_DRAINING or isinstance(error, CapacityError)
         unreachable = isinstance(error, WorkerUnreachableError)
@@ -65,20 +70,20 @@ class Retries:
             raise error
 
     def excluded(self, now_s: float) -> frozenset[WorkerKey]:
-        """Workers that are not asked again yet."""
+        """The workers that the request avoids now."""
         return frozenset(key for key, until_s in self._avoided_until_s.items() if until_s > now_s)
 
     def wait_s(self, now_s: float) -> float:
-        """No worker is left: when to look again.
+        """How long to wait until the next look, when no worker is left.
 
         Raises:
-            BatonError: the last failure, when waiting is no use or there is no time left for it.
+            BatonError: the last failure, if waiting does not help or the time is up.
         """
         assert self.last is not None, "nothing has failed"
         assert self._failing_since_s is not None
         wait_s = min(FIRST_WAIT_S * 2.0**self._waits, MAX_WAIT_S)
         full = isinstance(self.last, CapacityError) and self._tokens == 0
         if full or now_s + wait_s > self._failing_since_s + self.limits.timeout_s:
-            raise self.last  # what happened first says more than that nobody is left
+            raise self.last  # it says more than "no worker is left"
         self._waits += 1
         return wait_s

@@ -1,4 +1,4 @@
-"""What this router has on each worker: the live shell around ``router.placement.policy``."""
+"""Keeps account of what this router has sent to each worker, and places requests by it."""
 
 from __future__ import annotations
 
@@ -19,45 +19,47 @@ from router.placement.policy import (
     tokens_on,
 )
 
-RATE_MEMORY = 0.98  # of a prefill worker's rate: about the latest fifty prompts count
+RATE_MEMORY = 0.98  # decay of a prefill worker's rate: about the latest fifty prompts count
 
 
-class HeldPlacement:
-    """A placement, which counts on its workers until it is closed."""
+class PlacementPermit:
+    """A placement that counts as load on its workers until it is closed."""
 
-    def __init__(self, placement: Placement, book: PlacementBook, facts: PlacementFacts) -> None:
+    def __init__(
+        self, placement: Placement, ledger: PlacementLedger, facts: PlacementFacts
+    ) -> None:
         self.placement = placement
-        self._book = book
-        self._held = {
+        self._ledger = ledger
+        self._counted = {
             record.pool: (record.key, tokens_on(record, facts))
             for record in (placement.prefill, placement.decode)
             if record is not None
         }
-        for key, tokens in self._held.values():
-            book.begin(key, tokens)
+        for key, tokens in self._counted.values():
+            ledger.add(key, tokens)
 
-    def prefilled(self, done: bool) -> None:
-        """The prefill worker has done its part, or will not do it. Idempotent."""
-        self._end(Pool.PREFILL, done)
+    def prefill_ended(self, done: bool) -> None:
+        """The prefill worker has answered (``done``), or its call has failed. Idempotent."""
+        self._remove(Pool.PREFILL, done)
 
     def close(self) -> None:
-        """No worker has anything more to do for it. Idempotent."""
-        self._end(Pool.PREFILL, False)
-        self._end(Pool.DECODE, False)
+        """The request no longer runs on its workers. Idempotent."""
+        self._remove(Pool.PREFILL, False)
+        self._remove(Pool.DECODE, False)
 
-    def _end(self, pool: Pool, done: bool) -> None:
-        if (held := self._held.pop(pool, None)) is not None:
-            self._book.end(*held, done=done)
+    def _remove(self, pool: Pool, done: bool) -> None:
+        if (counted := self._counted.pop(pool, None)) is not None:
+            self._ledger.remove(*counted, done=done)
 
 
-class PlacementBook:
-    """Places requests and keeps count of them until they end.
+class PlacementLedger:
+    """Places requests and counts them on their workers until they end.
 
     Args:
         clock: monotonic time, seconds.
-        suspect_s: how long a worker that failed a request is avoided. A dead worker has
-            lost its lease by then.
-        report_snapshots: within so many snapshots a worker reports again.
+        suspect_s: how long a worker that failed a request is avoided. A dead worker has lost its
+            lease by then.
+        report_snapshots: a worker reports again within this many snapshots of the registry.
 
     Attributes:
         on_room: called when workers may have more room than before.
@@ -75,15 +77,15 @@ class PlacementBook:
         self._clock = clock
         self._suspect_s = suspect_s
         self._report_snapshots = report_snapshots
-        self._counts: dict[WorkerKey, _Count] = {}
+        self._accounts: dict[WorkerKey, _Account] = {}
         self._own: dict[WorkerKey, OwnLoad] = {}
         self._suspects: dict[WorkerKey, float] = {}
         self._state = PlacementState(self._own, self._suspects)
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is kept of any worker."""
-        return not self._counts and not self._suspects
+        """Whether nothing is kept about any worker."""
+        return not self._accounts and not self._suspects
 
     def own_load(self, key: WorkerKey) -> OwnLoad:
         """What this router has on one worker."""
@@ -91,11 +93,13 @@ class PlacementBook:
 
     def place(
         self, snapshot: tuple[WorkerRecord, ...], facts: PlacementFacts
-    ) -> HeldPlacement | None:
-        """Choose workers and count the request on them; None: there is no room, and it may wait.
+    ) -> PlacementPermit | None:
+        """Choose workers and count the request on them.
+
+        Returns None if no worker has room and the request may wait.
 
         Raises:
-            UnavailableError: a pool that is needed has no worker.
+            UnavailableError: a pool that the request needs has no usable worker.
         """
         placement = decide_placement(snapshot, facts, self._state, self._limits, self._clock())
         if placement is None:
@@ -103,57 +107,58 @@ class PlacementBook:
         if isinstance(placement, NoWorker):
             raise _unavailable(placement)
         self._state = placement.state
-        return HeldPlacement(placement, self, facts)
+        return PlacementPermit(placement, self, facts)
 
-    def begin(self, key: WorkerKey, tokens: int) -> None:
-        """A worker has one request more."""
-        count = self._counts.setdefault(key, _Count(self._report_snapshots))
-        count.begin(tokens, self._clock())
-        self._own[key] = count.load()
+    def add(self, key: WorkerKey, tokens: int) -> None:
+        """Count one more request on a worker."""
+        account = self._accounts.setdefault(key, _Account(self._report_snapshots))
+        account.add(tokens, self._clock())
+        self._own[key] = account.load()
 
-    def end(self, key: WorkerKey, tokens: int, *, done: bool) -> None:
-        """A worker has one request less.
+    def remove(self, key: WorkerKey, tokens: int, *, done: bool) -> None:
+        """Count one request less on a worker.
 
         Args:
-            done: it has computed the request's tokens.
+            done: the worker has computed the request's tokens.
         """
-        count = self._counts[key]
-        count.end(tokens, self._clock(), done=done)
-        self._own[key] = count.load()
+        account = self._accounts[key]
+        account.remove(tokens, self._clock(), done=done)
+        self._own[key] = account.load()
         self.on_room()
 
     def suspect(self, key: WorkerKey) -> None:
-        """A worker failed a request: avoid it for a while."""
+        """Avoid a worker that failed a request, for ``suspect_s``."""
         self._suspects[key] = self._clock() + self._suspect_s
 
     def new_snapshot(self, keys: frozenset[WorkerKey]) -> None:
-        """The registry was read and knows these workers."""
+        """Note that the registry was read and lists these workers."""
         now_s = self._clock()
-        for key, count in list(self._counts.items()):
-            if key not in keys and count.requests == 0:
-                del self._counts[key], self._own[key]
+        for key, account in list(self._accounts.items()):
+            if key not in keys and account.requests == 0:
+                del self._accounts[key], self._own[key]
             else:
-                count.new_snapshot()
-                self._own[key] = count.load()
+                account.new_snapshot()
+                self._own[key] = account.load()
         for key, until_s in list(self._suspects.items()):
             if until_s <= now_s:
                 del self._suspects[key]
         self.on_room()
 
 
-class _Count:
-    """Of one worker."""
+class _Account:
+    """This router's requests on one worker."""
 
     def __init__(self, report_snapshots: int) -> None:
         self.requests = 0
         self._tokens = 0
-        # At most, from each of the latest snapshots to the next one; the last goes on to now.
+        # (requests, tokens) at most, between each of the latest snapshots and the next; the last
+        # pair covers the time since the latest snapshot.
         self._peaks = deque([(0, 0)], maxlen=report_snapshots + 1)
         self._done_tokens = 0.0
-        self._busy_s = 0.0  # that took
+        self._busy_s = 0.0  # time spent on _done_tokens
         self._busy_since_s = 0.0
 
-    def begin(self, tokens: int, now_s: float) -> None:
+    def add(self, tokens: int, now_s: float) -> None:
         if self.requests == 0:
             self._busy_since_s = now_s
         self.requests += 1
@@ -161,7 +166,7 @@ class _Count:
         requests, peak = self._peaks[-1]
         self._peaks[-1] = max(requests, self.requests), max(peak, self._tokens)
 
-    def end(self, tokens: int, now_s: float, *, done: bool) -> None:
+    def remove(self, tokens: int, now_s: float, *, done: bool) -> None:
         self.requests -= 1
         self._tokens -= tokens
         if done:
@@ -173,7 +178,7 @@ class _Count:
         self._peaks.append((self.requests, self._tokens))
 
     def load(self) -> OwnLoad:
-        # Without the last: what was sent since the snapshot is in no report yet.
+        # Without the last pair: no report contains yet what was sent since the snapshot.
         reported = list(self._peaks)[:-1]
         return OwnLoad(
             self.requests,

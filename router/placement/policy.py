@@ -1,12 +1,12 @@
-"""Which workers serve a request. Pure: ``ledger`` is the live shell.
+"""Which workers serve a request. Pure; ``ledger`` applies it.
 
-Least loaded wins; equal loads take turns, so that in time each pair of workers serves. A worker's
-load is what this router has on it, which is exact, and what the worker reported beyond that: other
-routers' requests.
+The least loaded worker of each pool wins. Equally loaded workers take turns, so that over time
+every pair of workers serves. A worker's load is what this router has on it, which is exact, plus
+what the worker reported beyond that, which other routers sent.
 
-A new request waits (at the router, where deadlines decide) until two workers have room: a decode
-worker for all the KV that the request will likely have in the end, before its prefill begins; and a
-prefill worker whose backlog is short. One that runs already takes the least loaded.
+A new request waits at the router, where deadlines decide the order, until both workers have room: a
+decode worker for all the KV that the request will likely need in the end, and a prefill worker with
+a short backlog. A request that already runs does not wait: it takes the least loaded workers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from core.types import Pool, WorkerKey, WorkerRecord, WorkerState
 
 LocalPrefill = Literal["never", "fallback", "always"]
 
-KV_SCARCE_FRACTION = 0.05  # with fewer free blocks, a decode worker is soon preempting
-BUSY_REQUESTS = 2  # on a prefill worker: one computes, the next one is there when it has done
-KV_STEPS = 10  # KV use is compared in tenths, so that small differences don't end turns
-# A worker that starts now is ready after its model has loaded; a lease that was lost to a
-# pause is back after one renewal. Trying again after a second serves the second case.
+KV_SCARCE_FRACTION = 0.05  # a decode worker with fewer free blocks will soon preempt
+BUSY_REQUESTS = 2  # keep a prefill worker busy: one prompt is computed, the next is already there
+KV_STEPS = 10  # KV use is compared in tenths, so that small differences do not end the turns
+# A worker whose lease ended in a pause is back after one renewal, within a second. A worker that is
+# starting takes longer, and the client will try again.
 RETRY_AFTER_S = 1.0
+
+# Reasons of placements; the router counts and logs them.
+LEAST_LOADED = "least_loaded"
+LOCAL_PREFILL = "local_prefill"
+ONE_TOKEN = "one_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +43,27 @@ class PlacementLimits:
 
 @dataclass(frozen=True, slots=True)
 class OwnLoad:
-    """What this router has on one worker now, and had at most when its report was made."""
+    """What this router has on one worker now, and the most it had when the worker reported."""
 
     requests: int = 0
-    tokens: int = 0  # to prefill; on decode workers, with KV in the end
+    tokens: int = 0  # prefill: prompt tokens to compute; decode: tokens with KV in the end
     peak_requests: int = 0
     peak_tokens: int = 0
-    tokens_per_s: float = 0.0  # that it prefills; 0: not known yet
+    tokens_per_s: float = 0.0  # prefill rate; 0 if unknown
 
     def requests_of_all(self, reported: int) -> int:
-        """With other routers' requests: those of the report that can't be ours."""
+        """Requests of all routers: ours, and the reported ones that cannot be ours."""
         return self.requests + max(reported - self.peak_requests, 0)
 
     def tokens_of_all(self, reported: int) -> int:
-        """Likewise."""
+        """Tokens of all routers, counted the same way."""
         return self.tokens + max(reported - self.peak_tokens, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementState:
     own: Mapping[WorkerKey, OwnLoad] = field(default_factory=dict)
-    suspects: Mapping[WorkerKey, float] = field(default_factory=dict)  # until then, by now_s
+    suspects: Mapping[WorkerKey, float] = field(default_factory=dict)  # avoid until this time
     turn: int = 0  # decisions so far
 
 
@@ -66,28 +71,38 @@ class PlacementState:
 class PlacementFacts:
     """What placement must know of a request.
 
-    ``local_prefill``: whether a decode worker may prefill: never, if no prefill worker is
-    left, or always. ``excluded`` workers failed this request before.
+    Args:
+        prompt_tokens: including the output tokens of earlier attempts.
+        growth_tokens: how many of ``max_tokens`` will likely be produced.
+        local_prefill: whether a decode worker may prefill: never, as a fallback when no prefill
+            worker is left, or always.
+        may_wait: the request can wait until there is room.
+        excluded: workers that failed this request before.
+        preferred_decode: the decode worker that already holds the prompt's KV.
     """
 
     model: str
-    prompt_tokens: int  # with the tokens so far
+    prompt_tokens: int
     max_tokens: int
-    growth_tokens: int  # of max_tokens, those that will likely come
+    growth_tokens: int
     local_prefill: LocalPrefill
-    may_wait: bool = False  # until there is room
+    may_wait: bool = False
     excluded: frozenset[WorkerKey] = frozenset()
-    preferred_decode: WorkerKey | None = None  # it has the prompt's KV already
+    preferred_decode: WorkerKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """``decode`` is None when the first token is all; ``prefill`` is None for local prefill."""
+    """The workers of one attempt.
+
+    ``decode`` is None if the request wants one token only. ``prefill`` is None if the decode worker
+    prefills. ``reason`` is one of the constants below.
+    """
 
     decode: WorkerRecord | None
     prefill: WorkerRecord | None
     reason: str
-    state: PlacementState  # carries the turns on
+    state: PlacementState  # for the next decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +127,24 @@ def decide_placement(
         prefills = []
     elif not prefills and facts.local_prefill == "never":
         return _no_worker(Pool.PREFILL, snapshot)
-    first_is_all = bool(prefills) and facts.max_tokens == 1
-    if not decodes and not first_is_all:
+    one_token = bool(prefills) and facts.max_tokens == 1
+    if not decodes and not one_token:
         return _no_worker(Pool.DECODE, snapshot)
     prefill = _choose(Pool.PREFILL, prefills, snapshot, facts, state, limits)
     decode = None
-    if not first_is_all:
+    if not one_token:
         decode = _choose(Pool.DECODE, decodes, snapshot, facts, state, limits)
-    if (prefills and prefill is None) or (not first_is_all and decode is None):
+    if (prefills and prefill is None) or (not one_token and decode is None):
         return None
     after = replace(state, turn=state.turn + 1)
-    if first_is_all:
-        return Placement(None, prefill, "the first token is all", after)
-    reason = "least loaded" if prefill is not None else "local prefill"
+    if one_token:
+        return Placement(None, prefill, ONE_TOKEN, after)
+    reason = LEAST_LOADED if prefill is not None else LOCAL_PREFILL
     return Placement(decode, prefill, reason, after)
 
 
 def tokens_on(record: WorkerRecord, facts: PlacementFacts) -> int:
-    """What the request adds to ``OwnLoad.tokens`` of a worker."""
+    """The tokens that the request adds to ``OwnLoad.tokens`` of a worker."""
     if record.pool is Pool.PREFILL:
         return facts.prompt_tokens
     block_tokens = max(record.load.kv_block_tokens, 1)
@@ -151,8 +166,8 @@ def _usable(
         and record.model == facts.model
         and record.key not in facts.excluded
     ]
-    # A suspect failed another request just now. It is the last resort, not excluded: the
-    # failure may have been one connection's.
+    # A suspect failed another request just now. It is a last resort rather than excluded, because
+    # only one connection may have failed.
     trusted = [record for record in usable if state.suspects.get(record.key, 0.0) <= now_s]
     return trusted or usable
 
@@ -189,10 +204,10 @@ def _choose(
 
 
 def _turn(pool: Pool, snapshot: tuple[WorkerRecord, ...], turn: int) -> int:
-    """Whose turn it is among equals.
+    """The index of the worker that wins among equals.
 
-    Both pools move on with each decision. Where their sizes have a common divisor they would
-    meet in the same pairs for ever, so the decode pool moves one further after each round.
+    Both pools advance with each decision. If their sizes have a common divisor, the same workers
+    would always meet, so the decode pool advances one further after each round.
     """
     if pool is Pool.PREFILL:
         return turn
@@ -215,20 +230,20 @@ def _has_room(
         used_blocks = load.kv_blocks_total - load.kv_blocks_free
         tokens = own.tokens_of_all(used_blocks * load.kv_block_tokens)
         if tokens == 0:
-            return True  # any request fits on a worker that has nothing
+            return True  # an empty worker takes any request
         bound = load.kv_blocks_total * load.kv_block_tokens
     return tokens + tokens_on(record, facts) <= bound
 
 
 def _prefill_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
-    """Tokens to be computed, for they take the time; then requests."""
+    """Tokens to compute, because they take the time; then requests."""
     load = record.load
     requests = own.requests_of_all(load.queue_depth + load.running)
     return own.tokens_of_all(load.queued_tokens), requests
 
 
 def _decode_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
-    """Streams, for they share each step; KV room where it is scarce, or as the tie-break."""
+    """Streams, because they share each step; KV room if it is scarce, and as the tie-break."""
     load = record.load
     streams = own.requests_of_all(load.running + load.queue_depth)
     free_fraction = load.kv_blocks_free / max(load.kv_blocks_total, 1)

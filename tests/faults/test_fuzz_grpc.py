@@ -112,9 +112,9 @@ async def router() -> AsyncIterator[Server]:
             return harness.call(token_ids=ids, sampling={"max_tokens": LONG})
 
         async def at_rest() -> None:
-            assert harness.server.servicer is not None
+            assert harness.server.handler is not None
             async with asyncio.timeout(WITHIN_S):
-                await harness.server.servicer.drained()
+                await harness.server.handler.drained()
             workers = (*harness.prefill, *harness.decode)
             await until(lambda: not any(w.running for w in workers), what="no worker works")
 

@@ -282,7 +282,7 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
             assert load.running == load.queue_depth == load.queued_tokens == 0
         key = worker.record.id, worker.record.incarnation
         for router in cluster.routers:
-            assert router.book.own_load(key).requests == 0
+            assert router.ledger.own_load(key).requests == 0
     for router in cluster.routers:
         assert router.admission.running == router.admission.waiting == 0
     more = asyncio.all_tasks() - tasks_before
@@ -330,7 +330,7 @@ async def one_run(seed: int) -> None:
         for client, patient_s in zip(clients, patience_s, strict=True):
             check_ended(client, gave_up=patient_s < FAR_S, store_failed=store_failed)
         for router in cluster.living_routers():
-            await router.servicer.drained()
+            await router.handler.drained()
         await elapse(SETTLE_S)
         check_nothing_left(cluster, standing | cluster.standing_tasks())
 

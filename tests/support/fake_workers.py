@@ -160,7 +160,8 @@ class _FakeWorker:
             self.cancelled.append(key)
             raise
         except BatonError as err:
-            await abort(context, err, request.key.request_id)
+            err.request_id = request.key.request_id
+            await abort(context, err)
         finally:
             self.running.discard(key)
             self.note()

@@ -27,12 +27,13 @@ from decode_worker.servicer import DecodeServicer
 from engine.fake import FakeEngine, FakeLatency, FakeSize
 from engine.protocol import EngineRequest, KvReceive
 from prefill_worker.servicer import PrefillServicer
-from router.admission.gate import Admission
+from router.admission.gate import AdmissionGate
 from router.admission.policy import AdmissionLimits
-from router.api.servicer import CallBounds, InferenceServicer
+from router.api.handler import RequestBounds, RequestHandler
+from router.api.servicer import InferenceServicer
 from router.dispatch.dispatcher import Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
-from router.placement.ledger import PlacementBook
+from router.placement.ledger import PlacementLedger
 from router.placement.policy import (
     PlacementLimits,
 )
@@ -361,21 +362,21 @@ class SimRouter:
         self.calls: set[asyncio.Task[None]] = set()  # of clients
         clock = cluster.clock
         codec = cluster.codec
-        self.book = PlacementBook(
+        self.ledger = PlacementLedger(
             cluster.placement, clock, LEASE_S, report_snapshots=int(RENEW_S / POLL_S)
         )
-        admission = self.admission = Admission(limits, clock)
-        self.book.on_room = admission.wake
+        admission = self.admission = AdmissionGate(limits, clock)
+        self.ledger.on_room = admission.wake
         self.workers = Workers(
             cluster.registry,
             WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20, 10.0),
             clock,
-            lambda snapshot: self.book.new_snapshot(frozenset(record.key for record in snapshot)),
+            lambda snapshot: self.ledger.new_snapshot(frozenset(record.key for record in snapshot)),
             connect=lambda record: cluster.workers[record.id],  # type: ignore[arg-type, return-value]
         )
         self.dispatcher = Dispatcher(
             self.workers,
-            self.book,
+            self.ledger,
             DispatchSettings(
                 model=cluster.model,
                 local_prefill="never",
@@ -388,16 +389,23 @@ class SimRouter:
         )
         store = _RouterStore(cluster.journal, self)
         self.journal = Journal(store, JournalSettings(LEASE_S, patience_s=0.05))
-        self.servicer = InferenceServicer(
-            codec, self.dispatcher, admission, CallBounds(600.0, 30.0), clock, self.journal, clock
+        self.handler = RequestHandler(
+            codec,
+            self.dispatcher,
+            admission,
+            RequestBounds(600.0, 30.0),
+            clock,
+            self.journal,
+            clock,
         )
+        self.servicer = InferenceServicer(self.handler, clock)
 
     async def start(self) -> None:
         await self.workers.start()
         self.journal.start()
 
     async def stop(self) -> None:
-        await self.servicer.drained()
+        await self.handler.drained()
         await self.dispatcher.close()
         await self.journal.close()
         await self.workers.stop()

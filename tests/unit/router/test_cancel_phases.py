@@ -149,8 +149,8 @@ def held(cluster: SimCluster) -> dict[str, object]:
         if worker.alive:
             found[name] = worker.engine.load(), frozenset(worker.calls), frozenset(worker.prefilled)
         key = worker.record.key
-        load = router.book.own_load(key)
-        found[f"router's book of {name}"] = load.requests, load.tokens
+        load = router.ledger.own_load(key)
+        found[f"router's ledger of {name}"] = load.requests, load.tokens
     return found
 
 

@@ -241,6 +241,7 @@ async def test_the_last_prefill_worker_lost_falls_back_to_decode() -> None:
     assert responses[-1].phases.prefill_worker == ""
     assert not decode.requests[-1].HasField("kv_source")
     assert counters.local_prefills == 1
+    assert counters.placements == {"least_loaded": 1, "local_prefill": 1}
 
 
 async def test_a_refused_connection_fails_over_at_once() -> None:

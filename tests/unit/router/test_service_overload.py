@@ -33,8 +33,8 @@ async def test_who_waits_for_kv_room_runs_on_a_worker_that_comes() -> None:
         await first(running)
         waiting = router.call(token_ids=IDS)
         answer = asyncio.create_task(first(waiting))
-        assert router.server.servicer is not None
-        admission = router.server.servicer.admission
+        assert router.server.handler is not None
+        admission = router.server.handler.admission
         await until(lambda: admission.waiting == 1, what="the second one waits")
         await empty.start()
         router.decode.append(empty)
@@ -71,8 +71,8 @@ async def test_each_class_has_a_queue_of_its_own() -> None:
         running = router.call(token_ids=IDS)
         await first(running)
         waiting = [router.call(token_ids=IDS, service_class=name) for name in ("", "slow")]
-        assert router.server.servicer is not None
-        admission = router.server.servicer.admission
+        assert router.server.handler is not None
+        admission = router.server.handler.admission
         await until(lambda: admission.waiting == 2, what="one waits in each class")
         for name in ("fast", "slow"):
             _, message, detail = await refusal(router, token_ids=IDS, service_class=name)

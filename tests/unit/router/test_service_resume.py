@@ -116,9 +116,9 @@ async def test_a_client_that_went_away_and_comes_back() -> None:
     async with cluster() as router:
         call, responses = await read_two(router)
         call.cancel()
-        assert router.server.servicer is not None
+        assert router.server.handler is not None
         await router.decode[0].until(lambda: not router.decode[0].running)
-        await router.server.servicer.drained()
+        await router.server.handler.drained()
         responses += [each async for each in resume(router.stub, responses[-1].sequence)]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
 

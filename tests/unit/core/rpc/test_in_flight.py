@@ -18,7 +18,7 @@ class Call:
         self.task = asyncio.create_task(self._serve(calls, key))
 
     async def _serve(self, calls: InFlight, key: str) -> None:
-        with calls.hold(key):
+        with calls.track(key):
             await self.end.wait()
 
 

@@ -48,11 +48,11 @@ def test_every_error_of_the_tree_has_a_code_of_its_own_kind() -> None:
 
 
 def test_the_retry_hint_is_never_rounded_to_none() -> None:
-    error = errors.CapacityError("x", reason="R", retry_after_s=0.0001)
-    assert error_detail(error, "id") == inference_pb2.ErrorDetail(
+    error = errors.CapacityError("x", reason="R", retry_after_s=0.0001, request_id="id")
+    assert error_detail(error) == inference_pb2.ErrorDetail(
         reason="R", request_id="id", retry_after_ms=1
     )
-    assert error_detail(errors.InternalError("x"), "id").retry_after_ms == 0
+    assert error_detail(errors.InternalError("x")).retry_after_ms == 0
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ async def test_nobody_is_told_when_the_caller_is_gone() -> None:
             raise grpc.aio.InternalError("the call has ended")
 
     with pytest.raises(asyncio.CancelledError):
-        await abort(cast(Any, GoneContext()), errors.InternalError("x"), "id")
+        await abort(cast(Any, GoneContext()), errors.InternalError("x"))

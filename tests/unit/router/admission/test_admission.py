@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from core.errors import CapacityError, DeadlineError, InvalidArgumentError, UnavailableError
-from router.admission.gate import Admission
+from router.admission.gate import AdmissionGate
 from router.admission.policy import (
     AdmissionLimits,
-    Ask,
+    AdmissionRequest,
     ClassLimits,
     Queues,
     decide_admission,
@@ -37,7 +37,12 @@ def reason(
     service_s: float = 0,
 ) -> str | None:
     refusal = decide_admission(
-        LIMITS, Ask("c", 1000 + left_s, service_s), waiting, before, rate, 1000
+        LIMITS,
+        AdmissionRequest("c", 1000 + left_s, service_s),
+        waiting=waiting,
+        before=before,
+        ends_per_s=rate,
+        now_s=1000,
     )
     return refusal.reason if refusal is not None else None
 
@@ -58,15 +63,25 @@ def test_who_would_be_late_is_refused_at_once() -> None:
     assert reason(before=9, rate=1, left_s=25, service_s=5) is None
     assert reason(before=9, rate=1, left_s=24, service_s=5) == "WOULD_BE_LATE"
     assert reason(rate=0, left_s=4, service_s=5) == "WOULD_BE_LATE"
-    assert decide_dispatch(Ask("c", 10, 5), now_s=5) is None
-    assert decide_dispatch(Ask("c", 10, 5), now_s=5.1) is not None
+    assert decide_dispatch(AdmissionRequest("c", 10, 5), now_s=5) is None
+    assert decide_dispatch(AdmissionRequest("c", 10, 5), now_s=5.1) is not None
 
 
 def test_the_retry_hint_is_the_wait() -> None:
     hints = [
         refusal.retry_after_s
         for rate in (0, 100, 2, 0.01)
-        if (refusal := decide_admission(LIMITS, Ask("c", 1e9), 3, 9, rate, 0)) is not None
+        if (
+            refusal := decide_admission(
+                LIMITS,
+                AdmissionRequest("c", 1e9),
+                waiting=3,
+                before=9,
+                ends_per_s=rate,
+                now_s=0,
+            )
+        )
+        is not None
     ]
     assert hints == [0.1, 0.1, 5, 60]
 
@@ -77,7 +92,7 @@ def queues(**classes: tuple[int, dict[str, float]]) -> Queues[str]:
     made: Queues[str] = Queues(limits)
     for name, (_, items) in classes.items():
         for item, deadline_s in items.items():
-            made.push(Ask(name, deadline_s), item)
+            made.push(AdmissionRequest(name, deadline_s), item)
     return made
 
 
@@ -107,8 +122,8 @@ def test_classes_share_by_weight() -> None:
 def test_costly_requests_take_more_of_their_class_share() -> None:
     waiting: Queues[str] = Queues({name: ClassLimits(1, 99, 99) for name in "ab"})
     for index in range(30):
-        waiting.push(Ask("a", index, cost=1), "a")
-        waiting.push(Ask("b", index, cost=4), "b")
+        waiting.push(AdmissionRequest("a", index, cost=1), "a")
+        waiting.push(AdmissionRequest("b", index, cost=4), "b")
     assert Counter(drain(waiting, 20)) == {"a": 16, "b": 4}
 
 
@@ -116,7 +131,7 @@ def test_a_class_that_was_empty_saved_nothing_up() -> None:
     waiting = queues(a=(1, {f"a{i}": i for i in range(30)}), b=(1, {}))
     drain(waiting, 10)
     for index in range(10):
-        waiting.push(Ask("b", index), f"b{index}")
+        waiting.push(AdmissionRequest("b", index), f"b{index}")
     assert Counter(item[0] for item in drain(waiting, 10)) == {"a": 5, "b": 5}
 
 
@@ -126,8 +141,8 @@ def test_how_many_run_before_one_is_known(seed: int) -> None:
     classes = {name: ClassLimits(rng.randint(1, 8), 99, 99) for name in "abc"}
     waiting: Queues[str] = Queues(classes)
     for _ in range(rng.randrange(60)):
-        waiting.push(Ask(rng.choice("abc"), rng.random()), "other")
-    mine = Ask(rng.choice("abc"), rng.random())
+        waiting.push(AdmissionRequest(rng.choice("abc"), rng.random()), "other")
+    mine = AdmissionRequest(rng.choice("abc"), rng.random())
     expected = waiting.before(mine)
     waiting.push(mine, "mine")
     # Up to one turn of each other class, by its weight.
@@ -154,7 +169,7 @@ class Gate:
     """An Admission whose users are tasks that hold their room until told to leave."""
 
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
-        self.admission = Admission(limits, asyncio.get_running_loop().time)
+        self.admission = AdmissionGate(limits, asyncio.get_running_loop().time)
         self.places = places
         self.error: UnavailableError | None = None
         self.order: list[str] = []
@@ -170,7 +185,7 @@ class Gate:
         leave = asyncio.Event()
 
         async def use() -> None:
-            async with self.admission.slot(Ask("c", deadline_s), self.take):
+            async with self.admission.admit(AdmissionRequest("c", deadline_s), self.take):
                 self.order.append(name)
                 await leave.wait()
 
@@ -206,7 +221,7 @@ async def test_a_full_queue_refuses_a_newcomer_at_once() -> None:
     users = [gate.user(str(i)) for i in range(5)]
     await turns()
     with pytest.raises(CapacityError) as caught:
-        async with gate.admission.slot(Ask("c", FAR_S), gate.take):
+        async with gate.admission.admit(AdmissionRequest("c", FAR_S), gate.take):
             pass
     assert caught.value.reason == "QUEUE_FULL"
     for _, leave in users:
@@ -236,12 +251,12 @@ def test_waits_are_bounded() -> None:
         await turns()
         now_s = asyncio.get_running_loop().time()
         with pytest.raises(CapacityError) as caught:
-            async with gate.admission.slot(Ask("c", now_s + 60), gate.take):
+            async with gate.admission.admit(AdmissionRequest("c", now_s + 60), gate.take):
                 pass
         assert caught.value.reason == "QUEUE_TIMEOUT"
         assert asyncio.get_running_loop().time() == pytest.approx(now_s + 2)
         with pytest.raises(DeadlineError):
-            async with gate.admission.slot(Ask("c", now_s + 3), gate.take):
+            async with gate.admission.admit(AdmissionRequest("c", now_s + 3), gate.take):
                 pass
         assert asyncio.get_running_loop().time() == pytest.approx(now_s + 3)
         assert gate.admission.waiting == 0
@@ -254,7 +269,7 @@ def test_waits_are_bounded() -> None:
 async def test_an_expired_request_takes_no_room() -> None:
     gate = Gate()
     with pytest.raises(DeadlineError):
-        async with gate.admission.slot(Ask("c", 0.0), gate.take):
+        async with gate.admission.admit(AdmissionRequest("c", 0.0), gate.take):
             pass
     assert gate.places == 1000
 
@@ -263,13 +278,13 @@ def test_a_wait_that_is_known_to_be_too_long_does_not_begin() -> None:
     async def run() -> None:
         gate = Gate(one_class(2, 100, 5))
         for _ in range(40):  # each runs for 2 s: one a second
-            async with gate.admission.slot(Ask("c", FAR_S), gate.take):
+            async with gate.admission.admit(AdmissionRequest("c", FAR_S), gate.take):
                 await elapse(2)
         users = [gate.user(str(i)) for i in range(2 + 5)]
         await turns()
         assert gate.admission.waiting == 5
         with pytest.raises(CapacityError) as caught:
-            gate.admission.check(Ask("c", FAR_S))
+            gate.admission.check(AdmissionRequest("c", FAR_S))
         assert caught.value.retry_after_s == pytest.approx(6, rel=0.1)
         for _, leave in users:
             leave.set()
@@ -285,7 +300,7 @@ def test_whose_turn_comes_too_late_is_not_begun() -> None:
         await turns()
 
         async def ask() -> None:
-            async with gate.admission.slot(Ask("c", 10, service_s=4), gate.take):
+            async with gate.admission.admit(AdmissionRequest("c", 10, service_s=4), gate.take):
                 raise AssertionError("it cannot be done in time")
 
         second = asyncio.create_task(ask())
@@ -315,9 +330,9 @@ async def test_those_who_wait_are_told_when_there_can_be_no_room() -> None:
 
 async def test_classes_by_name() -> None:
     limits = AdmissionLimits(1, {name: ClassLimits(1, 2, 30) for name in ("fast", "slow")})
-    admission = Admission(limits, asyncio.get_running_loop().time)
+    admission = AdmissionGate(limits, asyncio.get_running_loop().time)
     assert [admission.class_of(name) for name in ("", "slow")] == ["fast", "slow"]
-    assert admission.most == 5
+    assert admission.max_requests == 5
     with pytest.raises(InvalidArgumentError, match="'other'; this cluster knows fast, slow"):
         admission.class_of("other")
 
@@ -353,7 +368,7 @@ async def test_room_granted_to_one_who_is_cancelled_in_the_same_turn_goes_on() -
     gate = Gate(one_class(1, 10, 30))
 
     async def leave_and_cancel() -> None:
-        async with gate.admission.slot(Ask("c", FAR_S), gate.take):
+        async with gate.admission.admit(AdmissionRequest("c", FAR_S), gate.take):
             await turns()
         second.cancel()  # it holds the room already and has not run since
 

@@ -27,14 +27,14 @@ def tokens_of(batches: tuple[TokenBatch, ...]) -> list[int]:
 @given(
     data=st.data(),
     tokens=st.lists(st.integers(0, 9), min_size=2, max_size=12),
-    forwards=st.booleans(),
+    forwards_first_token=st.booleans(),
     recomputed=st.booleans(),
 )
 def test_any_order_of_arrival_gives_each_token_once(
-    data: st.DataObject, tokens: list[int], forwards: bool, recomputed: bool
+    data: st.DataObject, tokens: list[int], forwards_first_token: bool, recomputed: bool
 ) -> None:
     """The prefill answer lands anywhere among the decode stream's batches of any size."""
-    start = 0 if recomputed or not forwards else 1
+    start = 0 if recomputed or not forwards_first_token else 1
     batches: list[tuple[int, TokenBatch]] = []
     while start < len(tokens):
         size = data.draw(st.integers(1, 4))
@@ -42,9 +42,9 @@ def test_any_order_of_arrival_gives_each_token_once(
         last = start + size >= len(tokens)
         batches.append((start, batch(*part, finish=LENGTH if last else UNFINISHED)))
         start += size
-    arrives = data.draw(st.integers(0, len(batches))) if forwards else None
+    arrives = data.draw(st.integers(0, len(batches))) if forwards_first_token else None
 
-    assembler = Assembler(forwards=forwards, limit_tokens=len(tokens))
+    assembler = Assembler(forwards_first_token=forwards_first_token, limit_tokens=len(tokens))
     out: list[TokenBatch] = []
     for index in range(len(batches) + 1):
         if index == arrives and not (out and out[-1].finish_reason != UNFINISHED):
@@ -58,21 +58,21 @@ def test_any_order_of_arrival_gives_each_token_once(
 
 
 def test_a_recomputed_token_that_differs_is_never_passed_on() -> None:
-    assembler = Assembler(forwards=True, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assembler.prefill(batch(7))
     with pytest.raises(FirstTokenDiffersError, match="8 was recomputed, 7 was forwarded"):
         assembler.decode(0, batch(8, 9))
 
 
 def test_the_faster_recomputed_token_stands() -> None:
-    assembler = Assembler(forwards=True, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assert tokens_of(assembler.decode(0, batch(8, 9))) == [8, 9]
     assert assembler.prefill(batch(7)) == ()
     assert tokens_of(assembler.decode(2, batch(3))) == [3]
 
 
 def test_a_first_token_that_ends_the_request_drops_what_is_held() -> None:
-    assembler = Assembler(forwards=True, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assert assembler.decode(1, batch(2, 3)) == ()
     assert not assembler.started
     assert assembler.prefill(batch(1, finish=STOP)) == (batch(1, finish=STOP),)
@@ -81,19 +81,19 @@ def test_a_first_token_that_ends_the_request_drops_what_is_held() -> None:
 
 
 def test_an_end_without_tokens_waits_for_the_first_token() -> None:
-    assembler = Assembler(forwards=True, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assert assembler.decode(1, batch(finish=STOP)) == ()
     assert assembler.prefill(batch(1)) == (batch(1), batch(finish=STOP))
 
 
 def test_a_response_with_a_report_only_is_no_batch() -> None:
-    assembler = Assembler(forwards=False, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=False, limit_tokens=5)
     assert assembler.decode(0, batch()) == ()
     assert not assembler.started
 
 
 def test_logprobs_go_with_their_tokens() -> None:
-    assembler = Assembler(forwards=True, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     logprobs = tuple(inference_pb2.TokenLogprobs(logprob=-i) for i in range(2))
     assembler.prefill(batch(7))
     (out,) = assembler.decode(0, TokenBatch((7, 8), logprobs, UNFINISHED))
@@ -101,7 +101,7 @@ def test_logprobs_go_with_their_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("forwards", "calls"),
+    ("forwards_first_token", "calls"),
     [
         (False, [(1, batch(1))]),  # token 0 is missing
         (True, [(2, batch(1))]),  # token 1 is missing
@@ -114,9 +114,9 @@ def test_logprobs_go_with_their_tokens() -> None:
     ],
 )
 def test_output_that_cannot_be_right_is_refused(
-    forwards: bool, calls: list[tuple[int, TokenBatch]]
+    forwards_first_token: bool, calls: list[tuple[int, TokenBatch]]
 ) -> None:
-    assembler = Assembler(forwards=forwards, limit_tokens=5)
+    assembler = Assembler(forwards_first_token=forwards_first_token, limit_tokens=5)
     for first_index, each in calls[:-1]:
         assembler.decode(first_index, each)
     with pytest.raises(ProtocolViolationError):
@@ -125,4 +125,4 @@ def test_output_that_cannot_be_right_is_refused(
 
 def test_a_first_token_nobody_asked_for_is_refused() -> None:
     with pytest.raises(ProtocolViolationError):
-        Assembler(forwards=False, limit_tokens=5).prefill(batch(1))
+        Assembler(forwards_first_token=False, limit_tokens=5).prefill(batch(1))

@@ -87,12 +87,12 @@ class Setup:
         self.client_reads = asyncio.Event()
         self.client_reads.set()
         plan = AttemptPlan(
-            key=worker_pb2.TransferKey(request_id="r", attempt=1),
+            transfer_key=worker_pb2.TransferKey(request_id="r", attempt=1),
             token_ids=(1, 2, 3),
             tokens_so_far=0,
             sampling=inference_pb2.SamplingParams(max_tokens=TOKENS),
             placement=Placement(self.decode_worker, self.prefill_worker, "", PlacementState()),
-            forwards=True,
+            forwards_first_token=True,
             timeout_s=60,
             buffer_responses=BUFFER,
             lost_after_s=3,

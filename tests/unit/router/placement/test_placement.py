@@ -7,7 +7,7 @@ import pytest
 
 from core.errors import UnavailableError
 from core.types import Pool, WorkerKey, WorkerLoad, WorkerRecord, WorkerState
-from router.placement.ledger import HeldPlacement, PlacementBook
+from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
     OwnLoad,
     Placement,
@@ -227,17 +227,17 @@ def test_an_empty_pool_is_unavailable_with_a_hint(
     workers: tuple[WorkerRecord, ...], reason: str
 ) -> None:
     with pytest.raises(UnavailableError) as caught:
-        PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0).place(workers, FACTS)
+        PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0).place(workers, FACTS)
     assert caught.value.reason == reason
     assert caught.value.retry_after_s
 
 
 def test_a_burst_between_two_snapshots_spreads_out() -> None:
-    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
     workers = (worker("p1"), worker("p2"), *(worker(f"d{i}", running=i) for i in range(4)))
     counts: Counter[str] = Counter()
     for _ in range(40):
-        placement = placed(book, workers).placement
+        placement = placed(ledger, workers).placement
         for record in (placement.prefill, placement.decode):
             assert record is not None
             counts[record.id] += 1
@@ -247,62 +247,62 @@ def test_a_burst_between_two_snapshots_spreads_out() -> None:
 
 
 def placed(
-    book: PlacementBook, workers: tuple[WorkerRecord, ...], facts: PlacementFacts = FACTS
-) -> HeldPlacement:
-    held = book.place(workers, facts)
+    ledger: PlacementLedger, workers: tuple[WorkerRecord, ...], facts: PlacementFacts = FACTS
+) -> PlacementPermit:
+    held = ledger.place(workers, facts)
     assert held is not None
     return held
 
 
 def test_the_book_counts_a_request_until_it_ends_on_each_worker() -> None:
-    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
     rooms: list[tuple[int, int]] = []
-    held = placed(book, (worker("p1"), worker("d1")))
+    held = placed(ledger, (worker("p1"), worker("d1")))
     p1, d1 = ("p1", "1"), ("d1", "1")
-    book.on_room = lambda: rooms.append((book.own_load(p1).tokens, book.own_load(d1).tokens))
-    assert (book.own_load(p1).tokens, book.own_load(d1).tokens) == (10, 16)
+    ledger.on_room = lambda: rooms.append((ledger.own_load(p1).tokens, ledger.own_load(d1).tokens))
+    assert (ledger.own_load(p1).tokens, ledger.own_load(d1).tokens) == (10, 16)
     for _ in range(2):
-        held.prefilled(done=True)
+        held.prefill_ended(done=True)
     for _ in range(2):
         held.close()
     assert rooms == [(0, 16), (0, 0)]
 
 
 def test_no_room_is_given_twice_between_two_reports() -> None:
-    book = PlacementBook(LIMITS, lambda: 0.0, suspect_s=1.0)
+    ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
     workers = (worker("p1"), worker("d1", kv_blocks_free=2, kv_blocks_total=2))
-    held = [placed(book, workers, WAITING) for _ in range(2)]
-    assert book.place(workers, WAITING) is None
+    held = [placed(ledger, workers, WAITING) for _ in range(2)]
+    assert ledger.place(workers, WAITING) is None
     held[0].close()
-    assert book.place(workers, WAITING) is not None
+    assert ledger.place(workers, WAITING) is not None
 
 
 def test_the_book_forgets_what_ended() -> None:
     now_s = 0.0
-    book = PlacementBook(LIMITS, lambda: now_s, suspect_s=1.0, report_snapshots=2)
-    held = placed(book, (worker("p1"), worker("d1")))
-    book.new_snapshot(frozenset())
+    ledger = PlacementLedger(LIMITS, lambda: now_s, suspect_s=1.0, report_snapshots=2)
+    held = placed(ledger, (worker("p1"), worker("d1")))
+    ledger.new_snapshot(frozenset())
     held.close()
-    assert book.own_load(("d1", "1")) == OwnLoad(0, 0, 1, 16), "a report may still tell of it"
+    assert ledger.own_load(("d1", "1")) == OwnLoad(0, 0, 1, 16), "a report may still tell of it"
     for _ in range(3):
-        book.new_snapshot(frozenset({("d1", "1")}))
-    assert book.own_load(("d1", "1")) == OwnLoad()
-    book.suspect(("d1", "1"))
+        ledger.new_snapshot(frozenset({("d1", "1")}))
+    assert ledger.own_load(("d1", "1")) == OwnLoad()
+    ledger.suspect(("d1", "1"))
     now_s = 1.0
-    book.new_snapshot(frozenset())
-    assert book.is_empty
+    ledger.new_snapshot(frozenset())
+    assert ledger.is_empty
 
 
 def test_the_book_knows_how_fast_a_prefill_worker_is_while_it_is_busy() -> None:
     now_s = 0.0
-    book = PlacementBook(LIMITS, lambda: now_s, suspect_s=1.0)
+    ledger = PlacementLedger(LIMITS, lambda: now_s, suspect_s=1.0)
     workers = (worker("p1"), worker("d1"))
     for _ in range(100):
-        first, second, dropped = (placed(book, workers) for _ in range(3))
+        first, second, dropped = (placed(ledger, workers) for _ in range(3))
         for held in (first, second):
             now_s += 0.05
-            held.prefilled(done=True)
+            held.prefill_ended(done=True)
         now_s += 0.1
-        dropped.prefilled(done=False)  # neither its tokens nor its time
+        dropped.prefill_ended(done=False)  # neither its tokens nor its time
         now_s += 7.0  # idle
-    assert book.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)
+    assert ledger.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)

@@ -1,0 +1,305 @@
+"""Serves one request from its message to its last response, whatever transport it came by.
+
+    validate ▸ render and tokenise ▸ admit ▸ place ▸ dispatch ▸ journal ▸ text ▸ sink
+
+A transport (``servicer`` is the one for gRPC) calls ``generate`` or ``resume`` with a deadline and
+a sink for the responses, and translates the ``BatonError`` that may come out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from baton.v1 import inference_pb2
+from core.errors import (
+    ROUTER_DRAINING,
+    AlreadyExistsError,
+    BatonError,
+    CapacityError,
+    DeadlineError,
+    InternalError,
+    NotFoundError,
+    UnavailableError,
+)
+from core.rpc.in_flight import InFlight
+from router.admission.gate import AdmissionGate
+from router.admission.policy import FULL, MIN_RETRY_AFTER_S, AdmissionRequest
+from router.api.answer import Answer
+from router.api.validate import (
+    MAX_REQUEST_ID_CHARS,
+    ChatTurns,
+    CheckedRequest,
+    PromptText,
+    check_request,
+    check_request_id,
+    with_prompt,
+)
+from router.dispatch.attempt import Emit
+from router.dispatch.dispatcher import Dispatcher, Progress
+from router.phases import PhaseClock
+from router.placement.policy import RETRY_AFTER_S
+from router.request import TokenBatch, TokenRequest
+from router.resume.journal import NOT_RESUMABLE, Entry, Journal
+from router.text.codec import TextCodec
+from router.text.output import TextOutput
+
+logger = logging.getLogger(__name__)
+
+
+class ResponseSink(Protocol):
+    """The client's end of one request; implemented by the transport."""
+
+    async def accept(self) -> None:
+        """The request begins to run. Called once, before the first ``write``.
+
+        Raises:
+            CancelledError: the client is gone.
+        """
+
+    async def write(self, response: inference_pb2.GenerateResponse) -> None:
+        """Hand over one response; wait while the client is slow.
+
+        Raises:
+            CancelledError: the client is gone.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBounds:
+    """From the configuration (``router.default_deadline_s`` and so on)."""
+
+    default_deadline_s: float
+    client_stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One request and its client."""
+
+    request_id: str
+    deadline_s: float  # on the handler's clock
+    client_stall_s: float
+    sink: ResponseSink
+    phases: PhaseClock
+
+    def progress(self, request: TokenRequest) -> Progress:
+        # No client may use "~" in an id, so the workers never see the same id twice.
+        worker_request_id = f"{self.request_id}~{uuid.uuid4().hex[:12]}"
+        return Progress(request, worker_request_id, self.deadline_s, self.phases)
+
+    async def write(self, response: inference_pb2.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self.client_stall_s):
+                await self.sink.write(response)
+        except TimeoutError:
+            raise CapacityError(
+                f"the client has read nothing for {self.client_stall_s:g} s",
+                reason="CLIENT_TOO_SLOW",
+            ) from None
+
+
+class RequestHandler:
+    """Runs the requests of one router. Belongs to one event loop.
+
+    Args:
+        clock: monotonic time, seconds; deadlines are on it.
+        journal: None if requests cannot be resumed.
+        phase_clock: measures durations; the event loop's clock may have milliseconds only.
+    """
+
+    def __init__(
+        self,
+        text: TextCodec,
+        dispatcher: Dispatcher,
+        admission: AdmissionGate,
+        bounds: RequestBounds,
+        clock: Callable[[], float],
+        journal: Journal | None = None,
+        phase_clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._text = text
+        self._dispatcher = dispatcher
+        self.admission = admission
+        self._bounds = bounds
+        self._clock = clock
+        self._phase_clock = phase_clock
+        self._journal = journal
+        self._in_flight = InFlight(_draining)
+
+    async def generate(
+        self,
+        request: inference_pb2.GenerateRequest,
+        deadline_s: float | None,
+        sink: ResponseSink,
+    ) -> None:
+        """Serve a new request to its end.
+
+        Args:
+            deadline_s: on the handler's clock; None takes the configured default.
+
+        Raises:
+            BatonError: why the request ended without a finish reason; it carries the request's id.
+        """
+        request_id = request.request_id or f"req-{uuid.uuid4().hex}"
+        await self._serve(request_id, deadline_s, sink, lambda call: self._generate(request, call))
+
+    async def resume(
+        self, request: inference_pb2.ResumeRequest, deadline_s: float | None, sink: ResponseSink
+    ) -> None:
+        """Serve the rest of a request whose stream broke; otherwise as ``generate``."""
+        await self._serve(
+            request.request_id, deadline_s, sink, lambda call: self._resume(request, call)
+        )
+
+    async def drained(self) -> None:
+        """Return when no request is in flight."""
+        await self._in_flight.drained()
+
+    def send_away(self) -> None:
+        """End the requests in flight; their clients resume them at another router."""
+        self._in_flight.send_away()
+
+    async def _serve(
+        self,
+        request_id: str,
+        deadline_s: float | None,
+        sink: ResponseSink,
+        work: Callable[[_Call], Awaitable[None]],
+    ) -> None:
+        """Do the work by the deadline; every failure leaves as a BatonError with the id."""
+        try:
+            check_request_id(request_id)
+            with self._tracked(request_id):
+                call = self._call(request_id, deadline_s, sink)
+                try:
+                    async with asyncio.timeout_at(call.deadline_s):
+                        await work(call)
+                except TimeoutError:
+                    raise DeadlineError("not done by the deadline") from None
+        except BatonError as error:
+            # An id that is refused for its length would not fit into the metadata of the answer.
+            error.request_id = request_id[:MAX_REQUEST_ID_CHARS]
+            raise
+        except Exception as defect:
+            # The log gets all of it, the caller nothing.
+            shown_id = request_id[:MAX_REQUEST_ID_CHARS]
+            logger.exception("request %s failed", shown_id)
+            raise InternalError(
+                "the router failed; its log says why", request_id=shown_id
+            ) from defect
+
+    def _call(self, request_id: str, deadline_s: float | None, sink: ResponseSink) -> _Call:
+        if deadline_s is None:
+            deadline_s = self._clock() + self._bounds.default_deadline_s
+        return _Call(
+            request_id,
+            deadline_s,
+            self._bounds.client_stall_s,
+            sink,
+            PhaseClock(self._phase_clock),
+        )
+
+    async def _generate(self, request: inference_pb2.GenerateRequest, call: _Call) -> None:
+        wanted = AdmissionRequest(self.admission.class_of(request.service_class), call.deadline_s)
+        checked = check_request(request, call.request_id, self._text.model)
+        self.admission.check(wanted)  # a request that would be refused need not be tokenised
+        token_ids = await self._tokenise(checked)
+        ready = with_prompt(checked, token_ids, self._text.model)
+        wanted = replace(
+            wanted, service_s=self._dispatcher.service_s(ready), cost=len(ready.prompt)
+        )
+        async with self.admission.admit(wanted, lambda: self._dispatcher.place(ready)) as permit:
+            await call.sink.accept()
+            progress = call.progress(ready)
+            answer = Answer(progress, self._output(ready), call.write)
+            if self._journal is None:
+                await self._dispatcher.run(progress, answer.emit, permit)
+                return
+            async with self._journal.begin(_journaled_request(request, ready)) as entry:
+                await self._dispatcher.run(progress, _journaled(entry, answer), permit)
+
+    async def _resume(self, request: inference_pb2.ResumeRequest, call: _Call) -> None:
+        if self._journal is None:
+            raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
+        first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
+        # The request was admitted before, so it needs no more room than it had.
+        wanted = AdmissionRequest(self.admission.class_of(""), call.deadline_s)
+        async with (
+            self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()),
+            self._journal.resume(call.request_id) as (entry, journaled, batches),
+        ):
+            await call.sink.accept()
+            checked = check_request(journaled, call.request_id, self._text.model)
+            ready = with_prompt(checked, journaled.token_ids.ids, self._text.model)
+            progress = call.progress(ready)
+            answer = Answer(progress, self._output(ready), call.write, first)
+            more = True
+            for batch in batches:
+                progress.token_ids.extend(batch.token_ids)
+                more = await answer.emit(batch)
+            if answer.next_sequence < first:
+                raise NotFoundError(
+                    f"response {first - 1} of {call.request_id!r} is not in the journal",
+                    reason=NOT_RESUMABLE,
+                )
+            if more:
+                await self._dispatcher.run(progress, _journaled(entry, answer))
+
+    def _output(self, request: TokenRequest) -> TextOutput:
+        return TextOutput(self._text.decoder, request.stops, request.sampling.min_tokens)
+
+    async def _tokenise(self, checked: CheckedRequest) -> tuple[int, ...]:
+        if isinstance(checked.prompt, PromptText):
+            return await self._text.encode_prompt(checked.prompt.text)
+        if isinstance(checked.prompt, ChatTurns):
+            return await self._text.encode_chat(checked.prompt.turns)
+        return checked.prompt.token_ids
+
+    @contextlib.contextmanager
+    def _tracked(self, request_id: str) -> Iterator[None]:
+        """Count the request as in flight. Bounds all requests here, also those being tokenised."""
+        if request_id in self._in_flight:
+            raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
+        if len(self._in_flight) >= self.admission.max_requests:
+            raise CapacityError(
+                f"the router is full: {len(self._in_flight)} requests are in flight",
+                reason=FULL,
+                retry_after_s=MIN_RETRY_AFTER_S,
+            )
+        with self._in_flight.track(request_id):
+            yield
+
+
+def _draining() -> UnavailableError:
+    return UnavailableError(
+        "this router is shutting down; resume the request",
+        reason=ROUTER_DRAINING,
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def _journaled_request(
+    request: inference_pb2.GenerateRequest, ready: TokenRequest
+) -> inference_pb2.GenerateRequest:
+    """The request as the journal keeps it: with its tokens, so that it is tokenised once."""
+    return inference_pb2.GenerateRequest(
+        request_id=ready.request_id,
+        model=request.model,
+        token_ids=inference_pb2.TokenIds(ids=ready.prompt),
+        sampling=request.sampling,
+    )
+
+
+def _journaled(entry: Entry, answer: Answer) -> Emit:
+    async def emit(batch: TokenBatch) -> bool:
+        await entry.add(batch)
+        return await answer.emit(batch)
+
+    return emit
