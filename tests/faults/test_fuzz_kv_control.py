@@ -21,7 +21,7 @@ import zmq
 
 from kv_transfer import wire
 from kv_transfer.geometry import Rectangle
-from kv_transfer.release import RankReport, RankReports, report
+from kv_transfer.rank_channel import RankReport, RankReports, report
 from kv_transfer.send import StepChunk
 from tests.support.hostile import OpenFiles, Strangers, another_protocol, dice, garbage
 from tests.support.kv_faults import Stranger, kv_threads

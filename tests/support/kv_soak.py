@@ -35,8 +35,8 @@ from kv_transfer import pair, receive, send
 from kv_transfer.errors import PairError
 from kv_transfer.options import TransferOptions
 from kv_transfer.pages import PageView
+from kv_transfer.rank_channel import Releaser
 from kv_transfer.receive import DecodeClient, Reservation
-from kv_transfer.release import Releaser
 from kv_transfer.send import PrefillServer, StepChunk
 from tests.support.kv_shapes import RankCaches, geometry_of, kv_of, ranks_of
 from tests.support.waiting import wait_until

@@ -17,7 +17,7 @@ import zmq
 
 from kv_transfer import wire
 from kv_transfer.pages import PageView
-from kv_transfer.release import Releaser
+from kv_transfer.rank_channel import Releaser
 from kv_transfer.send import StepChunk
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
