@@ -25,7 +25,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from core.config.schema import ModelConfig
 from core.model.resolve import resolve_model
 from kv_transfer.receive import TransferResult
-from kv_transfer.vllm.connector import BatonConnector, RankResults, StepPlan
+from kv_transfer.vllm.connector import BatonConnector
+from kv_transfer.vllm.step import RankResults, StepPlan
 
 BLOCK_TOKENS = 16
 SAMPLED = 7  # what the made-up model always says

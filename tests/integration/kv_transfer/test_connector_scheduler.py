@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from vllm.v1.request import RequestStatus
 
+from kv_transfer.vllm.step import Cancellation
 from tests.support.vllm_scheduler import BLOCK_TOKENS, SAMPLED, SchedulerBench, result_of
 
 
@@ -188,7 +189,7 @@ def test_blocks_of_an_aborted_receive_stay_until_it_has_ended(bench: Make, compl
     first = decode.step()
     decode.abort("r")
     assert decode.blocks_used == 3, "they may still be written"
-    assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
+    assert decode.step().plan.cancelled == [Cancellation("r#1", ("tcp://127.0.0.1:1",), "p1")]
     assert decode.blocks_used == 3
     decode.step(received=[result_of(first, complete=complete)])
     assert decode.blocks_used == 0
@@ -212,7 +213,7 @@ def test_an_abort_before_blocks_are_free_tells_prefill(bench: Make) -> None:
     decode = bench("kv_consumer")
     decode.add("r", prompt(40), "receive")
     decode.abort("r")
-    assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
+    assert decode.step().plan.cancelled == [Cancellation("r#1", ("tcp://127.0.0.1:1",), "p1")]
 
 
 def test_only_an_idle_step_that_waits_for_kv_naps(
