@@ -26,7 +26,7 @@ class SamplingParams:
     frequency_penalty: float | None = None  # [0]; in [-2, 2]
     repetition_penalty: float | None = None  # [1]; in (0, 2]
     seed: int | None = None  # [not reproducible]
-    stop: str | Sequence[str] | None = None  # [none]; removed from the returned text
+    stop: str | Sequence[str] | None = None  # [none]; the returned text ends before it
     stop_token_ids: Sequence[int] | None = None  # [none]
     max_tokens: int | None = None  # [up to the model's context]
     min_tokens: int | None = None  # [0]
