@@ -24,9 +24,9 @@ def python_problem() -> "str | None":
     if OLDEST <= version <= NEWEST:
         return None
     return (
-        f"Baton needs Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}; {sys.executable} is "
-        f"{version[0]}.{version[1]}. Install one (Debian 12, Ubuntu 24.04 or newer: apt-get install -y "
-        "python3 python3-venv), or name an installed one: make PYTHON=/path/to/python3.12"
+        f"Baton needs Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}; {sys.executable} "
+        f"is {version[0]}.{version[1]}. Install one (Debian 12, Ubuntu 24.04 or newer: apt-get "
+        "install -y python3 python3-venv), or choose another: make PYTHON=/path/to/python3.12"
     )
 
 
