@@ -46,11 +46,11 @@ from worker.replica import WorkerReplica
 
 ADD_SERVICE = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 PHASES = ("queued", "prefilling", "handed over", "decoding")
-CHUNK_TOKENS = 256
-PROMPT_TOKENS = 1700
+CHUNK_TOKENS = 256  # of a prefill step
+PROMPT_TOKENS = 1700  # several chunks
 BEFORE_CANCEL = 20  # tokens that the client has received when it cancels a decoding request
-WAIT_S = 60.0
-GRACE_S = 5.0
+WAIT_S = 60.0  # for one state of an engine; far longer than a request takes
+GRACE_S = 5.0  # for the requests of a server that stops
 _ONE_TOKEN = inference_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
@@ -78,7 +78,7 @@ class EngineWatch:
         return not self.engine.load().queue_depth
 
     async def until(self, condition: Callable[[], bool]) -> float:
-        """Wait for a report after which ``condition`` holds. Return the time, now if it holds."""
+        """Wait until ``condition`` holds, checking now and after each report. Return the time."""
         async with asyncio.timeout(WAIT_S):
             while not condition():
                 self._changed.clear()
@@ -149,7 +149,7 @@ class CancelBench:
 
     @contextlib.asynccontextmanager
     async def _busy_prefill(self) -> AsyncIterator[None]:
-        """Let P compute a prompt of its own while the ``async with`` body runs."""
+        """Let P compute another prompt during the body; afterwards wait until it is done."""
 
         async def compute() -> None:
             prompt = tuple(fresh_prompt(PROMPT_TOKENS, self._rng))

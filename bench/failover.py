@@ -7,7 +7,7 @@ next token    kill -> the next token at the client
 break         kill -> the kernel has ended the process and closes its connections; the benchmark
               sees this on a connection of its own
 notice        break -> the router begins another attempt, by its log (to the millisecond)
-resume        notice -> the next token: the prefill worker reads the prompt and the tokens so far,
+resume        the attempt begins -> the next token: the prefill worker reads the prompt and the tokens so far,
               their KV is sent to the other decode worker, and that worker makes its first step
 """
 
@@ -41,9 +41,9 @@ from cluster.local.run_dir import read_state
 from core.config.schema import load_config
 from core.types import Pool, WorkerRecord, WorkerState
 
-TOKENS = 300  # of an answer: enough to kill the worker in the middle of it
-BEFORE_KILL = 30  # tokens that the client has received at least when the worker is killed
-REPLACE_TIMEOUT_S = 120.0
+TOKENS = 300  # of an answer; enough to kill the worker in the middle of it
+BEFORE_KILL = 30  # the worker is killed once the client has received this many tokens
+REPLACE_TIMEOUT_S = 120.0  # a new worker must load the model and warm up
 _POLL_S = 0.25
 
 _ATTEMPT_FAILED = re.compile(

@@ -1,9 +1,9 @@
 """Sends ten times more requests than a cluster with fake engines can serve.
 
-peak        requests per second when a fixed number of clients each send their next request after
-            the answer to the last one
+peak        requests per second that succeed while a fixed number of clients each send a request
+            when their previous one has ended
 goodput     requests per second that succeed by their deadline while arrivals are a Poisson process
-            at ``--times`` the peak, for ``--seconds``; also as a share of the peak
+            at ``--times`` times the peak, for ``--seconds``; also as a share of the peak
 refused_ms  how long a refusal takes
 late        requests without a status one second after their deadline
 recovery_s  time at half the peak, after the overload, until no request is refused and no TTFT is
@@ -76,7 +76,7 @@ class Load:
         return Outcome(sent_s, first_s, time.monotonic(), status)
 
     async def closed_loop(self, clients: int, seconds: float) -> list[Outcome]:
-        """Run ``clients`` that each send their next request after the answer to the last."""
+        """Run this many clients. Each sends a request when its previous one has ended."""
         end_s = time.monotonic() + seconds
         outcomes = []
 
