@@ -7,8 +7,9 @@ next token    kill -> the next token at the client
 break         kill -> the kernel has ended the process and closes its connections; the benchmark
               sees this on a connection of its own
 notice        break -> the router begins another attempt, by its log (to the millisecond)
-resume        the attempt begins -> the next token: the prefill worker reads the prompt and the tokens so far,
-              their KV is sent to the other decode worker, and that worker makes its first step
+resume        the attempt begins -> the next token: the prefill worker reads the prompt and the
+              tokens so far, their KV is sent to the other decode worker, and that worker makes its
+              first step
 """
 
 from __future__ import annotations
