@@ -65,8 +65,8 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
         ("grpc.enable_http_proxy", 0),
         # A backend that starts before its cluster then connects within seconds, not minutes.
         ("grpc.max_reconnect_backoff_ms", 2000),
-        # If the router's host vanishes, nothing closes the connection. These pings detect it, and
-        # the stream is resumed at another router.
+        # If the router's host vanishes, nothing closes the connection. These pings detect it, so
+        # that the stream is resumed.
         ("grpc.keepalive_time_ms", 5000),
         ("grpc.keepalive_timeout_ms", 5000),
         ("grpc.http2.max_pings_without_data", 0),

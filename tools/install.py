@@ -88,9 +88,9 @@ def install_torch_cpu() -> None:
     if failed is not None:
         fail(
             failed,
-            f"Neither pip's configured sources nor PyTorch's own index has the CPU build of "
-            f"{requirement}. Check the network, or set pip's option find-links to a folder with "
-            f"the wheel of {requirement}+cpu.",
+            f"Installing the CPU build of {requirement} failed, both from pip's configured sources "
+            "and from PyTorch's index. Check the network, or set pip's option find-links to a "
+            f"folder with the wheel of {requirement}+cpu.",
         )
 
 
