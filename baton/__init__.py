@@ -4,7 +4,7 @@
         for response in client.generate("Once upon a time", max_tokens=32):
             print(response.text, end="", flush=True)
 
-``Client`` blocks, ``AsyncClient`` is for asyncio. What they raise is a ``BatonError``.
+``Client`` blocks; ``AsyncClient`` is for asyncio. A call that fails raises a ``BatonError``.
 """
 
 from baton.aio import AsyncClient, AsyncResponseStream

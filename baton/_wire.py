@@ -1,4 +1,4 @@
-"""Between the public values and the protocol. Pure: shared by the sync and the async client."""
+"""Translates between public values and protocol messages. Pure; both clients share it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ from baton.types import (
 from baton.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024  # the router's own default
-DEFAULT_RESUME_TIMEOUT_S: Final = 30.0  # a router is back within seconds
+DEFAULT_RESUME_TIMEOUT_S: Final = 30.0  # a router that died is replaced within seconds
 
-# Three years. gRPC takes a deadline far beyond for one that has passed.
-_ENDLESS_S: Final = 1e8
+# Three years. gRPC treats a deadline far beyond this as one that has already passed.
+_ENDLESS_TIMEOUT_S: Final = 1e8
 
-# Reasons of a stream's end that say nothing of the request: its router died or is leaving.
-_BROKEN: Final = frozenset({"CONNECTION_FAILED", "ROUTER_DRAINING"})
-# What may be over soon while a request is being resumed.
-_PASSING: Final = (UnavailableError, AlreadyExistsError, CapacityError)
-_RESUME_WAIT_S: Final = 0.2
+# A stream that ends with one of these can be resumed: its router died or is shutting down.
+_RESUMABLE_REASONS: Final = frozenset({"CONNECTION_FAILED", "ROUTER_DRAINING"})
+# If Resume fails with one of these, a later Resume may succeed.
+_RETRIABLE_ERRORS: Final = (UnavailableError, AlreadyExistsError, CapacityError)
+_MIN_RESUME_WAIT_S: Final = 0.2  # avoids a tight loop while the router is down
 
-# Later ones win, so what a caller passes overrides these.
 ChannelOptions = Sequence[tuple[str, str | int]]
 
 _FINISH_REASONS: Final[dict[int, FinishReason]] = {
@@ -58,14 +57,16 @@ _KV_OUTCOMES: Final[dict[int, KvOutcome]] = {
 
 
 def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple[str, str | int]]:
+    """Return the gRPC channel arguments of both clients. ``extra`` overrides them."""
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        # A proxy named in the environment for the web must not capture calls to the cluster.
+        # A web proxy in the environment must not receive calls to the cluster.
         ("grpc.enable_http_proxy", 0),
-        # A backend that starts before its cluster finds it within seconds, not minutes.
+        # A backend that starts before its cluster then connects within seconds, not minutes.
         ("grpc.max_reconnect_backoff_ms", 2000),
-        # A router whose host is gone closes no connection; the stream is resumed at another one.
+        # If the router's host vanishes, nothing closes the connection. These pings detect it, so
+        # that the stream is resumed.
         ("grpc.keepalive_time_ms", 5000),
         ("grpc.keepalive_timeout_ms", 5000),
         ("grpc.http2.max_pings_without_data", 0),
@@ -73,13 +74,13 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
     ]
 
 
-def deadline_s(timeout_s: float | None) -> float | None:
-    """The timeout to give gRPC, seconds; ``None`` leaves the deadline to the router.
+def grpc_timeout_s(timeout_s: float | None) -> float | None:
+    """Return the timeout to pass to gRPC. ``None`` means that the router sets the deadline.
 
     Raises:
-        InvalidArgumentError: no length of time.
+        InvalidArgumentError: the timeout is NaN or negative.
     """
-    if timeout_s is None or timeout_s >= _ENDLESS_S:
+    if timeout_s is None or timeout_s >= _ENDLESS_TIMEOUT_S:
         return None
     if math.isnan(timeout_s) or timeout_s < 0:
         raise InvalidArgumentError(
@@ -91,11 +92,12 @@ def deadline_s(timeout_s: float | None) -> float | None:
 def build_request(
     prompt: str | None, max_message_bytes: int, **fields: Unpack[RequestFields]
 ) -> pb.GenerateRequest:
-    """Whether the values make sense is the router's to say.
+    """Build the message for one request. The router checks whether its values are in range.
 
     Raises:
-        InvalidArgumentError: not exactly one input, or a value that the protocol cannot carry.
-        TypeError: a keyword argument that does not exist.
+        InvalidArgumentError: there is not exactly one input, the protocol cannot carry a value,
+            or the message is larger than ``max_message_bytes``.
+        TypeError: a keyword argument does not exist.
     """
     messages = fields.pop("messages", None)
     token_ids = fields.pop("token_ids", None)
@@ -104,12 +106,12 @@ def build_request(
             "give exactly one of prompt, messages and token_ids", reason="INVALID_INPUT"
         )
     request = pb.GenerateRequest()
-    _set(request, "request_id", fields.pop("request_id", None))
-    _set(request, "model", fields.pop("model", None))
-    _set(request, "service_class", fields.pop("service_class", None))
-    _set(request, "prompt", prompt)
+    _set_field(request, "request_id", fields.pop("request_id", None))
+    _set_field(request, "model", fields.pop("model", None))
+    _set_field(request, "service_class", fields.pop("service_class", None))
+    _set_field(request, "prompt", prompt)
     if messages is not None:
-        request.chat.SetInParent()  # an empty list is still the input that was chosen
+        request.chat.SetInParent()  # an empty list still selects this input
         for message in messages:
             try:
                 role, content = message.role, message.content
@@ -119,19 +121,19 @@ def build_request(
                     reason="INVALID_INPUT",
                 ) from None
             chat_message = request.chat.messages.add()
-            _set(chat_message, "role", role)
-            _set(chat_message, "content", content)
+            _set_field(chat_message, "role", role)
+            _set_field(chat_message, "content", content)
     if token_ids is not None:
         request.token_ids.SetInParent()
-        _set(request.token_ids, "ids", token_ids)
+        _set_field(request.token_ids, "ids", token_ids)
 
     sampling = fields.pop("sampling", None) or SamplingParams()
-    changes: dict[str, Any] = dict(fields)  # what is left: fields of SamplingParams
+    changes: dict[str, Any] = dict(fields)  # only fields of SamplingParams are left
     sampling = replace(sampling, **changes)
     if isinstance(sampling.stop, str):
         sampling = replace(sampling, stop=(sampling.stop,))
     for name, value in asdict(sampling).items():
-        _set(request.sampling, name, value)
+        _set_field(request.sampling, name, value)
 
     if (size_bytes := request.ByteSize()) > max_message_bytes:
         raise InvalidArgumentError(
@@ -141,7 +143,7 @@ def build_request(
     return request
 
 
-def _set(message: Message, name: str, value: Any) -> None:
+def _set_field(message: Message, name: str, value: Any) -> None:
     """Set a scalar or repeated scalar field; ``None`` leaves it unset."""
     if value is None:
         return
@@ -155,82 +157,88 @@ def _set(message: Message, name: str, value: Any) -> None:
 
 
 class Resumption:
-    """Whether and when a stream that broke is resumed. Pure: times are passed in.
+    """Decides whether and when to resume a broken stream. Pure: callers pass the time.
 
     Args:
-        timeout_s: for one interruption; 0 resumes nothing.
-        deadline_s: of the request, by the same clock as ``now_s``; ``None``: the router's.
+        timeout_s: how long to try after each interruption; 0 disables resuming.
+        deadline_s: the request's deadline on the clock of ``now_s``; ``None`` if the router sets
+            it.
     """
 
     def __init__(self, timeout_s: float, deadline_s: float | None) -> None:
         self._timeout_s = timeout_s
         self._deadline_s = math.inf if deadline_s is None else deadline_s
-        self._broken: BatonError | None = None
-        self._until_s = 0.0
+        self._interruption: BatonError | None = None  # the error that broke the stream first
+        self._give_up_at_s = 0.0
 
-    def arrived(self) -> None:
-        """A response did."""
-        self._broken = None
+    def response_arrived(self) -> None:
+        """Record that the stream works again: the next error starts a new interruption."""
+        self._interruption = None
 
     def wait_s(self, error: BatonError, received: int, now_s: float) -> float:
-        """How long to wait before the next ``Resume``.
+        """Return how long to wait before the next ``Resume``, in seconds.
 
         Args:
-            received: responses so far. Without any, there is nothing to lose.
+            received: number of responses so far. A stream without any is not resumed: the caller
+                loses nothing by sending the request again.
 
         Raises:
-            BatonError: the stream's end, which is what broke it first.
+            BatonError: the stream cannot be resumed. This is the error that broke it first.
         """
-        if self._broken is None:
-            if error.reason not in _BROKEN or not received or self._timeout_s <= 0:
+        if self._interruption is None:
+            if error.reason not in _RESUMABLE_REASONS or not received or self._timeout_s <= 0:
                 raise error
-            self._broken = error
-            self._until_s = min(now_s + self._timeout_s, self._deadline_s)
+            self._interruption = error
+            self._give_up_at_s = min(now_s + self._timeout_s, self._deadline_s)
             return 0.0
-        wait_s = max(error.retry_after_s or 0.0, _RESUME_WAIT_S)
-        if not isinstance(error, _PASSING) or now_s + wait_s > self._until_s:
-            raise self._broken from error
+        wait_s = max(error.retry_after_s or 0.0, _MIN_RESUME_WAIT_S)
+        if not isinstance(error, _RETRIABLE_ERRORS) or now_s + wait_s > self._give_up_at_s:
+            raise self._interruption from error
         return wait_s
 
-    def timeout_s(self, now_s: float) -> float | None:
-        """What is left of the request's deadline."""
+    def remaining_s(self, now_s: float) -> float | None:
+        """Return the time left until the request's deadline; ``None`` if the router sets it."""
         return None if self._deadline_s == math.inf else max(0.0, self._deadline_s - now_s)
 
 
 class StreamReader:
-    """Turns the messages of one stream into responses, and checks that none is missing.
+    """Turns the messages of one stream into responses and checks that none is missing.
 
-    Raises InternalError when the stream breaks the protocol.
+    ``read`` and ``end`` raise InternalError if the stream breaks the protocol.
     """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.received = 0  # responses
+        self.received = 0  # number of responses
         self._finished = False
 
     def read(self, message: pb.GenerateResponse) -> Response:
         self.request_id = message.request_id or self.request_id
         if message.sequence != self.received:
-            raise self._broken(
+            raise self._protocol_error(
                 f"response {message.sequence} arrived where {self.received} was due",
                 "SEQUENCE_GAP",
             )
         if self._finished:
-            raise self._broken("a response arrived after the last one", "RESPONSE_AFTER_END")
+            raise self._protocol_error(
+                "a response arrived after the last one", "RESPONSE_AFTER_END"
+            )
         self.received += 1
         self._finished = message.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         return _response(message)
 
     def resume_request(self) -> pb.ResumeRequest:
-        """For what is still to come."""
+        """Return the message that asks for the responses after the last one received."""
         return pb.ResumeRequest(request_id=self.request_id, last_sequence=self.received - 1)
 
     def end(self) -> None:
-        """The stream ended with status OK."""
+        """Check that a stream that ended with status OK is complete."""
         if not self._finished:
-            raise self._broken("the stream ended without a finish reason", "TRUNCATED_STREAM")
+            raise self._protocol_error(
+                "the stream ended without a finish reason", "TRUNCATED_STREAM"
+            )
 
-    def _broken(self, message: str, reason: str) -> InternalError:
+    def _protocol_error(self, message: str, reason: str) -> InternalError:
         return InternalError(message, reason=reason, request_id=self.request_id)
 
 

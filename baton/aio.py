@@ -1,4 +1,4 @@
-"""The asyncio client. It belongs to the event loop of its first call."""
+"""The asyncio client. It can be used only in the event loop of its first call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from baton._wire import (
     StreamReader,
     build_request,
     channel_options,
-    deadline_s,
+    grpc_timeout_s,
 )
 from baton.errors import BatonError, CancelledError, from_status
 from baton.types import Completion, RequestFields, Response
@@ -27,16 +27,16 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 
 
 class _Call(Protocol):
-    """The part of a grpc.aio call that is used here."""
+    """The part of a grpc.aio call that this module uses."""
 
     async def read(self) -> inference_pb2.GenerateResponse | object: ...
     def cancel(self) -> bool: ...
 
 
 class AsyncClient:
-    """A connection to one router. The arguments are those of ``baton.Client``.
+    """A connection to one router. It takes the arguments of ``baton.Client``.
 
-    It may be made before the event loop runs; nothing is opened until the first call.
+    It may be created before the event loop runs, because only the first call opens a connection.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class AsyncClient:
         """Send a request and return the stream of its responses, for ``async for``.
 
         Give exactly one input: ``prompt``, ``messages=[ChatMessage(...)]`` or ``token_ids``.
-        The request ends with the stream: leaving the loop early, an exception in its body,
-        cancelling the task that reads or ``aclose()`` cancels it.
+        Leaving the loop early, an exception in its body, cancelling the reading task or
+        ``aclose()`` cancels the request.
 
         Raises:
-            InvalidArgumentError: here, if the request cannot be sent as it is; each other
-                ``BatonError`` comes while iterating.
+            InvalidArgumentError: the request cannot be sent as it is. Every other ``BatonError``
+                is raised by the iteration.
         """
         message = build_request(prompt, self._max_message_bytes, **request)
         stub = inference_pb2_grpc.InferenceStub(self._connect())
-        timeout_s = self._deadline_s(timeout_s)
+        timeout_s = self._call_timeout_s(timeout_s)
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         return AsyncResponseStream(
             stub.Generate(message, timeout=timeout_s),
@@ -94,7 +94,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **request: Unpack[RequestFields],
     ) -> Completion:
-        """``generate``, waiting for the whole answer.
+        """Send a request and wait for the whole answer. Takes the arguments of ``generate``.
 
         Raises:
             BatonError: the request failed.
@@ -103,22 +103,22 @@ class AsyncClient:
             return Completion.join([response async for response in stream])
 
     async def health(self, *, timeout_s: float | None = None) -> bool:
-        """Whether the router says that it serves requests.
+        """Ask the router whether it serves requests.
 
         Raises:
-            BatonError: it gave no answer.
+            BatonError: the router did not answer.
         """
         stub = health_pb2_grpc.HealthStub(self._connect())
         try:
             answer = await stub.Check(
-                health_pb2.HealthCheckRequest(), timeout=self._deadline_s(timeout_s)
+                health_pb2.HealthCheckRequest(), timeout=self._call_timeout_s(timeout_s)
             )
         except grpc.aio.AioRpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def aclose(self) -> None:
-        """Cancel what runs and disconnect. Idempotent."""
+        """Cancel all running requests and disconnect. Idempotent."""
         self._closed = True
         if self._channel is not None:
             channel, self._channel = self._channel, None
@@ -146,12 +146,12 @@ class AsyncClient:
             )
         return self._channel
 
-    def _deadline_s(self, timeout_s: float | None) -> float | None:
-        return deadline_s(self._timeout_s if timeout_s is None else timeout_s)
+    def _call_timeout_s(self, timeout_s: float | None) -> float | None:
+        return grpc_timeout_s(self._timeout_s if timeout_s is None else timeout_s)
 
 
 class AsyncResponseStream(AsyncIterator[Response]):
-    """The responses of one request. Closing it, or dropping it, cancels the request."""
+    """The responses of one request. Closing or deleting the stream cancels the request."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class AsyncResponseStream(AsyncIterator[Response]):
 
     @property
     def request_id(self) -> str:
-        """Empty until the first response, if the router mints it."""
+        """The request's id. If the router mints it, it is empty until the first response."""
         return self._reader.request_id
 
     async def __anext__(self) -> Response:
@@ -185,7 +185,7 @@ class AsyncResponseStream(AsyncIterator[Response]):
                     break
             if isinstance(message, inference_pb2.GenerateResponse):
                 response = self._reader.read(message)
-                self._resumption.arrived()
+                self._resumption.response_arrived()
                 return response
             self._reader.end()
         except asyncio.CancelledError:
@@ -193,7 +193,7 @@ class AsyncResponseStream(AsyncIterator[Response]):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # grpc.aio says so too when the stream or the client was closed meanwhile.
+            # grpc.aio also raises this if the stream or the client was closed in the meantime.
             raise CancelledError("the stream was closed", request_id=self.request_id) from None
         except BaseException:  # a broken stream
             self._call.cancel()
@@ -201,16 +201,16 @@ class AsyncResponseStream(AsyncIterator[Response]):
         raise StopAsyncIteration
 
     async def _reopen(self, error: BatonError) -> None:
-        """Wait, and ask for the rest of the stream. Raises BatonError if that is no use."""
+        """Wait, then ask for the rest of the stream. Raise BatonError if it cannot be resumed."""
         wait_s = self._resumption.wait_s(error, self._reader.received, time.monotonic())
         await asyncio.sleep(wait_s)
         if self._closed:
             raise error
-        timeout_s = self._resumption.timeout_s(time.monotonic())
+        timeout_s = self._resumption.remaining_s(time.monotonic())
         self._call = self._resume(self._reader.resume_request(), timeout=timeout_s)
 
     async def aclose(self) -> None:
-        """Cancel the request if it still runs. Idempotent."""
+        """Cancel the request if it is still running. Idempotent."""
         self._closed = True
         self._call.cancel()
 

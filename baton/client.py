@@ -1,4 +1,4 @@
-"""The blocking client. Threads may share one ``Client``; a stream belongs to one of them."""
+"""The blocking client. Threads may share a ``Client``, but only one thread may read a stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from baton._wire import (
     StreamReader,
     build_request,
     channel_options,
-    deadline_s,
+    grpc_timeout_s,
 )
 from baton.errors import BatonError, from_status
 from baton.types import Completion, RequestFields, Response
@@ -27,25 +27,25 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 
 
 class _Call(Protocol):
-    """The part of a grpc response iterator that is used here."""
+    """The part of gRPC's response iterator that this module uses."""
 
     def __next__(self) -> inference_pb2.GenerateResponse: ...
     def cancel(self) -> object: ...
 
 
 class Client:
-    """A connection to one router, opened with the first call and kept until ``close``.
+    """A connection to one router. The first call opens it; ``close`` ends it.
 
     Args:
         address: "host:port" of the router's gRPC server.
-        timeout_s: deadline of each call that names none. ``None`` and ``math.inf``: the
-            router's default.
-        tls: ``None`` is plaintext; else e.g. ``grpc.ssl_channel_credentials(root_ca)``.
-        max_message_bytes: bound of one message in either direction; the router has its own.
-        options: more gRPC channel arguments; they win over those set here.
-        resume_timeout_s: how long a stream whose router died, or left, is tried to be resumed, at
-            this address; the responses go on where they stopped. 0: it ends in
-            ``UnavailableError`` at once.
+        timeout_s: deadline of calls that do not give one. With ``None`` or ``math.inf``, the
+            router's default applies.
+        tls: credentials such as ``grpc.ssl_channel_credentials(root_ca)``; ``None`` is plaintext.
+        max_message_bytes: largest message in either direction. The router has a limit of its own.
+        options: more gRPC channel arguments. They override the client's own.
+        resume_timeout_s: how long to try to resume a stream after its router died or shut down.
+            The client calls the same address again, and the responses continue where they
+            stopped. With 0, the stream ends with ``UnavailableError`` at once.
     """
 
     def __init__(
@@ -81,15 +81,14 @@ class Client:
         """Send a request and return the stream of its responses.
 
         Give exactly one input: ``prompt``, ``messages=[ChatMessage(...)]`` or ``token_ids``.
-        The request ends with the stream: leaving the loop early, an exception in its body
-        or ``close()`` cancels it.
+        Leaving the loop early, an exception in its body or ``close()`` cancels the request.
 
         Raises:
-            InvalidArgumentError: here, if the request cannot be sent as it is; each other
-                ``BatonError`` comes while iterating.
+            InvalidArgumentError: the request cannot be sent as it is. Every other ``BatonError``
+                is raised by the iteration.
         """
         message = build_request(prompt, self._max_message_bytes, **request)
-        timeout_s = self._deadline_s(timeout_s)
+        timeout_s = self._call_timeout_s(timeout_s)
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         return ResponseStream(
             self._inference.Generate(message, timeout=timeout_s),
@@ -106,7 +105,7 @@ class Client:
         timeout_s: float | None = None,
         **request: Unpack[RequestFields],
     ) -> Completion:
-        """``generate``, waiting for the whole answer.
+        """Send a request and wait for the whole answer. Takes the arguments of ``generate``.
 
         Raises:
             BatonError: the request failed.
@@ -115,21 +114,21 @@ class Client:
             return Completion.join(list(stream))
 
     def health(self, *, timeout_s: float | None = None) -> bool:
-        """Whether the router says that it serves requests.
+        """Ask the router whether it serves requests.
 
         Raises:
-            BatonError: it gave no answer.
+            BatonError: the router did not answer.
         """
         try:
             answer = self._health.Check(
-                health_pb2.HealthCheckRequest(), timeout=self._deadline_s(timeout_s)
+                health_pb2.HealthCheckRequest(), timeout=self._call_timeout_s(timeout_s)
             )
         except grpc.RpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
-        """Cancel what runs and disconnect. Idempotent."""
+        """Cancel all running requests and disconnect. Idempotent."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -143,12 +142,12 @@ class Client:
     ) -> None:
         self.close()
 
-    def _deadline_s(self, timeout_s: float | None) -> float | None:
-        return deadline_s(self._timeout_s if timeout_s is None else timeout_s)
+    def _call_timeout_s(self, timeout_s: float | None) -> float | None:
+        return grpc_timeout_s(self._timeout_s if timeout_s is None else timeout_s)
 
 
 class ResponseStream(Iterator[Response]):
-    """The responses of one request. Closing it, or dropping it, cancels the request."""
+    """The responses of one request. Closing or deleting the stream cancels the request."""
 
     def __init__(
         self,
@@ -167,7 +166,7 @@ class ResponseStream(Iterator[Response]):
 
     @property
     def request_id(self) -> str:
-        """Empty until the first response, if the router mints it."""
+        """The request's id. If the router mints it, it is empty until the first response."""
         return self._reader.request_id
 
     def __next__(self) -> Response:
@@ -178,27 +177,27 @@ class ResponseStream(Iterator[Response]):
                 except grpc.RpcError as error:
                     self._reopen(_error(error, self._address, self.request_id))
                 else:
-                    self._resumption.arrived()
+                    self._resumption.response_arrived()
                     return response
         except StopIteration:
             self._reader.end()
             raise
-        except BaseException:  # an interrupt while waiting, or a broken stream
+        except BaseException:  # a broken stream, or an interrupt such as Ctrl-C
             self.close()
             raise
 
     def _reopen(self, error: BatonError) -> None:
-        """Wait, and ask for the rest of the stream. Raises BatonError if that is no use."""
+        """Wait, then ask for the rest of the stream. Raise BatonError if it cannot be resumed."""
         wait_s = self._resumption.wait_s(error, self._reader.received, time.monotonic())
         if self._closed.wait(wait_s):
             raise error
-        timeout_s = self._resumption.timeout_s(time.monotonic())
+        timeout_s = self._resumption.remaining_s(time.monotonic())
         self._call = self._resume(self._reader.resume_request(), timeout=timeout_s)
-        if self._closed.is_set():  # meanwhile
+        if self._closed.is_set():  # another thread closed the stream in the meantime
             self._call.cancel()
 
     def close(self) -> None:
-        """Cancel the request if it still runs. Idempotent."""
+        """Cancel the request if it is still running. Idempotent."""
         self._closed.set()
         self._call.cancel()
 

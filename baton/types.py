@@ -1,4 +1,4 @@
-"""Values that go into a request and come out of a response. Durations carry their unit."""
+"""The values in requests and responses. The name of a duration ends with its unit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. What is ``None`` takes the router's default (in brackets)."""
+    """How tokens are chosen. ``None`` takes the router's default, shown in brackets below."""
 
     temperature: float | None = None  # [1]; in [0, 2], 0 is greedy
     top_p: float | None = None  # [1]; in (0, 1]
@@ -26,7 +26,7 @@ class SamplingParams:
     frequency_penalty: float | None = None  # [0]; in [-2, 2]
     repetition_penalty: float | None = None  # [1]; in (0, 2]
     seed: int | None = None  # [not reproducible]
-    stop: str | Sequence[str] | None = None  # [none]; not part of the text returned
+    stop: str | Sequence[str] | None = None  # [none]; the returned text ends before it
     stop_token_ids: Sequence[int] | None = None  # [none]
     max_tokens: int | None = None  # [up to the model's context]
     min_tokens: int | None = None  # [0]
@@ -54,30 +54,30 @@ class SamplingFields(TypedDict, total=False):
 
 
 class RequestFields(SamplingFields, total=False):
-    """Keyword arguments of ``generate`` and ``complete``, beside the prompt and the timeout.
+    """Keyword arguments of ``generate`` and ``complete``, besides the prompt and the timeout.
 
-    Exactly one input: the prompt, ``messages`` or ``token_ids``.
+    A request has exactly one input: the prompt, ``messages`` or ``token_ids``.
     """
 
     messages: Sequence[ChatMessage] | None  # rendered with the model's chat template
-    token_ids: Sequence[int] | None  # used as they are
-    sampling: SamplingParams | None  # single fields given beside it win
-    request_id: str | None  # unique among the requests in flight; None: the router mints one
-    model: str | None  # served name; None: the one that the cluster serves
-    service_class: str | None  # the router's queue that it waits in; None: the first one
+    token_ids: Sequence[int] | None  # used unchanged
+    sampling: SamplingParams | None  # keyword arguments override its fields
+    request_id: str | None  # unique among requests in flight; the router mints one for None
+    model: str | None  # served name; None selects the cluster's model
+    service_class: str | None  # the router's queue; None selects the first one
 
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # end of sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's context
-    UNKNOWN = "unknown"  # a reason that is newer than this client
+    UNKNOWN = "unknown"  # this client is too old to know the reason
 
 
 class KvOutcome(enum.StrEnum):
     TRANSFERRED = "transferred"
-    RECOMPUTED = "recomputed"  # a transfer failed, and the decode worker prefilled
-    LOCAL = "local"  # no transfer was asked for
-    UNKNOWN = "unknown"  # an outcome that is newer than this client
+    RECOMPUTED = "recomputed"  # a transfer failed, so the decode worker prefilled
+    LOCAL = "local"  # no transfer was requested
+    UNKNOWN = "unknown"  # this client is too old to know the outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    logprob: float  # of the token that was chosen
+    logprob: float  # of the sampled token
     top: tuple[TopLogprob, ...]
 
 
@@ -101,7 +101,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class KvReport:
-    """What came over the process group for one request, all tensor-parallel ranks together."""
+    """The KV transfer of one request over the process group, for all tensor-parallel ranks."""
 
     outcome: KvOutcome
     backend: str  # "nccl" or "gloo"
@@ -111,15 +111,15 @@ class KvReport:
     transfer_ms: float  # first header -> manifest complete
     cached_tokens: int  # positions found in the decode worker's prefix cache
     computed_tokens: int  # positions that the decode engine computed itself
-    hidden_bytes: int  # of bytes, sent while the prefill was still computing
-    tail_ms: float  # prefill's last layer -> last byte sent; 0: all was hidden
-    stall_ms: float  # prefill's KV was ready and waited for the link
+    hidden_bytes: int  # the part of bytes that was sent while prefill was computing
+    tail_ms: float  # prefill's last layer -> last byte sent; 0 if all bytes were hidden
+    stall_ms: float  # how long KV that was ready waited for the link
     retries: int  # reservations repeated over a new process group
 
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Where the time of one request went, seen from the router."""
+    """How the time of one request was spent, measured by the router."""
 
     queue_ms: float  # accepted -> dispatched
     prefill_ms: float  # dispatched -> first token at the router
@@ -128,20 +128,20 @@ class Phases:
     decode_ms: float  # second token -> last token
     tokens_per_s: float  # tokens after the first / (handoff + decode)
     kv: KvReport | None
-    prefill_worker: str  # empty: prefilled by the decode worker
+    prefill_worker: str  # empty if the decode worker prefilled
     decode_worker: str
-    attempts: int  # dispatches; 1 when nothing failed
+    attempts: int  # dispatches; 1 if nothing failed
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One message of a stream. ``finish_reason``, ``usage`` and ``phases``: the last one only."""
+    """One message of a stream. Only the last has ``finish_reason``, ``usage`` and ``phases``."""
 
     request_id: str
-    sequence: int  # 0, 1, 2, … without a gap
-    text: str  # final; may be empty while token_ids are not
+    sequence: int  # 0, 1, 2, … without gaps
+    text: str  # never changes later; may be empty although token_ids are not
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]  # one per token, if asked for
+    logprobs: tuple[TokenLogprobs, ...]  # one per token if requested
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     phases: Phases | None = None
@@ -149,7 +149,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer: all responses of a stream, joined."""
+    """A whole answer: all responses of one stream joined."""
 
     request_id: str
     text: str
@@ -161,7 +161,7 @@ class Completion:
 
     @classmethod
     def join(cls, responses: Sequence[Response]) -> Self:
-        """Raises ValueError unless these are the responses of a stream up to its end."""
+        """Join all responses of one stream. Raise ValueError if the last one is missing."""
         last = responses[-1] if responses else None
         if last is None or last.finish_reason is None or last.usage is None or last.phases is None:
             raise ValueError("the stream has not ended")

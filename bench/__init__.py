@@ -1,1 +1,1 @@
-"""Measurements. Timings are printed and saved, never asserted; docs/measurements.md keeps them."""
+"""Measurements: print and save timings, never assert them. docs/measurements.md has results."""

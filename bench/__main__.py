@@ -1,4 +1,4 @@
-"""``python -m bench``: all measurements, one after the other; each is a module of its own."""
+"""``python -m bench`` runs all measurements, or the named ones, one after the other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ ALL = ("prefill", "serving", "kv_stream", "kv_copy", "journal", "failover", "can
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}; all")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="save NAME.json there")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ALL)}; default: all")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="save NAME.json in this folder")
     options = parser.parse_args()
     unknown = set(options.names) - set(ALL)
     if unknown:
-        parser.error(f"no such measurement: {', '.join(sorted(unknown))}")
+        parser.error(
+            f"no such measurement: {', '.join(sorted(unknown))}; choose from {', '.join(ALL)}"
+        )
     if options.json is not None:
         options.json.mkdir(parents=True, exist_ok=True)
     for name in options.names or ALL:

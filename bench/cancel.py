@@ -1,14 +1,18 @@
-"""How long a request that its client cancels still holds KV blocks: a router and two workers with
-real engines in one event loop, which sees both engines' reports as they come.
+"""How long a cancelled request still holds KV blocks.
 
-freed     the client's cancel -> neither engine has the request or a block of it
-step      of the engine that computes at that moment; no engine ends a step early
+A router and two workers with real engines (P: prefill, D: decode) run in one event loop, which sees
+the reports of both engines as they come. The measured times:
+
+freed     the client cancels -> neither engine has the request or one of its blocks
+step      length of the engine step that runs at the cancel; no engine ends a step early
 beyond    the end of that step -> freed
 
-queued       its blocks are reserved on D, and P computes another prompt
-prefilling   after the first chunk
+The phases in which a request is cancelled:
+
+queued       its blocks are reserved on D while P computes another prompt
+prefilling   P has computed the first chunk
 handed over  P's token has arrived
-decoding     after some tokens
+decoding     the client has received BEFORE_CANCEL tokens
 """
 
 from __future__ import annotations
@@ -42,16 +46,16 @@ from worker.replica import WorkerReplica
 
 ADD_SERVICE = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 PHASES = ("queued", "prefilling", "handed over", "decoding")
-CHUNK_TOKENS = 256
-PROMPT_TOKENS = 1700
-BEFORE_CANCEL = 20  # tokens of a stream that decodes
-WAIT_S = 60.0
-GRACE_S = 5.0
+CHUNK_TOKENS = 256  # of a prefill step
+PROMPT_TOKENS = 1700  # several chunks
+BEFORE_CANCEL = 20  # tokens that the client has received when it cancels a decoding request
+WAIT_S = 60.0  # for one state of an engine; far longer than a request takes
+GRACE_S = 5.0  # for the requests of a server that stops
 _ONE_TOKEN = inference_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
-class Watch:
-    """When one engine reported a step, and what it holds."""
+class EngineWatch:
+    """Records when one engine reported a step, and tells what the engine holds."""
 
     def __init__(self, engine: VllmEngine) -> None:
         self.engine = engine
@@ -59,12 +63,12 @@ class Watch:
         self._changed = asyncio.Event()
         record = engine._stats.record
 
-        def note(scheduler_stats: Any) -> None:
+        def record_and_note(scheduler_stats: Any) -> None:
             record(scheduler_stats)
             self.reports_s.append(time.perf_counter())
             self._changed.set()
 
-        engine._stats.record = note  # type: ignore[method-assign]
+        engine._stats.record = record_and_note  # type: ignore[method-assign]
 
     def is_free(self) -> bool:
         load = self.engine.load()
@@ -74,7 +78,7 @@ class Watch:
         return not self.engine.load().queue_depth
 
     async def until(self, condition: Callable[[], bool]) -> float:
-        """The time of the first report after which ``condition`` holds; now, if it does already."""
+        """Wait until ``condition`` holds, checking now and after each report. Return the time."""
         async with asyncio.timeout(WAIT_S):
             while not condition():
                 self._changed.clear()
@@ -83,52 +87,57 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
-    """One request."""
+class CancelledRequest:
+    """The times of one cancelled request; the module's docstring explains them."""
 
     freed_ms: float
     step_ms: float
     beyond_ms: float
 
 
-class Bench:
-    """One request at a time, but for the one that keeps P busy."""
+class CancelBench:
+    """Cancels one request at a time. In the phase "queued", a second one keeps P busy."""
 
-    def __init__(self, client: baton.AsyncClient, prefill: Watch, decode: Watch) -> None:
+    def __init__(
+        self, client: baton.AsyncClient, prefill: EngineWatch, decode: EngineWatch
+    ) -> None:
         self._client = client
         self._prefill = prefill
         self._decode = decode
         self._rng = random.Random(1)
 
-    async def cancel_in(self, phase: str) -> Cancelled:
-        """Run one request and cancel it at some moment of a step."""
-        computes = self._prefill if phase in ("queued", "prefilling") else self._decode
+    async def cancel_in(self, phase: str) -> CancelledRequest:
+        """Run one request and cancel it in this phase, at a random moment of a step."""
+        computing = self._prefill if phase in ("queued", "prefilling") else self._decode
         async with self._busy_prefill() if phase == "queued" else contextlib.nullcontext():
             stream = self._client.generate(
                 token_ids=fresh_prompt(PROMPT_TOKENS, self._rng), max_tokens=200, ignore_eos=True
             )
             await self._reach(phase, stream)
-            step_s = computes.reports_s[-1] - computes.reports_s[-2]
+            step_s = computing.reports_s[-1] - computing.reports_s[-2]
             await asyncio.sleep(step_s * self._rng.random())
-            steps = len(computes.reports_s)
+            steps = len(computing.reports_s)
             cancelled_s = time.perf_counter()
             await stream.aclose()
-            leaves = self._prefill.has_no_queue if phase == "queued" else self._prefill.is_free
+            prefill_released = (
+                self._prefill.has_no_queue if phase == "queued" else self._prefill.is_free
+            )
             freed_s = max(
                 await asyncio.gather(
-                    self._prefill.until(leaves), self._decode.until(self._decode.is_free)
+                    self._prefill.until(prefill_released), self._decode.until(self._decode.is_free)
                 )
             )
-            await computes.until(lambda: len(computes.reports_s) > steps)
+            await computing.until(lambda: len(computing.reports_s) > steps)
         await self._prefill.until(self._prefill.is_free)
-        began_s, ended_s = computes.reports_s[steps - 1 : steps + 1]
-        return Cancelled(
-            1000 * (freed_s - cancelled_s),
-            1000 * (ended_s - began_s),
-            1000 * max(0.0, freed_s - ended_s),
+        began_s, ended_s = computing.reports_s[steps - 1 : steps + 1]
+        return CancelledRequest(
+            freed_ms=1000 * (freed_s - cancelled_s),
+            step_ms=1000 * (ended_s - began_s),
+            beyond_ms=1000 * max(0.0, freed_s - ended_s),
         )
 
     async def _reach(self, phase: str, stream: baton.AsyncResponseStream) -> None:
+        """Read the stream until the request is in this phase."""
         tokens = {"handed over": 1, "decoding": BEFORE_CANCEL}.get(phase, 0)
         while tokens > 0:
             tokens -= len((await anext(stream)).token_ids)
@@ -140,7 +149,7 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def _busy_prefill(self) -> AsyncIterator[None]:
-        """P computes a prompt of nobody's for the block."""
+        """Let P compute another prompt during the body; afterwards wait until it is done."""
 
         async def compute() -> None:
             prompt = tuple(fresh_prompt(PROMPT_TOKENS, self._rng))
@@ -148,15 +157,15 @@ class Bench:
             async for _ in self._prefill.engine.generate(request):
                 pass
 
-        computing = asyncio.create_task(compute())
+        task = asyncio.create_task(compute())
         await self._prefill.until(lambda: not self._prefill.is_free())
         yield
-        await computing
+        await task
 
 
 @contextlib.asynccontextmanager
-async def cluster() -> AsyncIterator[Bench]:
-    """Two workers, a router and a client of it."""
+async def cluster() -> AsyncIterator[CancelBench]:
+    """Start two workers and a router, and yield a bench with a client of the router."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     config = load_config(
@@ -168,16 +177,27 @@ async def cluster() -> AsyncIterator[Bench]:
     )
     model = resolve_model(config.model, print)
     registry = MemoryRegistry(lease_s=config.redis.lease_s)
-    watches: list[Watch] = []
+    watches: list[EngineWatch] = []
     async with contextlib.AsyncExitStack() as stack:
         for core, pool in enumerate(Pool):
             incarnation = uuid4().hex
-            engine = VllmEngine(config, pool, model, str(core), "bench", incarnation)
-            watches.append(Watch(engine))
-            add = ADD_SERVICE[pool]
-            name = model.served_name
+            engine = VllmEngine(
+                config,
+                pool,
+                model,
+                cpu_binding=str(core),
+                kv_token="bench",
+                incarnation=incarnation,
+            )
+            watches.append(EngineWatch(engine))
             worker = WorkerReplica(
-                config, pool, name, engine, registry, add, incarnation=incarnation
+                config=config,
+                pool=pool,
+                model=model.served_name,
+                engine=engine,
+                registry=registry,
+                add_service=ADD_SERVICE[pool],
+                incarnation=incarnation,
             )
             await worker.start()
             stack.push_async_callback(worker.stop, GRACE_S)
@@ -186,18 +206,18 @@ async def cluster() -> AsyncIterator[Bench]:
         stack.push_async_callback(router.stop, GRACE_S)
         client = await stack.enter_async_context(baton.AsyncClient(f"127.0.0.1:{port}"))
         await client.complete(token_ids=[5] * 300, max_tokens=8)  # warm-up
-        yield Bench(client, *watches)
+        yield CancelBench(client, *watches)
 
 
 async def measure(rounds: int, report: Report) -> None:
     async with cluster() as bench:
         for phase in PHASES:
-            ends = [await bench.cancel_in(phase) for _ in range(rounds)]
+            requests = [await bench.cancel_in(phase) for _ in range(rounds)]
             report.add(
                 phase=phase,
-                **spread("freed", [each.freed_ms for each in ends]),
-                **spread("step", [each.step_ms for each in ends]),
-                **spread("beyond", [each.beyond_ms for each in ends]),
+                **spread("freed", [each.freed_ms for each in requests]),
+                **spread("step", [each.step_ms for each in requests]),
+                **spread("beyond", [each.beyond_ms for each in requests]),
                 rounds=rounds,
             )
     report.save()

@@ -1,8 +1,8 @@
-"""What the journal costs: a cluster with fake engines, with and without it.
+"""What the journal costs: a cluster with fake engines runs with and without it.
 
-step      between two responses of one stream at the client (the fake engine makes one token each
-          3 ms). With several streams, of all of them.
-cpu       of the router's process for one token, microseconds.
+step      time between two responses of one stream at the client, over all streams; the fake engine
+          makes one token every 3 ms
+cpu       CPU time of the router's process for one token, in microseconds
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from cluster.local.launch import Cluster
 from cluster.local.run_dir import read_state
 from core.config.schema import Config, load_config
 
-TOKENS = 500
+TOKENS = 500  # of an answer
 
 
 @contextmanager
 def cluster(*, journal: bool) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a cluster with fake engines. Yields the router's address and process."""
     fake = {"engine_kind": "fake"}
     config = load_config(
         overrides={
@@ -61,25 +62,29 @@ def cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-async def steps_ms(client: baton.AsyncClient, prompt: int) -> list[float]:
-    """Times between the responses of one stream, but for the first two tokens."""
+async def steps_ms(client: baton.AsyncClient, prompt_token: int) -> list[float]:
+    """Run one stream. Return the times between its responses, from the second one on."""
     at_s = []
-    stream = client.generate(token_ids=[prompt], temperature=0, max_tokens=TOKENS)
+    stream = client.generate(token_ids=[prompt_token], temperature=0, max_tokens=TOKENS)
     async for _ in stream:
-        at_s.append(time.perf_counter())  # noqa: PERF401 - the time of each
-    return [1000 * (b - a) for a, b in itertools.pairwise(at_s[1:])]
+        at_s.append(time.perf_counter())  # noqa: PERF401 - each response has its own time
+    return [1000 * (after - before) for before, after in itertools.pairwise(at_s[1:])]
 
 
 async def measure(address: str, router: psutil.Process, streams: int) -> dict[str, float]:
     async with baton.AsyncClient(address, timeout_s=120) as client:
-        await steps_ms(client, 9)
+        await steps_ms(client, 9)  # warm-up
         before_s = cpu_s(router)
-        all_ms = await asyncio.gather(*(steps_ms(client, 10 + index) for index in range(streams)))
+        stream_steps_ms = await asyncio.gather(
+            *(steps_ms(client, 10 + index) for index in range(streams))
+        )
         cpu_us = 1e6 * (cpu_s(router) - before_s) / (streams * TOKENS)
-    return summary("step", [ms for each in all_ms for ms in each]) | {"cpu_us": round(cpu_us)}
+    return summary("step", [ms for each in stream_steps_ms for ms in each]) | {
+        "cpu_us": round(cpu_us)
+    }
 
 
-def rows(journal: bool) -> list[dict[str, object]]:
+def measure_cluster(journal: bool) -> list[dict[str, object]]:
     with cluster(journal=journal) as (address, router):
         return [
             {"measurement": "journal", "journal": journal, "streams": streams}
@@ -93,11 +98,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = Report(args.json)
-    # Ray takes one cluster's token for a process's whole life.
+    # Ray keeps the token of its first cluster for the life of the process, so each cluster gets a
+    # process of its own.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as one_each:
-        for result in one_each.map(rows, (False, True, False, True)):
-            for row in result:
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as executor:
+        for rows in executor.map(measure_cluster, (False, True, False, True)):
+            for row in rows:
                 report.add(**row)
     report.save()
 

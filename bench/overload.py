@@ -1,13 +1,14 @@
-"""Ten times more requests than the cluster can serve, with fake engines: what is done in time.
+"""Sends ten times more requests than a cluster with fake engines can serve.
 
-peak        requests per second that a fixed number of clients get done, each one after the other
-goodput     of those that come by themselves (Poisson, ``--times`` the peak, for ``--seconds``): how
-            many per second end well by their deadline; as a share of the peak
+peak        requests per second that succeed while a fixed number of clients each send a request
+            when their previous one has ended
+goodput     requests per second that succeed by their deadline while arrivals are a Poisson process
+            at ``--times`` times the peak, for ``--seconds``; also as a share of the peak
 refused_ms  how long a refusal takes
-late        that had no status by their deadline and a second
-recovery_s  after that, at half the peak: until nobody is refused, and no first token takes twice as
-            long as the slowest one before
-rss         of the router's process, MiB: after ten seconds of it, and at most
+late        requests without a status one second after their deadline
+recovery_s  time at half the peak, after the overload, until no request is refused and no TTFT is
+            more than twice the longest one before the overload
+rss         memory of the router's process in MiB: after ten seconds of overload, and its maximum
 """
 
 from __future__ import annotations
@@ -33,39 +34,39 @@ from cluster.cli.progress import Progress
 from cluster.local.launch import Cluster
 from core.config.schema import load_config
 
-PROMPT = 250  # tokens; 50 ms in the fake prefill engine, one at a time
-TOKENS = 40  # of an answer; 3 ms each
+PROMPT_TOKENS = 250  # 50 ms in the fake prefill engine, which computes one prompt at a time
+ANSWER_TOKENS = 40  # 3 ms each
 CLIENTS = 32
 PEAK_S = 15.0
 NORMAL_S = 10.0
-LATE_S = 1.0
+LATE_S = 1.0  # a request counts as late this long after its deadline
 MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one request; times are seconds on the clock of the load."""
+    """How one request ended. Times are in seconds on the monotonic clock."""
 
     sent_s: float
     first_s: float | None
     ended_s: float
-    status: str  # "ok", or the reason of its error
+    status: str  # "ok" or the reason of the error
 
 
 class Load:
-    """Sends requests and keeps their outcomes."""
+    """Sends requests and returns their outcomes."""
 
     def __init__(self, client: baton.AsyncClient, deadline_s: float, rng: random.Random) -> None:
         self._client = client
         self._deadline_s = deadline_s
         self._rng = rng
 
-    async def one(self) -> Outcome:
-        prompt = [self._rng.randrange(3, 1000) for _ in range(PROMPT)]
+    async def send_one(self) -> Outcome:
+        prompt = [self._rng.randrange(3, 1000) for _ in range(PROMPT_TOKENS)]
         sent_s, first_s = time.monotonic(), None
         status = "ok"
         stream = self._client.generate(
-            token_ids=prompt, temperature=0, max_tokens=TOKENS, timeout_s=self._deadline_s
+            token_ids=prompt, temperature=0, max_tokens=ANSWER_TOKENS, timeout_s=self._deadline_s
         )
         try:
             async for _ in stream:
@@ -74,41 +75,43 @@ class Load:
             status = error.reason
         return Outcome(sent_s, first_s, time.monotonic(), status)
 
-    async def closed(self, clients: int, seconds: float) -> list[Outcome]:
-        """Each client sends its next request when it has the answer."""
+    async def closed_loop(self, clients: int, seconds: float) -> list[Outcome]:
+        """Run this many clients. Each sends a request when its previous one has ended."""
         end_s = time.monotonic() + seconds
         outcomes = []
 
         async def client() -> None:
             while time.monotonic() < end_s:
-                outcomes.append(await self.one())
+                outcomes.append(await self.send_one())
 
         await asyncio.gather(*(client() for _ in range(clients)))
         return outcomes
 
-    async def open(self, rate: float, seconds: float) -> list[Outcome]:
-        """Requests come by themselves, whatever becomes of the others."""
+    async def open_loop(self, rate: float, seconds: float) -> list[Outcome]:
+        """Send requests as a Poisson process of ``rate`` per second, without awaiting answers."""
         begin_s = next_s = time.monotonic()
         tasks = []
         while next_s < begin_s + seconds:
             await asyncio.sleep(next_s - time.monotonic())
-            tasks.append(asyncio.create_task(self.one()))
+            tasks.append(asyncio.create_task(self.send_one()))
             next_s += self._rng.expovariate(rate)
         return await asyncio.gather(*tasks)
 
 
 def goodput(outcomes: Sequence[Outcome], begin_s: float, seconds: float) -> float:
-    """Requests that ended well between ``begin_s`` and ``seconds`` later, per second."""
+    """Return successes per second in the ``seconds`` after ``begin_s``."""
     end_s = begin_s + seconds
     done = [each for each in outcomes if each.status == "ok" and begin_s <= each.ended_s < end_s]
     return len(done) / seconds
 
 
 def ttft_s(outcome: Outcome) -> float:
+    """Return the time to the first token; infinite if there was none."""
     return outcome.first_s - outcome.sent_s if outcome.first_s is not None else float("inf")
 
 
 async def watch_rss(process: psutil.Process, rss: list[int]) -> None:
+    """Append the memory of the process, in bytes, once a second."""
     while True:
         rss.append(process.memory_info().rss)
         await asyncio.sleep(1)
@@ -120,39 +123,41 @@ async def measure(
     rng = random.Random(1)
     async with baton.AsyncClient(address, timeout_s=60) as client:
         patient = Load(client, 60, rng)
-        await patient.closed(CLIENTS, 3)  # warm-up
+        await patient.closed_loop(CLIENTS, 3)  # warm-up
         begin_s = time.monotonic()
-        peak = goodput(await patient.closed(CLIENTS, PEAK_S), begin_s + 1, PEAK_S - 1)
+        peak_per_s = goodput(await patient.closed_loop(CLIENTS, PEAK_S), begin_s + 1, PEAK_S - 1)
         load = Load(client, deadline_s, rng)
-        normal_s = max(map(ttft_s, await load.open(peak / 2, NORMAL_S)))
+        normal_ttft_s = max(map(ttft_s, await load.open_loop(peak_per_s / 2, NORMAL_S)))
 
         rss: list[int] = []
         watch = asyncio.create_task(watch_rss(router, rss))
         begin_s = time.monotonic()
-        over = asyncio.create_task(load.open(args.times * peak, args.seconds))
+        overload = asyncio.create_task(load.open_loop(args.times * peak_per_s, args.seconds))
         await asyncio.sleep(args.seconds)
         end_s = time.monotonic()
-        after = await load.open(peak / 2, NORMAL_S)
-        outcomes = await over
+        after = await load.open_loop(peak_per_s / 2, NORMAL_S)
+        outcomes = await overload
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-    bad = [each.sent_s for each in after if ttft_s(each) > 2 * normal_s or each.status != "ok"]
-    good = goodput(outcomes, begin_s, args.seconds)
+    not_recovered_s = [
+        each.sent_s for each in after if ttft_s(each) > 2 * normal_ttft_s or each.status != "ok"
+    ]
+    goodput_per_s = goodput(outcomes, begin_s, args.seconds)
     refused = [each for each in outcomes if each.status in ("QUEUE_FULL", "WOULD_BE_LATE")]
     statuses = Counter(each.status for each in outcomes)
     late = [each for each in outcomes if each.ended_s > each.sent_s + deadline_s + LATE_S]
     return {
-        "peak_per_s": round(peak, 1),
-        "goodput_per_s": round(good, 1),
-        "share": round(good / peak, 3),
+        "peak_per_s": round(peak_per_s, 1),
+        "goodput_per_s": round(goodput_per_s, 1),
+        "share": round(goodput_per_s / peak_per_s, 3),
         "sent": len(outcomes),
         **{f"ended_{status}": count for status, count in statuses.items()},
         "late": len(late),
         **summary("refused", [1000 * (each.ended_s - each.sent_s) for each in refused]),
         **summary("ttft", [1000 * ttft_s(each) for each in outcomes if each.status == "ok"]),
-        "normal_ttft_ms_max": round(1000 * normal_s, 1),
-        "recovery_s": round(max(bad) - end_s, 2) if bad else 0.0,
+        "normal_ttft_ms_max": round(1000 * normal_ttft_s, 1),
+        "recovery_s": round(max(not_recovered_s) - end_s, 2) if not_recovered_s else 0.0,
         "rss_mib_at_10_s": round(rss[10] / MIB, 1),
         "rss_mib_max": round(max(rss[10:]) / MIB, 1),
     }

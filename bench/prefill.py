@@ -1,16 +1,17 @@
-"""What the KV stream costs the prefill: the same engine with and without it, side by side.
+"""How much the KV stream slows prefill: compares engines with and without the connector.
 
-Three engines: a prefill engine without the connector and one with it, both bound to core 0, and
-a decode engine on core 1 that receives. The two prefill engines answer the same kind of prompts in
-turns, so that drift of the machine hits both alike.
+There are three engines. Two prefill engines, one without the connector and one with it (P), are
+bound to core 0. A decode engine (D) on core 1 receives. The prefill engines take turns with the
+same kind of prompts, so that drift of the machine affects both.
 
     plain       without the connector
-    held        with the connector, and nobody fetches the KV
-    streamed    the decode engine gets the request at the same time, reserves and receives
+    held        with the connector, but D does not fetch the KV
+    streamed    D gets the request at the same time as P, reserves and receives the KV
 
-``prefill_slowdown`` is streamed / plain, ``connector_slowdown`` is held / plain. Between the two
-lies the KV itself and, on two cores, the decode engine's own work on the request. ``handoff_ms`` is
-P's first token -> D's second, minus one decode step; ``tail_ms`` P's last layer -> last byte sent.
+``prefill_slowdown`` is streamed / plain and ``connector_slowdown`` is held / plain. They differ by
+the cost of sending the KV and, on two cores, by the decode engine's own work on the request.
+``handoff_ms`` is P's first token -> D's second, minus one decode step. ``tail_ms`` is P's last
+layer -> last byte sent.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from engine.protocol import EngineRequest, KvReceive, KvSend
 from engine.vllm.engine import VllmEngine, engine_arguments, start_llm
 
 _ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-_SOME_TOKENS = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+_EIGHT_TOKENS = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
-    """Random prompts that share no prefix, so that no cache helps."""
+    """Return random prompts that share no prefix, so that no prefix cache hits."""
     rng = random.Random(seed)
     return [tuple(rng.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
 
 
-async def time_plain(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float:
-    """Milliseconds from the request to its first token, without the connector."""
+async def plain_ttft_ms(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float:
+    """Return the time to the first token of an engine without the connector."""
     began_s = time.perf_counter()
     params = SamplingParams(
         temperature=0,
@@ -69,8 +70,8 @@ async def time_plain(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float:
     return (time.perf_counter() - began_s) * 1000
 
 
-async def time_held(prefill: VllmEngine, ids: tuple[int, ...], key: str) -> float:
-    """Milliseconds to P's first token with a KV that is dropped unread."""
+async def held_ttft_ms(prefill: VllmEngine, ids: tuple[int, ...], key: str) -> float:
+    """Return the time to P's first token; then release its KV unsent."""
     began_s = time.perf_counter()
     async for _ in prefill.generate(EngineRequest(key, ids, _ONE_TOKEN, KvSend(True))):
         pass
@@ -80,8 +81,8 @@ async def time_held(prefill: VllmEngine, ids: tuple[int, ...], key: str) -> floa
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """One request through both engines, milliseconds."""
+class StreamedTimes:
+    """The times of one request through both engines."""
 
     first_ms: float  # request -> P's first token
     second_ms: float  # P's first token -> D's second
@@ -89,9 +90,10 @@ class Streamed:
     kv: pb.KvReport
 
 
-async def time_streamed(
+async def run_streamed(
     prefill: VllmEngine, decode: VllmEngine, receive: KvReceive, ids: tuple[int, ...], key: str
-) -> Streamed:
+) -> StreamedTimes:
+    """Run one request on both engines. Raises RuntimeError if its KV was not transferred."""
     began_s = time.perf_counter()
     reports: list[pb.KvReport] = []
 
@@ -105,50 +107,64 @@ async def time_streamed(
 
     first_s, later_s = await asyncio.gather(
         read(prefill, EngineRequest(key, ids, _ONE_TOKEN, KvSend(True))),
-        read(decode, EngineRequest(key, ids, _SOME_TOKENS, receive)),
+        read(decode, EngineRequest(key, ids, _EIGHT_TOKENS, receive)),
     )
     (kv,) = (report for report in reports if report.outcome != pb.KV_OUTCOME_LOCAL)
     if kv.outcome != pb.KV_OUTCOME_TRANSFERRED:
         raise RuntimeError(f"the KV was not transferred: {kv}")
     steps_s = [after - before for before, after in itertools.pairwise(later_s)]
-    return Streamed(
-        (first_s[0] - began_s) * 1000,
-        (later_s[0] - first_s[0]) * 1000,
-        statistics.median(steps_s) * 1000,
-        kv,
+    return StreamedTimes(
+        first_ms=(first_s[0] - began_s) * 1000,
+        second_ms=(later_s[0] - first_s[0]) * 1000,
+        step_ms=statistics.median(steps_s) * 1000,
+        kv=kv,
     )
 
 
 async def measure(
     cases: list[tuple[int, int]], overrides: dict[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
-    """A row for each case, (tokens, rounds): SmolLM2 on this machine's CPUs."""
+    """Yield a row for each case (tokens, rounds), with SmolLM2 on this machine's CPUs."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     config = load_config(overrides=overrides)
     model = resolve_model(config.model, print)
     incarnation = uuid4().hex
-    prefill = VllmEngine(config, Pool.PREFILL, model, "0", "bench", f"{incarnation}-p")
+    prefill = VllmEngine(
+        config,
+        Pool.PREFILL,
+        model,
+        cpu_binding="0",
+        kv_token="bench",
+        incarnation=f"{incarnation}-p",
+    )
     facts = await prefill.start()
-    # Same environment, and so the same core, as the engine just started.
+    # The environment variables of the engine just started bind this one to the same core.
     plain = await asyncio.to_thread(start_llm, engine_arguments(config, Pool.PREFILL, model))
-    decode = VllmEngine(config, Pool.DECODE, model, "1", "bench", f"{incarnation}-d")
+    decode = VllmEngine(
+        config,
+        Pool.DECODE,
+        model,
+        cpu_binding="1",
+        kv_token="bench",
+        incarnation=f"{incarnation}-d",
+    )
     await decode.start()
     receive = KvReceive(f"{incarnation}-p", facts.kv_addresses, True)
     try:
         for tokens, rounds in cases:
             plain_ms: list[float] = []
             held_ms: list[float] = []
-            streamed: list[Streamed] = []
-            fresh = iter(prompts(3 * (rounds + 1), tokens, facts.vocab_size, seed=tokens))
+            streamed: list[StreamedTimes] = []
+            fresh_prompts = iter(prompts(3 * (rounds + 1), tokens, facts.vocab_size, seed=tokens))
             for index in range(rounds + 1):
                 name = f"bench-{tokens}-{index}"
-                plain_ms.append(await time_plain(plain, next(fresh), name))
-                held_ms.append(await time_held(prefill, next(fresh), f"{name}#1"))
+                plain_ms.append(await plain_ttft_ms(plain, next(fresh_prompts), name))
+                held_ms.append(await held_ttft_ms(prefill, next(fresh_prompts), f"{name}#1"))
                 streamed.append(
-                    await time_streamed(prefill, decode, receive, next(fresh), f"{name}#2")
+                    await run_streamed(prefill, decode, receive, next(fresh_prompts), f"{name}#2")
                 )
-            # The first round warms up, and makes the pair.
+            # The first round warms up and opens the pair.
             del plain_ms[0], held_ms[0], streamed[0]
             base_ms = statistics.median(plain_ms)
             first_ms = [one.first_ms for one in streamed]

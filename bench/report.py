@@ -1,4 +1,4 @@
-"""Rows of a benchmark: printed as they come, saved as JSON."""
+"""The rows of a measurement: printed as they come and saved as JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The value that a share ``q`` of the (sorted) values does not exceed."""
+    """Return the value that a share ``q`` of the values does not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 def summary(name: str, values_ms: Sequence[float]) -> dict[str, float]:
-    """p50, p99 and the number of samples of a list of milliseconds, under named keys."""
+    """Return p50, p99 and the number of samples, under keys that begin with ``name``."""
     return {
         f"{name}_ms_p50": round(statistics.median(values_ms), 2),
         f"{name}_ms_p99": round(quantile(values_ms, 0.99), 2),
@@ -25,7 +25,7 @@ def summary(name: str, values_ms: Sequence[float]) -> dict[str, float]:
 
 
 def spread(name: str, values_ms: Sequence[float]) -> dict[str, float]:
-    """p50 and the largest of a few milliseconds, under named keys."""
+    """Return p50 and the maximum, under keys that begin with ``name``. For few samples."""
     return {
         f"{name}_ms_p50": round(statistics.median(values_ms), 1),
         f"{name}_ms_max": round(max(values_ms), 1),
@@ -33,7 +33,7 @@ def spread(name: str, values_ms: Sequence[float]) -> dict[str, float]:
 
 
 class Report:
-    """Collects rows; ``path`` is where they go in the end, if anywhere."""
+    """Prints rows and collects them. ``save`` writes them to ``path``, unless it is None."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

@@ -1,11 +1,12 @@
-"""A whole cluster on this machine: the hand-off, and what the router adds to the first token.
+"""Runs a whole cluster on this machine: the hand-off, and what the router adds to the TTFT.
 
-hand-off      P's first token -> D's second token at the router, minus one decode step (the median
-              gap between later tokens of the same stream). "tail" is the part of it until D has
-              all KV: what follows is D's first step, less a later one.
-router adds   the first token's time at a client of the router, minus the same at a client that
-              calls the prefill worker itself; both in turns, on prompts of the same length that no
-              cache knows. "alone": one token, so that no KV is streamed; "streamed": with the
+hand-off      the prefill worker's first token -> the decode worker's second token at the router,
+              minus one decode step (the mean gap between later tokens of the same stream). "tail"
+              is the part until the decode worker has all KV. The rest is by how much the decode
+              worker's first step is longer than a later one.
+router adds   TTFT at a client of the router, minus TTFT at a client that calls the prefill worker
+              directly. The two take turns, on prompts of the same length that are in no prefix
+              cache. "alone" generates one token, so no KV is streamed; "streamed" includes the
               decode worker and the KV stream.
 """
 
@@ -31,11 +32,12 @@ from core.types import Pool
 
 
 def fresh_prompt(tokens: int, rng: random.Random) -> list[int]:
+    """Return random token ids, which are in no prefix cache."""
     return [rng.randrange(100, 40_000) for _ in range(tokens)]
 
 
-def hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> None:
-    """One request at a time; the phases are the router's own."""
+def measure_hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> None:
+    """Run one request at a time. The times are those that the router reports."""
     rng = random.Random(tokens)
     handoff_ms, tail_ms, ttft_ms, step_ms = [], [], [], []
     for index in range(rounds + 1):
@@ -45,7 +47,7 @@ def hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> 
         phases = answer.phases
         if phases.kv is None or phases.kv.outcome is not baton.KvOutcome.TRANSFERRED:
             raise RuntimeError(f"the KV was not transferred: {phases}")
-        if index > 0:  # the first one makes the pair
+        if index > 0:  # the first request opens the pair
             one_step_ms = phases.decode_ms / (len(answer.token_ids) - 2)
             handoff_ms.append(phases.handoff_ms - one_step_ms)
             tail_ms.append(phases.kv.tail_ms)
@@ -61,9 +63,10 @@ def hand_off(client: baton.Client, tokens: int, rounds: int, report: Report) -> 
     )
 
 
-def router_share(
+def measure_router_overhead(
     client: baton.Client, worker_address: str, tokens: int, rounds: int, report: Report
 ) -> None:
+    """Compare the TTFT of a direct call to the prefill worker with the TTFT of the router."""
     rng = random.Random(7 * tokens)
     direct_ms: list[float] = []
     alone_ms: list[float] = []
@@ -78,7 +81,7 @@ def router_share(
             )
             began_s = time.perf_counter()
             worker.Prefill(request, timeout=60)
-            at_s = [time.perf_counter() - began_s]
+            ttfts_s = [time.perf_counter() - began_s]
             for max_tokens in (1, 8):
                 prompt = fresh_prompt(tokens, rng)
                 began_s = time.perf_counter()
@@ -86,18 +89,20 @@ def router_share(
                     token_ids=prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True
                 )
                 next(stream)
-                at_s.append(time.perf_counter() - began_s)
+                ttfts_s.append(time.perf_counter() - began_s)
                 for _ in stream:
                     pass
             if index > 0:
-                for series, seconds in zip((direct_ms, alone_ms, streamed_ms), at_s, strict=True):
+                for series, seconds in zip(
+                    (direct_ms, alone_ms, streamed_ms), ttfts_s, strict=True
+                ):
                     series.append(seconds * 1000)
-    direct = statistics.median(direct_ms)
+    direct_p50_ms = statistics.median(direct_ms)
     report.add(
         measurement="router adds to TTFT",
         tokens=tokens,
-        adds_alone_ms=round(statistics.median(alone_ms) - direct, 2),
-        adds_streamed_ms=round(statistics.median(streamed_ms) - direct, 2),
+        adds_alone_ms=round(statistics.median(alone_ms) - direct_p50_ms, 2),
+        adds_streamed_ms=round(statistics.median(streamed_ms) - direct_p50_ms, 2),
         **summary("direct", direct_ms),
         **summary("alone", alone_ms),
         **summary("streamed", streamed_ms),
@@ -118,9 +123,9 @@ def main() -> None:
         (prefill,) = [worker for worker in cluster.workers() if worker.pool is Pool.PREFILL]
         with baton.Client(cluster.address, timeout_s=120) as client:
             for tokens in (32, 540, 1690):
-                hand_off(client, tokens, args.rounds if tokens < 1000 else 10, report)
+                measure_hand_off(client, tokens, args.rounds if tokens < 1000 else 10, report)
             for tokens in (16, 128):
-                router_share(client, prefill.address, tokens, args.rounds, report)
+                measure_router_overhead(client, prefill.address, tokens, args.rounds, report)
     report.save()
 
 

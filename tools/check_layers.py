@@ -14,7 +14,7 @@ NO_PACKAGES = {"tests", "tools"}  # never imported by the product
 
 
 def folders_without_layer(root: Path) -> list[str]:
-    """Top-level folders with Python code that the contract ``layers`` does not list."""
+    """Return the top-level folders with Python code that the contract ``layers`` lacks."""
     linter = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = [each for each in linter["contracts"] if each["id"] == "layers"]
     layered = set(re.findall(r"\w+", " ".join(contract["layers"])))

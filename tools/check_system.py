@@ -1,7 +1,7 @@
-"""Says what this machine lacks for Baton, and the command that installs it.
+"""Prints what Baton needs but this machine lacks, with the command that installs it.
 
-Run by ``make`` before anything else, with the system's Python and nothing but its library:
-``python3 tools/check_system.py cpu`` (or gpu). Exits with 1 if something is missing.
+``make env`` runs it first, as ``python3 tools/check_system.py cpu`` (or ``gpu``), so it uses only
+the standard library of the system's Python. It exits with 1 if something is missing.
 """
 
 import ctypes
@@ -12,28 +12,28 @@ import shutil
 import sys
 from pathlib import Path
 
-OLDEST, NEWEST = (3, 11), (3, 14)  # what the pinned vLLM and torch have wheels for
-DISK_GB = 6  # environment 3.1, its downloads while they are unpacked, the model 0.3
+OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned vLLM and torch have wheels for these
+DISK_GB = 6  # environment 3.1, model 0.3, and downloads while pip unpacks them
 MEMORY_GB = 8  # two engines, the router, Ray, Valkey
 
 GB = 1000**3
 
 
 def python_problem() -> "str | None":
-    here = sys.version_info[:2]
-    if OLDEST <= here <= NEWEST:
+    version = sys.version_info[:2]
+    if OLDEST <= version <= NEWEST:
         return None
     return (
-        f"Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]} is needed; {sys.executable} "
-        f"is {here[0]}.{here[1]}. Install one (Debian 12, Ubuntu 24.04 or newer: apt-get install "
-        "-y python3 python3-venv), or name one: make PYTHON=/path/to/python3.12"
+        f"Baton needs Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}; {sys.executable} "
+        f"is {version[0]}.{version[1]}. Install one (Debian 12, Ubuntu 24.04 or newer: apt-get "
+        "install -y python3 python3-venv), or choose another: make PYTHON=/path/to/python3.12"
     )
 
 
 def venv_problem() -> "str | None":
     if all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
         return None
-    return "Python's module venv is missing: apt-get install -y python3-venv"
+    return "Python lacks its module venv: apt-get install -y python3-venv"
 
 
 def platform_problem() -> "str | None":
@@ -50,7 +50,7 @@ def processor_problem() -> "str | None":
     return None
 
 
-def library_problem() -> "str | None":
+def libnuma_problem() -> "str | None":
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
@@ -74,19 +74,21 @@ def disk_problem(folder: Path) -> "str | None":
 
 
 def memory_problem() -> "str | None":
-    have_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    if have_gb >= MEMORY_GB:
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    if memory_gb >= MEMORY_GB:
         return None
-    return f"this machine has {have_gb:.1f} GB of memory; two workers need {MEMORY_GB}"
+    return (
+        f"this machine has {memory_gb:.1f} GB of memory; a cluster of two workers needs {MEMORY_GB}"
+    )
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parents[1]
-    found = [python_problem(), venv_problem(), platform_problem()]
+    results = [python_problem(), venv_problem(), platform_problem()]
     if "gpu" not in sys.argv[1:]:
-        found += [processor_problem(), library_problem(), lscpu_problem()]
-    found += [disk_problem(folder), memory_problem()]
-    problems = [problem for problem in found if problem]
+        results += [processor_problem(), libnuma_problem(), lscpu_problem()]
+    results += [disk_problem(folder), memory_problem()]
+    problems = [problem for problem in results if problem]
     for problem in problems:
         print(f"missing: {problem}", file=sys.stderr)
     if problems:

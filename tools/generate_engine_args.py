@@ -13,13 +13,13 @@ TARGET = Path(__file__).resolve().parents[1] / "core" / "config" / "engine_args.
 
 
 def engine_arg_names() -> list[str]:
-    """The public field names of AsyncEngineArgs, sorted."""
+    """Return the sorted names of the public fields of AsyncEngineArgs."""
     fields = dataclasses.fields(AsyncEngineArgs)
     return sorted(field.name for field in fields if not field.name.startswith("_"))
 
 
 def render() -> str:
-    """The text of the module."""
+    """Return the text of core/config/engine_args.py."""
     version = vllm.__version__.split("+")[0]
     names = textwrap.fill(
         " ".join(engine_arg_names()), 96, initial_indent="    ", subsequent_indent="    "

@@ -1,6 +1,6 @@
-"""Generates baton/v1 from proto/: ``make proto``; with ``--check``, only compares.
+"""Generates baton/v1 from proto/: ``make proto``. With ``--check``, only compares the two.
 
-The stubs come from grpcio-tools 1.76.0, whose output old and new protobuf can load.
+Uses grpcio-tools 1.76.0, because old and new versions of protobuf can load the stubs it writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def generate(target: Path) -> list[Path]:
 
 
 def check() -> None:
-    """Exit with the names of stubs that differ from what proto/ says."""
+    """Exit with the names of the stubs that do not match proto/, if there are any."""
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         expected = set(generate(fresh))
@@ -37,7 +37,10 @@ def check() -> None:
             if (fresh / path).read_bytes() != (ROOT / path).read_bytes()
         }
     if drifted:
-        sys.exit("run `make proto`: " + ", ".join(str(path) for path in sorted(drifted)))
+        sys.exit(
+            "these stubs do not match proto/; run `make proto`: "
+            + ", ".join(str(path) for path in sorted(drifted))
+        )
 
 
 if __name__ == "__main__":

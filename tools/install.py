@@ -1,7 +1,7 @@
-"""Installs the pinned packages into the environment that runs it, showing progress.
+"""Installs the pinned packages into the environment that runs it, and shows progress.
 
-``.venv/bin/python tools/install.py cpu dev`` takes requirements/cpu.lock.txt and
-dev.lock.txt. Run by ``make env``; only Python's library is there yet.
+``.venv/bin/python tools/install.py cpu dev`` installs requirements/cpu.lock.txt and dev.lock.txt.
+``make env`` runs it in an empty environment, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ SHOW_EVERY_S = 5.0
 
 
 class Progress:
-    """Counts pip's lines: one ``Collecting`` a package, then one folder for each installed."""
+    """Prints how far pip is, from its ``Collecting`` lines and the number of installed packages."""
 
     def __init__(self, title: str, packages: int) -> None:
         self.title, self.packages = title, packages
-        self.began_s = self.shown_s = time.monotonic()
+        self.began_s = time.monotonic()
         self.collected = 0
         self.installing = False
         self.done = threading.Event()
         self.site_packages = Path(sysconfig.get_path("purelib"))
-        self.before = self._installed()
+        self.installed_before = self._count_installed()
 
-    def line(self, line: str) -> None:
+    def read_line(self, line: str) -> None:
         self.collected += line.startswith("Collecting ")
         self.installing |= line.startswith("Installing collected")
 
     def show_until_done(self) -> None:
         while not self.done.wait(SHOW_EVERY_S):
             if self.installing:
-                text = f"installing {self._installed() - self.before}"
+                text = f"installing {self._count_installed() - self.installed_before}"
             else:
                 text = f"fetching {self.collected}"
             elapsed_s = time.monotonic() - self.began_s
             print(f"  {self.title}: {text} of {self.packages}, {elapsed_s:.0f} s", flush=True)
 
-    def _installed(self) -> int:
+    def _count_installed(self) -> int:
         return sum(1 for _ in self.site_packages.glob("*.dist-info"))
 
 
 def run(title: str, packages: int, command: Sequence[str]) -> list[str] | None:
-    """Run a command; ``None``, or its last lines if it failed."""
+    """Run a command and show progress. Return its last lines if it failed, else ``None``."""
     progress = Progress(title, packages)
-    shower = threading.Thread(target=progress.show_until_done)
-    shower.start()
+    reporter = threading.Thread(target=progress.show_until_done)
+    reporter.start()
     last: deque[str] = deque(maxlen=15)
     try:
         with subprocess.Popen(
@@ -65,21 +65,21 @@ def run(title: str, packages: int, command: Sequence[str]) -> list[str] | None:
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                progress.line(line)
+                progress.read_line(line)
                 last.append(line.rstrip())
     finally:
         progress.done.set()
-        shower.join()
+        reporter.join()
     return list(last) if process.returncode else None
 
 
 def install_torch_cpu() -> None:
-    """torch's CPU build: from where pip is set up to look, else from PyTorch's own index."""
+    """Install torch's CPU build from pip's configured sources or, failing that, PyTorch's index."""
     requirement = (REQUIREMENTS / "torch-cpu.txt").read_text().strip()
     if run("torch", 1, (*PIP, "install", "--no-deps", f"{requirement}+cpu")) is None:
         return
-    print("  torch: pip finds no CPU build; asking PyTorch's index, which uv knows", flush=True)
-    with tempfile.TemporaryDirectory() as folder:  # uv stays out of the environment
+    print("  torch: pip finds no CPU build; trying PyTorch's index with uv", flush=True)
+    with tempfile.TemporaryDirectory() as folder:  # keeps uv out of the environment
         failed = run("uv", 1, (*PIP, "install", "--target", folder, "uv"))
         if failed is None:
             uv = Path(folder) / "bin" / "uv"
@@ -88,9 +88,9 @@ def install_torch_cpu() -> None:
     if failed is not None:
         fail(
             failed,
-            f"The CPU build of {requirement} could not be installed. Neither pip's configured "
-            "sources nor PyTorch's own index gave it: check the network, or let pip's option "
-            f"find-links name a folder with the wheel of {requirement}+cpu.",
+            f"Installing the CPU build of {requirement} failed, both from pip's configured sources "
+            "and from PyTorch's index. Check the network, or set pip's option find-links to a "
+            f"folder with the wheel of {requirement}+cpu.",
         )
 
 
@@ -99,29 +99,29 @@ def install_lock(name: str) -> None:
     packages = len(re.findall(r"^[^#\s]", lock.read_text(), re.MULTILINE))
     failed = run(name, packages, (*PIP, "install", "--no-deps", "-r", str(lock)))
     if failed is not None:
-        fail(failed, f"{lock.name} could not be installed: check the network and the disk.")
+        fail(failed, f"Installing {lock.name} failed. Check the network and the free disk space.")
 
 
 def install_baton() -> None:
-    """The project itself, editable, with the pinned setuptools: nothing more is fetched."""
+    """Install the project itself, editable. The pinned setuptools builds it, without downloads."""
     command = (*PIP, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     failed = run("baton", 1, command)
     if failed is not None:
-        fail(failed, "Baton itself could not be installed.")
+        fail(failed, "Installing Baton itself failed; pip's output above says why.")
     shutil.rmtree(ROOT / "build", ignore_errors=True)
 
 
-def fail(lines: Sequence[str], sentence: str) -> None:
+def fail(lines: Sequence[str], message: str) -> None:
     print("\n".join(lines), file=sys.stderr)
-    sys.exit(sentence)
+    sys.exit(message)
 
 
 def main() -> None:
-    names = sys.argv[1:] or ["cpu"]
+    lock_names = sys.argv[1:] or ["cpu"]
     began_s = time.monotonic()
-    if "cpu" in names:
+    if "cpu" in lock_names:
         install_torch_cpu()
-    for name in names:
+    for name in lock_names:
         install_lock(name)
     install_baton()
     print(f"  installed in {time.monotonic() - began_s:.0f} s", flush=True)

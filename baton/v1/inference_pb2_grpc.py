@@ -52,9 +52,9 @@ class InferenceServicer(object):
     def Generate(self, request, context):
         """Generates tokens for one request and streams them as they are decoded.
 
-        The gRPC deadline is the request's deadline and cancelling the call cancels
-        the request. Each accepted request ends exactly once: in a response with a
-        finish_reason, or in a gRPC error whose trailing metadata carries an
+        The gRPC deadline is the request's deadline. Cancelling the call cancels the
+        request. Each accepted request ends exactly once: with a response that has a
+        finish_reason, or with a gRPC error. The error's trailing metadata holds an
         ErrorDetail under the key "baton-error-bin".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -62,10 +62,11 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on with a request whose stream broke, at any router: exactly the
-        responses after last_sequence. It has a deadline of its own. While a router
-        still serves the request: ALREADY_EXISTS, with a retry hint. NOT_FOUND: the
-        cluster keeps no journal, or nothing (any more) of this request.
+        """Continues a request after its stream broke. Any router can serve the call.
+        It streams exactly the responses after last_sequence and has a deadline of
+        its own. It fails with ALREADY_EXISTS and a retry hint while a router still
+        serves the request. It fails with NOT_FOUND if the cluster keeps no journal,
+        or if the journal does not hold the request or no longer holds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,16 +50,16 @@ class PrefillWorkerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Computes the prompt's KV, streams it to the decode worker that reserves
-        it, and answers with the first token as soon as it is sampled (the KV may
-        still be on its way). Cancelling the call aborts the prefill.
+        """Computes the prompt's KV and streams it to the decode worker that reserves
+        it. Answers with the first token as soon as it is sampled; the KV may still
+        be in transit. Cancelling the call aborts the prefill.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Drops KV that is held for a transfer which nobody will fetch any more.
+        """Drops KV that is held for a transfer that no decode worker will fetch.
         Idempotent; an unknown key is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

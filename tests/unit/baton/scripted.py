@@ -1,4 +1,4 @@
-"""A real gRPC server on a free loopback port whose answers are a script."""
+"""A real gRPC server on a free loopback port. A script produces its answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 
-WAIT_S = 10.0  # for what should happen at once; only a failing test waits so long
+WAIT_S = 10.0  # bound of waits for immediate events; only a failing test reaches it
 
 Script = Callable[[pb.GenerateRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
 ResumeScript = Callable[[pb.ResumeRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
@@ -23,13 +23,15 @@ ResumeScript = Callable[[pb.ResumeRequest, grpc.ServicerContext], Iterator[pb.Ge
 @dataclass
 class ScriptedServer(inference_pb2_grpc.InferenceServicer):
     script: Script
-    resume: ResumeScript | None = None
+    resume_script: ResumeScript | None = None
     address: str = ""
     health: health.HealthServicer = field(default_factory=health.HealthServicer)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
-    resumed: list[pb.ResumeRequest] = field(default_factory=list)
-    started: threading.Event = field(default_factory=threading.Event)  # a call began
-    ended: threading.Event = field(default_factory=threading.Event)  # a call ended, anyhow
+    resume_requests: list[pb.ResumeRequest] = field(default_factory=list)
+    started: threading.Event = field(default_factory=threading.Event)  # set when a call begins
+    ended: threading.Event = field(
+        default_factory=threading.Event
+    )  # set when a call ends in any way
     deadline_s: float | None = None  # of the last call
 
     def Generate(
@@ -44,16 +46,20 @@ class ScriptedServer(inference_pb2_grpc.InferenceServicer):
     def Resume(
         self, request: pb.ResumeRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
-        self.resumed.append(request)
-        assert self.resume is not None
-        yield from self.resume(request, context)
+        self.resume_requests.append(request)
+        assert self.resume_script is not None
+        yield from self.resume_script(request, context)
 
 
 @contextmanager
 def serve(
-    script: Script, *, resume: ResumeScript | None = None, max_message_bytes: int = 4 << 20
+    script: Script,
+    *,
+    resume_script: ResumeScript | None = None,
+    max_message_bytes: int = 4 << 20,
 ) -> Iterator[ScriptedServer]:
-    servicer = ScriptedServer(script, resume)
+    """Run a server that answers Generate and Resume with these scripts."""
+    servicer = ScriptedServer(script, resume_script)
     pool = futures.ThreadPoolExecutor(max_workers=8)
     server = grpc.server(pool, options=[("grpc.max_receive_message_length", max_message_bytes)])
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
@@ -92,7 +98,7 @@ PHASES = pb.Phases(
 
 
 def answer(*texts: str, request_id: str = "r-1") -> list[pb.GenerateResponse]:
-    """A well-formed stream: one token a response, the last one with all that belongs there."""
+    """Return a well-formed stream: one token per response, and a complete last response."""
     responses = [
         pb.GenerateResponse(request_id=request_id, sequence=i, text=text, token_ids=[100 + i])
         for i, text in enumerate(texts)
@@ -104,10 +110,13 @@ def answer(*texts: str, request_id: str = "r-1") -> list[pb.GenerateResponse]:
 
 
 def say(*texts: str) -> Script:
+    """Return a script that streams ``answer(*texts)``."""
     return lambda request, context: iter(answer(*texts))
 
 
 def fail(code: grpc.StatusCode, message: str, detail: pb.ErrorDetail | None) -> Script:
+    """Return a script that ends the call with this status."""
+
     def script(
         request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
@@ -121,7 +130,7 @@ def fail(code: grpc.StatusCode, message: str, detail: pb.ErrorDetail | None) -> 
 def endless(
     request: pb.GenerateRequest, context: grpc.ServicerContext
 ) -> Iterator[pb.GenerateResponse]:
-    """Two responses at once, then silence until the call ends."""
+    """A script that sends two responses, then nothing until the call ends."""
     yield pb.GenerateResponse(request_id="r-1", sequence=0, text="a", token_ids=[1])
     yield pb.GenerateResponse(request_id="r-1", sequence=1, text="b", token_ids=[2])
     ended = threading.Event()

@@ -35,19 +35,20 @@ from tests.unit.baton.test_client import free_port
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run it in a loop of its own, in debug mode, and check that it leaves no task."""
+    """Run ``main`` in a new event loop in debug mode. Check that no task is left."""
 
     async def checked() -> None:
         await main
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        if others:  # tasks that grpc is just finishing
+        if others:  # gRPC may still be finishing some tasks
             await asyncio.wait(others, timeout=WAIT_S)
-        assert not any(not task.done() for task in others)
+        assert all(task.done() for task in others)
 
     asyncio.run(checked(), debug=True)
 
 
 async def ended(server: ScriptedServer) -> bool:
+    """Wait until a call has ended. Return False after WAIT_S."""
     return await asyncio.to_thread(server.ended.wait, WAIT_S)
 
 
@@ -66,10 +67,10 @@ def test_a_stream() -> None:
         run(main())
     assert [each.WhichOneof("input") for each in server.requests] == ["prompt", "token_ids"]
     assert server.deadline_s is not None
-    assert 20 < server.deadline_s < 31  # gRPC rounds it
+    assert 20 < server.deadline_s < 31  # gRPC rounds the deadline
 
 
-def test_timeouts_that_are_endless_or_no_length_of_time() -> None:
+def test_infinite_and_nan_timeouts() -> None:
     async def main() -> None:
         async with AsyncClient(server.address, timeout_s=30) as client:
             assert (await client.complete("a", timeout_s=math.inf)).text == "a"
@@ -79,11 +80,11 @@ def test_timeouts_that_are_endless_or_no_length_of_time() -> None:
     with serve(say("a")) as server:
         run(main())
     assert server.deadline_s is not None
-    assert server.deadline_s > 1e9  # how gRPC's server says that there is none
+    assert server.deadline_s > 1e9  # without a deadline, gRPC's server reports such a number
     assert len(server.requests) == 1
 
 
-def test_responses_that_wait_are_not_lost_when_the_server_is_done() -> None:
+def test_buffered_responses_are_read_after_the_call_has_ended_at_the_server() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             stream = client.generate("a")
@@ -96,8 +97,8 @@ def test_responses_that_wait_are_not_lost_when_the_server_is_done() -> None:
         run(main())
 
 
-def test_streams_run_side_by_side() -> None:
-    """The first stream can only go on once the second one is being read."""
+def test_streams_run_concurrently() -> None:
+    """The first stream waits at the server until the second request has arrived."""
     second_started = threading.Event()
 
     def script(
@@ -120,7 +121,7 @@ def test_streams_run_side_by_side() -> None:
         run(main())
 
 
-def test_leaving_the_loop_cancels() -> None:
+def test_leaving_the_loop_cancels_the_request() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             async for response in client.generate("a"):
@@ -132,7 +133,7 @@ def test_leaving_the_loop_cancels() -> None:
         run(main())
 
 
-def test_an_exception_in_the_loop_cancels() -> None:
+def test_an_exception_in_the_loop_cancels_the_request() -> None:
     async def body(client: AsyncClient) -> None:
         async for _ in client.generate("a"):
             raise RuntimeError("mine")
@@ -147,12 +148,12 @@ def test_an_exception_in_the_loop_cancels() -> None:
         run(main())
 
 
-def test_aclose_cancels_and_frees_a_reader_that_waits() -> None:
+def test_aclose_cancels_the_request_and_ends_a_waiting_reader() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client, client.generate("a") as stream:
             await anext(stream)
             await anext(stream)
-            reader = asyncio.create_task(next_of(stream))
+            reader = asyncio.create_task(next_response(stream))
             await asyncio.sleep(0)
             await stream.aclose()
             with pytest.raises(CancelledError, match="closed"):
@@ -163,7 +164,7 @@ def test_aclose_cancels_and_frees_a_reader_that_waits() -> None:
         run(main())
 
 
-async def next_of(stream: Any) -> Response:
+async def next_response(stream: Any) -> Response:
     response: Response = await anext(stream)
     return response
 
@@ -174,7 +175,7 @@ def test_cancelling_the_task_cancels_the_request() -> None:
             stream = client.generate("a")
             await anext(stream)
             await anext(stream)
-            reader = asyncio.create_task(next_of(stream))
+            reader = asyncio.create_task(next_response(stream))
             await asyncio.sleep(0)
             reader.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -185,7 +186,7 @@ def test_cancelling_the_task_cancels_the_request() -> None:
         run(main())
 
 
-def test_a_timeout_around_the_loop_is_a_timeout() -> None:
+def test_asyncio_timeout_raises_timeout_error_and_cancels_the_request() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             with pytest.raises(TimeoutError):
@@ -212,7 +213,7 @@ def test_closing_the_client_ends_its_streams() -> None:
         run(main())
 
 
-def test_cancelled_by_the_router_is_not_a_cancelled_task() -> None:
+def test_cancellation_by_the_router_raises_batons_cancelled_error() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             with pytest.raises(CancelledError, match="shutting down"):
@@ -222,7 +223,7 @@ def test_cancelled_by_the_router_is_not_a_cancelled_task() -> None:
         run(main())
 
 
-def test_the_status_and_its_detail_are_the_error() -> None:
+def test_the_error_has_the_status_and_the_detail() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             with pytest.raises(CapacityError, match=r"^full$") as caught:
@@ -235,7 +236,7 @@ def test_the_status_and_its_detail_are_the_error() -> None:
         run(main())
 
 
-def test_a_gap_is_an_error_and_cancels() -> None:
+def test_a_sequence_gap_raises_and_cancels_the_request() -> None:
     def script(
         request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
@@ -252,7 +253,7 @@ def test_a_gap_is_an_error_and_cancels() -> None:
         run(main())
 
 
-def test_nobody_listens() -> None:
+def test_an_unreachable_router_raises_unavailable() -> None:
     async def main() -> None:
         address = f"127.0.0.1:{free_port()}"
         async with AsyncClient(address) as client:
@@ -264,7 +265,7 @@ def test_nobody_listens() -> None:
     run(main())
 
 
-def test_with_tls_nothing_is_said_in_the_clear() -> None:
+def test_with_tls_nothing_is_sent_in_plaintext() -> None:
     async def main() -> None:
         async with AsyncClient(server.address, tls=grpc.ssl_channel_credentials()) as client:
             with pytest.raises(UnavailableError, match="no connection"):
@@ -275,7 +276,7 @@ def test_with_tls_nothing_is_said_in_the_clear() -> None:
     assert server.requests == []
 
 
-def test_health_and_bad_input() -> None:
+def test_health_and_invalid_input() -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             assert await client.health(timeout_s=WAIT_S)
@@ -287,7 +288,7 @@ def test_health_and_bad_input() -> None:
         run(main())
 
 
-def test_a_stream_that_outlives_its_loop_is_harmless() -> None:
+def test_a_stream_can_be_deleted_after_its_event_loop_has_ended() -> None:
     kept: list[object] = []
 
     async def main() -> None:

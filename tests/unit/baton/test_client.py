@@ -52,7 +52,7 @@ def test_a_stream() -> None:
         pb.GenerateRequest(prompt="Hi", sampling=pb.SamplingParams(max_tokens=2))
     ]
     assert server.deadline_s is not None
-    assert 20 < server.deadline_s < 31  # gRPC rounds it
+    assert 20 < server.deadline_s < 31  # gRPC rounds the deadline
 
 
 def test_complete_joins_the_stream() -> None:
@@ -83,7 +83,7 @@ def test_logprobs() -> None:
     assert [(each.token_id, each.logprob) for each in logprobs.top] == [(100, -0.5), (7, -1.5)]
 
 
-def test_leaving_the_loop_cancels() -> None:
+def test_leaving_the_loop_cancels_the_request() -> None:
     with serve(endless) as server, Client(server.address) as client:
         for response in client.generate("a"):
             assert response.text == "a"
@@ -91,7 +91,7 @@ def test_leaving_the_loop_cancels() -> None:
         assert server.ended.wait(WAIT_S)
 
 
-def test_an_exception_in_the_loop_cancels() -> None:
+def test_an_exception_in_the_loop_cancels_the_request() -> None:
     def body(client: Client) -> None:
         for _ in client.generate("a"):
             raise RuntimeError("mine")
@@ -102,16 +102,16 @@ def test_an_exception_in_the_loop_cancels() -> None:
         assert server.ended.wait(WAIT_S)
 
 
-def test_close_and_with_cancel() -> None:
+def test_leaving_the_with_block_cancels_and_close_is_idempotent() -> None:
     with serve(endless) as server, Client(server.address) as client:
         with client.generate("a") as stream:
             next(stream)
             assert stream.request_id == "r-1"
         assert server.ended.wait(WAIT_S)
-        stream.close()  # again
+        stream.close()  # leaving the with block has already closed it
 
 
-def test_dropping_a_stream_cancels_even_if_it_was_never_read() -> None:
+def test_deleting_an_unread_stream_cancels_the_request() -> None:
     with serve(endless) as server, Client(server.address) as client:
         stream = client.generate("a")
         assert server.started.wait(WAIT_S)
@@ -129,7 +129,7 @@ def test_closing_the_client_ends_its_streams() -> None:
         assert server.ended.wait(WAIT_S)
 
 
-def test_a_gap_is_an_error_and_cancels() -> None:
+def test_a_sequence_gap_raises_and_cancels_the_request() -> None:
     def script(
         request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
@@ -146,7 +146,7 @@ def test_a_gap_is_an_error_and_cancels() -> None:
         assert server.ended.wait(WAIT_S)
 
 
-def test_the_status_and_its_detail_are_the_error() -> None:
+def test_the_error_has_the_status_and_the_detail() -> None:
     detail = pb.ErrorDetail(reason="NO_WORKER", request_id="r-7", retry_after_ms=250)
     script = fail(grpc.StatusCode.UNAVAILABLE, "no prefill worker is alive", detail)
     with (
@@ -178,7 +178,7 @@ def test_an_error_without_a_detail(code: grpc.StatusCode, kind: type[BatonError]
     assert caught.value.request_id == "mine"
 
 
-def test_the_deadline() -> None:
+def test_a_deadline_raises_and_cancels_the_request() -> None:
     with serve(endless) as server, Client(server.address, timeout_s=0.3) as client:
         with pytest.raises(DeadlineError):
             client.complete("a")
@@ -186,16 +186,16 @@ def test_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [math.inf, 1e12, 1e8])
-def test_an_endless_timeout_is_no_deadline(timeout_s: float) -> None:
+def test_an_infinite_timeout_sets_no_deadline(timeout_s: float) -> None:
     with serve(say("a")) as server, Client(server.address, timeout_s=30) as client:
         assert client.complete("a", timeout_s=timeout_s).text == "a"
         assert server.deadline_s is not None
-        assert server.deadline_s > 1e9  # how gRPC's server says that there is none
+        assert server.deadline_s > 1e9  # without a deadline, gRPC's server reports such a number
         assert client.health(timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize("timeout_s", [math.nan, -1.0, -math.inf])
-def test_a_timeout_that_is_no_length_of_time_is_refused(timeout_s: float) -> None:
+def test_a_nan_or_negative_timeout_raises(timeout_s: float) -> None:
     with serve(say("a")) as server, Client(server.address) as client:
         with pytest.raises(InvalidArgumentError, match="timeout_s is"):
             client.generate("a", timeout_s=timeout_s)
@@ -204,7 +204,7 @@ def test_a_timeout_that_is_no_length_of_time_is_refused(timeout_s: float) -> Non
         assert server.requests == []
 
 
-def test_nobody_listens() -> None:
+def test_an_unreachable_router_raises_unavailable() -> None:
     address = f"127.0.0.1:{free_port()}"
     with Client(address) as client:
         with pytest.raises(UnavailableError, match=f"no connection to .* at {address}") as caught:
@@ -222,7 +222,7 @@ def test_health() -> None:
         assert not client.health(timeout_s=WAIT_S)
 
 
-def test_with_tls_nothing_is_said_in_the_clear() -> None:
+def test_with_tls_nothing_is_sent_in_plaintext() -> None:
     with (
         serve(say("a")) as server,
         Client(server.address, tls=grpc.ssl_channel_credentials()) as client,
@@ -232,7 +232,7 @@ def test_with_tls_nothing_is_said_in_the_clear() -> None:
     assert server.requests == []
 
 
-def test_bad_input_is_refused_before_it_is_sent() -> None:
+def test_invalid_input_is_not_sent() -> None:
     with serve(say("a")) as server, Client(server.address, max_message_bytes=100) as client:
         with pytest.raises(InvalidArgumentError, match="exactly one"):
             client.generate()
@@ -241,7 +241,7 @@ def test_bad_input_is_refused_before_it_is_sent() -> None:
         assert server.requests == []
 
 
-def test_a_message_over_the_routers_limit_is_the_callers_fault() -> None:
+def test_a_message_over_the_routers_limit_raises_invalid_argument() -> None:
     with (
         serve(say("a"), max_message_bytes=100) as server,
         Client(server.address) as client,
@@ -251,7 +251,7 @@ def test_a_message_over_the_routers_limit_is_the_callers_fault() -> None:
     assert caught.value.reason == "MESSAGE_TOO_LARGE"
 
 
-def test_threads_share_a_client_and_none_is_left() -> None:
+def test_threads_share_a_client_and_the_client_leaves_no_thread() -> None:
     texts: list[str] = []
     with serve(say("a", "b")) as server:
         before = set(threading.enumerate())
@@ -264,12 +264,12 @@ def test_threads_share_a_client_and_none_is_left() -> None:
                 each.start()
             for each in readers:
                 each.join(WAIT_S)
-        ours = [
+        client_threads = [
             each
             for each in set(threading.enumerate()) - before
-            if not each.name.startswith("ThreadPoolExecutor")  # the scripted server's own
+            if not each.name.startswith("ThreadPoolExecutor")  # the scripted server's threads
         ]
-        for each in ours:
+        for each in client_threads:
             each.join(WAIT_S)
-        assert not any(each.is_alive() for each in ours)
+        assert not any(each.is_alive() for each in client_threads)
     assert texts == ["ab"] * 4

@@ -1,4 +1,4 @@
-"""Both clients go on with a stream whose router died or left."""
+"""Both clients resume a stream after its router died or shut down."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from baton.v1 import inference_pb2 as pb
 from tests.unit.baton.scripted import ResumeScript, Script, ScriptedServer, answer, fail, serve
 
 TEXTS = ("a", "b", "c", "d")
-LEAVING = pb.ErrorDetail(reason="ROUTER_DRAINING", retry_after_ms=1000)
+DRAINING = pb.ErrorDetail(reason="ROUTER_DRAINING", retry_after_ms=1000)
 BUSY = pb.ErrorDetail(reason="REQUEST_IN_FLIGHT", retry_after_ms=10)
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
-def breaks_after(count: int, detail: pb.ErrorDetail | None = LEAVING) -> Script:
+def breaks_after(count: int, detail: pb.ErrorDetail | None = DRAINING) -> Script:
     def script(
         request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
@@ -28,7 +28,9 @@ def breaks_after(count: int, detail: pb.ErrorDetail | None = LEAVING) -> Script:
     return script
 
 
-def rest(request: pb.ResumeRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+def send_rest(
+    request: pb.ResumeRequest, context: grpc.ServicerContext
+) -> Iterator[pb.GenerateResponse]:
     yield from answer(*TEXTS)[request.last_sequence + 1 :]
 
 
@@ -49,44 +51,46 @@ def breaks_again(
 
 
 def read(kind: str, server: ScriptedServer, resume_timeout_s: float = 10) -> str:
-    """All text, by the blocking or the asyncio client."""
+    """Return the whole text, read with the blocking or the asyncio client."""
     if kind == "sync":
         with Client(server.address, resume_timeout_s=resume_timeout_s) as client:
             return client.complete("Hi", timeout_s=20).text
 
-    async def read_() -> str:
+    async def read_async() -> str:
         async with AsyncClient(server.address, resume_timeout_s=resume_timeout_s) as client:
             return (await client.complete("Hi", timeout_s=20)).text
 
-    return asyncio.run(read_())
+    return asyncio.run(read_async())
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
-@pytest.mark.parametrize("detail", [None, LEAVING], ids=["died", "left"])
-def test_a_broken_stream_goes_on(kind: str, detail: pb.ErrorDetail | None) -> None:
-    with serve(breaks_after(2, detail), resume=rest) as server:
+@pytest.mark.parametrize("detail", [None, DRAINING], ids=["died", "draining"])
+def test_a_broken_stream_is_resumed(kind: str, detail: pb.ErrorDetail | None) -> None:
+    with serve(breaks_after(2, detail), resume_script=send_rest) as server:
         assert read(kind, server) == "abcd"
-    assert server.resumed == [pb.ResumeRequest(request_id="r-1", last_sequence=1)]
+    assert server.resume_requests == [pb.ResumeRequest(request_id="r-1", last_sequence=1)]
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
-def test_it_may_break_again_and_be_busy_at_first(kind: str) -> None:
+def test_resume_retries_while_busy_and_after_another_break(kind: str) -> None:
     busy = refuses(grpc.StatusCode.ALREADY_EXISTS, BUSY)
-    with serve(breaks_after(1), resume=in_turn(busy, busy, breaks_again, rest)) as server:
+    with serve(
+        breaks_after(1), resume_script=in_turn(busy, busy, breaks_again, send_rest)
+    ) as server:
         assert read(kind, server) == "abcd"
-    assert [each.last_sequence for each in server.resumed] == [0, 0, 0, 1]
+    assert [each.last_sequence for each in server.resume_requests] == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
-def test_what_cannot_be_resumed_ends_as_it_broke(kind: str) -> None:
+def test_a_stream_that_cannot_be_resumed_raises_the_error_that_broke_it(kind: str) -> None:
     unknown = refuses(grpc.StatusCode.NOT_FOUND, pb.ErrorDetail(reason="NOT_RESUMABLE"))
     with (
-        serve(breaks_after(2), resume=unknown) as server,
+        serve(breaks_after(2), resume_script=unknown) as server,
         pytest.raises(UnavailableError, match="gone") as caught,
     ):
         read(kind, server)
     assert caught.value.reason == "ROUTER_DRAINING"
-    assert len(server.resumed) == 1
+    assert len(server.resume_requests) == 1
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
@@ -94,12 +98,12 @@ def test_what_cannot_be_resumed_ends_as_it_broke(kind: str) -> None:
     ("script", "resume_timeout_s"),
     [
         (breaks_after(2), 0),
-        (breaks_after(0), 10),  # nothing came: to ask anew loses nothing
-        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router's own word
+        (breaks_after(0), 10),  # sending the request again loses nothing
+        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router answered
     ],
-    ids=["switched off", "nothing received", "an answer"],
+    ids=["disabled", "nothing received", "answered"],
 )
-def test_other_ends_are_ends(kind: str, script: Script, resume_timeout_s: float) -> None:
-    with serve(script, resume=rest) as server, pytest.raises(BatonError, match="gone"):
+def test_other_errors_are_not_resumed(kind: str, script: Script, resume_timeout_s: float) -> None:
+    with serve(script, resume_script=send_rest) as server, pytest.raises(BatonError, match="gone"):
         read(kind, server, resume_timeout_s)
-    assert not server.resumed
+    assert not server.resume_requests

@@ -1,4 +1,4 @@
-"""Requests and responses, without a server."""
+"""Translation between public values and protocol messages, and the errors. No server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.unit.baton.scripted import answer
 LIMIT_BYTES = 1 << 20
 
 
-def test_the_keyword_arguments_are_the_fields_of_sampling_params_and_of_the_protocol() -> None:
+def test_sampling_fields_match_sampling_params_and_the_protocol() -> None:
     dataclass_hints = typing.get_type_hints(SamplingParams)
     assert typing.get_type_hints(SamplingFields) == dataclass_hints
     assert list(dataclass_hints) == [field.name for field in pb.SamplingParams.DESCRIPTOR.fields]
@@ -45,7 +45,7 @@ def test_the_keyword_arguments_are_the_fields_of_sampling_params_and_of_the_prot
         (None, {"token_ids": [], "messages": []}),
     ],
 )
-def test_exactly_one_input(prompt: str | None, fields: RequestFields) -> None:
+def test_a_request_needs_exactly_one_input(prompt: str | None, fields: RequestFields) -> None:
     with pytest.raises(InvalidArgumentError, match="exactly one") as caught:
         build_request(prompt, LIMIT_BYTES, **fields)
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -60,19 +60,19 @@ def test_exactly_one_input(prompt: str | None, fields: RequestFields) -> None:
         (None, {"token_ids": []}, "token_ids"),
     ],
 )
-def test_an_empty_input_is_still_the_one_that_was_chosen(
+def test_an_empty_input_still_selects_that_input(
     prompt: str | None, fields: RequestFields, which: str
 ) -> None:
     assert build_request(prompt, LIMIT_BYTES, **fields).WhichOneof("input") == which
 
 
-def test_messages_of_another_kind_are_named() -> None:
+def test_a_message_of_another_type_is_named_in_the_error() -> None:
     messages: Any = [{"role": "user", "content": "Hi"}]
     with pytest.raises(InvalidArgumentError, match="holds a dict; give ChatMessage"):
         build_request(None, LIMIT_BYTES, messages=messages)
 
 
-def test_all_of_a_request() -> None:
+def test_all_fields_of_a_request() -> None:
     request = build_request(
         None,
         LIMIT_BYTES,
@@ -105,7 +105,7 @@ def test_all_of_a_request() -> None:
             ignore_eos=False,
         ),
     )
-    assert not request.sampling.HasField("top_p")  # unset stays unset: the router's default
+    assert not request.sampling.HasField("top_p")  # an unset field takes the router's default
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,9 @@ def test_all_of_a_request() -> None:
         ({"token_ids": [1 << 32]}, "ids"),
     ],
 )
-def test_a_value_that_the_protocol_cannot_carry_is_named(fields: RequestFields, named: str) -> None:
+def test_a_value_that_the_protocol_cannot_carry_is_named_in_the_error(
+    fields: RequestFields, named: str
+) -> None:
     prompt = None if "token_ids" in fields else "a"
     with pytest.raises(InvalidArgumentError, match=f"^{named}: "):
         build_request(prompt, LIMIT_BYTES, **fields)
@@ -139,7 +141,7 @@ def test_a_request_over_the_size_limit_is_not_sent() -> None:
     ("sequences", "reason"),
     [([0, 2], "SEQUENCE_GAP"), ([0, 1, 1], "SEQUENCE_GAP"), ([1], "SEQUENCE_GAP")],
 )
-def test_a_gap_or_a_repeat_in_the_sequence(sequences: list[int], reason: str) -> None:
+def test_a_gap_or_a_repeat_in_the_sequence_raises(sequences: list[int], reason: str) -> None:
     reader = StreamReader("")
     for sequence in sequences[:-1]:
         reader.read(pb.GenerateResponse(request_id="r-1", sequence=sequence))
@@ -149,7 +151,7 @@ def test_a_gap_or_a_repeat_in_the_sequence(sequences: list[int], reason: str) ->
     assert caught.value.request_id == "r-1"
 
 
-def test_a_stream_ends_with_its_last_response_and_not_before() -> None:
+def test_a_stream_ends_only_with_its_last_response() -> None:
     reader = StreamReader("")
     first, last = answer("a", "b")
     reader.read(first)
@@ -161,7 +163,7 @@ def test_a_stream_ends_with_its_last_response_and_not_before() -> None:
         reader.read(pb.GenerateResponse(sequence=2))
 
 
-def test_a_finish_reason_from_the_future_is_still_an_end() -> None:
+def test_an_unknown_finish_reason_ends_the_stream() -> None:
     reader = StreamReader("")
     response = reader.read(pb.GenerateResponse(finish_reason=77))  # type: ignore[arg-type]
     reader.end()
@@ -170,7 +172,7 @@ def test_a_finish_reason_from_the_future_is_still_an_end() -> None:
     assert response.phases.kv is None
 
 
-def test_error_detail() -> None:
+def test_an_error_has_the_fields_of_its_detail_and_can_be_pickled() -> None:
     detail = pb.ErrorDetail(reason="OVERLOADED", request_id="r-1", retry_after_ms=1500)
     error = from_status(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -191,14 +193,14 @@ def test_error_detail() -> None:
     assert str(copy) == str(error)
 
 
-def test_a_detail_that_cannot_be_read_does_not_hide_the_error() -> None:
+def test_an_unreadable_detail_does_not_hide_the_error() -> None:
     error = from_status(
         grpc.StatusCode.INTERNAL, "broken", [(ERROR_DETAIL_KEY, b"\xff\xff")], address="h:1"
     )
     assert (type(error), error.reason, str(error)) == (InternalError, "INTERNAL", "broken")
 
 
-def test_unavailable_without_a_detail_is_the_connection() -> None:
+def test_unavailable_without_a_detail_is_a_connection_failure() -> None:
     error = from_status(grpc.StatusCode.UNAVAILABLE, "refused", [], address="h:1")
     assert type(error) is UnavailableError
     assert error.reason == "CONNECTION_FAILED"
@@ -206,7 +208,7 @@ def test_unavailable_without_a_detail_is_the_connection() -> None:
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.name != "OK"])
-def test_every_status_code_is_a_baton_error_that_keeps_it(code: grpc.StatusCode) -> None:
+def test_every_status_code_becomes_a_baton_error_with_that_code(code: grpc.StatusCode) -> None:
     error = from_status(code, "", [], address="h:1", request_id="r-2")
     assert isinstance(error, BatonError)
     assert error.code is code
@@ -215,7 +217,7 @@ def test_every_status_code_is_a_baton_error_that_keeps_it(code: grpc.StatusCode)
     assert str(error)
 
 
-def test_only_a_whole_stream_is_a_completion() -> None:
+def test_join_needs_the_whole_stream() -> None:
     reader = StreamReader("")
     responses = [reader.read(message) for message in answer("a", "b")]
     assert Completion.join(responses).text == "ab"
