@@ -17,7 +17,8 @@ import pytest_asyncio
 from baton.v1 import inference_pb2 as pb
 from engine.protocol import KvSend
 from engine.vllm.engine import VllmEngine
-from tests.support.two_engines import Engines, random_prompt, two_engines
+from tests.support.prompts import random_prompt
+from tests.support.two_engines import Engines, two_engines
 from tests.support.waiting import until
 
 pytestmark = [

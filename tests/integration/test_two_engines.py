@@ -22,8 +22,9 @@ from core.model.resolve import resolve_model
 from core.types import Pool
 from engine.protocol import KvSend
 from engine.vllm.engine import VllmEngine
+from tests.support.prompts import random_prompt
 from tests.support.tiny_model import KV_BYTES_PER_TOKEN, LAYERS, make_tiny_model
-from tests.support.two_engines import Engines, random_prompt, two_engines
+from tests.support.two_engines import Engines, two_engines
 from tests.support.waiting import until_awaited
 
 pytestmark = [
