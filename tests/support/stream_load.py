@@ -11,7 +11,7 @@ from typing import Self
 import baton
 from tests.support.waiting import wait_until
 
-# The cluster did nothing for a request that it refuses so. The client sends it again.
+# Refusals before the cluster did anything for the request. The client sends it again.
 REFUSALS = {
     "NO_PREFILL_WORKER",
     "NO_DECODE_WORKER",

@@ -36,7 +36,7 @@ class Engines:
         """Tokens per KV block of the prefill and of the decode engine."""
         return _block_tokens(self.prefill), _block_tokens(self.decode)
 
-    async def read(
+    async def generate(
         self,
         engine: VllmEngine,
         key: str,
@@ -64,8 +64,8 @@ class Engines:
         and the decode engine's report of the KV transfer."""
         key = f"{uuid4().hex}#1"
         sent, received = await asyncio.gather(
-            self.read(self.prefill, key, prompt, KvSend(True), sampling, so_far),
-            self.read(self.decode, key, prompt, self.receive, sampling, so_far),
+            self.generate(self.prefill, key, prompt, KvSend(True), sampling, so_far),
+            self.generate(self.decode, key, prompt, self.receive, sampling, so_far),
         )
         report = received[0].kv
         assert report is not None
@@ -79,13 +79,13 @@ class Engines:
     ) -> list[int]:
         """Return all tokens of a request that the prefill engine serves alone."""
         key = f"{uuid4().hex}#1"
-        outputs = await self.read(self.prefill, key, prompt, None, sampling, so_far)
+        outputs = await self.generate(self.prefill, key, prompt, None, sampling, so_far)
         return [token for output in outputs for token in output.token_ids]
 
-    async def all_free(self) -> None:
+    async def wait_all_free(self) -> None:
         """Wait until neither engine holds a KV block."""
         for engine in (self.prefill, self.decode):
-            await until(partial(_is_free, engine), what="all blocks are free")
+            await until(partial(_is_free, engine), what="all KV blocks are free")
 
 
 def _block_tokens(engine: VllmEngine) -> int:
