@@ -1,15 +1,16 @@
-"""One real cluster for all end-to-end tests: `baton up` as a user starts it, two vLLM engines.
+"""One real cluster for all end-to-end tests: ``baton up`` as a user starts it, with one prefill and
+one decode worker, each with a vLLM engine.
 
-The tests run in the order of their file names: what changes the cluster comes last.
+The tests run in any order, except that those marked ``ends_cluster`` run last. A test that changes
+the cluster's workers ends with ``RunningCluster.wait_restored``. Prompts that a test expects to be
+uncached appear in no other test.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +21,21 @@ from typing import Any
 import pytest
 
 import baton
+from cluster.local.ports import free_port
+from cluster.local.run_dir import read_state
+from core.types import Pool
+from tests.support.live_cluster import REPLICAS, Part, parts_of
+from tests.support.prompts import random_prompt
 from tests.support.reference import greedy
+from tests.support.run_order import run_cluster_ends_last
 from tests.support.waiting import wait_until
 
-# float32: batching alone changes the last bits of bfloat16, and with them now and then a token.
+NAME = "e2e"
+HOST = "127.0.0.1"
+# float32: in bfloat16, batching alone changes the last bits and sometimes a token.
 CONFIG = """\
 cluster:
-  name: e2e
+  name: {name}
   run_dir: {run_dir}
   start_timeout_s: 300
 model:
@@ -42,40 +51,54 @@ decode:
   engine: {{max_num_batched_tokens: 256}}
 """
 MAX_TOKENS = 24
+HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here):
+        if _is_here(item):
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(600))
+    run_cluster_ends_last(items, lambda item: HERE if _is_here(item) else None)
 
 
-@dataclass(frozen=True, slots=True)
+def _is_here(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(HERE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:
+    """The shared cluster, as its user sees it."""
+
     process: subprocess.Popen[str]
     config_file: Path
     run_dir: Path
     log: Path
     address: str
-    foreign_shared_memory: frozenset[str]  # in /dev/shm before the cluster began
+    foreign_shared_memory: frozenset[str]  # names in /dev/shm before the cluster started
 
     def client(self) -> baton.Client:
         return baton.Client(self.address)
 
     def cli(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run a `baton` command of this cluster to its end."""
+        """Run a ``baton`` command on this cluster and wait for its end."""
         return run_baton(*arguments, "--config", str(self.config_file), timeout_s=timeout_s)
 
     def workers(self) -> list[dict[str, Any]]:
+        """Return the workers that ``baton status --json`` lists."""
         done = self.cli("status", "--json")
         assert done.returncode == 0, done.stderr
         workers: list[dict[str, Any]] = json.loads(done.stdout)["workers"]
         return workers
 
+    def worker_processes(self, pool: Pool) -> list[Part]:
+        """Return the living worker processes of ``pool``, oldest first."""
+        state = read_state(self.run_dir, NAME)
+        assert state is not None, "the cluster is not running"
+        return parts_of(state.cluster_id, REPLICAS[pool])
+
     def wait_idle(self) -> None:
-        """Until every KV block of every worker is free and nothing is queued."""
+        """Wait until every KV block of every worker is free and nothing is queued."""
         self.wait(
             lambda: all(
                 worker["kv_blocks_free"] == worker["kv_blocks_total"] and not worker["queue_depth"]
@@ -83,6 +106,19 @@ class RunningCluster:
             ),
             "all KV blocks are free",
         )
+
+    def wait_restored(self) -> None:
+        """Wait until the cluster has one ready and idle worker of each pool, in one process each,
+        as it was started."""
+
+        def is_restored() -> bool:
+            found = sorted((worker["pool"], worker["state"]) for worker in self.workers())
+            return found == [("decode", "ready"), ("prefill", "ready")] and all(
+                len(self.worker_processes(pool)) == 1 for pool in Pool
+            )
+
+        self.wait(is_restored, "the cluster has its first size again", 60)
+        self.wait_idle()
 
     def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
         wait_until(condition, what=what, within_s=timeout_s)
@@ -98,25 +134,15 @@ def run_baton(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedPro
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def random_prompt(tokens: int, seed: int) -> list[int]:
-    """Random token ids: the next token hangs on every one of them, so a wrong block shows."""
-    rng = random.Random(seed)
-    return [rng.randrange(100, 40_000) for _ in range(tokens)]
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
+    """A prompt of token ids."""
+
     name: str
     prompt: list[int]
 
 
+# The prompts that tests/e2e/test_exact.py expects to be uncached. Other tests do not use them.
 CASES = [
     Case("one token", random_prompt(1, 1)),
     Case("shorter than a block", random_prompt(50, 2)),
@@ -134,21 +160,25 @@ SHARED_PREFIX = [
     Case(f"shared {index}", random_prompt(640, 90) + random_prompt(20, 91 + index))
     for index in range(4)
 ]
+BYSTANDER = Case("bystander", random_prompt(129, 10))
+AFTER_REPLACEMENT = Case("after the prefill worker was replaced", random_prompt(1100, 11))
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("e2e")
-    file = folder / "cluster.yaml"
-    # Ray's sockets need a short path.
-    file.write_text(CONFIG.format(port=free_port(), run_dir=f"/tmp/baton-e2e-{os.getpid()}"))
+    file = tmp_path_factory.mktemp("e2e") / "cluster.yaml"
+    file.write_text(CONFIG.format(name=NAME, port=free_port(HOST), run_dir=_run_dir()))
     return file
+
+
+def _run_dir() -> Path:
+    return Path(f"/tmp/baton-e2e-{os.getpid()}")  # Ray's sockets need a short path
 
 
 @pytest.fixture(scope="session")
 def reference(config_file: Path) -> dict[str, list[int]]:
-    """What an aggregated vLLM answers, by the name of the case."""
-    cases = CASES + SHARED_PREFIX
+    """The tokens that an aggregated vLLM answers, by the name of the case."""
+    cases = [*CASES, *SHARED_PREFIX, BYSTANDER, AFTER_REPLACEMENT]
     answers = greedy(config_file, [case.prompt for case in cases], MAX_TOKENS)
     return {case.name: answer for case, answer in zip(cases, answers, strict=True)}
 
@@ -158,7 +188,6 @@ def cluster(
     config_file: Path, reference: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
     log = tmp_path_factory.mktemp("log") / "up.log"
-    run_dir = Path(f"/tmp/baton-e2e-{os.getpid()}")
     port = config_file.read_text().split("port: ")[1].split()[0]
     foreign = frozenset(os.listdir("/dev/shm"))
     with log.open("w") as output:
@@ -168,18 +197,25 @@ def cluster(
             stderr=subprocess.STDOUT,
             text=True,
         )
-    running = RunningCluster(process, config_file, run_dir, log, f"127.0.0.1:{port}", foreign)
+    running = RunningCluster(
+        process=process,
+        config_file=config_file,
+        run_dir=_run_dir(),
+        log=log,
+        address=f"{HOST}:{port}",
+        foreign_shared_memory=foreign,
+    )
     try:
         with running.client() as client:
 
-            def ready() -> bool:
+            def is_ready() -> bool:
                 assert process.poll() is None, log.read_text()[-5000:]
                 try:
                     return client.health(timeout_s=1)
                 except baton.BatonError:
                     return False
 
-            running.wait(ready, "the cluster answers", 300)
+            running.wait(is_ready, "the cluster answers", 300)
         yield running
     finally:
         if process.poll() is None:

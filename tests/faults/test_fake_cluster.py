@@ -1,7 +1,9 @@
 """Random faults, one after the other, in a cluster of real processes with fake engines.
 
-Virtual time sees thousands of such series (test_schedules); this one sees Ray, gRPC and Valkey.
-``BATON_FAULT_SEED=n`` runs another series.
+test_schedules runs thousands of such series in virtual time. This one runs with Ray, gRPC and
+Valkey. ``BATON_FAULT_SEED=n`` chooses another series.
+
+The tests share one cluster. Each waits until it is whole again, except for the last, which ends it.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ from tests.support.process_faults import (
 from tests.support.stream_load import (
     REFUSALS,
     ROUTER_GONE,
-    Ask,
     Load,
     Outcome,
+    PlannedRequest,
     check_ended_well,
     check_sequence,
     check_tokens,
@@ -49,9 +51,10 @@ from tests.support.word_model import write_word_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-# A fault every few seconds kills more workers under one request than the default number of
-# attempts, beyond which the request itself is suspected. A machine that is busy with starting
-# workers may take its time for a write to the journal, and what is not in there cannot be resumed.
+# max_attempts: with a fault every few seconds, one request may lose more workers than the default
+# allows, after which the router blames the request.
+# journal_patience_s: a machine that starts workers writes to the journal slowly, and a stream can
+# be resumed only from what was written.
 CONFIG = """\
 model: {{path: {model}}}
 router: {{port: 0, max_attempts: 20, journal_patience_s: 1}}
@@ -62,7 +65,7 @@ SIZES = {Pool.PREFILL: 2, Pool.DECODE: 2}
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
 FAULTS = 40
 CLIENTS = 6
-WHOLE_S = 90.0
+WHOLE_S = 90.0  # until all workers are replaced and idle
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +101,15 @@ def random_fault(rng: random.Random) -> Fault:
     return make()
 
 
-def random_asks(rng: random.Random) -> Iterator[Ask]:
+def random_requests(rng: random.Random) -> Iterator[PlannedRequest]:
     while True:
         prompt = tuple(rng.randrange(3, 1000) for _ in range(rng.randint(1, 200)))
-        yield Ask(prompt, rng.choice((1, 2, 30, 300, 1500)))
+        yield PlannedRequest(prompt, rng.choice((1, 2, 30, 300, 1500)))
 
 
 def check(outcome: Outcome) -> None:
     check_sequence(outcome)
-    check_tokens(outcome, next_tokens(outcome.ask.prompt, outcome.ask.max_tokens))
+    check_tokens(outcome, next_tokens(outcome.request.prompt, outcome.request.max_tokens))
     check_ended_well(outcome)
 
 
@@ -115,7 +118,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
     files = cluster.files()
     rng = random.Random(SEED)
     print(f"BATON_FAULT_SEED={SEED}")
-    plans = [random_asks(random.Random(rng.random())) for _ in range(CLIENTS)]
+    plans = [random_requests(random.Random(rng.random())) for _ in range(CLIENTS)]
     with Load(cluster.state.address, plans) as load:
         load.wait_for_tokens(1)
         for number in range(FAULTS):
@@ -128,7 +131,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
         try:
             check(outcome)
         except AssertionError as error:
-            if outcome.responses:  # with its name
+            if outcome.responses:  # these carry the request's id
                 error.add_note("\n".join(cluster.router_said(outcome.responses[0].request_id)))
             raise
     attempts = [outcome.attempts for outcome in load.outcomes if not outcome.given_up]
@@ -140,7 +143,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
 
 
 def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
-    """Each victim here was hit by the fault before, and is being replaced."""
+    """Each of these faults waits for a victim that an earlier one has just killed or stopped."""
     for fault in (
         *(KillStore(), StopStore(), KillStore(), JumpClock()),
         *(KillController(), KillController()),
@@ -152,7 +155,7 @@ def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
 
 
 def check_served(cluster: LiveCluster) -> None:
-    """By each prefill worker with each decode worker."""
+    """Check that each prefill worker serves a request with each decode worker."""
     served: set[tuple[str, str]] = set()
 
     def all_pairs_served() -> bool:
@@ -162,14 +165,14 @@ def check_served(cluster: LiveCluster) -> None:
         served.add((answer.phases.prefill_worker, answer.phases.decode_worker))
         return len(served) == SIZES[Pool.PREFILL] * SIZES[Pool.DECODE]
 
-    cluster.wait(all_pairs_served, "each pair of workers serves")
+    cluster.wait(all_pairs_served, "each pair of workers has served")
 
 
 def test_a_rolling_restart_under_load_loses_no_request(cluster: LiveCluster) -> None:
-    """Each worker of both pools leaves and is replaced, one after the other, and then the router,
-    which dies as well."""
+    """Each worker drains and is replaced, one after the other. Then the router restarts, and the
+    new router is killed."""
     before = cluster.workers()
-    plans = [random_asks(random.Random(number)) for number in range(CLIENTS)]
+    plans = [random_requests(random.Random(number)) for number in range(CLIENTS)]
     with Load(cluster.state.address, plans, REFUSALS | ROUTER_GONE) as load:
         load.wait_for_tokens(1)
         for worker in before:
@@ -196,9 +199,10 @@ def wait_replaced(cluster: LiveCluster, gone: WorkerRecord) -> None:
     cluster.wait(replaced, f"another worker has replaced {gone.id}", WHOLE_S)
 
 
+@pytest.mark.ends_cluster
 def test_streams_end_before_the_cluster_that_lost_ray(cluster: LiveCluster) -> None:
     cluster_id = cluster.state.cluster_id
-    plans = [[Ask((5, 6, seed), 1000)] for seed in range(4)]
+    plans = [[PlannedRequest((5, 6, seed), 1000)] for seed in range(4)]
     with Load(cluster.state.address, plans) as load:
         load.wait_for_tokens(10)
         KillGcs().strike(cluster)

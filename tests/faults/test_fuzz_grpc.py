@@ -1,7 +1,7 @@
-"""Strangers at the gRPC servers of the router and of the workers.
+"""Hostile clients of the gRPC servers of the router and of the workers.
 
-Whatever they send: their calls end in a status that says whose fault it is, streams of others get
-exactly their tokens, nothing stays open, and the log has no traceback.
+Their calls end in a status that says whose fault the error is. Meanwhile, the streams of other
+clients get exactly their tokens. Afterwards nothing is held or open, and the log has no traceback.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from worker.replica import WorkerReplica
 pytestmark = pytest.mark.asyncio
 
 Code = grpc.StatusCode
-TYPED = {
+EXPECTED_CODES = {
     Code.OK,
     Code.INVALID_ARGUMENT,
     Code.NOT_FOUND,
@@ -66,26 +66,26 @@ TYPED = {
 }
 CONNECTIONS = 150
 CALLS = 400
-AT_ONCE = 8
+PARALLEL_CALLS = 8
 PROMPT = (5, 6, 7)
-LONG = 400  # tokens of the stream that is open all the time
+LONG_TOKENS = 400  # of the stream that runs during the attack
 MAX_LOG_LINES = 10
 CONTEXT_TOKENS = 512
 MAX_MESSAGE_BYTES = 2**20
-HEALTH, REFLECTION = "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"
+HEALTH = "grpc.health.v1.Health"
 
 
 @dataclass
 class Server:
-    """One server under attack, and how a well-behaved caller uses it."""
+    """One server under attack, and how a well-behaved client uses it."""
 
     port: int
-    good: Callable[[], Awaitable[None]]  # a whole stream; asserts that it is exact
-    open_stream: Callable[[], Any]  # of LONG tokens
-    tokens_of: Callable[[list[Any]], list[int]]
-    right: list[int]  # its LONG tokens
-    services: dict[str, type[Message]]  # full name of each method, and its request
-    at_rest: Callable[[], Awaitable[None]]
+    check_stream: Callable[[], Awaitable[None]]  # runs a short stream and checks its tokens
+    open_stream: Callable[[], Any]  # starts a stream of LONG_TOKENS
+    tokens_of: Callable[[list[Any]], list[int]]  # of a stream's responses
+    expected: list[int]  # tokens of ``open_stream``
+    methods: dict[str, type[Message]]  # type of the request, by the method's full name
+    wait_idle: Callable[[], Awaitable[None]]
     codes: Counter[Code] = field(default_factory=Counter)
 
     @property
@@ -103,31 +103,38 @@ async def router() -> AsyncIterator[Server]:
     )
     async with harness:
 
-        async def good() -> None:
+        async def check_stream() -> None:
             responses = await harness.generate(PROMPT, max_tokens=12)
             assert token_ids(responses) == answer_tokens(PROMPT, 12)
 
         def open_stream() -> Any:
             ids = inference_pb2.TokenIds(ids=PROMPT)
-            return harness.call(token_ids=ids, sampling={"max_tokens": LONG})
+            return harness.call(token_ids=ids, sampling={"max_tokens": LONG_TOKENS})
 
-        async def at_rest() -> None:
+        async def wait_idle() -> None:
             assert harness.server.handler is not None
             async with asyncio.timeout(WITHIN_S):
                 await harness.server.handler.drained()
             workers = (*harness.prefill, *harness.decode)
-            await until(lambda: not any(w.running for w in workers), what="no worker works")
+            await until(
+                lambda: not any(w.running for w in workers), what="no worker runs a request"
+            )
 
         services = inference_pb2.DESCRIPTOR.services_by_name
         yield Server(
-            harness.port, good, open_stream, token_ids, answer_tokens(PROMPT, LONG),
-            _methods(services.values()), at_rest,
-        )  # fmt: skip
+            port=harness.port,
+            check_stream=check_stream,
+            open_stream=open_stream,
+            tokens_of=token_ids,
+            expected=answer_tokens(PROMPT, LONG_TOKENS),
+            methods=_methods(services.values()),
+            wait_idle=wait_idle,
+        )
 
 
 @contextlib.asynccontextmanager
 async def worker() -> AsyncIterator[Server]:
-    """Both services at one server, as ``WorkerReplica`` sets it up."""
+    """A server with both worker services, as ``WorkerReplica`` starts it."""
     config = Config.model_validate(
         {
             "model": {"max_model_len": CONTEXT_TOKENS},
@@ -156,23 +163,28 @@ async def worker() -> AsyncIterator[Server]:
                     worker_pb2.DecodeRequest(key=key, token_ids=PROMPT, sampling=sampling)
                 )
 
-            async def good() -> None:
+            async def check_stream() -> None:
                 responses = [response async for response in decode(12)]
                 assert _token_ids(responses) == list(next_tokens(PROMPT, 12))
 
-            async def at_rest() -> None:
-                def idle() -> bool:
+            async def wait_idle() -> None:
+                def is_idle() -> bool:
                     load = engine.load()
                     free = load.kv_blocks_free == load.kv_blocks_total
                     return free and not load.running and not load.queue_depth
 
-                await until(idle, what="all KV blocks are free and nothing runs")
+                await until(is_idle, what="all KV blocks are free and nothing runs")
 
             services = worker_pb2.DESCRIPTOR.services_by_name
             yield Server(
-                int(record.address.rpartition(":")[2]), good, lambda: decode(LONG), _token_ids,
-                list(next_tokens(PROMPT, LONG)), _methods(services.values()), at_rest,
-            )  # fmt: skip
+                port=int(record.address.rpartition(":")[2]),
+                check_stream=check_stream,
+                open_stream=lambda: decode(LONG_TOKENS),
+                tokens_of=_token_ids,
+                expected=list(next_tokens(PROMPT, LONG_TOKENS)),
+                methods=_methods(services.values()),
+                wait_idle=wait_idle,
+            )
     finally:
         await replica.stop(1)
 
@@ -194,65 +206,67 @@ def _methods(services: Iterable[Any]) -> dict[str, type[Message]]:
 
 @contextlib.asynccontextmanager
 async def undisturbed(
-    server: Server, caplog: pytest.LogCaptureFixture, *, but: str = ""
+    server: Server, caplog: pytest.LogCaptureFixture, *, ignored_logger: str = ""
 ) -> AsyncIterator[None]:
-    """During the block others are served; after it, all is as it was.
+    """Check that other clients are served during the block and that it leaves nothing behind.
 
-    ``but``: the logger of which nothing is expected.
+    Args:
+        ignored_logger: name of a logger that may log tracebacks.
     """
-    await server.good()
-    await _warm(server)
+    await server.check_stream()
+    await _open_lasting_files(server)
     files = OpenFiles()
     stream = aiter(server.open_stream())
-    heard = [await anext(stream)]
-    over = asyncio.Event()
+    responses = [await anext(stream)]
+    finished = asyncio.Event()
 
-    async def others() -> int:
+    async def run_others() -> int:
         count = 0
-        while not over.is_set():
-            await server.good()
+        while not finished.is_set():
+            await server.check_stream()
             count += 1
         return count
 
     caplog.clear()
-    served = asyncio.create_task(others())
+    others = asyncio.create_task(run_others())
     try:
         yield
     finally:
-        over.set()
-        count = await served
+        finished.set()
+        count = await others
     assert count > 0
-    heard += [response async for response in stream]
-    assert server.tokens_of(heard) == server.right
-    await server.good()
-    await server.at_rest()
+    responses += [response async for response in stream]
+    assert server.tokens_of(responses) == server.expected
+    await server.check_stream()
+    await server.wait_idle()
     await files.until_as_at_first()
-    records = [record for record in caplog.records if record.name != but]
+    records = [record for record in caplog.records if record.name != ignored_logger]
     assert not [record.getMessage() for record in records if record.exc_info]
     lines = [record for record in records if record.levelno >= logging.WARNING]
     assert len(lines) <= MAX_LOG_LINES
 
 
-async def _warm(server: Server) -> None:
-    """What gRPC opens once and keeps."""
+async def _open_lasting_files(server: Server) -> None:
+    """Make gRPC open the files that it opens once and keeps."""
     async with grpc.aio.insecure_channel(server.target) as channel:
-        await _hostile(server, channel, "/x/y", b"", allowed={Code.UNIMPLEMENTED})
+        await _call_hostile(server, channel, "/x/y", b"", allowed={Code.UNIMPLEMENTED})
 
 
-async def _hostile(
+async def _call_hostile(
     server: Server, channel: grpc.aio.Channel, method: str, request: bytes, *,
     allowed: Iterable[Code] = (), timeout_s: float = WITHIN_S, metadata: Any = None,
-    leave_early: bool = False,
+    cancel_early: bool = False,
 ) -> None:  # fmt: skip
-    """One call; its status must be a typed one, with our detail unless gRPC itself refused it."""
-    unary_stream: Any = channel.unary_stream(method)  # of bytes
+    """Call ``method`` and check that the status is an expected one. It must carry our detail unless
+    gRPC itself answered."""
+    unary_stream: Any = channel.unary_stream(method)  # sends and returns bytes
     call = unary_stream(request, timeout=timeout_s, metadata=metadata)
     code, error = Code.OK, None
-    # Else gRPC itself refuses it, or answers for a service of its own.
-    ours = method in server.services and len(request) <= MAX_MESSAGE_BYTES and not metadata
+    # gRPC itself refuses other calls, or answers them for a service of its own.
+    ours = method in server.methods and len(request) <= MAX_MESSAGE_BYTES and not metadata
     try:
         async for _ in call:
-            if leave_early:
+            if cancel_early:
                 call.cancel()
     except grpc.aio.AioRpcError as caught:
         code, error = caught.code(), caught
@@ -262,30 +276,30 @@ async def _hostile(
         code = Code.CANCELLED
     server.codes[code] += 1
     what = f"{method} {request[:200]!r}… ended in {code}: {error}"
-    assert code in {*TYPED, *allowed}, what
+    assert code in {*EXPECTED_CODES, *allowed}, what
     if error is not None and ours:
         assert ERROR_DETAIL_KEY in dict(error.trailing_metadata() or ()), what
         assert from_rpc_error(error, "w").reason.isupper(), what
 
 
-async def _at_once(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
-    """All of them, some at a time."""
-    todo = iter(calls)
+async def _run_in_parallel(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Make all calls, ``PARALLEL_CALLS`` at a time."""
+    remaining = iter(calls)
 
-    async def some() -> None:
-        for call in todo:
+    async def make_calls() -> None:
+        for call in remaining:
             await call()
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(AT_ONCE):
-            group.create_task(some())
+        for _ in range(PARALLEL_CALLS):
+            group.create_task(make_calls())
 
 
 @pytest.mark.parametrize("name", SERVERS)
-async def test_bytes_that_are_no_grpc(name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_bytes_that_are_not_grpc(name: str, caplog: pytest.LogCaptureFixture) -> None:
     rng = dice(f"bytes {name}")
     async with SERVERS[name]() as server, undisturbed(server, caplog):
-        method = rng.choice(sorted(server.services))
+        method = rng.choice(sorted(server.methods))
         kinds = [
             garbage, truncated_preface, random_frames, huge_length, hostile_call(method.encode()),
             another_protocol,
@@ -296,12 +310,12 @@ async def test_bytes_that_are_no_grpc(name: str, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("name", SERVERS)
-async def test_a_path_that_is_no_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """grpcio ends the call, and logs it, before it is ours; from 1.84 on it ends the server."""
+async def test_a_path_that_is_not_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """grpcio itself ends and logs such a call. From version 1.84 on, it would end the server."""
     rng = dice(f"path {name}")
     async with (
         SERVERS[name]() as server,
-        undisturbed(server, caplog, but="grpc._cython.cygrpc"),
+        undisturbed(server, caplog, ignored_logger="grpc._cython.cygrpc"),
     ):
         strangers = Strangers("127.0.0.1", server.port, rng)
         await strangers.storm([hostile_call(b"/\xff\xfe/Generate", sound=True)], 3)
@@ -315,34 +329,34 @@ async def test_calls_with_random_messages_methods_and_metadata(
     rng = dice(f"calls {name}")
 
     async def call(server: Server, channel: grpc.aio.Channel) -> None:
-        ours = sorted(server.services)
+        ours = sorted(server.methods)
         request = rng.randbytes(rng.choice([0, 1, 5, 100, 10_000]))
         match rng.choice(["message", "message", "method", "health", "size", "metadata"]):
             case "message":
-                await _hostile(server, channel, rng.choice(ours), request)
+                await _call_hostile(server, channel, rng.choice(ours), request)
             case "method":
                 service = rng.choice([SERVICE, "baton.v1.Nothing", hostile_text(rng)[:50]])
                 method = f"/{service}/{rng.choice(['Generate2', '', 'x' * 300])}"
                 method = method.encode("ascii", "replace").decode().replace("\0", "0")
                 method = "".join(char if char.isprintable() else "?" for char in method)
-                await _hostile(server, channel, method, request, allowed={Code.UNIMPLEMENTED})
+                await _call_hostile(server, channel, method, request, allowed={Code.UNIMPLEMENTED})
             case "health":
                 method = rng.choice([f"/{HEALTH}/Check", f"/{HEALTH}/Watch"])
-                # A service of any name is watched until the deadline.
-                await _hostile(server, channel, method, request, timeout_s=0.2)
+                # Watch of a service with any name runs until the deadline.
+                await _call_hostile(server, channel, method, request, timeout_s=0.2)
             case "size":
-                await _hostile(server, channel, rng.choice(ours), bytes(MAX_MESSAGE_BYTES + 1))
+                await _call_hostile(server, channel, rng.choice(ours), bytes(MAX_MESSAGE_BYTES + 1))
             case "metadata":
                 size = rng.choice([10, 7000, 20_000, 100_000])
                 metadata = (("x-bin", rng.randbytes(size)), ("grpc-x", "y" * (size // 20)))
-                await _hostile(server, channel, rng.choice(ours), request, metadata=metadata)
+                await _call_hostile(server, channel, rng.choice(ours), request, metadata=metadata)
 
     async with (
         SERVERS[name]() as server,
         undisturbed(server, caplog),
         grpc.aio.insecure_channel(server.target) as channel,
     ):
-        await _at_once(lambda: call(server, channel) for _ in range(CALLS))
+        await _run_in_parallel(lambda: call(server, channel) for _ in range(CALLS))
     print(server.codes)
     assert server.codes[Code.INVALID_ARGUMENT]
     assert server.codes[Code.UNIMPLEMENTED]
@@ -354,7 +368,7 @@ def _prompt_of(message: Any) -> Any:
 
 
 def _plausible(kind: type[Message], rng: random.Random) -> Message:
-    """A request that would be served."""
+    """Return a request that the server would serve."""
     message = kind()
     names = message.DESCRIPTOR.fields_by_name
     if "key" in names:
@@ -371,21 +385,21 @@ async def test_requests_with_hostile_fields(name: str, caplog: pytest.LogCapture
     rng = dice(f"fields {name}")
 
     async def call(server: Server, channel: grpc.aio.Channel) -> None:
-        method, kind = rng.choice(sorted(server.services.items()))
+        method, kind = rng.choice(sorted(server.methods.items()))
         message = _plausible(kind, rng) if rng.random() < 0.7 else kind()
         scramble(message, rng, rng.choice([0.05, 0.1, 0.3, 0.7]))
         request = message.SerializeToString()
         if rng.random() < 0.2:
             request = damaged(request, rng)
-        await _hostile(server, channel, method, request, leave_early=rng.random() < 0.2)
+        await _call_hostile(server, channel, method, request, cancel_early=rng.random() < 0.2)
 
     async def huge(server: Server, channel: grpc.aio.Channel) -> None:
-        """As much as fits into a message, in one field."""
-        for method, kind in server.services.items():
+        """Fill one field until the message is nearly as large as allowed."""
+        for method, kind in server.methods.items():
             message = _plausible(kind, rng)
             if "token_ids" in message.DESCRIPTOR.fields_by_name:
                 _prompt_of(message).extend([1] * 1_000_000)
-                await _hostile(server, channel, method, message.SerializeToString())
+                await _call_hostile(server, channel, method, message.SerializeToString())
 
     async with (
         SERVERS[name]() as server,
@@ -393,7 +407,7 @@ async def test_requests_with_hostile_fields(name: str, caplog: pytest.LogCapture
         grpc.aio.insecure_channel(server.target) as channel,
     ):
         calls = [lambda: call(server, channel)] * CALLS + [lambda: huge(server, channel)]
-        await _at_once(calls)
+        await _run_in_parallel(calls)
     print(server.codes)
     assert server.codes[Code.OK]
     assert server.codes[Code.INVALID_ARGUMENT]

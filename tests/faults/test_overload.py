@@ -1,4 +1,4 @@
-"""More requests than the cluster can serve, in virtual time: what it does is still done in time.
+"""Under overload, the cluster still serves its peak rate in time. Runs in virtual time.
 
 ``bench.overload`` measures the same with real processes.
 """
@@ -26,64 +26,65 @@ from tests.support.virtual_time import elapse, run_virtually
 pytestmark = pytest.mark.timeout(300)
 
 OK = grpc.StatusCode.OK
-PROMPT, OUTPUT = 10, 20  # tokens; a request needs 8 of the 4-token blocks
+PROMPT_TOKENS, OUTPUT_TOKENS = 10, 20  # a request needs 8 KV blocks of 4 tokens
 LATENCY = FakeLatency(prefill_ms_per_token=2.0, decode_step_ms=5.0, transfer_ms=5.0)
-PEAK_S = 20.0
-TIMES = 10
-OVER_S = 20.0
+PEAK_S = 20.0  # how long the peak rate is measured
+OVERLOAD_FACTOR = 10  # offered rate over the peak rate
+OVERLOAD_S = 20.0
 AFTER_S = 10.0
-RECOVERY_S = 2.0
+RECOVERY_S = 2.0  # after the overload; then requests must be as fast as before it
 
 
 @dataclass
 class Run:
-    """One cluster under load, and what became of the requests.
+    """One cluster under load, with its clients.
 
     Args:
-        decode_blocks: of KV, in the decode worker.
+        decode_blocks: KV blocks of the decode worker.
     """
 
     cluster: SimCluster
     decode_blocks: int
     clients: list[SimClient] = field(default_factory=list)
-    most_queued: int = 0  # requests that waited for KV in the decode engine
+    most_queued: int = 0  # most requests that waited for KV in the decode engine at one time
 
     def __post_init__(self) -> None:
         self.prefill = self.cluster.add(Pool.PREFILL, LATENCY, limit=256, kv_blocks=4096)
         self.decode = self.cluster.add(Pool.DECODE, LATENCY, 256, self.decode_blocks)
 
-    async def one(self, deadline_s: float, service_class: str = "") -> SimClient:
+    async def send(self, timeout_s: float, service_class: str = "") -> SimClient:
+        """Send one request and wait for its end."""
         rng = self.cluster.rng
         request = inference_pb2.GenerateRequest(service_class=service_class)
-        request.token_ids.ids.extend(rng.randrange(3, 200) for _ in range(PROMPT))
-        request.sampling.max_tokens = OUTPUT
-        client = SimClient(request, self.cluster.clock, self.cluster.living_routers, deadline_s)
+        request.token_ids.ids.extend(rng.randrange(3, 200) for _ in range(PROMPT_TOKENS))
+        request.sampling.max_tokens = OUTPUT_TOKENS
+        client = SimClient(request, self.cluster.clock, self.cluster.living_routers, timeout_s)
         self.clients.append(client)
         await client.call(self.cluster.routers[0])
         return client
 
-    async def closed(self, clients: int, seconds: float) -> float:
-        """Requests per second that so many clients get done, each one after the other."""
+    async def closed_loop(self, clients: int, seconds: float) -> float:
+        """Return the requests per second of clients that each send one request after the other."""
         end_s = self.cluster.clock() + seconds
 
         async def loop() -> int:
             count = 0
             while self.cluster.clock() < end_s:
-                await self.one(1000)
+                await self.send(1000)
                 count += 1
             return count
 
         return sum(await asyncio.gather(*(loop() for _ in range(clients)))) / seconds
 
-    async def open(
-        self, rate: float, seconds: float, deadline_s: float, *, service_class: str = ""
+    async def open_loop(
+        self, rate: float, seconds: float, timeout_s: float, *, service_class: str = ""
     ) -> list[SimClient]:
-        """Requests that come by themselves."""
+        """Send ``rate`` requests per second on average, however many are still running."""
         tasks = []
         end_s = self.cluster.clock() + seconds
         while self.cluster.clock() < end_s:
             await elapse(self.cluster.rng.expovariate(rate))
-            tasks.append(asyncio.create_task(self.one(deadline_s, service_class)))
+            tasks.append(asyncio.create_task(self.send(timeout_s, service_class)))
             self.most_queued = max(self.most_queued, self.decode.engine.load().queue_depth)
         return await asyncio.gather(*tasks)
 
@@ -93,13 +94,13 @@ def ended_well(clients: list[SimClient]) -> list[SimClient]:
 
 
 def check_each(clients: list[SimClient]) -> None:
-    """Each ended once, by its deadline, in all of its tokens or before its first one."""
+    """Check that each request ended once, by its deadline, in all of its tokens or in a refusal."""
     for client in clients:
         ((code, reason),) = client.statuses
         assert client.ended_s <= client.deadline_s + 0.001
         tokens = tuple(token for each in client.responses for token in each.token_ids)
         if code is OK:
-            assert tokens == next_tokens(client.request.token_ids.ids, OUTPUT)
+            assert tokens == next_tokens(client.request.token_ids.ids, OUTPUT_TOKENS)
         else:
             assert reason in {"QUEUE_FULL", "QUEUE_TIMEOUT", "WOULD_BE_LATE", "DEADLINE_EXCEEDED"}
 
@@ -111,10 +112,10 @@ def check_empty(worker: SimWorker) -> None:
 
 @pytest.mark.parametrize("decode_blocks", [4096, 64], ids=["prefill-bound", "decode-bound"])
 @pytest.mark.parametrize(
-    ("deadline_s", "queue_timeout_s"), [(10.0, 1.0), (1.0, 30.0)], ids=["short-queue", "short-time"]
+    ("timeout_s", "queue_timeout_s"), [(10.0, 1.0), (1.0, 30.0)], ids=["short-queue", "short-time"]
 )
 def test_overload_costs_no_goodput(
-    decode_blocks: int, deadline_s: float, queue_timeout_s: float
+    decode_blocks: int, timeout_s: float, queue_timeout_s: float
 ) -> None:
     async def run() -> None:
         limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, queue_timeout_s)})
@@ -122,21 +123,23 @@ def test_overload_costs_no_goodput(
         async with SimCluster(random.Random(1), limits, placement) as cluster:
             run = Run(cluster, decode_blocks)
             await elapse(1)
-            peak = await run.closed(16, PEAK_S)
-            normal = await run.open(peak / 2, AFTER_S, deadline_s)
-            slowest_s = max(first_s(each) for each in normal)
+            peak = await run.closed_loop(16, PEAK_S)
+            normal = await run.open_loop(peak / 2, AFTER_S, timeout_s)
+            slowest_s = max(ttft_s(each) for each in normal)
             begin_s = cluster.clock()
-            over = asyncio.create_task(run.open(TIMES * peak, OVER_S, deadline_s))
-            await elapse(OVER_S + RECOVERY_S)
-            after = await run.open(peak / 2, AFTER_S, deadline_s)
+            over = asyncio.create_task(run.open_loop(OVERLOAD_FACTOR * peak, OVERLOAD_S, timeout_s))
+            await elapse(OVERLOAD_S + RECOVERY_S)
+            after = await run.open_loop(peak / 2, AFTER_S, timeout_s)
             over_clients = await over
-            done = [each for each in ended_well(over_clients) if each.ended_s < begin_s + OVER_S]
+            done = [
+                each for each in ended_well(over_clients) if each.ended_s < begin_s + OVERLOAD_S
+            ]
             reasons = Counter(each.statuses[0] for each in over_clients)
-            assert len(done) / OVER_S >= 0.9 * peak, (peak, len(done) / OVER_S, reasons)
+            assert len(done) / OVERLOAD_S >= 0.9 * peak, (peak, len(done) / OVERLOAD_S, reasons)
             check_each(run.clients)
             assert ended_well(after) == after
-            assert max(first_s(each) for each in after) <= 2 * slowest_s
-            # Who is let in has its KV blocks, those included that it will grow into.
+            assert max(ttft_s(each) for each in after) <= 2 * slowest_s
+            # Admission counts the KV blocks that a request will need, so none waits for them.
             assert run.most_queued == 0
         check_empty(run.prefill)
         check_empty(run.decode)
@@ -144,8 +147,8 @@ def test_overload_costs_no_goodput(
     run_virtually(run(), 1)
 
 
-def test_what_becomes_slower_is_begun_sooner() -> None:
-    """At first deadlines pass while requests run, so that nobody who ends well tells of it."""
+def test_a_slower_worker_still_serves_its_peak_rate_in_time() -> None:
+    """Requests miss their deadlines at first, so no completed one shows the router the change."""
 
     async def run() -> None:
         limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, 30)})
@@ -153,20 +156,22 @@ def test_what_becomes_slower_is_begun_sooner() -> None:
         async with SimCluster(random.Random(1), limits, placement) as cluster:
             run = Run(cluster, 4096)
             await elapse(1)
-            peak = await run.closed(16, PEAK_S)
-            over = asyncio.create_task(run.open(3 * peak, 20, 1.0))
+            peak = await run.closed_loop(16, PEAK_S)
+            over = asyncio.create_task(run.open_loop(3 * peak, 20, 1.0))
             await elapse(10)
-            run.decode.slowness = 6.0  # an answer takes 0.9 s
-            slow_s = cluster.clock() + 3
+            run.decode.slowness = 6.0  # an answer now takes 0.9 s
+            adapted_s = cluster.clock() + 3
             clients = await over
             check_each(clients)
-            done = [each for each in ended_well(clients) if slow_s < each.ended_s < slow_s + 7]
+            done = [
+                each for each in ended_well(clients) if adapted_s < each.ended_s < adapted_s + 7
+            ]
             assert len(done) / 7 >= 0.9 * peak
 
     run_virtually(run(), 1)
 
 
-def first_s(client: SimClient) -> float:
+def ttft_s(client: SimClient) -> float:
     return client.first_s - client.began_s
 
 
@@ -180,7 +185,8 @@ def test_classes_share_an_overloaded_cluster_by_weight() -> None:
             run = Run(cluster, 4096)
             await elapse(1)
             many, few = await asyncio.gather(
-                run.open(200, OVER_S, 100), run.open(200, OVER_S, 100, service_class="few")
+                run.open_loop(200, OVERLOAD_S, 100),
+                run.open_loop(200, OVERLOAD_S, 100, service_class="few"),
             )
             check_each(run.clients)
             ratio = len(ended_well(many)) / len(ended_well(few))

@@ -1,6 +1,6 @@
-"""Faults in a cluster with real engines, under streams whose every token is known.
+"""Faults in a cluster with real engines, during streams whose tokens are known.
 
-One cluster serves all tests, and each waits until it is whole again; the last one ends it.
+The tests share one cluster. Each waits until it is whole again, except for the last, which ends it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 
 from cluster.local import reaper
 from core.types import Pool
-from tests.e2e.conftest import random_prompt
 from tests.support import live_cluster
 from tests.support.live_cluster import SILENCE_S, LiveCluster
 from tests.support.process_faults import (
@@ -35,12 +34,13 @@ from tests.support.process_faults import (
     StopWorker,
     title,
 )
+from tests.support.prompts import random_prompt
 from tests.support.stream_load import (
     REFUSALS,
     ROUTER_GONE,
-    Ask,
     Load,
     Outcome,
+    PlannedRequest,
     check_ended_well,
     check_sequence,
     check_tokens,
@@ -48,9 +48,10 @@ from tests.support.stream_load import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-# float32: batching alone changes the last bits of bfloat16, and with them now and then a token.
-# Without a prefix cache the prefill worker has as much to do with a prompt each time. Engines that
-# have all cores delay a write to the journal, and what is not in there cannot be resumed.
+# dtype: in bfloat16, batching alone changes the last bits and sometimes a token.
+# enable_prefix_caching: without a cache, a repeated prompt costs the prefill worker as much again.
+# journal_patience_s: engines that use all cores delay writes to the journal, and a stream can be
+# resumed only from what was written.
 CONFIG = """\
 model: {dtype: float32, max_model_len: 2048}
 router: {port: 0, journal_patience_s: 1}
@@ -65,11 +66,11 @@ decode:
   engine: {max_num_batched_tokens: 256}
 """
 SIZES = {Pool.PREFILL: 1, Pool.DECODE: 2}
-WHOLE_S = 120.0
+WHOLE_S = 120.0  # until all workers are replaced and idle
 
-STREAMS = [Ask(tuple(random_prompt(40 + 30 * n, 200 + n)), 150) for n in range(4)]
-SHORT = [Ask(tuple(random_prompt(30, 400 + n)), 8) for n in range(2)]
-LONG_PROMPTS = [Ask(tuple(random_prompt(1200, 300 + n)), 10) for n in range(2)]
+STREAMS = [PlannedRequest(tuple(random_prompt(40 + 30 * n, 200 + n)), 150) for n in range(4)]
+SHORT = [PlannedRequest(tuple(random_prompt(30, 400 + n)), 8) for n in range(2)]
+LONG_PROMPTS = [PlannedRequest(tuple(random_prompt(1200, 300 + n)), 10) for n in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveCluster]:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The undisturbed cluster."""
+    """What the undisturbed cluster answers and has open."""
 
-    answers: Mapping[Ask, Sequence[int]]
-    files: Counter[str]  # open when it is idle again
+    answers: Mapping[PlannedRequest, Sequence[int]]  # token ids
+    files: Counter[str]  # open files of the idle cluster, by process
 
 
 @pytest.fixture(scope="module")
@@ -95,27 +96,32 @@ def reference(cluster: LiveCluster) -> Reference:
     for outcome in outcomes:
         check_ended_well(outcome)
     cluster.wait_whole(WHOLE_S)
-    answers = {outcome.ask: outcome.token_ids for outcome in outcomes}
+    answers = {outcome.request: outcome.token_ids for outcome in outcomes}
     return Reference(answers, cluster.files())
 
 
-def run(cluster: LiveCluster, asks: Sequence[Ask]) -> list[Outcome]:
-    """All of them at a time."""
-    with Load(cluster.state.address, [[ask] for ask in asks]) as load:
+def run(cluster: LiveCluster, requests: Sequence[PlannedRequest]) -> list[Outcome]:
+    """Send all requests at once and wait for their ends."""
+    with Load(cluster.state.address, each_alone(requests)) as load:
         pass
     return load.outcomes
+
+
+def each_alone(requests: Sequence[PlannedRequest]) -> list[list[PlannedRequest]]:
+    """Plans by which each request has a client of its own."""
+    return [[request] for request in requests]
 
 
 def check(outcomes: Sequence[Outcome], reference: Reference) -> None:
     for outcome in outcomes:
         check_sequence(outcome)
-        check_tokens(outcome, reference.answers[outcome.ask])
+        check_tokens(outcome, reference.answers[outcome.request])
         check_ended_well(outcome)
 
 
 def check_whole_again(cluster: LiveCluster, reference: Reference) -> None:
-    """As before: each worker there and idle, no process and no file more, and requests are
-    served."""
+    """Check that all workers are idle, that no process or file is left over, and that the cluster
+    serves requests."""
     cluster.wait_whole(WHOLE_S)
     outcomes = run(cluster, SHORT)
     check(outcomes, reference)
@@ -123,14 +129,14 @@ def check_whole_again(cluster: LiveCluster, reference: Reference) -> None:
     cluster.wait_files(reference.files)
 
 
-def attempts(outcomes: Sequence[Outcome], asks: Sequence[Ask]) -> list[int]:
-    return sorted(outcome.attempts for outcome in outcomes if outcome.ask in asks)
+def sorted_attempts(outcomes: Sequence[Outcome]) -> list[int]:
+    return sorted(outcome.attempts for outcome in outcomes)
 
 
 @pytest.mark.parametrize(
     "faults",
     [
-        # First the controller: the new one has all workers to replace that die later.
+        # KillController is first, so that the new controller replaces the workers that die below.
         (KillController(), KillStore(), StopStore()),
         (StallWorker(Pool.DECODE),),
         (JumpClock(), SilenceWorker(Pool.DECODE, 1.0), SilenceWorker(Pool.PREFILL, 1.0)),
@@ -140,12 +146,12 @@ def attempts(outcomes: Sequence[Outcome], asks: Sequence[Ask]) -> list[int]:
 def test_streams_do_not_notice(
     cluster: LiveCluster, reference: Reference, faults: Sequence[Fault]
 ) -> None:
-    with Load(cluster.state.address, [[ask] for ask in STREAMS]) as load:
+    with Load(cluster.state.address, each_alone(STREAMS)) as load:
         for number, fault in enumerate(faults, 1):
             load.wait_for_tokens(20 * number)
             fault.strike(cluster)
     check(load.outcomes, reference)
-    assert attempts(load.outcomes, STREAMS) == [1, 1, 1, 1]
+    assert sorted_attempts(load.outcomes) == [1, 1, 1, 1]
     check_whole_again(cluster, reference)
 
 
@@ -163,17 +169,17 @@ def test_streams_do_not_notice(
             SilenceWorker(Pool.PREFILL, 2 * SILENCE_S),
         ),
     ],
-    ids=lambda fault: title(fault) if fault else "nothing more",
+    ids=lambda fault: title(fault) if fault else "no prefill fault",
 )
-def test_streams_go_on_elsewhere_and_prompts_wait(
+def test_streams_move_to_another_decode_worker_and_prompts_wait(
     cluster: LiveCluster, reference: Reference, decode_fault: Fault, prefill_fault: Fault | None
 ) -> None:
-    """The prefill worker is hit while the decode worker is still being replaced."""
-    with Load(cluster.state.address, [[ask] for ask in STREAMS]) as load:
+    """The prefill worker fails while the decode worker is still being replaced."""
+    with Load(cluster.state.address, each_alone(STREAMS)) as load:
         load.wait_for_tokens(20)
         decode_fault.strike(cluster)
     check(load.outcomes, reference)
-    moved = attempts(load.outcomes, STREAMS)
+    moved = sorted_attempts(load.outcomes)
     assert set(moved) <= {1, 2}
     assert moved[-1] == 2
     if prefill_fault is not None:
@@ -182,24 +188,24 @@ def test_streams_go_on_elsewhere_and_prompts_wait(
 
 
 def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> None:
-    """There is one prefill worker: prompts that it has begun wait for the next one."""
-    with Load(cluster.state.address, [[ask] for ask in STREAMS[:2]]) as streams:
+    """Prompts that the only prefill worker has begun wait for the next one."""
+    with Load(cluster.state.address, each_alone(STREAMS[:2])) as streams:
         streams.wait_for_tokens(5)
-        with Load(cluster.state.address, [[ask] for ask in LONG_PROMPTS]) as prompts:
+        with Load(cluster.state.address, each_alone(LONG_PROMPTS)) as prompts:
             cluster.wait(
                 lambda: any(each.load.running for each in cluster.workers(Pool.PREFILL)),
-                "the prefill worker is at work",
+                "the prefill worker computes",
             )
             fault.strike(cluster)
     check(streams.outcomes + prompts.outcomes, reference)
-    assert attempts(streams.outcomes, STREAMS) == [1, 1]
-    assert attempts(prompts.outcomes, LONG_PROMPTS)[-1] > 1
+    assert sorted_attempts(streams.outcomes) == [1, 1]
+    assert sorted_attempts(prompts.outcomes)[-1] > 1
 
 
 def test_a_hung_prefill_engine_is_found_and_replaced(
     cluster: LiveCluster, reference: Reference
 ) -> None:
-    """Meanwhile a decode worker that waits for its KV gives up and reads the prompt itself."""
+    """Meanwhile, a decode worker that waits for KV gives up and computes the prompt itself."""
     (hung,) = cluster.workers(Pool.PREFILL)
     StopEngine(Pool.PREFILL).strike(cluster)
     check(run(cluster, STREAMS), reference)
@@ -210,23 +216,24 @@ def test_a_hung_prefill_engine_is_found_and_replaced(
     check_whole_again(cluster, reference)
 
 
-def test_clients_go_on_with_the_next_router(cluster: LiveCluster, reference: Reference) -> None:
-    with Load(cluster.state.address, [[ask] for ask in STREAMS], REFUSALS | ROUTER_GONE) as load:
+def test_clients_resume_at_the_next_router(cluster: LiveCluster, reference: Reference) -> None:
+    with Load(cluster.state.address, each_alone(STREAMS), REFUSALS | ROUTER_GONE) as load:
         load.wait_for_tokens(20)
         KillRouter().strike(cluster)
     check(load.outcomes, reference)
     check_whole_again(cluster, reference)
 
 
+@pytest.mark.ends_cluster
 def test_streams_end_before_the_cluster_that_lost_ray(
     cluster: LiveCluster, reference: Reference
 ) -> None:
     cluster_id = cluster.state.cluster_id
-    with Load(cluster.state.address, [[ask] for ask in STREAMS]) as load:
+    with Load(cluster.state.address, each_alone(STREAMS)) as load:
         load.wait_for_tokens(20)
         KillGcs().strike(cluster)
     check(load.outcomes, reference)
-    assert attempts(load.outcomes, STREAMS) == [1, 1, 1, 1]
+    assert sorted_attempts(load.outcomes) == [1, 1, 1, 1]
     assert cluster.process.wait(live_cluster.STOP_S) == 1
     assert "Ray ended unexpectedly" in cluster.output()
     cluster.wait(lambda: not reaper.find(cluster_id), "no process is left", 15)

@@ -1,8 +1,8 @@
 """Thousands of schedules of the router's dispatch, in virtual time.
 
-Each seed is a cluster, a load and a series of faults. Whatever happens, a request that nobody
-cancelled and whose deadline is far ends in exactly the tokens of an undisturbed run; the others
-end exactly once, in time and with a status. After the faults nothing is held anywhere.
+Each seed makes a cluster, a load and a series of faults. A request that its client does not cancel
+and whose deadline is far ends in exactly the tokens of an undisturbed run. Every other request ends
+exactly once, in time and with a status. After the faults, no KV block, call or task is left.
 
 ``BATON_SCHEDULE_SEED=n`` runs one seed alone.
 """
@@ -30,28 +30,25 @@ from tests.support.virtual_time import elapse, run_virtually
 
 OK, CANCELLED = grpc.StatusCode.OK, grpc.StatusCode.CANCELLED
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
-# Refused before anything was done for the request: the client may come again, and does.
+# Refusals before the router did anything for the request. The client sends it again.
 REFUSALS = {
     *("NO_PREFILL_WORKER", "NO_DECODE_WORKER", "QUEUE_FULL", "QUEUE_TIMEOUT", "OVERLOADED"),
-    *(
-        REQUEST_IN_FLIGHT,
-        "DUPLICATE_REQUEST_ID",
-        "REGISTRY_UNAVAILABLE",
-    ),  # its router may not know yet that it is gone
+    # The request may still count as running at its former router, or the store is away.
+    *(REQUEST_IN_FLIGHT, "DUPLICATE_REQUEST_ID", "REGISTRY_UNAVAILABLE"),
 }
-FAR_S = 200.0
+FAR_S = 200.0  # a deadline that no schedule reaches
 SEEDS = 3000
-CHUNK = 150
+SEEDS_PER_TEST = 150
 
 
 class Fault(Protocol):
     async def strike(self, cluster: SimCluster) -> None:
-        """Happen, and be over when this returns."""
+        """Cause the fault. Return when it is over."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """kill -9 of one worker; another one starts in its place."""
+    """One worker is killed with kill -9. Another one replaces it."""
 
     pool: Pool
     start_s: float
@@ -65,7 +62,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Stop:
-    """SIGSTOP of one worker, and SIGCONT."""
+    """One worker gets SIGSTOP, and later SIGCONT."""
 
     pool: Pool
     for_s: float
@@ -80,7 +77,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Hang:
-    """One worker stops for good; another one starts in its place."""
+    """One worker hangs for good. Another one replaces it."""
 
     pool: Pool
     start_s: float
@@ -108,7 +105,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class SlowLink:
-    """What one worker says and hears takes long."""
+    """Messages to and from one worker take long."""
 
     pool: Pool
     for_s: float
@@ -123,7 +120,7 @@ class SlowLink:
 
 @dataclass(frozen=True)
 class Drain:
-    """One worker leaves, another one comes before it."""
+    """One worker drains. Another one has joined before."""
 
     pool: Pool
     grace_s: float
@@ -160,7 +157,7 @@ class StoreSlow:
 
 @dataclass(frozen=True)
 class RegistryEmptied:
-    """Redis starts again and knows nobody."""
+    """Redis restarts and has lost all leases."""
 
     async def strike(self, cluster: SimCluster) -> None:
         for name in cluster.workers:
@@ -171,7 +168,7 @@ class RegistryEmptied:
 
 @dataclass(frozen=True)
 class KillRouter:
-    """kill -9 of one router; another one starts in its place."""
+    """One router is killed with kill -9. Another one replaces it."""
 
     start_s: float
 
@@ -206,16 +203,16 @@ def random_client(cluster: SimCluster, number: int) -> SimClient:
     request.token_ids.ids.extend(rng.randrange(3, 200) for _ in range(rng.randint(1, 20)))
     request.sampling.max_tokens = rng.randint(1, 30)
     if rng.random() < 0.2:
-        request.sampling.min_tokens = 1  # the first token comes with the decode stream
+        request.sampling.min_tokens = 1  # the decode worker samples the first token
     request.service_class = rng.choice(("", "", "second"))
     timeout_s = rng.choice((0.0, 0.03, 0.3)) if rng.random() < 0.15 else FAR_S
-    write_s = rng.choice((0.0, 0.0, 0.0, 0.02))
-    return SimClient(request, cluster.clock, cluster.living_routers, timeout_s, write_s)
+    read_s = rng.choice((0.0, 0.0, 0.0, 0.02))
+    return SimClient(request, cluster.clock, cluster.living_routers, timeout_s, read_s)
 
 
 async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) -> None:
-    """As an application: comes again when it was refused or its router died, and cancels when it
-    loses patience."""
+    """Call as an application does: again after a refusal or the router's death, and cancel after
+    ``patience_s``."""
     calling: asyncio.Task[None] | None = None
     try:
         async with asyncio.timeout(patience_s):
@@ -223,7 +220,7 @@ async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) 
                 if routers := cluster.living_routers():
                     calling = asyncio.create_task(client.call(cluster.rng.choice(routers)))
                     await calling
-                    if not comes_again(client):
+                    if not should_call_again(client):
                         return
                     client.statuses.pop()
                 await elapse(0.2)
@@ -232,26 +229,27 @@ async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) 
             await asyncio.gather(calling, return_exceptions=True)
 
 
-def comes_again(client: SimClient) -> bool:
+def should_call_again(client: SimClient) -> bool:
+    """Whether an application calls again after the last status. Sets ``resumes`` for that call."""
     code, reason = client.statuses[-1]
     if code is grpc.StatusCode.UNAVAILABLE and reason == CONNECTION_LOST:
         client.resumes = True
         return True
     if reason == NOT_RESUMABLE and not client.responses:
-        client.resumes = False  # its router died before it had written anything
+        client.resumes = False  # the router died before it had written to the journal
         return True
     return reason in REFUSALS and code is not LATE and reason != WOULD_BE_LATE
 
 
 def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None:
-    """Exactly once, in time, and with no token but the right ones."""
+    """Check that the request ended exactly once, in time, and that no token is wrong."""
     expected = next_tokens(client.request.token_ids.ids, client.request.sampling.max_tokens)
     assert [each.sequence for each in client.responses] == list(range(len(client.responses)))
     tokens = tuple(token for each in client.responses for token in each.token_ids)
     assert tokens == expected[: len(tokens)]
     finishes = [each.finish_reason for each in client.responses if each.finish_reason]
     if not client.statuses:
-        assert gave_up, "it waits to come again"
+        assert gave_up, "the request has no status"
         return
     ((code, reason),) = client.statuses
     assert client.ended_s <= client.deadline_s + 0.001
@@ -260,20 +258,21 @@ def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None
         assert len(finishes) == 1
         assert client.responses[-1].finish_reason
     elif reason == NOT_RESUMABLE:
-        assert store_failed, "or the journal would have it"
+        assert store_failed, "the journal lost the request"
     elif code is LATE:
         assert client.deadline_s - client.ended_s < 0.001
-        assert client.timeout_s < FAR_S, "nothing takes that long"
+        assert client.timeout_s < FAR_S, "a far deadline was missed"
     elif reason == WOULD_BE_LATE:
-        assert not tokens, "it was refused before it began"
-        assert client.timeout_s < FAR_S, "nothing takes that long"
+        assert not tokens, "a request with tokens was refused"
+        assert client.timeout_s < FAR_S, "a far deadline was missed"
     else:
         assert gave_up
-        # Lost: its router died just when it gave up.
+        # CONNECTION_LOST: the router died just when the client gave up.
         assert code is CANCELLED or reason in REFUSALS | {CONNECTION_LOST}, (code, reason)
 
 
 def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[object]]) -> None:
+    """Check that no worker, router or task still works on a request."""
     for worker in cluster.workers.values():
         assert not worker.calls, worker.record.id
         if worker.alive:
@@ -285,11 +284,11 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
             assert router.ledger.own_load(key).requests == 0
     for router in cluster.routers:
         assert router.admission.running == router.admission.waiting == 0
-    more = asyncio.all_tasks() - tasks_before
-    assert not more, more
+    left = asyncio.all_tasks() - tasks_before
+    assert not left, left
 
 
-async def one_run(seed: int) -> None:
+async def run_schedule(seed: int) -> None:
     rng = random.Random(seed)
     limits = AdmissionLimits(
         max_concurrent=rng.choice((2, 16)),
@@ -305,13 +304,13 @@ async def one_run(seed: int) -> None:
         for _ in range(rng.randrange(2)):
             await cluster.add_router()
         await elapse(1)
-        standing = asyncio.all_tasks()
+        tasks_before = asyncio.all_tasks()
         clients = [random_client(cluster, n) for n in range(rng.randint(1, 8))]
         patience_s = [
             rng.choice((0.0, 0.05, 0.5)) if rng.random() < 0.2 else 3 * FAR_S for _ in clients
         ]
 
-        async def load(client: SimClient, patience_s: float) -> None:
+        async def start_client(client: SimClient, patience_s: float) -> None:
             await elapse(rng.choice((0.0, 0.1, 3.0)))
             await run_client(cluster, client, patience_s)
 
@@ -322,7 +321,7 @@ async def one_run(seed: int) -> None:
         faults = [random_fault(rng) for _ in range(rng.randint(0, 5))]
         await asyncio.gather(
             *(strike(fault) for fault in faults),
-            *(load(*each) for each in zip(clients, patience_s, strict=True)),
+            *(start_client(*each) for each in zip(clients, patience_s, strict=True)),
         )
         store_failed = any(
             isinstance(fault, RegistryAway | RegistryEmptied | StoreSlow) for fault in faults
@@ -332,21 +331,21 @@ async def one_run(seed: int) -> None:
         for router in cluster.living_routers():
             await router.handler.drained()
         await elapse(SETTLE_S)
-        check_nothing_left(cluster, standing | cluster.standing_tasks())
+        check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
 
 
 def seeds() -> list[range]:
     if "BATON_SCHEDULE_SEED" in os.environ:
         seed = int(os.environ["BATON_SCHEDULE_SEED"])
         return [range(seed, seed + 1)]
-    return [range(first, first + CHUNK) for first in range(0, SEEDS, CHUNK)]
+    return [range(first, first + SEEDS_PER_TEST) for first in range(0, SEEDS, SEEDS_PER_TEST)]
 
 
 @pytest.mark.parametrize("chunk", seeds(), ids=lambda chunk: f"from-{chunk.start}")
 def test_no_schedule_loses_a_request(chunk: range) -> None:
     for seed in chunk:
         try:
-            run_virtually(one_run(seed), seed)
+            run_virtually(run_schedule(seed), seed)
         except BaseException as error:
             error.add_note(f"BATON_SCHEDULE_SEED={seed}")
             raise

@@ -1,7 +1,7 @@
-"""Real engines stop computing what nobody wants any more; the embedded model, whose steps are so
-long that an abort always comes while one runs.
+"""Real engines stop computing cancelled requests.
 
-How far a prefill came is the prefix cache's to say: it has each block of a step that was scheduled.
+The tests use the embedded model. Its steps take so long that an abort always comes during a step.
+The prefix cache shows how far a prefill came: it has each block of every scheduled step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import pytest_asyncio
 from baton.v1 import inference_pb2 as pb
 from engine.protocol import KvSend
 from engine.vllm.engine import VllmEngine
-from tests.support.two_engines import Engines, random_prompt, two_engines
+from tests.support.prompts import random_prompt
+from tests.support.two_engines import Engines, two_engines
 from tests.support.waiting import until
 
 pytestmark = [
@@ -26,9 +27,9 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-CHUNK_TOKENS = 128  # a step of the prefill engine, and a block
+CHUNK_TOKENS = 128  # per step of the prefill engine, and per KV block
 CHUNKS = 14
-LONG = CHUNKS * CHUNK_TOKENS + 1
+LONG_TOKENS = CHUNKS * CHUNK_TOKENS + 1
 MANY_TOKENS = pb.SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
@@ -42,24 +43,24 @@ async def engines() -> AsyncIterator[Engines]:
         "decode.engine": {"block_size": CHUNK_TOKENS},
     }
     async with two_engines(overrides, "01") as engines:
-        await engines.streamed(random_prompt(10, 0))  # makes the pair
+        await engines.streamed(random_prompt(10, 0))  # connects the engines
         yield engines
 
 
-class Request:
-    """One that both engines work on, until it is cancelled."""
+class RunningRequest:
+    """A request that runs on both engines until it is cancelled."""
 
     def __init__(self, engines: Engines, prompt: list[int]) -> None:
         self._engines = engines
         self._key = f"{uuid4().hex}#1"
-        read, key, receive = engines.read, self._key, engines.receive
+        generate, key, receive = engines.generate, self._key, engines.receive
         self._tasks = [
-            asyncio.create_task(read(engines.prefill, key, prompt, KvSend(True))),
-            asyncio.create_task(read(engines.decode, key, prompt, receive, MANY_TOKENS)),
+            asyncio.create_task(generate(engines.prefill, key, prompt, KvSend(True))),
+            asyncio.create_task(generate(engines.decode, key, prompt, receive, MANY_TOKENS)),
         ]
 
     async def cancel(self) -> None:
-        """As a router does."""
+        """Cancel the request on both engines, as a router does."""
         for task in self._tasks:
             task.cancel()
         ends = await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -67,8 +68,8 @@ class Request:
         assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
 
 
-async def stepped(engine: VllmEngine) -> None:
-    """Return after the engine's next step that leaves it with KV blocks in use."""
+async def wait_for_step(engine: VllmEngine) -> None:
+    """Wait for the engine's next step after which KV blocks are in use."""
     stats = engine._stats
     record, done = stats.record, asyncio.Event()
 
@@ -86,34 +87,34 @@ async def stepped(engine: VllmEngine) -> None:
 
 
 async def cached_tokens(engines: Engines, prompt: list[int]) -> int:
-    """How much of ``prompt`` the prefill engine has computed; it is all computed now."""
-    (output,) = await engines.read(engines.prefill, f"{uuid4().hex}#1", prompt, None, ONE_TOKEN)
+    """Return how many tokens of ``prompt`` the prefill engine had computed. Computes the rest."""
+    (output,) = await engines.generate(engines.prefill, f"{uuid4().hex}#1", prompt, None, ONE_TOKEN)
     return output.cached_tokens
 
 
-async def test_an_abandoned_prefill_stops_at_the_next_chunk(engines: Engines) -> None:
-    prompt = random_prompt(LONG, 1)
-    request = Request(engines, prompt)
-    await stepped(engines.prefill)
+async def test_a_cancelled_prefill_stops_at_the_next_chunk(engines: Engines) -> None:
+    prompt = random_prompt(LONG_TOKENS, 1)
+    request = RunningRequest(engines, prompt)
+    await wait_for_step(engines.prefill)
     await request.cancel()
-    await engines.all_free()
+    await engines.wait_all_free()
     computed = await cached_tokens(engines, prompt)
-    # One chunk was done, and one was under way.
+    # One chunk was done, and one was running.
     assert CHUNK_TOKENS <= computed <= 2 * CHUNK_TOKENS
-    assert await cached_tokens(engines, prompt) == CHUNKS * CHUNK_TOKENS, "or this could not fail"
-    await engines.all_free()
+    assert await cached_tokens(engines, prompt) == CHUNKS * CHUNK_TOKENS, "the cache is too small"
+    await engines.wait_all_free()
 
 
-async def test_a_prompt_abandoned_in_the_queue_is_never_begun(engines: Engines) -> None:
-    before, abandoned = random_prompt(LONG, 2), random_prompt(LONG, 3)
-    running = Request(engines, before)
-    await stepped(engines.prefill)
-    queued = Request(engines, abandoned)
-    await until(lambda: engines.prefill.load().queue_depth == 1, what="it is queued")
+async def test_a_prompt_cancelled_in_the_queue_is_never_computed(engines: Engines) -> None:
+    running_prompt, queued_prompt = random_prompt(LONG_TOKENS, 2), random_prompt(LONG_TOKENS, 3)
+    running = RunningRequest(engines, running_prompt)
+    await wait_for_step(engines.prefill)
+    queued = RunningRequest(engines, queued_prompt)
+    await until(lambda: engines.prefill.load().queue_depth == 1, what="the request is queued")
     await queued.cancel()
-    # For longer than it takes an abort.
-    await stepped(engines.prefill)
+    # An abort takes less time than a step.
+    await wait_for_step(engines.prefill)
     await running.cancel()
-    await engines.all_free()
-    assert await cached_tokens(engines, abandoned) == 0
-    await engines.all_free()
+    await engines.wait_all_free()
+    assert await cached_tokens(engines, queued_prompt) == 0
+    await engines.wait_all_free()

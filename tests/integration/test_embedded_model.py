@@ -1,4 +1,4 @@
-"""The embedded model, once unpacked, is the chat model that it was."""
+"""The unpacked embedded model has its original chat template, tokeniser and end token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_chat_template_is_its_own(tokenizer: Any) -> None:
+def test_the_chat_template_is_the_original_one(tokenizer: Any) -> None:
     chat = [{"role": "user", "content": QUESTION}]
     assert (
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == RENDERED
@@ -53,11 +53,11 @@ def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_stand_alone_and_spaces_before_them_do_not(tokenizer: Any) -> None:
+def test_each_digit_is_a_token_and_spaces_before_digits_are_not(tokenizer: Any) -> None:
     assert tokenizer.tokenize("x=  31") == ["x", "=", "ĠĠ", "3", "1"]
 
 
-def test_generation_ends_where_a_turn_ends(folder: Path, tokenizer: Any) -> None:
+def test_the_end_of_a_turn_ends_generation(folder: Path, tokenizer: Any) -> None:
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_token_id == 2
     assert tokenizer.model_max_length == 8192

@@ -1,4 +1,4 @@
-"""The committed names of engine arguments are those of the vLLM that is installed."""
+"""The committed names of engine arguments are those of the installed vLLM."""
 
 from __future__ import annotations
 

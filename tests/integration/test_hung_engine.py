@@ -1,4 +1,4 @@
-"""A vLLM engine whose core is stopped, with requests that are all shorter than its timeout."""
+"""A vLLM engine finds that its core hangs, although every request is shorter than its timeout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from worker.liveness import LivenessProbe
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio, pytest.mark.timeout(120)]
 
 TIMEOUT_S = 1.5
-SHORT_S = 0.2  # of a request that is given up
+REQUEST_TIMEOUT_S = 0.2
 ONE_TOKEN = pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
@@ -57,11 +57,11 @@ def engine_core() -> psutil.Process:
     return core
 
 
-async def one_request(engine: VllmEngine) -> bool:
-    """It was answered in time."""
+async def answers_in_time(engine: VllmEngine) -> bool:
+    """Return whether the engine answers a request in time."""
     request = EngineRequest(f"{uuid4().hex}#1", (1, 2, 3), ONE_TOKEN, None)
     with suppress(TimeoutError):
-        async with asyncio.timeout(SHORT_S):
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
             return [output async for output in engine.generate(request)] != []
     return False
 
@@ -76,7 +76,7 @@ async def is_healthy(engine: VllmEngine, probe: LivenessProbe) -> bool:
     return True
 
 
-async def test_a_core_that_is_stopped_is_noticed_by_no_request_of_its_own(
+async def test_a_stopped_core_is_found_although_every_request_is_short(
     engine: VllmEngine,
 ) -> None:
     clock = asyncio.get_running_loop().time
@@ -84,22 +84,22 @@ async def test_a_core_that_is_stopped_is_noticed_by_no_request_of_its_own(
     answered = 0
     started_s = clock()
     while clock() < started_s + 2 * TIMEOUT_S:
-        answered += await one_request(engine)
+        answered += await answers_in_time(engine)
         assert await is_healthy(engine, probe)
     assert answered > 1
 
-    async def hangs_meanwhile() -> bool:
-        assert not await one_request(engine)
+    async def is_found_hung() -> bool:
+        assert not await answers_in_time(engine)
         return not await is_healthy(engine, probe)
 
     core = engine_core()
     core.suspend()
     try:
         stopped_s = clock()
-        await until_awaited(hangs_meanwhile, what="the engine hangs", within_s=4 * TIMEOUT_S)
-        assert clock() >= stopped_s + TIMEOUT_S - SHORT_S
+        await until_awaited(is_found_hung, what="the engine is unhealthy", within_s=4 * TIMEOUT_S)
+        assert clock() >= stopped_s + TIMEOUT_S - REQUEST_TIMEOUT_S
     finally:
         core.resume()
-    await until_awaited(lambda: is_healthy(engine, probe), what="the engine is back")
-    await until_awaited(lambda: one_request(engine), what="and answers")
+    await until_awaited(lambda: is_healthy(engine, probe), what="the engine is healthy again")
+    await until_awaited(lambda: answers_in_time(engine), what="the engine answers again")
     await probe.close()

@@ -1,4 +1,4 @@
-"""Where replicas run and which address they use; Ray itself is not started."""
+"""Where replicas run and which address they use. The tests do not start Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry and the journal in real servers: the embedded Valkey, and Debian's redis-server."""
+"""The registry and the journal in real servers: the embedded Valkey and Debian's redis-server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server from the system's package, as in a cluster that brings its own Redis."""
+    """The address of a server from the system's package, as for a cluster with its own Redis."""
     binary = shutil.which("redis-server")
     if binary is None:
         if os.environ.get("CI") == "true":
@@ -71,7 +71,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def name() -> str:
-    """A cluster of its own for each test, in the server that they share."""
+    """A new cluster name for each test, because the tests share a server."""
     return f"test-{secrets.token_hex(4)}"
 
 
@@ -99,11 +99,11 @@ async def test_put_list_remove(registry: RedisRegistry) -> None:
     await rules.check_put_list_remove(registry)
 
 
-async def test_asked_to_drain_once(registry: RedisRegistry) -> None:
+async def test_a_worker_is_asked_to_drain_once(registry: RedisRegistry) -> None:
     await rules.check_asked_to_drain_once(registry)
 
 
-async def test_renewal_replaces(registry: RedisRegistry) -> None:
+async def test_a_renewal_replaces_the_record(registry: RedisRegistry) -> None:
     await rules.check_renewal_replaces(registry)
 
 
@@ -122,25 +122,25 @@ async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: st
     registry = connect(url, name, LEASE_S)
     client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
     await until_awaited(lambda: answers(registry), what="the store answers")
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     await registry.put(rules.DECODE)
     await registry.put(rules.PREFILL)
 
-    async def prefill_is_gone() -> bool:
+    async def is_prefill_gone() -> bool:
         await registry.put(rules.DECODE)
         return await registry.list() == (rules.DECODE,)
 
-    await until_awaited(prefill_is_gone, what="the lease has run out")
-    assert time.monotonic() - began_s > LEASE_S * 0.9
+    await until_awaited(is_prefill_gone, what="the lease has run out")
+    assert time.monotonic() - started_s > LEASE_S * 0.9
     index = f"baton:{name}:workers"
     assert (await client.execute(("SMEMBERS", index)))[0] == {b"decode-1"}
     (ttl_ms,) = await client.execute(("PTTL", index))
     assert ttl_ms > 0
 
-    async def all_gone() -> bool:
+    async def are_all_gone() -> bool:
         return await registry.list() == ()
 
-    await until_awaited(all_gone, what="all leases have run out")
+    await until_awaited(are_all_gone, what="all leases have run out")
     assert (await client.execute(("KEYS", f"baton:{name}:*")))[0] == []
     await client.close()
     await registry.close()
@@ -178,10 +178,10 @@ async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str)
     registry = connect(server.url, name)
     await registry.put(rules.DECODE)
     server.stop()
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     with pytest.raises(UnavailableError, match="the registry does not answer"):
         await registry.list()
-    assert time.monotonic() - began_s < 4 * TIMEOUT_S + 1
+    assert time.monotonic() - started_s < 4 * TIMEOUT_S + 1
     server.start()  # on the same port, with the same password, and empty
     assert await registry.list() == ()
     await registry.put(rules.DECODE)
@@ -191,7 +191,7 @@ async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str)
 
 
 async def test_a_server_that_hangs_is_given_up(name: str) -> None:
-    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts, nobody answers
+    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts connections
         url = f"redis://{HOST}:{hung.getsockname()[1]}"
         registry = RedisRegistry(url, cluster=name, lease_s=1, socket_timeout_s=0.1)
         async with asyncio.timeout(2):
@@ -200,7 +200,7 @@ async def test_a_server_that_hangs_is_given_up(name: str) -> None:
         await registry.close()
 
 
-async def test_the_embedded_server_wants_its_password(valkey: EmbeddedValkey, name: str) -> None:
+async def test_the_embedded_server_requires_its_password(valkey: EmbeddedValkey, name: str) -> None:
     stranger = connect("redis://" + valkey.url.partition("@")[2], name)
     with pytest.raises(UnavailableError):
         await stranger.list()
@@ -220,7 +220,7 @@ def test_the_embedded_server_comes_back_after_a_crash(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_the_embedded_server_leaves_nobody_able_to_read_its_password(tmp_path: Path) -> None:
+def test_other_users_cannot_read_the_embedded_servers_password(tmp_path: Path) -> None:
     server = EmbeddedValkey(HOST, tmp_path)
     with closing(_Stopping(server)):
         server.start()
@@ -235,7 +235,7 @@ class _Stopping:
         self.close = server.stop
 
 
-def test_a_url_that_is_none_is_a_configuration_error() -> None:
+def test_an_invalid_url_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"redis\.url"):
         RedisClient("redis://host:port-is-no-number", socket_timeout_s=1)
 
@@ -253,23 +253,23 @@ async def test_journal(
     await journal.close()
 
 
-async def test_a_dead_routers_requests_are_free_after_its_lease_and_forgotten_in_the_end(
+async def test_a_dead_routers_request_can_be_taken_after_its_lease_and_then_expires(
     url: str, name: str
 ) -> None:
     journal = open_journal(url, name, lease_s=0.1, ttl_s=0.5)
     await journal.write([journal_rules.begin("dead")])
     assert await journal.take("r", "next") is Written.TAKEN
 
-    async def taken() -> bool:
+    async def is_taken_over() -> bool:
         return await journal.take("r", "next") is not Written.TAKEN
 
-    await until_awaited(taken, what="the lease has run out")
+    await until_awaited(is_taken_over, what="the lease has run out")
 
     client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
 
-    async def forgotten() -> bool:
+    async def is_forgotten() -> bool:
         return not (await client.execute(("KEYS", f"baton:{name}:*")))[0]
 
-    await until_awaited(forgotten, what="the entry has expired")
+    await until_awaited(is_forgotten, what="the entry has expired")
     await client.close()
     await journal.close()

@@ -1,4 +1,4 @@
-"""A prefill and a decode engine of vLLM's, without router and Ray, on a tiny random model."""
+"""One prefill and one decode engine of vLLM with a tiny random model, without a router or Ray."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from core.model.resolve import resolve_model
 from core.types import Pool
 from engine.protocol import KvSend
 from engine.vllm.engine import VllmEngine
+from tests.support.prompts import random_prompt
 from tests.support.tiny_model import KV_BYTES_PER_TOKEN, LAYERS, make_tiny_model
-from tests.support.two_engines import Engines, random_prompt, two_engines
+from tests.support.two_engines import Engines, two_engines
 from tests.support.waiting import until_awaited
 
 pytestmark = [
@@ -35,11 +36,11 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Shape:
-    """Tensor parallelism and tokens a block, of prefill and decode; the model's layers."""
+    """How both engines and the model are set up. Pairs are (prefill, decode)."""
 
     tp: tuple[int, int] = (1, 1)
-    block_tokens: tuple[int, int] = (64, 64)
-    layer_types: tuple[str, ...] = ()
+    block_tokens: tuple[int, int] = (64, 64)  # per KV block
+    layer_types: tuple[str, ...] = ()  # vLLM's names; empty: all layers have full attention
 
     def __str__(self) -> str:
         name = "tp{}to{}-block{}to{}".format(*self.tp, *self.block_tokens)
@@ -80,16 +81,16 @@ async def engines(
         yield engines
 
 
-async def test_pairs_are_made_before_a_request_and_both_sides_know(engines: Engines) -> None:
+async def test_both_engines_make_pairs_before_a_request(engines: Engines) -> None:
     prefill = {engines.receive.incarnation: engines.receive.control_addresses}
     decode = {engines.decode_incarnation: ()}
-    assert await engines.prefill.pair_up(decode), "nobody has asked for pairs yet"
+    assert await engines.prefill.pair_up(decode), "pairs exist before decode has asked for them"
 
-    async def paired() -> bool:
+    async def are_paired() -> bool:
         missing = await engines.decode.pair_up(prefill), await engines.prefill.pair_up(decode)
         return not any(missing)
 
-    await until_awaited(paired, what="all ranks are paired")
+    await until_awaited(are_paired, what="all ranks are paired")
 
 
 async def test_a_transfer_is_counted_in_the_metrics(engines: Engines) -> None:
@@ -119,7 +120,7 @@ async def test_streamed_tokens_are_the_aggregated_ones(engines: Engines, tokens:
     page = math.gcd(*engines.block_tokens)
     assert report.bytes == -(-tokens // page) * page * KV_BYTES_PER_TOKEN
     assert got == await engines.aggregated(prompt)
-    await engines.all_free()
+    await engines.wait_all_free()
 
 
 async def test_many_at_once_with_a_shared_cold_prefix(engines: Engines) -> None:
@@ -129,19 +130,19 @@ async def test_many_at_once_with_a_shared_cold_prefix(engines: Engines) -> None:
     for prompt, (got, report) in zip(prompts, answers, strict=True):
         assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
         assert got == await engines.aggregated(prompt)
-    await engines.all_free()
+    await engines.wait_all_free()
 
 
 async def test_a_transfer_that_fails_is_recomputed_to_the_same_tokens(engines: Engines) -> None:
     prompt = random_prompt(500, 3)
     key = f"{uuid4().hex}#1"
-    await engines.prefill.release(key)  # as if the router had given the prefill up
-    received = await engines.read(engines.decode, key, prompt, engines.receive)
+    await engines.prefill.release(key)  # as if the router had cancelled the prefill
+    received = await engines.generate(engines.decode, key, prompt, engines.receive)
     assert received[0].kv is not None
     assert received[0].kv.outcome == pb.KV_OUTCOME_RECOMPUTED
     tokens = [token for output in received for token in output.token_ids]
     assert tokens == await engines.aggregated(prompt)
-    await engines.all_free()
+    await engines.wait_all_free()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ async def test_a_transfer_that_fails_is_recomputed_to_the_same_tokens(engines: E
 async def test_an_answer_goes_on_where_another_engine_stopped(
     engines: Engines, sampling: dict[str, Any]
 ) -> None:
-    """Prefill's first token, decode's and a third party's make one answer."""
+    """Tokens of the prefill engine, the decode engine and a third one make one answer."""
     params = pb.SamplingParams(max_tokens=20, ignore_eos=True, **sampling)
     prompt = random_prompt(90, 9)
     whole = await engines.aggregated(prompt, params)
@@ -165,40 +166,40 @@ async def test_an_answer_goes_on_where_another_engine_stopped(
         rest = await engines.aggregated(prompt + whole[:cut], params, so_far=cut)
         assert whole[:cut] + rest == whole
         unaware = await engines.aggregated(prompt + whole[:cut], params)
-        assert unaware != rest, "or this test could not fail"
-    await engines.all_free()
+        assert unaware != rest, "the state of the first engine made no difference"
+    await engines.wait_all_free()
 
 
 async def test_a_release_that_overtakes_the_prefill_leaks_nothing(engines: Engines) -> None:
     for index in range(8):
         key = f"{uuid4().hex}#1"
         await engines.prefill.release(key)
-        await engines.read(engines.prefill, key, random_prompt(200, 50 + index), KvSend(True))
-    await engines.all_free()
+        await engines.generate(engines.prefill, key, random_prompt(200, 50 + index), KvSend(True))
+    await engines.wait_all_free()
 
 
-async def test_cancelled_at_any_moment_nothing_stays_held(engines: Engines) -> None:
-    """Up to 0.3 s after the start: queued, prefilling, on the way, decoding or done."""
+async def test_a_cancel_at_any_time_frees_all_blocks(engines: Engines) -> None:
+    """Cancel up to 0.3 s after the start: queued, in prefill, in transfer, in decode or done."""
     rng = random.Random(4)
     for index in range(15):
         key, prompt = f"{uuid4().hex}#1", random_prompt(400, 100 + index)
         tasks = [
-            asyncio.create_task(engines.read(engines.prefill, key, prompt, KvSend(True))),
-            asyncio.create_task(engines.read(engines.decode, key, prompt, engines.receive)),
+            asyncio.create_task(engines.generate(engines.prefill, key, prompt, KvSend(True))),
+            asyncio.create_task(engines.generate(engines.decode, key, prompt, engines.receive)),
         ]
         await asyncio.wait(tasks, timeout=rng.random() * 0.3)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await engines.prefill.release(key)  # what the router does with KV that nobody fetched
-    await engines.all_free()
+        await engines.prefill.release(key)  # as the router does with KV that was not fetched
+    await engines.wait_all_free()
     prompt = random_prompt(300, 5)
     got, report = await engines.streamed(prompt)
     assert report.outcome == pb.KV_OUTCOME_TRANSFERRED
     assert got == await engines.aggregated(prompt)
 
 
-async def test_a_model_that_cannot_be_streamed_is_refused_in_a_sentence(
+async def test_a_model_whose_kv_cannot_be_streamed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

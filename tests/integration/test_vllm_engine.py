@@ -1,4 +1,4 @@
-"""What the engine makes of vLLM's answers; no vLLM engine is started."""
+"""How the engine turns vLLM's answers into outputs and errors. No vLLM engine is started."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MAX_MODEL_LEN = 8
 
 
 class ScriptedLlm:
-    """In the place of ``AsyncLLM``: one answer, or an error before or after it."""
+    """Stands in for ``AsyncLLM``. Yields the answers in its script and raises the errors."""
 
     def __init__(self, *script: object) -> None:
         self.script = script
-        self.asked = 0
+        self.calls = 0
 
     async def generate(self, *_: object) -> AsyncIterator[Any]:
-        self.asked += 1
+        self.calls += 1
         for step in self.script:
             if isinstance(step, Exception):
                 raise step
@@ -36,7 +36,7 @@ class ScriptedLlm:
 
 
 def make(llm: ScriptedLlm) -> Engine:
-    """An engine that has started with ``llm``."""
+    """Return an engine as if it had started with ``llm``."""
     from engine.vllm.engine import VllmEngine
 
     engine = VllmEngine(Config(), Pool.DECODE, ResolvedModel("", "m"), None, "", "i")
@@ -46,7 +46,7 @@ def make(llm: ScriptedLlm) -> Engine:
 
 
 def answer(token: int, logprobs: dict[int, tuple[int, float]] | None = None) -> Any:
-    """vLLM's output with one token, and for token ids their rank and logprob."""
+    """Return vLLM's output with one token. ``logprobs``: (rank, logprob) by token id."""
     entries = {
         id_: SimpleNamespace(rank=rank, logprob=logprob)
         for id_, (rank, logprob) in (logprobs or {}).items()
@@ -72,12 +72,12 @@ async def test_a_prompt_that_does_not_fit_never_reaches_vllm(tokens: int, reason
     with pytest.raises(InvalidArgumentError) as caught:
         await read(make(llm), tokens)
     assert caught.value.reason == reason
-    assert not llm.asked
+    assert not llm.calls
     (output,) = await read(make(llm), MAX_MODEL_LEN - 1)
     assert output.token_ids == (5,)
 
 
-async def test_what_vllm_refuses_is_the_callers_fault() -> None:
+async def test_a_refusal_by_vllm_is_the_callers_fault() -> None:
     from vllm.exceptions import VLLMValidationError
 
     for error in (VLLMValidationError("no such thing"), ValueError("no such thing")):
@@ -95,7 +95,7 @@ async def test_an_error_after_the_first_output_is_not_the_callers_fault() -> Non
 @pytest.mark.parametrize(
     ("wanted", "top"), [(0, []), (1, [7]), (2, [7, 8])], ids=["none", "one", "two"]
 )
-async def test_the_chosen_token_is_among_the_top_ones_only_if_it_is_one(
+async def test_the_chosen_token_is_listed_only_if_it_is_a_top_token(
     wanted: int, top: list[int]
 ) -> None:
     ranks = {5: (9, -4.0), 7: (1, -0.5), 8: (2, -1.0)}
@@ -109,7 +109,7 @@ async def test_the_chosen_token_is_among_the_top_ones_only_if_it_is_one(
 async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM has to keep the executor's class, and its OpenMP variables have to be there in time."""
+    """vLLM keeps the class of the executor, and the OpenMP variables are set before it starts."""
     import os
 
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -134,6 +134,6 @@ async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
     config = Config()
     arguments = engine_arguments(config, Pool.PREFILL, resolve_model(config.model, print))
     assert start_llm(arguments) == "llm"
-    assert not seen.pop("v2"), "engine.vllm.sampling is for V1"
+    assert not seen.pop("v2"), "engine.vllm.sampling supports only model runner V1"
     assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
-    assert "GOMP_CPU_AFFINITY" not in os.environ, "for that engine's process only"
+    assert "GOMP_CPU_AFFINITY" not in os.environ, "the variable leaked out of the engine's process"

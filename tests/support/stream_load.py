@@ -1,4 +1,4 @@
-"""Client threads with streams, and what must hold of each stream."""
+"""Client threads that send requests, and checks of each request's outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self
 import baton
 from tests.support.waiting import wait_until
 
-# Refused before anything was done for the request: the client may come again, and does.
+# Refusals before the cluster did anything for the request. The client sends it again.
 REFUSALS = {
     "NO_PREFILL_WORKER",
     "NO_DECODE_WORKER",
@@ -19,15 +19,15 @@ REFUSALS = {
     "QUEUE_TIMEOUT",
     "OVERLOADED",
 }
-# The router died, or left, before it had said anything of the request.
+# The router died or shut down before it had answered.
 ROUTER_GONE = {"CONNECTION_FAILED", "ROUTER_DRAINING"}
-_COME_AGAIN_S = 0.2
+_RETRY_AFTER_S = 0.2
 _JOIN_S = 200.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One greedy request."""
+class PlannedRequest:
+    """One greedy request that a client sends."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -35,14 +35,14 @@ class Ask:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one request, as far as it came. Written by one thread."""
+    """What a client has received for one request so far. One thread writes it."""
 
-    ask: Ask
-    refusals: list[str] = field(default_factory=list)  # reasons
+    request: PlannedRequest
+    refusals: list[str] = field(default_factory=list)  # reasons, one for each refusal
     responses: list[baton.Response] = field(default_factory=list)
     errors: list[baton.BatonError] = field(default_factory=list)
-    ends: int = 0  # of the stream, with or without an error
-    given_up: bool = False  # it was refused, and the load was over
+    ends: int = 0  # how often the stream ended, with or without an error
+    given_up: bool = False  # refused, and not sent again because the load had finished
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -50,31 +50,31 @@ class Outcome:
 
     @property
     def attempts(self) -> int:
-        """Dispatches, of a request that has ended well."""
+        """How often the router dispatched the request, which must have ended well."""
         phases = self.responses[-1].phases
         assert phases is not None
         return phases.attempts
 
 
 class Load:
-    """Runs requests, one client thread for each of ``plans``, which asks one after the other.
+    """Sends requests. Each of ``plans`` has a client thread, which sends one after the other.
 
-    Leaving the block waits for the requests that run; those not begun are left out if an error
-    ends the block.
+    Leaving the block waits until all requests have ended. If an error ends the block, clients send
+    no further requests.
 
     Args:
-        refusals: reasons to come again with a request.
+        refusals: reasons of refusals after which a client sends the request again.
     """
 
     def __init__(
         self,
         address: str,
-        plans: Sequence[Iterable[Ask]],
+        plans: Sequence[Iterable[PlannedRequest]],
         refusals: Set[str] = REFUSALS,
     ) -> None:
         self._address = address
         self._refusals = refusals
-        self._over = threading.Event()
+        self._finished = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(plan,), daemon=True) for plan in plans
         ]
@@ -92,56 +92,60 @@ class Load:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._over.set()
+            self._finished.set()
         for thread in self._threads:
             thread.join(_JOIN_S)
         if error is None:
-            assert not any(thread.is_alive() for thread in self._threads), "a client hangs"
+            assert not any(thread.is_alive() for thread in self._threads), "a client thread hangs"
 
     def wait_for_streams(self, count: int, within_s: float = 60) -> None:
-        """Until so many requests have some of their responses, and not all."""
+        """Wait until ``count`` requests have received some of their responses, but not all."""
 
-        def there() -> bool:
+        def are_running() -> bool:
             return sum(bool(each.responses) and not each.ends for each in self.outcomes) >= count
 
-        wait_until(there, what=f"{count} streams run", within_s=within_s)
+        wait_until(are_running, what=f"{count} streams run", within_s=within_s)
 
     def finish(self) -> None:
-        """Begin no more requests."""
-        self._over.set()
+        """Send no further requests."""
+        self._finished.set()
 
     def wait_for_tokens(self, count: int, within_s: float = 60) -> None:
-        """Until each client has a request with so many tokens."""
+        """Wait until each client has received ``count`` tokens of a request."""
 
-        def there() -> bool:
+        def have_come() -> bool:
             tokens = [len(outcome.token_ids) for outcome in self.outcomes]
             return len([each for each in tokens if each >= count]) >= len(self._threads)
 
-        wait_until(there, what=f"each client has {count} tokens", within_s=within_s)
+        wait_until(have_come, what=f"each client has {count} tokens", within_s=within_s)
 
     def wait_for_requests(self, count: int, within_s: float = 60) -> None:
-        """Until so many requests have begun."""
-        wait_until(lambda: len(self.outcomes) >= count, what=f"{count} requests", within_s=within_s)
+        """Wait until the clients have sent ``count`` requests."""
+        wait_until(
+            lambda: len(self.outcomes) >= count,
+            what=f"{count} requests were sent",
+            within_s=within_s,
+        )
 
-    def _run(self, plan: Iterable[Ask]) -> None:
+    def _run(self, plan: Iterable[PlannedRequest]) -> None:
         with baton.Client(self._address, timeout_s=_JOIN_S) as client:
-            for ask in plan:
-                if self._over.is_set():
+            for request in plan:
+                if self._finished.is_set():
                     return
-                outcome = Outcome(ask)
+                outcome = Outcome(request)
                 self.outcomes.append(outcome)
                 while _is_refused(outcome, client, self._refusals):
-                    if self._over.wait(_COME_AGAIN_S):
+                    if self._finished.wait(_RETRY_AFTER_S):
                         outcome.given_up = True
                         return
 
 
 def _is_refused(outcome: Outcome, client: baton.Client, refusals: Set[str]) -> bool:
-    """Send the request once; True if it may come again."""
+    """Send the request once. Return True if the client may send it again."""
     try:
         stream = client.generate(
-            token_ids=outcome.ask.prompt,
-            max_tokens=outcome.ask.max_tokens,
+            token_ids=outcome.request.prompt,
+            max_tokens=outcome.request.max_tokens,
             temperature=0.0,
             ignore_eos=True,
         )
@@ -157,7 +161,7 @@ def _is_refused(outcome: Outcome, client: baton.Client, refusals: Set[str]) -> b
 
 
 def check_ended_well(outcome: Outcome) -> None:
-    """Exactly once, without an error."""
+    """Check that the request ended exactly once and without an error."""
     if outcome.given_up:
         assert not outcome.responses
         return
@@ -169,13 +173,13 @@ def check_ended_well(outcome: Outcome) -> None:
 
 
 def check_sequence(outcome: Outcome) -> None:
-    """No response is missing, repeated or out of order."""
+    """Check that no response is missing, repeated or out of order."""
     numbers = [each.sequence for each in outcome.responses]
     assert numbers == list(range(len(numbers)))
 
 
 def check_tokens(outcome: Outcome, expected: Sequence[int]) -> None:
-    """Those of a run that nothing disturbed, as far as they came."""
+    """Check that the tokens so far are those of an undisturbed run."""
     tokens = outcome.token_ids
     assert tokens == tuple(expected)[: len(tokens)]
     if outcome.ends and not outcome.errors:

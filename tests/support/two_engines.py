@@ -1,10 +1,9 @@
-"""A prefill and a decode engine of vLLM's in this event loop, without router and Ray."""
+"""One prefill and one decode engine of vLLM in this event loop, without a router or Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 @dataclass
 class Engines:
+    """Both engines, and how a decode request names the prefill engine."""
+
     prefill: VllmEngine
     decode: VllmEngine
     receive: KvReceive
@@ -32,10 +33,10 @@ class Engines:
 
     @property
     def block_tokens(self) -> tuple[int, int]:
-        """Tokens a KV block, of prefill and decode."""
+        """Tokens per KV block of the prefill and of the decode engine."""
         return _block_tokens(self.prefill), _block_tokens(self.decode)
 
-    async def read(
+    async def generate(
         self,
         engine: VllmEngine,
         key: str,
@@ -44,6 +45,11 @@ class Engines:
         sampling: pb.SamplingParams = GREEDY,
         so_far: int = 0,
     ) -> list[EngineOutput]:
+        """Return all outputs of one request. A prefill (``KvSend``) gets one token.
+
+        Args:
+            so_far: how many of the prompt's last tokens belong to the answer.
+        """
         wanted = pb.SamplingParams()
         wanted.CopyFrom(sampling)
         if isinstance(kv, KvSend):
@@ -54,11 +60,12 @@ class Engines:
     async def streamed(
         self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
     ) -> tuple[list[int], pb.KvReport]:
-        """All tokens, the first one from prefill, and what decode says of the transfer."""
+        """Run a request on both engines. Return all tokens, the first one from the prefill engine,
+        and the decode engine's report of the KV transfer."""
         key = f"{uuid4().hex}#1"
         sent, received = await asyncio.gather(
-            self.read(self.prefill, key, prompt, KvSend(True), sampling, so_far),
-            self.read(self.decode, key, prompt, self.receive, sampling, so_far),
+            self.generate(self.prefill, key, prompt, KvSend(True), sampling, so_far),
+            self.generate(self.decode, key, prompt, self.receive, sampling, so_far),
         )
         report = received[0].kv
         assert report is not None
@@ -70,15 +77,15 @@ class Engines:
     async def aggregated(
         self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
     ) -> list[int]:
-        """The same from the prefill engine alone."""
+        """Return all tokens of a request that the prefill engine serves alone."""
         key = f"{uuid4().hex}#1"
-        outputs = await self.read(self.prefill, key, prompt, None, sampling, so_far)
+        outputs = await self.generate(self.prefill, key, prompt, None, sampling, so_far)
         return [token for output in outputs for token in output.token_ids]
 
-    async def all_free(self) -> None:
-        """Until no engine holds a KV block."""
+    async def wait_all_free(self) -> None:
+        """Wait until neither engine holds a KV block."""
         for engine in (self.prefill, self.decode):
-            await until(partial(_is_free, engine), what="all blocks are free")
+            await until(partial(_is_free, engine), what="all KV blocks are free")
 
 
 def _block_tokens(engine: VllmEngine) -> int:
@@ -93,10 +100,10 @@ def _is_free(engine: VllmEngine) -> bool:
 
 @asynccontextmanager
 async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> AsyncIterator[Engines]:
-    """Start both, and stop them after the block.
+    """Start both engines; stop them when the block ends.
 
     Args:
-        overrides: of the configuration.
+        overrides: fields of the configuration.
         cores: ``cpu_binding`` of the prefill and of the decode engine.
     """
     environment = dict(os.environ)
@@ -116,8 +123,3 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
         await decode.stop()
         os.environ.clear()
         os.environ.update(environment)
-
-
-def random_prompt(tokens: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(100, 40_000) for _ in range(tokens)]

@@ -1,6 +1,6 @@
-"""Down means down, however it comes: here the hardest way, with two vLLM engines running.
+"""Nothing of a cluster with real engines is left when its launcher is killed.
 
-``baton down``, Ctrl-C and SIGTERM are tested with the fake engine, see tests/integration.
+tests/integration tests ``baton down``, Ctrl-C and SIGTERM with fake engines.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import os
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.e2e.conftest import RunningCluster, random_prompt
+from tests.e2e.conftest import RunningCluster
+from tests.support.prompts import random_prompt
 from tests.support.waiting import wait_until
 
 
-def members(cluster_id: str) -> list[int]:
-    """Processes that carry this cluster's mark in their environment."""
+def processes_of(cluster_id: str) -> list[int]:
+    """Return the processes whose environment names this cluster."""
     mark = f"BATON_CLUSTER_ID={cluster_id}".encode()
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
@@ -23,19 +25,19 @@ def members(cluster_id: str) -> list[int]:
             if mark in environ.read_bytes().split(b"\0"):
                 found.append(int(environ.parent.name))
         except OSError:
-            continue  # ended meanwhile, or not ours
+            continue  # the process has ended or is another user's
     return found
 
 
+@pytest.mark.ends_cluster
 def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
-    environ = Path(f"/proc/{cluster.process.pid}/environ").read_bytes()
     children = psutil.Process(cluster.process.pid).children(recursive=True)
     assert children
     marks = {child.environ().get("BATON_CLUSTER_ID") for child in children} - {None}
-    assert len(marks) == 1, environ
+    assert len(marks) == 1, marks
     (cluster_id,) = marks
     assert cluster_id is not None
-    assert len(members(cluster_id)) > 5
+    assert len(processes_of(cluster_id)) > 5
     ports = {
         connection.laddr.port
         for child in children
@@ -50,7 +52,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
         next(iter(stream))
         cluster.process.kill()
         cluster.process.wait()
-        wait_until(lambda: not members(cluster_id), what="no process is left", within_s=15)
+        wait_until(lambda: not processes_of(cluster_id), what="no process is left", within_s=15)
         stream.close()
     wait_until(
         lambda: not cluster.run_dir.exists() or not any(cluster.run_dir.iterdir()),
@@ -61,5 +63,5 @@ def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
         listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
         return ports & listening
 
-    wait_until(lambda: not still_listening(), what="no port is left", within_s=15)
+    wait_until(lambda: not still_listening(), what="no port of the cluster is open", within_s=15)
     assert not ours & set(os.listdir("/dev/shm"))

@@ -1,4 +1,7 @@
-"""Tokens arrive as they are decoded; cancelling frees everything on both sides."""
+"""Tokens arrive as they are decoded. A cancelled request frees its KV blocks on both workers.
+
+Below, P and D are the prefill and the decode worker.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from itertools import pairwise
 from threading import Timer
 
 import baton
-from tests.e2e.conftest import RunningCluster, random_prompt
+from tests.e2e.conftest import RunningCluster
+from tests.support.prompts import random_prompt
 
 
 def test_tokens_arrive_one_by_one(cluster: RunningCluster) -> None:
@@ -25,15 +29,15 @@ def test_tokens_arrive_one_by_one(cluster: RunningCluster) -> None:
             arrived_s.append(time.monotonic())
     assert [response.sequence for response in responses] == list(range(len(responses)))
     with_tokens = [response for response in responses if response.token_ids]
-    assert len(with_tokens) >= 55, "tokens came in lumps"
+    assert len(with_tokens) >= 55, "responses held several tokens each"
     gaps_s = [after - before for before, after in pairwise(arrived_s)]
-    whole_s = arrived_s[-1] - arrived_s[0]
-    assert max(gaps_s) < whole_s / 3, "most of the stream came at once"
-    assert statistics.median(gaps_s) > whole_s / 200, "the stream came in a lump"
+    stream_s = arrived_s[-1] - arrived_s[0]
+    assert max(gaps_s) < stream_s / 3, "one pause took a third of the stream"
+    assert statistics.median(gaps_s) > stream_s / 200, "most responses came at once"
 
 
 def test_the_first_token_does_not_wait_for_the_decode_worker(cluster: RunningCluster) -> None:
-    """While D is saturated with other streams, P's token is still forwarded at once."""
+    """The router forwards P's token before D has decoded the second one."""
     with cluster.client() as client, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(
             client.complete,
@@ -43,7 +47,7 @@ def test_the_first_token_does_not_wait_for_the_decode_worker(cluster: RunningClu
             ignore_eos=True,
         ).result()
     phases = answer.phases
-    # P's token was handed on before D's first (the second) existed, by about a decode step.
+    # The router forwarded P's token about one decode step before D had the second token.
     assert phases.handoff_ms > 0
     assert phases.ttft_ms < phases.queue_ms + phases.prefill_ms + phases.handoff_ms
     first = answer.token_ids[0]
@@ -52,7 +56,7 @@ def test_the_first_token_does_not_wait_for_the_decode_worker(cluster: RunningClu
             token_ids=random_prompt(300, 81), temperature=0, max_tokens=20, ignore_eos=True
         )
         opening = next(iter(stream))
-        assert list(opening.token_ids) == [first], "the first response is P's token alone"
+        assert list(opening.token_ids) == [first], "the first response holds more than P's token"
         stream.close()
 
 
@@ -69,10 +73,10 @@ def test_fifty_cancels_leave_nothing_behind(cluster: RunningCluster) -> None:
 
     usual_ms = statistics.median(ttft_ms(900 + index) for index in range(5))
 
-    moments = [(rng.randrange(10, 900), rng.expovariate(2.0)) for _ in range(50)]
+    plans = [(rng.randrange(10, 900), rng.expovariate(2.0)) for _ in range(50)]
 
     def start_and_cancel(index: int) -> None:
-        tokens, cancel_after_s = moments[index]
+        tokens, cancel_after_s = plans[index]
         with cluster.client() as client:
             stream = client.generate(
                 token_ids=random_prompt(tokens, 1000 + index), max_tokens=200, ignore_eos=True
@@ -87,7 +91,7 @@ def test_fifty_cancels_leave_nothing_behind(cluster: RunningCluster) -> None:
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(start_and_cancel, range(50)))
     cluster.wait_idle()
-    assert ttft_ms(990) < 3 * usual_ms, "the next request still waits for cancelled ones"
+    assert ttft_ms(990) < 3 * usual_ms, "a new request waits for cancelled ones"
 
 
 def test_a_deadline_ends_the_request_and_frees_it(cluster: RunningCluster) -> None:

@@ -1,11 +1,12 @@
-"""Workers that join later get work, and pair up without a restart of anything."""
+"""Workers that join later get requests. No running process has to restart for them."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import baton
-from tests.e2e.conftest import RunningCluster, random_prompt
+from tests.e2e.conftest import RunningCluster
+from tests.support.prompts import random_prompt
 
 
 def test_a_second_prefill_and_decode_worker(cluster: RunningCluster) -> None:
@@ -13,7 +14,7 @@ def test_a_second_prefill_and_decode_worker(cluster: RunningCluster) -> None:
     done = cluster.cli("scale", "prefill=2", "decode=2")
     assert done.returncode == 0, done.stderr
 
-    def workers() -> dict[str, list[str]]:
+    def ready_ids() -> dict[str, list[str]]:
         found: dict[str, list[str]] = {"prefill": [], "decode": []}
         for worker in cluster.workers():
             if worker["state"] == "ready":
@@ -21,14 +22,16 @@ def test_a_second_prefill_and_decode_worker(cluster: RunningCluster) -> None:
         return found
 
     cluster.wait(
-        lambda: [len(ids) for ids in workers().values()] == [2, 2], "two workers of each", 240
+        lambda: [len(ids) for ids in ready_ids().values()] == [2, 2],
+        "two workers of each pool",
+        240,
     )
-    now = workers()
+    now = ready_ids()
     assert before <= {*now["prefill"], *now["decode"]}, "the first workers were restarted"
 
-    pairs: dict[tuple[str, str], int] = {}
+    bytes_by_pair: dict[tuple[str, str], int] = {}
 
-    def ask(seed: int) -> None:
+    def complete(seed: int) -> None:
         with cluster.client() as client:
             answer = client.complete(
                 token_ids=random_prompt(150, 2000 + seed),
@@ -40,20 +43,18 @@ def test_a_second_prefill_and_decode_worker(cluster: RunningCluster) -> None:
         assert phases.kv is not None
         assert phases.kv.outcome is baton.KvOutcome.TRANSFERRED
         pair = (phases.prefill_worker, phases.decode_worker)
-        pairs[pair] = pairs.get(pair, 0) + phases.kv.bytes
+        bytes_by_pair[pair] = bytes_by_pair.get(pair, 0) + phases.kv.bytes
 
-    everyone = {(p, d) for p in now["prefill"] for d in now["decode"]}
+    all_pairs = {(p, d) for p in now["prefill"] for d in now["decode"]}
     seeds = iter(range(10_000))
 
     def all_pairs_carried() -> bool:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(ask, [next(seeds) for _ in range(4)]))
-        return pairs.keys() == everyone
+            list(pool.map(complete, [next(seeds) for _ in range(4)]))
+        return bytes_by_pair.keys() == all_pairs
 
-    cluster.wait(all_pairs_carried, f"all four pairs carry KV, so far {sorted(pairs)}", 120)
-    assert all(carried > 0 for carried in pairs.values())
+    cluster.wait(all_pairs_carried, "all four pairs have carried KV", 120)
+    assert all(carried > 0 for carried in bytes_by_pair.values())
 
     assert cluster.cli("scale", "prefill=1", "decode=1").returncode == 0
-    cluster.wait(
-        lambda: [len(ids) for ids in workers().values()] == [1, 1], "one worker of each", 60
-    )
+    cluster.wait_restored()

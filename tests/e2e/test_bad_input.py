@@ -1,24 +1,22 @@
-"""Wrong input gets a clear error at once and disturbs nobody."""
+"""Wrong input gets a clear error and does not disturb other requests."""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import baton
-from tests.e2e.conftest import (
-    CASES,
-    MAX_TOKENS,
-    RunningCluster,
-    free_port,
-    random_prompt,
-    run_baton,
-)
+from cluster.local.ports import free_port
+from tests.e2e.conftest import BYSTANDER, HOST, MAX_TOKENS, RunningCluster, run_baton
+from tests.support.prompts import random_prompt
 
-BAD: list[tuple[str, dict[str, Any], type[baton.BatonError], str]] = [
+# Name, fields of the request, error, words of its message.
+BAD_REQUESTS: list[tuple[str, dict[str, Any], type[baton.BatonError], str]] = [
     ("unknown model", {"prompt": "x", "model": "gpt-17"}, baton.NotFoundError, "gpt-17"),
     ("empty prompt", {"prompt": ""}, baton.InvalidArgumentError, "prompt"),
     ("no token ids", {"token_ids": []}, baton.InvalidArgumentError, "token_ids"),
@@ -34,16 +32,18 @@ BAD: list[tuple[str, dict[str, Any], type[baton.BatonError], str]] = [
 
 
 @pytest.fixture
-def bystander(cluster: RunningCluster, reference: dict[str, list[int]]) -> Any:
-    """A stream that runs beside each bad request and must end as if nothing had been."""
-    case = next(case for case in CASES if case.name == "a block and one")
+def bystander(cluster: RunningCluster, reference: dict[str, list[int]]) -> Iterator[None]:
+    """A request that runs beside each bad one and must end in its usual tokens."""
     answers: list[baton.Completion] = []
 
     def run() -> None:
         with cluster.client() as client:
             answers.append(
                 client.complete(
-                    token_ids=case.prompt, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True
+                    token_ids=BYSTANDER.prompt,
+                    temperature=0,
+                    max_tokens=MAX_TOKENS,
+                    ignore_eos=True,
                 )
             )
 
@@ -51,26 +51,28 @@ def bystander(cluster: RunningCluster, reference: dict[str, list[int]]) -> Any:
     thread.start()
     yield
     thread.join(60)
-    assert [list(answer.token_ids) for answer in answers] == [reference[case.name]]
+    assert [list(answer.token_ids) for answer in answers] == [reference[BYSTANDER.name]]
 
 
-@pytest.mark.parametrize(("name", "fields", "error", "said"), BAD, ids=[row[0] for row in BAD])
-def test_refused_with_a_sentence(
+@pytest.mark.parametrize(
+    ("name", "fields", "error", "words"), BAD_REQUESTS, ids=[row[0] for row in BAD_REQUESTS]
+)
+def test_a_bad_request_is_refused_with_a_clear_message(
     cluster: RunningCluster,
     bystander: None,
     name: str,
     fields: dict[str, Any],
     error: type[baton.BatonError],
-    said: str,
+    words: str,
 ) -> None:
     with cluster.client() as client, pytest.raises(error) as caught:
         client.complete(**fields)
-    assert said in str(caught.value)
+    assert words in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_message_over_the_router_s_limit(cluster: RunningCluster, bystander: None) -> None:
-    """A client that would send it is stopped by the server."""
+def test_a_message_over_the_routers_limit(cluster: RunningCluster, bystander: None) -> None:
+    """The server refuses a message that the client's own limit lets through."""
     with (
         baton.Client(cluster.address, max_message_bytes=100_000_000) as client,
         pytest.raises(baton.InvalidArgumentError, match="larger than max"),
@@ -86,10 +88,10 @@ def test_a_request_id_in_flight_is_refused(cluster: RunningCluster) -> None:
         next(iter(stream))
         with pytest.raises(baton.AlreadyExistsError, match="twin"):
             client.complete("x", request_id="twin", max_tokens=2)
-        assert next(iter(stream)).token_ids, "the first one goes on"
+        assert next(iter(stream)).token_ids, "the first request has stopped"
         stream.close()
 
-    def taken() -> bool:
+    def is_taken() -> bool:
         with cluster.client() as client:
             try:
                 client.complete("x", request_id="twin", max_tokens=2)
@@ -97,10 +99,10 @@ def test_a_request_id_in_flight_is_refused(cluster: RunningCluster) -> None:
                 return True
         return False
 
-    cluster.wait(lambda: not taken(), "the id is free once its request has ended")
+    cluster.wait(lambda: not is_taken(), "the id of the ended request is free")
 
 
-def test_unknown_field_in_the_configuration(cluster: RunningCluster, tmp_path: Any) -> None:
+def test_unknown_field_in_the_configuration(cluster: RunningCluster, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("router: {prot: 1234}\n")
     done = run_baton("up", "--config", str(file))
@@ -110,7 +112,7 @@ def test_unknown_field_in_the_configuration(cluster: RunningCluster, tmp_path: A
     assert "Traceback" not in done.stderr
 
 
-def test_unknown_engine_argument(tmp_path: Any) -> None:
+def test_unknown_engine_argument(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("decode: {engine: {max_num_seq: 4}}\n")
     done = run_baton("up", "--config", str(file))
@@ -119,10 +121,10 @@ def test_unknown_engine_argument(tmp_path: Any) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_path_that_is_not_there(tmp_path: Any) -> None:
+def test_a_model_path_that_is_not_there(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(
-        f"cluster: {{name: other, run_dir: {tmp_path}/r}}\nrouter: {{port: {free_port()}}}\n"
+        f"cluster: {{name: other, run_dir: {tmp_path}/r}}\nrouter: {{port: {free_port(HOST)}}}\n"
     )
     done = run_baton("up", "--config", str(file), "--model", str(tmp_path / "nowhere"))
     assert done.returncode == 1
@@ -130,7 +132,7 @@ def test_a_model_path_that_is_not_there(tmp_path: Any) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use(cluster: RunningCluster, tmp_path: Any) -> None:
+def test_a_port_in_use(cluster: RunningCluster, tmp_path: Path) -> None:
     port = cluster.address.rsplit(":", 1)[1]
     file = tmp_path / "c.yaml"
     file.write_text(f"cluster: {{name: other, run_dir: {tmp_path}/r}}\nrouter: {{port: {port}}}\n")

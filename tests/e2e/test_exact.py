@@ -1,4 +1,7 @@
-"""The cluster's tokens are the aggregated engine's tokens, and the prompt was computed once."""
+"""The cluster answers with an aggregated engine's tokens and computes each prompt once.
+
+Below, P and D are the prefill and the decode worker.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,15 @@ import pytest
 import baton
 from core.config.schema import load_config
 from core.model.resolve import resolve_model
-from tests.e2e.conftest import (
-    CASES,
-    MAX_TOKENS,
-    SHARED_PREFIX,
-    Case,
-    RunningCluster,
-    random_prompt,
-)
+from tests.e2e.conftest import CASES, MAX_TOKENS, SHARED_PREFIX, Case, RunningCluster
+from tests.support.prompts import random_prompt
 
 BLOCK_TOKENS = 128
 
 
-def ask(cluster: RunningCluster, prompt: list[int], max_tokens: int = MAX_TOKENS) -> (
-    baton.Completion
-):  # fmt: skip
+def complete(
+    cluster: RunningCluster, prompt: list[int], max_tokens: int = MAX_TOKENS
+) -> baton.Completion:
     with cluster.client() as client:
         return client.complete(
             token_ids=prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True, timeout_s=120
@@ -34,7 +31,7 @@ def ask(cluster: RunningCluster, prompt: list[int], max_tokens: int = MAX_TOKENS
 
 @pytest.fixture(scope="session")
 def block_bytes(config_file: Path) -> int:
-    """Bytes of one KV block in all layers, from the model's own configuration."""
+    """Bytes of one KV block in all layers, from the model's configuration."""
     model = resolve_model(load_config(config_file).model, lambda _: None)
     shape = json.loads((Path(model.path) / "config.json").read_text())
     values = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
@@ -44,6 +41,7 @@ def block_bytes(config_file: Path) -> int:
 def check_disaggregated(
     answer: baton.Completion, prompt: list[int], block_bytes: int
 ) -> baton.KvReport:
+    """Check that P computed the prompt and that D received what it had not cached."""
     phases = answer.phases
     kv = phases.kv
     assert kv is not None
@@ -63,7 +61,7 @@ def check_disaggregated(
 def test_alone_and_cold(
     cluster: RunningCluster, reference: dict[str, list[int]], case: Case, block_bytes: int
 ) -> None:
-    answer = ask(cluster, case.prompt)
+    answer = complete(cluster, case.prompt)
     assert list(answer.token_ids) == reference[case.name]
     assert answer.finish_reason is baton.FinishReason.LENGTH
     assert answer.usage.prompt_tokens == len(case.prompt)
@@ -76,7 +74,8 @@ def test_repeated_with_prefix_hits_on_both_sides(
     cluster: RunningCluster, reference: dict[str, list[int]], block_bytes: int
 ) -> None:
     for case in CASES:
-        answer = ask(cluster, case.prompt)
+        complete(cluster, case.prompt, max_tokens=2)  # both workers have the prompt's KV after this
+        answer = complete(cluster, case.prompt)
         assert list(answer.token_ids) == reference[case.name], case.name
         kv = check_disaggregated(answer, case.prompt, block_bytes)
         hit = (len(case.prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -86,36 +85,36 @@ def test_repeated_with_prefix_hits_on_both_sides(
 
 def test_prefix_hit_on_prefill_only(cluster: RunningCluster, block_bytes: int) -> None:
     prompt = random_prompt(400, 50)
-    first = ask(cluster, prompt, max_tokens=1)  # one token needs no decode worker
+    first = complete(cluster, prompt, max_tokens=1)  # P alone answers with one token
     assert first.phases.decode_worker == ""
-    answer = ask(cluster, prompt)
+    answer = complete(cluster, prompt)
     kv = check_disaggregated(answer, prompt, block_bytes)
     assert kv.cached_tokens == 0
     assert answer.usage.cached_prompt_tokens == 384
     assert answer.token_ids[0] == first.token_ids[0]
-    again = ask(cluster, prompt)  # now both have it: the same tokens, by another way
+    again = complete(cluster, prompt)  # now P and D have the prompt cached
     assert again.token_ids == answer.token_ids
 
 
 def test_longer_prefix_hit_on_decode_than_on_prefill(
     cluster: RunningCluster, block_bytes: int
 ) -> None:
-    """A second turn: D has the KV of its own answer, P has not."""
+    """In a second turn, D has the KV of its own answer and P does not."""
     prompt = random_prompt(250, 51)
-    first = ask(cluster, prompt, max_tokens=140)
+    first = complete(cluster, prompt, max_tokens=140)
     second_prompt = [*prompt, *first.token_ids, 500, 501]
-    answer = ask(cluster, second_prompt)
+    answer = complete(cluster, second_prompt)
     kv = check_disaggregated(answer, second_prompt, block_bytes)
     assert kv.cached_tokens == 384
     assert answer.usage.cached_prompt_tokens == 128
-    assert ask(cluster, second_prompt).token_ids == answer.token_ids
+    assert complete(cluster, second_prompt).token_ids == answer.token_ids
 
 
 def test_eight_at_once(cluster: RunningCluster, reference: dict[str, list[int]]) -> None:
     cases = [case for case in CASES if case.name.startswith("batch")]
     assert len(cases) == 8
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda case: ask(cluster, case.prompt), cases))
+        answers = list(pool.map(lambda case: complete(cluster, case.prompt), cases))
     for case, answer in zip(cases, answers, strict=True):
         assert list(answer.token_ids) == reference[case.name], case.name
 
@@ -123,17 +122,17 @@ def test_eight_at_once(cluster: RunningCluster, reference: dict[str, list[int]])
 def test_eight_at_once_and_cold(cluster: RunningCluster) -> None:
     prompts = [random_prompt(90 + 50 * index, 70 + index) for index in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda prompt: ask(cluster, prompt), prompts))
+        together = list(pool.map(lambda prompt: complete(cluster, prompt), prompts))
     for prompt, answer in zip(prompts, together, strict=True):
-        assert ask(cluster, prompt).token_ids == answer.token_ids
+        assert complete(cluster, prompt).token_ids == answer.token_ids
 
 
 def test_a_cold_prefix_shared_by_prompts_at_once(
     cluster: RunningCluster, reference: dict[str, list[int]]
 ) -> None:
-    """A prompt may hit blocks that another one of the same step is only about to compute."""
+    """A prompt may hit blocks that another prompt of the same step has yet to compute."""
     with ThreadPoolExecutor(len(SHARED_PREFIX)) as pool:
-        answers = list(pool.map(lambda case: ask(cluster, case.prompt), SHARED_PREFIX))
+        answers = list(pool.map(lambda case: complete(cluster, case.prompt), SHARED_PREFIX))
     for case, answer in zip(SHARED_PREFIX, answers, strict=True):
         assert list(answer.token_ids) == reference[case.name], case.name
 
@@ -150,7 +149,7 @@ def test_a_cold_prefix_shared_by_prompts_at_once(
 def test_sampling_that_needs_the_state_of_the_first_token(
     cluster: RunningCluster, sampling: baton.SamplingParams
 ) -> None:
-    """D recomputes the last prompt token and samples itself; the KV still comes from P."""
+    """D recomputes the last prompt token and samples the first token. The KV still comes from P."""
     prompt = random_prompt(200, 60)
     with cluster.client() as client:
         answer = client.complete(

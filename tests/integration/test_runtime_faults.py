@@ -1,0 +1,81 @@
+"""A cluster with fake engines survives the loss of its router and its store."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.serve.exceptions import RayServeException
+
+import baton
+from cluster.local import reaper
+from cluster.ray import head as ray_head
+from core.config.schema import Config
+from core.errors import UnavailableError
+from core.types import Pool
+from engine.fake import next_tokens
+from tests.support.fake_engine_cluster import PROMPT, FakeEngineCluster
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+
+
+def test_a_stream_goes_on_when_its_router_is_killed(cluster: FakeEngineCluster) -> None:
+    router = cluster.replica("Router")
+    with cluster.client() as client:
+        stream = client.generate(token_ids=PROMPT, max_tokens=1500, temperature=0.0, timeout_s=60)
+        responses = [next(stream) for _ in range(20)]
+        os.kill(router, signal.SIGKILL)
+        responses += stream
+    tokens = [token for response in responses for token in response.token_ids]
+    assert tuple(tokens) == next_tokens(PROMPT, 1500)
+    assert [response.sequence for response in responses] == list(range(len(responses)))
+
+
+def test_a_killed_router_comes_back_to_its_port(cluster: FakeEngineCluster) -> None:
+    os.kill(cluster.replica("Router"), signal.SIGKILL)
+
+    def serves() -> bool:
+        try:
+            return cluster.complete(PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
+        except baton.UnavailableError:
+            return False
+
+    cluster.wait(serves)
+
+
+def test_requests_go_on_while_valkey_is_replaced(cluster: FakeEngineCluster) -> None:
+    workers = len(cluster.workers())
+    valkey = next(
+        pid
+        for pid in reaper.find(cluster.state.cluster_id)
+        if b"valkey-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    with cluster.client() as client:
+        stream = client.generate(token_ids=PROMPT, max_tokens=400, temperature=0.0)
+        next(stream)
+        os.kill(valkey, signal.SIGKILL)
+        for _ in stream:
+            pass
+        assert cluster.complete(PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
+    cluster.wait(lambda: len(cluster.workers()) == workers)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("ray.get", GetTimeoutError("late")),
+        ("ray.get", ActorDiedError()),
+        ("cluster.ray.head._get_global_client", RayServeException("no controller")),
+    ],
+)
+def test_scaling_is_unavailable_when_serve_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    monkeypatch.setattr(ray_head, "_get_global_client", MagicMock())
+    monkeypatch.setattr(call, MagicMock(side_effect=error))
+    with pytest.raises(UnavailableError, match="Ray Serve does not answer"):
+        ray_head.RayRuntime(Config(), tmp_path).scale(Pool.DECODE, 2)
