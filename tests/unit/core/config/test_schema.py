@@ -108,7 +108,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
         ("redis: {url: localhost}", "redis.url: String should match pattern"),
         ("redis: {renew_s: 2}", "redis: renew_s 2.0 must be at most half of lease_s 3.0"),
-        ("router: {port: 1}\nrouter: {port: 2}", "line 2, column 1: the key 'router' appears twice"),
+        ("router: {port: 1}\nrouter: {port: 2}", "line 2, column 1: the key 'router' appears"),
         ("prefill: &p {replicas: 2}\ndecode: {<<: *p, replicas: 1, replicas: 3}", "appears twice"),
         ("router: [", "is not valid YAML"),
         ("- router", "must consist of sections"),
