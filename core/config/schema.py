@@ -410,7 +410,7 @@ class RedisConfig(_Section):
     url: str | None = Field(
         default=None,
         pattern=r"^(rediss?|unix)://",
-        repr=False,  # may carry a password
+        repr=False,  # may contain a password
         description="Address that begins with redis://, rediss:// or unix://. Default: an embedded "
         "Valkey.",
     )
