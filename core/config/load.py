@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _section(value: Any) -> Any:
-    """Return a section of its own: YAML gives None for an empty one and shares aliased ones."""
+    """Return a copy of a section. YAML gives None for an empty section and shares aliased ones."""
     if value is None:
         return {}
     return dict(value) if isinstance(value, dict) else value
@@ -105,15 +105,18 @@ def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
     if not all(isinstance(size, int) and 1 <= size <= 1024 for pair in sizes for size in pair):
         return  # malformed, or so large that the lists below would not be reasonable
     named = [_named_cores(pool.get("cpu_binding")) for pool in pools]
-    open_pools = [each for each in zip(pools, sizes, named, strict=True) if not each[2]]
-    if not open_pools:
+    unbound = [
+        (pool, size) for pool, size, spans in zip(pools, sizes, named, strict=True) if not spans
+    ]
+    if not unbound:
         return
     taken = [span for spans in named for span in spans]
     free = [core for core in cores if not any(low <= core <= high for low, high in taken)]
-    wanted = sum(replicas * ranks for _, (replicas, ranks), _ in open_pools)
-    shares = iter(share_cores(free or cores, wanted))
-    for pool, (replicas, ranks), _ in open_pools:
+    total_ranks = sum(replicas * ranks for _, (replicas, ranks) in unbound)
+    shares = iter(share_cores(free or cores, total_ranks))
+    for pool, (replicas, ranks) in unbound:
         own = ["|".join(next(shares) for _ in range(ranks)) for _ in range(replicas)]
+        # An empty cpu_binding is kept: it leaves the choice to vLLM.
         pool.setdefault("cpu_binding", own)
 
 

@@ -94,8 +94,8 @@ class ClusterConfig(_Section):
     connection_silence_s: Seconds = Field(
         default=10,
         description="Seconds without any data, keepalive answers included, after which a gRPC "
-        "connection counts as broken. This detects a failed host or network: neither end closes "
-        "the connection then.",
+        "connection counts as broken. This detects a failed host or network, which leaves the connection "
+        "open.",
     )
     num_cpus: Count | None = Field(
         default=None,
@@ -124,12 +124,12 @@ class ModelConfig(_Section):
     served_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Model name that requests may give. Default: the last part of path.",
+        description="Model name that requests may give. Default: the last part of path, or the "
+        "embedded model's own name.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Data type of the weights and the KV cache. auto: the type that the model's "
-        "configuration names.",
+        description="Data type of the weights and the KV cache. auto: the model's own type.",
     )
     max_model_len: Count | None = Field(
         default=None,
@@ -149,7 +149,7 @@ class ModelConfig(_Section):
 
 
 class ServiceClass(_Section):
-    """Requests that wait in one queue."""
+    """A class of requests, which wait in one queue."""
 
     weight: Count = Field(
         default=1,
@@ -290,7 +290,7 @@ class PoolConfig(_Section):
         description="CPU backend: one list of cores for each replica's engine, such as 0-3 or 0,2. "
         "If there are more replicas than lists, the lists are reused in order. With tensor "
         "parallelism, an entry holds one list per rank, separated by |. Empty: vLLM chooses. "
-        "Default: this machine's cores, shared evenly.",
+        "If the field is left out: this machine's cores, shared evenly.",
     )
     kv_cache_gib: Count = Field(
         default=1,
@@ -416,7 +416,7 @@ class RedisConfig(_Section):
     )
     lease_s: Seconds = Field(
         default=3,
-        description="Seconds after its last renewal when a worker's record leaves the registry.",
+        description="Seconds without a renewal after which a worker leaves the registry.",
     )
     renew_s: Seconds = Field(
         default=0.5,
@@ -475,7 +475,7 @@ class Config(_Section):
         return host_port(self.router_host, self.router.port)
 
     def pool(self, pool: Pool) -> PoolConfig:
-        """The configuration of one pool."""
+        """Return the configuration of one pool."""
         return self.prefill if pool is Pool.PREFILL else self.decode
 
 
