@@ -1,4 +1,4 @@
-"""Error messages for a configuration, in terms of the fields that the user wrote."""
+"""Error messages for a configuration, in terms of the fields and values that the user wrote."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _describe_one(entry: Any, model: type[BaseModel]) -> str:
     if entry["type"] == "extra_forbidden":
         return f"{location}: unknown field; {_suggestion(location, model)}"
     message = str(entry["msg"]).removeprefix("Value error, ")
-    if entry["type"] == "value_error":  # raised by a validator of the schema, which names the value
+    if entry["type"] == "value_error":  # raised in the schema, with a text that names the value
         return f"{location}: {message}" if location else message
     is_secret = location == "redis.url"  # may contain a password
     shown = "" if is_secret else f", not {entry['input']!r}"

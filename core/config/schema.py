@@ -94,8 +94,8 @@ class ClusterConfig(_Section):
     connection_silence_s: Seconds = Field(
         default=10,
         description="Seconds without any data, keepalive answers included, after which a gRPC "
-        "connection counts as broken. This detects a failed host or network, which leaves the connection "
-        "open.",
+        "connection counts as broken. This detects a failed host or network, which leaves the "
+        "connection open.",
     )
     num_cpus: Count | None = Field(
         default=None,
