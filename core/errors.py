@@ -1,4 +1,4 @@
-"""The errors of the server side: the tree of ``baton.errors``, and what only a server needs.
+"""The errors of the server side: the classes of ``baton.errors``, and those that only servers use.
 
 Every failure that a caller may see is a ``BatonError``. Server code imports all errors from here.
 """
@@ -34,7 +34,7 @@ __all__ = [
     "WorkerUnreachableError",
 ]
 
-# Reasons that callers act on: the request can continue at another worker, or at another router.
+# Reasons that callers act on. The request can continue on another worker, or on another router.
 WORKER_DRAINING = "WORKER_DRAINING"
 ROUTER_DRAINING = "ROUTER_DRAINING"
 
@@ -46,8 +46,8 @@ class WorkerLostError(UnavailableError):
 
 
 class WorkerUnreachableError(WorkerLostError):
-    """There was no connection to the worker, so nothing was sent to it."""
+    """The worker could not be connected to, so nothing was sent to it."""
 
 
 class ConfigError(Exception):
-    """The configuration is wrong; the message names the field and what to write."""
+    """The configuration is wrong. The message names the field and what to write instead."""

@@ -12,32 +12,32 @@ class Pool(enum.StrEnum):
 
 
 class WorkerState(enum.StrEnum):
-    STARTING = "starting"  # its engine runs; the KV pairs with the other pool are being made
+    STARTING = "starting"  # the engine runs; KV pairs with the other pool are being set up
     READY = "ready"
     DRAINING = "draining"
 
 
-WorkerKey = tuple[str, str]  # id, incarnation: a restarted worker is another one
+WorkerKey = tuple[str, str]  # id and incarnation, so that a restarted worker has a new key
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """What a worker says about itself with each lease renewal."""
+    """The load that a worker reports with each lease renewal."""
 
     queue_depth: int  # requests waiting in the engine
     running: int  # requests in the engine's batch
     queued_tokens: int  # prompt tokens accepted and not yet computed
     kv_blocks_free: int
     kv_blocks_total: int
-    kv_block_tokens: int = 16
+    kv_block_tokens: int = 16  # tokens per KV block
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
     """One worker's lease in the registry.
 
-    ``incarnation`` is new at each process start, so a restarted worker under the same
-    address is never taken for the one that held a request.
+    ``incarnation`` is new at each process start. It distinguishes a restarted worker from the
+    earlier process at the same address, which held other requests.
     """
 
     id: str
@@ -46,11 +46,11 @@ class WorkerRecord:
     incarnation: str
     address: str  # gRPC, "host:port"
     kv_addresses: tuple[str, ...]  # KV control, "tcp://host:port", one per TP rank
-    model: str  # served name
+    model: str  # served name of the model
     load: WorkerLoad
     metrics: str = ""  # Prometheus, "http://host:port/metrics"
 
     @property
     def key(self) -> WorkerKey:
-        """Names this process of the worker."""
+        """Identifies this process of the worker."""
         return self.id, self.incarnation

@@ -1,4 +1,4 @@
-"""The cluster's configuration: its schema, how a file becomes one, and what its errors say.
+"""The configuration of a cluster: its schema, how a file is read, and its error messages.
 
-Nothing here may read configuration anywhere but in ``load``, or act on it.
+Only ``load`` reads configuration from a file or from this machine. Nothing here acts on it.
 """

@@ -1,4 +1,4 @@
-"""Which vLLM engine arguments a configuration may pass through."""
+"""The vLLM engine arguments that a configuration may and may not pass through."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from core.config.engine_args import ENGINE_ARGS, VLLM_VERSION
 from core.config.errors import nearest
 
-_REPLICAS = "Baton scales a pool by its field replicas"
-_TP_ONLY = "Baton splits a model over GPUs by the pool's field tensor_parallel_size only"
-_TOKENS_ONLY = "workers see token ids only; the router uses the tokenizer of model.path"
+_REPLICAS = "set the pool's field replicas, by which Baton scales a pool"
+_TP_ONLY = "set the pool's field tensor_parallel_size; Baton splits a model over GPUs only this way"
+_TOKENS_ONLY = "workers get token ids only; the router uses the tokenizer of model.path"
 
-# Set by Baton itself, or at odds with how it streams KV: name -> what to do instead.
+# Arguments that Baton sets itself, or that conflict with the KV stream: name -> what to do instead.
 RESERVED_ENGINE_ARGS: Mapping[str, str] = {
     "model": "set model.path",
     "model_weights": "set model.path",
@@ -21,8 +21,8 @@ RESERVED_ENGINE_ARGS: Mapping[str, str] = {
     "max_model_len": "set model.max_model_len",
     "trust_remote_code": "set model.trust_remote_code",
     "tensor_parallel_size": "set the pool's field tensor_parallel_size",
-    "kv_transfer_config": "Baton brings its own connector; see kv_transfer",
-    "worker_extension_cls": "Baton brings its own, for the KV stream",
+    "kv_transfer_config": "Baton uses its own connector; set the fields of kv_transfer",
+    "worker_extension_cls": "Baton uses its own extension class for the KV stream",
     "pipeline_parallel_size": _TP_ONLY,
     "prefill_context_parallel_size": _TP_ONLY,
     "decode_context_parallel_size": _TP_ONLY,
@@ -38,10 +38,10 @@ RESERVED_ENGINE_ARGS: Mapping[str, str] = {
 
 
 def check_engine_args(args: Mapping[str, Any]) -> None:
-    """Check names only; vLLM checks the values when the engine starts.
+    """Check the names of engine arguments. vLLM checks the values when the engine starts.
 
     Raises:
-        ValueError: a name that vLLM does not have, or one that Baton sets itself.
+        ValueError: vLLM does not have an argument of that name, or Baton reserves it.
     """
     for name in args:
         if name in RESERVED_ENGINE_ARGS:

@@ -1,4 +1,4 @@
-"""Says what is wrong with a configuration, in the words of the person who wrote it."""
+"""Error messages for a configuration, in terms of the fields and values that the user wrote."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from pydantic import BaseModel, ValidationError
 
 from core.config.engine_args import ENGINE_ARGS
 
-# Up to the last @: a password may hold one. In a query, redis-py takes it as well.
+# Matches up to the last @, because a password may contain one. redis-py also accepts the password
+# in the query.
 _USERINFO = re.compile(r"://.*@")
 _QUERY_PASSWORD = re.compile(r"(password=)[^&\s'\"]*")
 
 
 def without_passwords(text: str) -> str:
-    """``text`` without what addresses in it tell about users and passwords."""
+    """Return ``text`` with the users and passwords in its addresses replaced by "…"."""
     return _QUERY_PASSWORD.sub(r"\1…", _USERINFO.sub("://…@", text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that looks most like ``name``; ``known`` must not be empty."""
+    """Return the known name that is most similar to ``name``. ``known`` must not be empty."""
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every dotted path of a tree of models, with its field, sections included.
+    """Return the dotted path and the field of every section and value in a tree of models.
 
-    ``NAME`` stands for the names of sections that users choose.
+    ``NAME`` in a path stands for a section name that users choose.
     """
     paths: dict[str, Any] = {}
     for name, field in model.model_fields.items():
@@ -44,7 +45,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line for each thing that is wrong: where, what, and what to write instead."""
+    """Return one line per mistake: its path, what is wrong and what to write instead."""
     return "\n".join(without_passwords(_describe_one(entry, model)) for entry in error.errors())
 
 
@@ -53,9 +54,10 @@ def _describe_one(entry: Any, model: type[BaseModel]) -> str:
     if entry["type"] == "extra_forbidden":
         return f"{location}: unknown field; {_suggestion(location, model)}"
     message = str(entry["msg"]).removeprefix("Value error, ")
-    if entry["type"] == "value_error":  # ours: they name the value themselves
+    if entry["type"] == "value_error":  # raised in the schema, with a text that names the value
         return f"{location}: {message}" if location else message
-    shown = "" if location == "redis.url" else f", not {entry['input']!r}"  # it may hold a password
+    is_secret = location == "redis.url"  # may contain a password
+    shown = "" if is_secret else f", not {entry['input']!r}"
     return f"{location}: {message}{shown}"
 
 
@@ -63,10 +65,10 @@ def _suggestion(location: str, model: type[BaseModel]) -> str:
     section, _, name = location.rpartition(".")
     paths = field_paths(model)
     if f"{section}.engine" in paths and name in ENGINE_ARGS:
-        return f"as an argument of the engine it is {section}.engine.{name}"
+        return f"as an engine argument, write {section}.engine.{name}"
     elsewhere = [path for path in paths if path.rpartition(".")[2] == name]
     if elsewhere:
-        return f"there is {' and '.join(elsewhere)}"
-    named = f"{section.rpartition('.')[0]}.NAME"
-    siblings = [path for path in paths if path.rpartition(".")[0] in (section, named)]
+        return f"did you mean {' or '.join(elsewhere)}?"
+    user_named = f"{section.rpartition('.')[0]}.NAME"
+    siblings = [path for path in paths if path.rpartition(".")[0] in (section, user_named)]
     return f"the nearest known name is {nearest(location, siblings)}"

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to what ``core.config.schema`` checks."""
+"""Reads a YAML file and overrides into the raw values that ``core.config.schema`` checks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from core.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML takes the last of two equal keys in silence; we do not.
+    """Refuses a mapping that contains the same key twice. YAML would silently use the last one.
 
-    Looked for as each mapping is read: later ones merged into it (<<) bring keys of their own.
+    The check happens when a mapping is composed. A merge (<<), which may repeat keys, comes later.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -32,21 +32,25 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             if (key.tag, key.value) in seen:
                 raise yaml.composer.ComposerError(
-                    None, None, f"{key.value!r} is there twice", key.start_mark
+                    None, None, f"the key {key.value!r} appears twice", key.start_mark
                 )
             seen.add((key.tag, key.value))
         return node
 
 
 def read_raw(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file and the overrides say, and this machine's cores where they say nothing.
+    """Return the file's values with the overrides applied and default CPU bindings filled in.
+
+    Args:
+        path: the YAML file. None: start from an empty configuration.
+        overrides: values by dotted path.
 
     Raises:
-        ConfigError: the file cannot be read, or an override's path leads through a value.
+        ConfigError: the file cannot be read, or a part of an override's path is not a section.
     """
     raw = {} if path is None else _read(path)
     for dotted, value in overrides.items():
-        _put(raw, dotted.split("."), value, dotted)
+        _apply_override(raw, dotted, value)
     _fill_cpu_bindings(raw, sorted(os.sched_getaffinity(0)))
     return raw
 
@@ -57,28 +61,29 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
-        # Not its own text: that quotes the line, which may hold a password.
+        # The error's own text quotes the line, which may contain a password.
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: is not YAML: {where}{error.problem}") from None
+        raise ConfigError(f"{path}: is not valid YAML: {where}{error.problem}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must hold sections such as router:, not {type(raw).__name__}")
+        kind = type(raw).__name__
+        raise ConfigError(f"{path}: must consist of sections such as router:, not of a {kind}")
     return {str(key): _section(value) for key, value in raw.items()}
 
 
 def _section(value: Any) -> Any:
-    """An empty section is None in YAML, and an alias the same object as what it refers to."""
+    """Return a copy of a section. YAML gives None for an empty section and shares aliased ones."""
     if value is None:
         return {}
     return dict(value) if isinstance(value, dict) else value
 
 
-def _put(raw: dict[str, Any], parts: Sequence[str], value: Any, dotted: str) -> None:
-    *sections, name = parts
+def _apply_override(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, name = dotted.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
@@ -87,40 +92,49 @@ def _put(raw: dict[str, Any], parts: Sequence[str], value: Any, dotted: str) -> 
 
 
 def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
-    """Where a pool says nothing, share the cores evenly among all first replicas.
+    """Bind the initial replicas of every pool without ``cpu_binding`` to equal shares of cores.
 
-    Two engines on the same cores slow each other down several times, so leaving the
-    choice to each engine is no default, and cores that the other pool names are left to it
-    as long as there are others. The router and Ray keep a core if there is one.
+    Two engines on the same cores slow each other down several times. Therefore the default is
+    not to let each engine choose, and cores that the other pool names are avoided as long as
+    other cores exist. One core is left to the router and Ray if there are enough.
     """
     pools = [raw.setdefault(name, {}) for name in ("prefill", "decode")]
     if not all(isinstance(pool, dict) for pool in pools):
-        return  # the check that follows says so
+        return  # the schema reports the mistake
     sizes = [(pool.get("replicas", 1), pool.get("tensor_parallel_size", 1)) for pool in pools]
     if not all(isinstance(size, int) and 1 <= size <= 1024 for pair in sizes for size in pair):
-        return
+        return  # malformed, or so large that the lists below would not be reasonable
     named = [_named_cores(pool.get("cpu_binding")) for pool in pools]
-    open_pools = [each for each in zip(pools, sizes, named, strict=True) if not each[2]]
-    if not open_pools:
+    unbound = [
+        (pool, size) for pool, size, spans in zip(pools, sizes, named, strict=True) if not spans
+    ]
+    if not unbound:
         return
     taken = [span for spans in named for span in spans]
     free = [core for core in cores if not any(low <= core <= high for low, high in taken)]
-    wanted = sum(replicas * ranks for _, (replicas, ranks), _ in open_pools)
-    shares = iter(share_cores(free or cores, wanted))
-    for pool, (replicas, ranks), _ in open_pools:
+    total_ranks = sum(replicas * ranks for _, (replicas, ranks) in unbound)
+    shares = iter(share_cores(free or cores, total_ranks))
+    for pool, (replicas, ranks) in unbound:
         own = ["|".join(next(shares) for _ in range(ranks)) for _ in range(replicas)]
+        # An empty cpu_binding is kept: it leaves the choice to vLLM.
         pool.setdefault("cpu_binding", own)
 
 
 def _named_cores(binding: Any) -> list[tuple[int, int]]:
-    """First and last core of each part of a pool's bindings; not checked yet."""
+    """Return the first and last core of each range in a pool's bindings, before they are checked.
+
+    ``binding`` is the raw value of ``cpu_binding`` and may be malformed.
+    """
     lists = binding if isinstance(binding, list | tuple) else ()
     parts = re.findall(r"(\d+)(?:-(\d+))?", " ".join(map(str, lists)))
     return [(int(low), int(high or low)) for low, high in parts]
 
 
 def share_cores(cores: Sequence[int], ranks: int) -> list[str]:
-    """A core list such as ``"0,1"`` for each rank; too few cores are used in turn."""
+    """Return a core list such as ``"0,1"`` for each rank. If cores are too few, ranks share them.
+
+    One core stays unassigned if there are more cores than ranks.
+    """
     spare = 1 if len(cores) > ranks else 0
     share = max(1, (len(cores) - spare) // ranks)
     groups = [cores[start : start + share] for start in range(0, share * ranks, share)]

@@ -1,7 +1,9 @@
-"""The configuration of a cluster: read once, checked at once, never changed.
+"""The configuration of a cluster. It is read once, checked as a whole and never changed.
 
-``load_config`` is the one way in. Each field's description says its unit and why it is
-there; each bound of the system (queue, wait, retry) is one of these fields.
+Call ``load_config`` to get it. Each field's description gives its unit and its reason. Every
+bound of the system (queues, waits, retries) is one of these fields.
+
+The file has over 400 lines because it describes every field of the configuration in one place.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from core.types import Pool
 KIB = 1024
 MIB = 1024 * KIB
 
-# Strict: a quoted number, or a yes or no, stands where somebody meant something else.
+# Strict: a quoted number, yes or no in place of a number is usually a mistake.
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
@@ -53,7 +55,7 @@ def _check_size(size: ByteSize) -> ByteSize:
     return size
 
 
-# Bytes; "1 MiB" is understood.
+# Bytes, as a number or as text with a unit such as "1 MiB".
 Size = Annotated[ByteSize, BeforeValidator(_refuse_bool), AfterValidator(_check_size)]
 
 
@@ -67,38 +69,43 @@ class ClusterConfig(_Section):
     name: str = Field(
         default="baton",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
-        description="Names this cluster's keys in Redis, so that clusters can share one.",
+        description="Name of the cluster. It is part of every key in Redis, so that several "
+        "clusters can share one Redis.",
     )
     host: HostName = Field(
         default="127.0.0.1",
-        description="Address that our servers, Ray and the embedded Valkey bind and advertise; "
-        "loopback unless other machines take part.",
+        description="Address that Baton's servers, Ray and the embedded Valkey bind and "
+        "advertise. Keep the loopback address unless other machines take part.",
     )
     run_dir: Path | None = Field(
         default=None,
-        description="Folder for sockets, logs and pid files. Default: $XDG_RUNTIME_DIR/baton, "
-        "else /tmp/baton-UID (Ray's sockets need a short path).",
+        description="Folder for sockets, logs and pid files. Default: $XDG_RUNTIME_DIR/baton, or "
+        "/tmp/baton-UID if that variable is not set. Ray's sockets need a short path.",
     )
     start_timeout_s: Seconds = Field(
         default=180,
-        description="Seconds until all configured workers must be ready: model loading, mostly.",
+        description="Seconds within which all configured workers must become ready. Most of this "
+        "time is model loading.",
     )
     stop_grace_s: Seconds = Field(
         default=10,
-        description="Seconds that running requests get to finish when the cluster goes down.",
+        description="Seconds that running requests may take to finish when the cluster stops.",
     )
     connection_silence_s: Seconds = Field(
         default=10,
-        description="Seconds without a sign of life until a gRPC connection counts as broken, "
-        "though nobody closed it: its other host, or the way there, is gone.",
+        description="Seconds without any data, keepalive answers included, after which a gRPC "
+        "connection counts as broken. This detects a failed host or network, which leaves the "
+        "connection open.",
     )
     num_cpus: Count | None = Field(
-        default=None, description="CPU cores that Ray may hand out here. Default: as Ray counts."
+        default=None,
+        description="CPU cores of this machine that Ray may assign. Default: the number that Ray "
+        "detects.",
     )
 
     @property
     def run_path(self) -> Path:
-        """``run_dir``, or its default in this environment."""
+        """``run_dir`` with ``~`` expanded, or its default in this environment."""
         if self.run_dir is not None:
             return self.run_dir.expanduser()
         runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -111,69 +118,81 @@ class ModelConfig(_Section):
     path: str = Field(
         default="embedded:smollm2",
         min_length=1,
-        description="A folder, a hub name, or embedded:smollm2, which comes with Baton.",
+        description="A folder, a name on the model hub, or embedded:smollm2, which comes with "
+        "Baton.",
     )
     served_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name that requests may give. Default: the last part of path.",
+        description="Model name that requests may give. Default: the last part of path, or the "
+        "embedded model's own name.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type of weights and KV. auto: the model's own."
+        default="auto",
+        description="Data type of the weights and the KV cache. auto: the model's own type.",
     )
     max_model_len: Count | None = Field(
         default=None,
-        description="Longest prompt and output together, tokens. Default: the model's context. "
-        "One request of this length must fit into the KV cache.",
+        description="Largest length of prompt and output together, in tokens. Default: the "
+        "model's context length. The KV cache must have room for one request of this length.",
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with the model: trust its author."
+        default=False,
+        description="Run Python code that comes with the model. Set it only if you trust the "
+        "model's author.",
     )
     prepare_timeout_s: Seconds = Field(
         default=300,
-        description="Seconds that unpacking the embedded model may take, once per machine (or "
-        "waiting for another process that does it).",
+        description="Seconds that unpacking the embedded model may take. It happens once per "
+        "machine. The same bound applies to the wait for another process that unpacks it.",
     )
 
 
 class ServiceClass(_Section):
-    """Requests that wait in one queue."""
+    """A class of requests, which wait in one queue."""
 
     weight: Count = Field(
-        default=1, description="Its share of what becomes free, beside other classes' weights."
+        default=1,
+        description="Share of the freed capacity that this class gets, relative to the weights of "
+        "the other classes.",
     )
     max_queue: int = Field(
         default=256,
         ge=0,
         strict=True,
-        description="Requests waiting to be dispatched; beyond it they are refused at once.",
+        description="Largest number of requests that wait to be dispatched. Further requests are "
+        "refused at once.",
     )
     queue_timeout_s: Seconds = Field(
         default=30,
-        description="Seconds that a request may wait to be dispatched; one that would wait longer "
-        "is refused at once.",
+        description="Seconds that a request may wait to be dispatched. A request that is expected "
+        "to wait longer is refused at once.",
     )
 
 
 class RouterConfig(_Section):
-    """The router: where applications connect."""
+    """The router, to which applications connect."""
 
     host: HostName | None = Field(
         default=None, description="Address to listen on. Default: cluster.host."
     )
-    port: Port = Field(default=50051, description="gRPC port; 0 takes a free one.")
+    port: Port = Field(default=50051, description="gRPC port. 0: any free port.")
     max_message_bytes: Size = Field(
         default=ByteSize(4 * MIB),
         le=2**31 - 1,  # gRPC counts in 32 bits
-        description="Largest gRPC message accepted, bytes; bounds a request's memory.",
+        description="Largest gRPC message that is accepted, in bytes. It bounds the memory of a "
+        "request.",
     )
     max_concurrent: Count = Field(
-        default=256, description="Requests dispatched at a time; beyond it they queue."
+        default=256,
+        description="Largest number of requests that are dispatched at the same time. Further "
+        "requests wait in the queues.",
     )
     prefill_backlog_s: Seconds = Field(
         default=0.2,
-        description="Seconds of work that one prefill worker may have, at the rate that it had "
-        "lately; beyond it (and two prompts) prompts wait at the router, by class and deadline.",
+        description="Seconds of work that one prefill worker may hold, at its recent rate. A "
+        "worker may always hold two prompts. Further prompts wait at the router, ordered by class "
+        "and deadline.",
     )
     classes: dict[ClassName, ServiceClass] = Field(
         default={
@@ -182,60 +201,66 @@ class RouterConfig(_Section):
         },
         min_length=1,
         description="Queues of requests that wait to be dispatched, by the name that requests "
-        "give as service_class; the first one is for those that name none.",
+        "give as service_class. A request without a service_class goes to the first queue.",
     )
     default_deadline_s: Seconds = Field(
-        default=600, description="Seconds that a request without a deadline may take in all."
+        default=600,
+        description="Seconds that a request without a deadline of its own may take in total.",
     )
     client_stall_s: Seconds = Field(
         default=60,
-        description="Seconds that a client may leave its stream unread until its request is "
-        "ended; meanwhile it holds KV blocks.",
+        description="Seconds that a client may leave its stream unread before its request is "
+        "ended. During this time the request holds KV blocks.",
     )
     registry_poll_s: Seconds = Field(
-        default=0.25, description="Seconds between two looks at the registry of workers."
+        default=0.25, description="Seconds between two reads of the registry of workers."
     )
     worker_connect_timeout_s: Seconds = Field(
-        default=2, description="Seconds until a worker that does not answer counts as lost."
+        default=2,
+        description="Seconds that the router waits for a connection to a worker, after which the "
+        "worker counts as lost. The same bound applies to the release of a request's KV.",
     )
     local_prefill: Literal["never", "fallback"] = Field(
         default="never",
-        description="fallback: decode workers prefill themselves while no prefill worker lives; "
-        "slower, and disturbs their other streams. never: such requests are refused.",
+        description="What to do while no prefill worker is alive. fallback: decode workers compute "
+        "the prefill themselves, which is slower and delays their other streams. never: requests "
+        "are refused.",
     )
     max_attempts: Count = Field(
         default=4,
-        description="Dispatches of one request, the first included; ends one that kills its "
-        "workers. Those that reach no worker, or that it refuses, for it is full or drains, do not "
-        "count.",
+        description="Largest number of dispatches of one request, including the first. It stops a "
+        "request that makes workers crash. A dispatch does not count if it reaches no worker, or "
+        "if the worker refuses it because it is full or drains.",
     )
     failover_timeout_s: Seconds = Field(
         default=60,
-        description="Seconds that a request whose worker was lost waits for another one; longer "
-        "than a worker takes to start.",
+        description="Seconds that a request waits for another worker after its worker was lost. "
+        "It must exceed the time that a worker takes to start.",
     )
     journal: bool = Field(
         default=True,
         strict=True,
         description="Keep prompts and answers in Redis while they are streamed, so that a client "
-        "can resume a stream whose router died. false: nothing of a request leaves the cluster's "
-        "processes.",
+        "can resume its stream after the router died. false: no part of a request leaves the "
+        "cluster's processes.",
     )
     journal_ttl_s: Seconds = Field(
-        default=60, description="Seconds that a request can be resumed after its last token."
+        default=60, description="Seconds after its last token for which a request can be resumed."
     )
     journal_patience_s: Seconds = Field(
         default=0.05,
-        description="Seconds that a token waits to be in the journal; then the stream goes on "
-        "ahead of it.",
+        description="Seconds that a token waits to be written to the journal. After that, the "
+        "stream continues without waiting for the journal.",
     )
     stream_buffer_responses: Count = Field(
-        default=64, description="Responses held for a client that reads slower than we decode."
+        default=64,
+        description="Largest number of responses held for a client that reads more slowly than "
+        "tokens are decoded.",
     )
     tokenizer_threads: Count = Field(
         default=1,
-        description="Threads that tokenise prompts beside the event loop; one more takes the very "
-        "long ones.",
+        description="Threads that tokenize prompts outside the event loop. One additional thread "
+        "handles very long prompts.",
     )
 
 
@@ -244,57 +269,65 @@ class PoolConfig(_Section):
 
     replicas: Count = Field(default=1, description="Workers to start with.")
     max_replicas: Count = Field(
-        default=8, description="Workers that this pool may grow to; bounds connections."
+        default=8,
+        description="Largest number of workers in this pool. It bounds the number of connections.",
     )
     tensor_parallel_size: Count = Field(
         default=1,
-        description="GPUs (or CPU groups) over which one worker splits the model; the pools may "
-        "differ.",
+        description="GPUs (or groups of CPU cores) over which one worker splits the model. The two "
+        "pools may use different values.",
     )
     num_gpus_per_replica: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
         strict=True,
-        description="GPUs that Ray reserves per worker; below 1, workers share one. "
-        "Default: tensor_parallel_size where there is CUDA, else 0.",
+        description="GPUs that Ray reserves for each worker. With a value below 1, workers share a "
+        "GPU. Default: tensor_parallel_size on a machine with CUDA, otherwise 0.",
     )
     cpu_binding: tuple[str, ...] = Field(
         default=(),
-        description="CPU backend: cores of each replica's engine, such as 0-3 or 0,2, replicas "
-        "wrap around; with tensor parallelism one list per rank, split by |. Empty: vLLM "
-        "chooses. Left out of a file: this machine's cores, shared evenly.",
+        description="CPU backend: one list of cores for each replica's engine, such as 0-3 or 0,2. "
+        "If there are more replicas than lists, the lists are reused in order. With tensor "
+        "parallelism, an entry holds one list per rank, separated by |. Empty: vLLM chooses. "
+        "If the field is left out: this machine's cores, shared evenly.",
     )
     kv_cache_gib: Count = Field(
         default=1,
-        description="CPU backend: KV cache per worker, GiB. On GPUs see the engine argument "
-        "gpu_memory_utilization.",
+        description="CPU backend: size of each worker's KV cache, in GiB. On GPUs, set the engine "
+        "argument gpu_memory_utilization instead.",
     )
     label_selector: dict[str, str] = Field(
         default={},
-        description="Ray node labels that this pool's workers need, such as "
+        description="Labels that a Ray node must have to run this pool's workers, such as "
         "ray.io/accelerator-type: H100.",
     )
     engine: dict[str, Any] = Field(
         default={},
-        description="vLLM engine arguments, passed through: max_num_seqs, quantization, …",
+        description="Arguments that are passed to the vLLM engine, such as max_num_seqs or "
+        "quantization.",
     )
     health_check_period_s: Seconds = Field(
         default=1, description="Seconds between Ray Serve's health checks of a worker."
     )
     max_concurrent: Count = Field(
-        default=256, description="Requests that one worker takes at a time; it refuses more."
+        default=256,
+        description="Largest number of requests that one worker serves at the same time. It "
+        "refuses further requests.",
     )
     engine_kind: Literal["vllm", "fake"] = Field(
-        default="vllm", description="fake: a deterministic engine without a model, for tests."
+        default="vllm",
+        description="Engine of the workers. fake: a deterministic engine without a model, for "
+        "tests.",
     )
     progress_timeout_s: Seconds = Field(
         default=30,
-        description="Seconds without an answer until an engine counts as hung and is replaced; "
-        "longer than its longest step, for it answers between steps.",
+        description="Seconds without an answer after which an engine counts as hung and is "
+        "replaced. It must exceed the engine's longest step, because the engine answers only "
+        "between steps.",
     )
     shutdown_grace_s: Seconds = Field(
-        default=5, description="Seconds for a stopping worker's requests to end."
+        default=5, description="Seconds that the requests of a stopping worker may take to end."
     )
 
     @field_validator("engine")
@@ -308,7 +341,7 @@ class PoolConfig(_Section):
     def _core_lists(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for cores in value:
             if not cores or set(cores) - set("0123456789,-|"):
-                raise ValueError(f"{cores!r} is no list of CPU cores such as 0-3 or 0,2")
+                raise ValueError(f"{cores!r} is not a list of CPU cores such as 0-3 or 0,2")
         return value
 
     @model_validator(mode="after")
@@ -323,65 +356,76 @@ class KvTransferConfig(_Section):
 
     message_bytes: Size = Field(
         default=ByteSize(2 * MIB),
-        description="Bytes that one message aims at: layers are grouped up to it. Small ones "
-        "cost throughput, big ones delay the first layer.",
+        description="Target size of one message, in bytes. Layers are grouped up to this size. "
+        "Small messages reduce throughput. Large messages delay the first layer.",
     )
     pair_timeout_s: Seconds = Field(
-        default=10, description="Seconds until a process group that is being set up is given up."
+        default=10,
+        description="Seconds that setting up a process group may take before it is abandoned.",
     )
     reserve_timeout_s: Seconds = Field(
         default=60,
-        description="Seconds that a prefill worker holds KV which no decode worker has reserved.",
+        description="Seconds that a prefill worker holds KV for which no decode worker has made a "
+        "reservation.",
     )
     prefill_timeout_s: Seconds = Field(
         default=600,
-        description="Seconds that a decode worker's reservation waits for its prefill to begin, "
-        "which includes the time in the prefill worker's queue.",
+        description="Seconds that a decode worker's reservation waits for its prefill to begin. "
+        "This includes the time in the prefill worker's queue.",
     )
     transfer_timeout_s: Seconds = Field(
         default=60,
-        description="Seconds without progress until a transfer that has begun is given up.",
+        description="Seconds without progress after which a transfer that has begun is abandoned.",
     )
     pair_idle_s: Seconds = Field(
         default=600,
-        description="Seconds without a transfer until a process group is closed; the next request "
-        "makes it again.",
+        description="Seconds without a transfer after which a process group is closed. The next "
+        "request sets it up again.",
     )
     max_pairs: Count = Field(
         default=64,
-        description="Process groups of one rank; beyond it the one that was idle longest is "
-        "closed. A pair of GPUs costs 50 to 100 MB of memory.",
+        description="Largest number of process groups of one rank. When it is exceeded, the "
+        "process group that has been idle longest is closed. A pair of GPUs costs 50 to 100 MB of "
+        "memory.",
     )
     peer_lease_s: Seconds = Field(
-        default=5, description="Seconds without a sign of life until a peer counts as dead."
+        default=5,
+        description="Seconds without a message from a peer after which the peer counts as dead.",
     )
     staging_buffers: Count = Field(
         default=3,
-        description="Buffers of message_bytes per pair: one is filled while others are on their "
-        "way.",
+        description="Buffers of message_bytes for each pair. One buffer is filled while the others "
+        "are being sent.",
     )
     max_pending: Count = Field(
-        default=1024, description="Transfers announced and not finished, per worker."
+        default=1024,
+        description="Largest number of transfers of one worker that are announced and not yet "
+        "finished.",
     )
 
 
 class RedisConfig(_Section):
-    """The store that holds the registry of workers."""
+    """The store that holds the registry of workers, the journal and the orders."""
 
     url: str | None = Field(
         default=None,
         pattern=r"^(rediss?|unix)://",
-        repr=False,  # may carry a password
-        description="redis://, rediss:// or unix:// address. Default: an embedded Valkey.",
+        repr=False,  # may contain a password
+        description="Address that begins with redis://, rediss:// or unix://. Default: an embedded "
+        "Valkey.",
     )
     lease_s: Seconds = Field(
-        default=3, description="Seconds until a worker that is silent leaves the registry."
+        default=3,
+        description="Seconds without a renewal after which a worker leaves the registry.",
     )
     renew_s: Seconds = Field(
-        default=0.5, description="Seconds between two renewals of a worker's lease and load."
+        default=0.5,
+        description="Seconds between two renewals of a worker's lease. Each renewal reports the "
+        "worker's load.",
     )
     socket_timeout_s: Seconds = Field(
-        default=2, description="Seconds until a store that does not answer counts as away."
+        default=2,
+        description="Seconds without an answer after which the store counts as unavailable.",
     )
 
     @model_validator(mode="after")
@@ -395,38 +439,53 @@ class RedisConfig(_Section):
 
 
 class Config(_Section):
-    """A whole cluster."""
+    """The configuration of a whole cluster."""
 
-    cluster: ClusterConfig = Field(default=ClusterConfig(), description="The whole.")
-    model: ModelConfig = Field(default=ModelConfig(), description="What is served.")
-    router: RouterConfig = Field(default=RouterConfig(), description="Where clients connect.")
-    prefill: PoolConfig = Field(default=PoolConfig(), description="Workers that read prompts.")
-    decode: PoolConfig = Field(default=PoolConfig(), description="Workers that write tokens.")
+    cluster: ClusterConfig = Field(
+        default=ClusterConfig(), description="Settings of the cluster as a whole."
+    )
+    model: ModelConfig = Field(
+        default=ModelConfig(), description="The model that both pools serve."
+    )
+    router: RouterConfig = Field(
+        default=RouterConfig(), description="The router, to which applications connect."
+    )
+    prefill: PoolConfig = Field(
+        default=PoolConfig(), description="Workers that compute the KV of prompts."
+    )
+    decode: PoolConfig = Field(
+        default=PoolConfig(), description="Workers that generate the output tokens."
+    )
     kv_transfer: KvTransferConfig = Field(
         default=KvTransferConfig(), description="The KV stream between the pools."
     )
-    redis: RedisConfig = Field(default=RedisConfig(), description="The registry's store.")
+    redis: RedisConfig = Field(
+        default=RedisConfig(),
+        description="The store that holds the registry of workers, the journal and the orders.",
+    )
 
     @property
     def router_host(self) -> str:
-        """The address that the router listens on."""
+        """The host that the router listens on."""
         return self.router.host or self.cluster.host
 
     @property
     def router_address(self) -> str:
-        """The router's "host:port"; port 0 if only its start will tell."""
+        """The router's "host:port". Port 0 means that the router takes a free port at its start."""
         return host_port(self.router_host, self.router.port)
 
     def pool(self, pool: Pool) -> PoolConfig:
-        """The configuration of one pool."""
+        """Return the configuration of one pool."""
         return self.prefill if pool is Pool.PREFILL else self.decode
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a YAML file (``None``: the defaults), put ``overrides`` over it, and check it.
+    """Read a YAML file, apply ``overrides`` and check the result.
 
     Args:
-        overrides: values by dotted path, such as ``{"prefill.replicas": 2}``.
+        path: the YAML file. None: use the defaults.
+        overrides: values by dotted path, such as ``{"prefill.replicas": 2}``. They replace the
+            file's values.
 
     Raises:
         ConfigError: names every field that is wrong and what to write instead.

@@ -1,4 +1,4 @@
-"""From the configured model to files that engines and the router load.
+"""Resolves the configured model to files that engines and the router load.
 
-Nothing here may keep a model in memory: conversion runs in a process of its own.
+Nothing here may keep a model in memory. The conversion runs in a separate process.
 """

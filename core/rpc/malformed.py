@@ -1,4 +1,4 @@
-"""Bytes that are no message of the method that was called, at a gRPC server."""
+"""A gRPC server's answer to bytes that are not a message of the called method."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _Handler = Any  # the class behind grpc.RpcMethodHandler, a named tuple
 
 
 class RefuseMalformed(grpc.aio.ServerInterceptor):
-    """Ends such calls with INVALID_ARGUMENT; every server of ours has it.
+    """Ends calls with malformed requests with INVALID_ARGUMENT. All of Baton's servers use it.
 
-    gRPC itself ends them with UNKNOWN and a traceback in the log, with which anybody could fill it.
+    Without it, gRPC ends such calls with UNKNOWN and logs a traceback, so that any client could
+    fill the log.
     """
 
     async def intercept_service(
@@ -34,16 +35,17 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
             return None
         kinds = ("unary", "stream")
         name = f"{kinds[handler.request_streaming]}_{kinds[handler.response_streaming]}"
-        checked = _checked(getattr(handler, name), _each if handler.request_streaming else _one)
-        parse = _parser(handler.request_deserializer)
+        check = _check_stream if handler.request_streaming else _check_request
+        checked = _with_check(getattr(handler, name), check)
+        parse = _marking_malformed(handler.request_deserializer)
         return handler._replace(request_deserializer=parse, **{name: checked})
 
 
 class _Malformed:
-    """Stands where the request would."""
+    """Replaces a request that could not be parsed."""
 
 
-def _parser(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _marking_malformed(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
         try:
             return deserialize(data)
@@ -53,8 +55,11 @@ def _parser(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return parse
 
 
-def _checked(behaviour: Any, check: Callable[[Any, _Context], Awaitable[Any]]) -> Any:
-    """``behaviour`` for requests that passed the check; of the same kind, for gRPC looks."""
+def _with_check(behaviour: Any, check: Callable[[Any, _Context], Awaitable[Any]]) -> Any:
+    """Return a handler that calls ``check`` on its request before it calls ``behaviour``.
+
+    It is an async generator function if ``behaviour`` is one, because gRPC distinguishes the two.
+    """
     if inspect.isasyncgenfunction(behaviour):
 
         async def generate(request: Any, context: _Context) -> AsyncIterator[Any]:
@@ -71,7 +76,7 @@ def _checked(behaviour: Any, check: Callable[[Any, _Context], Awaitable[Any]]) -
     return call
 
 
-async def _one(request: Any, context: _Context) -> Any:
+async def _check_request(request: Any, context: _Context) -> Any:
     if isinstance(request, _Malformed):
         error = InvalidArgumentError(
             "the request is not a message of this method", reason="MALFORMED_REQUEST"
@@ -80,9 +85,9 @@ async def _one(request: Any, context: _Context) -> Any:
     return request
 
 
-async def _each(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+async def _check_stream(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
     async def checked() -> AsyncIterator[Any]:
         async for request in requests:
-            yield await _one(request, context)
+            yield await _check_request(request, context)
 
     return checked()

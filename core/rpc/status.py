@@ -1,4 +1,4 @@
-"""How our errors end a gRPC call, and how a failed call to a worker becomes one of our errors."""
+"""Converts Baton's errors to gRPC status, and failed calls to a worker to Baton's errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core import errors
 
 
 def error_detail(error: errors.BatonError) -> inference_pb2.ErrorDetail:
-    """The typed part of ``error``; the retry hint is rounded up to a whole millisecond."""
+    """Return the typed detail of ``error``. Its retry hint is rounded up to whole milliseconds."""
     retry_after_s = error.retry_after_s or 0.0
     return inference_pb2.ErrorDetail(
         reason=error.reason,
@@ -24,13 +24,13 @@ def error_detail(error: errors.BatonError) -> inference_pb2.ErrorDetail:
 
 
 async def accept(context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """Begin to answer a call that may be ended from outside, by a drain or for its slow client.
+    """Send the initial metadata of a call that may be cancelled by a drain or for a slow client.
 
-    Else gRPC sends the initial metadata with the first response, and a call that is ended in the
-    middle of that can be told nothing more: ``abort`` fails, and the caller waits for nothing.
+    Otherwise gRPC sends the initial metadata with the first response. If the call is cancelled
+    during that send, ``abort`` fails afterwards and the caller never gets a status.
 
     Raises:
-        CancelledError: the caller is gone.
+        CancelledError: the caller has gone away.
     """
     try:
         await context.send_initial_metadata(())
@@ -39,11 +39,11 @@ async def accept(context: grpc.aio.ServicerContext[Any, Any]) -> None:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.BatonError) -> NoReturn:
-    """End a server-side call with ``error``.
+    """End a server-side call with ``error``. Never returns.
 
     Raises:
-        grpc.aio.AbortError: always, for gRPC to end the handler with;
-        asyncio.CancelledError: instead, when the caller is gone and there is nobody to tell.
+        grpc.aio.AbortError: the status was sent. The handler must let this error pass.
+        asyncio.CancelledError: the caller has gone away, so no status could be sent.
     """
     detail = error_detail(error).SerializeToString()
     try:
@@ -54,20 +54,20 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Baton
 
 
 def from_rpc_error(err: grpc.aio.AioRpcError, worker_id: str) -> errors.BatonError:
-    """Our error for a failed call to the worker named ``worker_id``.
+    """Return the error for a failed call to the worker ``worker_id``.
 
-    The worker's own reason and retry hint are kept when it sent an ``ErrorDetail``.
+    If the worker sent an ``ErrorDetail``, its reason and retry hint are kept.
     """
     kind = class_of(err.code())
     if kind is errors.BatonError:
         kind = errors.InternalError
     elif kind in (errors.UnavailableError, errors.CancelledError):
-        # We did not ask for the cancel, so the worker is stopping.
+        # This side did not cancel the call, so the worker is stopping.
         kind = errors.WorkerLostError
     detail = read_detail(tuple(err.trailing_metadata() or ()))
     text = err.details() or err.code().name
     if kind is errors.WorkerLostError:
-        message = f"worker {worker_id} went away: {text}"
+        message = f"worker {worker_id} was lost: {text}"
     else:
         message = f"worker {worker_id}: {text}"
     if detail is None:

@@ -1,11 +1,11 @@
-"""The journal of requests: what a router needs to go on where a dead one stopped.
+"""The store of the journal, from which a router continues the requests of a dead router.
 
     baton:{cluster}:journal:{request id}         hash: the request, its batches of tokens by number,
-                                                 and who may write; expires ttl_s after the last one
-    baton:{cluster}:journal:{request id}:lease   there while that router serves it
+                                                 and the writer; expires ttl_s after the last change
+    baton:{cluster}:journal:{request id}:lease   the writer; exists while it serves the request
 
-The writer's name in the hash is the fence: a router that was paused finds another one's there, and
-writes nothing. Every change may run twice, as ``RedisClient`` demands.
+The writer in the hash is a fence. A router that was paused finds another writer there and writes
+nothing. Every change is safe to repeat, as ``RedisClient`` requires.
 """
 
 from __future__ import annotations
@@ -24,46 +24,50 @@ _WRITER = b"writer"
 
 
 class Written(enum.IntEnum):
-    """How a change ended."""
+    """The result of a change."""
 
     DONE = 1
-    TAKEN = 0  # another router has, or had, the request since
-    GONE = -1  # the store has forgotten it
+    TAKEN = 0  # another writer has taken the request
+    GONE = -1  # the store has no entry for the request any more
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One router's change to one request's entry; renews the lease."""
+    """One writer's change to one request's entry. It also renews the lease."""
 
     request_id: str
     writer: str  # unique for each time that a router serves a request
-    request: bytes | None = None  # begins an entry; TAKEN if another router serves this id
-    batches: Mapping[int, bytes] = field(default_factory=dict)
-    ends: bool = False  # gives the lease up; the entry stays for ttl_s
+    request: bytes | None = None  # if given, starts a new entry; TAKEN if another writer serves it
+    batches: Mapping[int, bytes] = field(default_factory=dict)  # tokens, by the batch's number
+    ends: bool = False  # releases the lease; the entry stays for ttl_s
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An entry: the request and its batches of tokens in order."""
+    """An entry: the request and its batches of tokens, ordered by number."""
 
     request: bytes
     batches: tuple[bytes, ...]
 
 
 class JournalStore(Protocol):
-    """Methods raise UnavailableError when the store does not answer."""
+    """All methods except ``close`` raise UnavailableError when the store does not answer."""
 
     async def write(self, changes: Sequence[Change]) -> list[Written]:
-        """Make the changes, in order."""
+        """Apply the changes in order. Return the result of each."""
 
     async def take(self, request_id: str, writer: str) -> Stored | Written:
-        """Become the writer. TAKEN if a router serves the request, GONE if there is no entry."""
+        """Make ``writer`` the writer of an entry and return the entry.
+
+        Returns TAKEN if another writer serves the request, and GONE if the entry does not exist.
+        """
 
     async def close(self) -> None:
         """Disconnect. Idempotent."""
 
 
-# KEYS: entry, lease. ARGV: writer, lease and ttl in ms, request or "", ends, number, batch, ...
+# KEYS: entry, lease. ARGV: writer, lease in ms, ttl in ms, request or "", ends ("1" or "0"), then
+# number and batch for each batch. Returns a value of Written.
 _WRITE = """
 local entry, lease, writer = KEYS[1], KEYS[2], ARGV[1]
 local serving = redis.call('GET', lease)
@@ -82,7 +86,7 @@ if ARGV[5] == '1' then redis.call('DEL', lease)
 else redis.call('SET', lease, writer, 'PX', ARGV[2]) end
 return 1
 """
-# KEYS: entry, lease. ARGV: writer, lease and ttl in ms.
+# KEYS: entry, lease. ARGV: writer, lease in ms, ttl in ms. Returns the hash or a value of Written.
 _TAKE = """
 local serving = redis.call('GET', KEYS[2])
 if serving and serving ~= ARGV[1] then return 0 end
@@ -95,18 +99,20 @@ return redis.call('HGETALL', KEYS[1])
 
 
 class MemoryJournal:
-    """A store inside one process, for tests.
+    """A journal store inside one process, for tests. Its entries do not expire.
 
     Args:
-        clock: seconds on any monotonic scale. Entries do not expire.
+        lease_s: time after which a request without a change may be taken by another writer.
+        clock: returns seconds on any monotonic scale.
     """
 
     def __init__(self, *, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
         self._clock = clock
-        self._entries: dict[str, tuple[str, bytes, dict[int, bytes]]] = {}  # writer first
-        self._leases: dict[str, tuple[str, float]] = {}  # writer, end
-        self.available = True  # False: every call fails, as when the store went away
+        # request id -> (writer, request, batches by number)
+        self._entries: dict[str, tuple[str, bytes, dict[int, bytes]]] = {}
+        self._leases: dict[str, tuple[str, float]] = {}  # request id -> (writer, end of lease)
+        self.available = True  # False: every call fails, as if the store did not answer
 
     async def write(self, changes: Sequence[Change]) -> list[Written]:
         """See ``JournalStore``."""
@@ -129,7 +135,7 @@ class MemoryJournal:
         """See ``JournalStore``."""
 
     def forget(self) -> None:
-        """As a store that was started anew."""
+        """Drop all entries and leases, as a restarted store does."""
         self._entries.clear()
         self._leases.clear()
 
@@ -162,11 +168,14 @@ class MemoryJournal:
 
 
 class RedisJournal:
-    """See ``JournalStore``.
+    """The journal store of one cluster in Redis or Valkey.
 
     Args:
-        lease_s: how long a router that says nothing more keeps a request.
-        ttl_s: how long an entry outlives its last change.
+        url: address of the store, see ``RedisClient``.
+        cluster: name of the cluster, which is part of every key.
+        lease_s: time after which a request without a change may be taken by another writer.
+        ttl_s: lifetime of an entry after its last change.
+        socket_timeout_s: bound on one wait for the store, see ``RedisClient``.
     """
 
     def __init__(

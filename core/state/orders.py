@@ -1,6 +1,7 @@
-"""What the command line and the workers tell the launcher, through Redis.
+"""Messages through Redis to the launcher: scale orders and start failures.
 
-Each key is read once and expires on its own, so nothing is left when nobody reads it.
+The command line gives scale orders. Workers and the router report why they could not start. Each
+key is read once. It also expires, so that nothing remains if no launcher reads it.
 
     baton:{cluster}:scale:{pool}     wanted number of workers
     baton:{cluster}:failure:{part}   why a worker of a pool, or the router, could not start
@@ -17,10 +18,10 @@ from core.errors import BatonError, ConfigError
 from core.state.redis import RedisClient
 from core.types import Pool
 
-ROUTER = "router"  # the part of a cluster that is no pool
+ROUTER = "router"  # the part of a cluster that is not a pool
 _PARTS = (*Pool, ROUTER)
 
-_ORDER_MS = 60_000  # an order that no launcher took by then is dropped
+_ORDER_TTL_MS = 60_000  # an order that no launcher has taken by then is outdated
 
 _log = logging.getLogger(__name__)
 
@@ -31,24 +32,32 @@ class StartFailure:
 
     part: str  # a pool, or ROUTER
     message: str  # one sentence for a person
-    is_config: bool  # the configuration is at fault: trying again will not help
+    is_config: bool  # the configuration is wrong, so that another try would fail as well
 
 
 class Orders:
-    """See the module. Methods raise UnavailableError when the store does not answer."""
+    """The orders of one cluster in Redis or Valkey.
+
+    All methods except ``close`` raise UnavailableError when the store does not answer.
+
+    Args:
+        url: address of the store, see ``RedisClient``.
+        cluster: name of the cluster, which is part of every key.
+        socket_timeout_s: bound on one wait for the store, see ``RedisClient``.
+    """
 
     def __init__(self, url: str, *, cluster: str, socket_timeout_s: float) -> None:
         self._client = RedisClient(url, socket_timeout_s=socket_timeout_s)
         self._prefix = f"baton:{cluster}"
 
     async def ask_scale(self, pool: Pool, replicas: int) -> None:
-        """Ask the launcher for ``replicas`` workers in ``pool``; a later call wins."""
+        """Ask the launcher for ``replicas`` workers in ``pool``. A later call replaces it."""
         await self._client.execute(
-            ("SET", f"{self._prefix}:scale:{pool}", replicas, "PX", _ORDER_MS)
+            ("SET", f"{self._prefix}:scale:{pool}", replicas, "PX", _ORDER_TTL_MS)
         )
 
     async def take_scale(self) -> dict[Pool, int]:
-        """The orders given since the last call. What is none, is logged and dropped."""
+        """Return the orders given since the last call. Malformed orders are logged and dropped."""
         found = await self._client.execute(
             *(("GETDEL", f"{self._prefix}:scale:{pool}") for pool in Pool)
         )
@@ -58,23 +67,26 @@ class Orders:
                 if value is not None:
                     orders[pool] = int(value)
             except ValueError:
-                _log.warning("dropped an order to scale %s to %r, which is no number", pool, value)
+                _log.warning("dropped an order to scale %s to %r: not a number", pool, value)
         return orders
 
     async def report_failure(self, failure: StartFailure) -> None:
-        """Say why a part could not start."""
+        """Report why a part could not start. A later report on the same part replaces it."""
         await self._client.execute(
             (
                 "SET",
                 f"{self._prefix}:failure:{failure.part}",
                 msgspec.json.encode(failure),
                 "PX",
-                _ORDER_MS,
+                _ORDER_TTL_MS,
             )
         )
 
     async def take_failures(self) -> tuple[StartFailure, ...]:
-        """The failures reported since the last call, one per part at most; as ``take_scale``."""
+        """Return the failures reported since the last call, at most one per part.
+
+        Malformed failures are logged and dropped.
+        """
         found = await self._client.execute(
             *(("GETDEL", f"{self._prefix}:failure:{part}") for part in _PARTS)
         )
@@ -84,7 +96,7 @@ class Orders:
                 if value is not None:
                     failures.append(msgspec.json.decode(value, type=StartFailure))
             except msgspec.MsgspecError:
-                _log.warning("dropped a failure of %s that cannot be read: %r", part, value)
+                _log.warning("dropped a malformed failure report of %s: %r", part, value)
         return tuple(failures)
 
     async def close(self) -> None:
@@ -93,7 +105,7 @@ class Orders:
 
 
 async def report_failure(orders: Orders, part: str, error: Exception) -> None:
-    """Tell the launcher, in one sentence, why ``part`` cannot start. Closes ``orders``.
+    """Report to the launcher, in one sentence, why ``part`` cannot start. Closes ``orders``.
 
     Raises:
         UnavailableError: the store does not answer.

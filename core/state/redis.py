@@ -1,6 +1,6 @@
-"""The only module of the state layer that speaks to Redis (or Valkey).
+"""The only module of ``core.state`` that talks to Redis or Valkey.
 
-Everything above it sends commands as plain tuples, so that no other file imports a driver.
+The other modules pass commands as plain tuples, so that only this file imports the driver.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.errors import ConfigError, UnavailableError
 
 Command = tuple[str | bytes | int, ...]
 
-# Renewals, reads and scale orders of one process; more would only hide a server that hangs.
+# Enough for one process's renewals, reads and orders. More would only hide a server that hangs.
 _MAX_CONNECTIONS = 4
 
 
@@ -26,9 +26,9 @@ class RedisClient:
     """A connection to one server. Belongs to the event loop that first uses it.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``; may carry a password.
-        socket_timeout_s: bound of connecting and of each answer. A lost connection is
-            tried again once, so a call takes at most about four times as long.
+        url: ``redis://``, ``rediss://`` or ``unix://``. It may contain a password.
+        socket_timeout_s: bound on connecting and on each answer. A lost connection is retried
+            once, so a call takes at most about four times this bound.
 
     Raises:
         ConfigError: ``url`` is malformed.
@@ -43,21 +43,21 @@ class RedisClient:
                 retry=Retry(NoBackoff(), retries=1),
                 retry_on_error=[RedisConnectionError, RedisTimeoutError],
                 max_connections=_MAX_CONNECTIONS,
-                protocol=2,  # understood by every server since Redis 2
+                protocol=2,  # supported by every server since Redis 2
             )
-        except ValueError:  # its text quotes what may be a part of the password
+        except ValueError:  # not chained, because its text may quote a part of the password
             raise ConfigError(
-                "redis.url: no such address is possible; write special characters of a user's "
-                "name or password as %XX"
+                "redis.url: not a valid address; write special characters in a user name or "
+                "password as %XX"
             ) from None
 
     async def execute(self, *commands: Command) -> list[Any]:
-        """Run the commands as one transaction and return their answers, bytes undecoded.
+        """Run the commands as one transaction. Return their answers, with undecoded bytes.
 
-        Commands must be safe to repeat: a transaction whose answer got lost runs twice.
+        Commands must be safe to repeat, because a transaction runs twice if its answer is lost.
 
         Raises:
-            UnavailableError: the server does not answer, or refuses.
+            UnavailableError: the server does not answer, or refuses a command.
         """
         try:
             async with self._redis.pipeline(transaction=len(commands) > 1) as pipeline:

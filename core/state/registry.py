@@ -1,11 +1,11 @@
-"""The registry: which workers live, where, and how loaded they are.
+"""The registry of live workers: their addresses, states and loads.
 
-A worker's record is a lease. It is renewed while the worker lives and vanishes by itself
-after ``lease_s`` when it doesn't, so nobody has to notice a death to route around it.
+A worker's record is a lease. The worker renews it while it is alive. Without a renewal, the record
+expires after ``lease_s``, so a dead worker disappears from routing without any other action.
 
-    baton:{cluster}:worker:{id}   JSON of the record, expires after lease_s
-    baton:{cluster}:workers       set of ids, so that listing needs no scan of all keys
-    baton:{cluster}:drain:{id}    there if the worker is to leave; read once, by the worker
+    baton:{cluster}:worker:{id}   JSON of the record; expires after lease_s
+    baton:{cluster}:workers       set of the ids, so that a listing need not scan all keys
+    baton:{cluster}:drain:{id}    exists if the worker is asked to drain; the worker reads it once
 """
 
 from __future__ import annotations
@@ -20,36 +20,41 @@ from core.errors import UnavailableError
 from core.state.redis import RedisClient
 from core.types import WorkerRecord
 
-# The index outlives a short absence of all workers, and does not outlive the cluster.
+# Lifetime of the set of ids and of drain requests, in leases. They outlive a short absence of all
+# workers, and expire some time after the cluster ends.
 _INDEX_LEASES = 100
 
 
 class Registry(Protocol):
-    """All methods but ``close`` raise UnavailableError when the store does not answer."""
+    """All methods except ``close`` raise UnavailableError when the store does not answer."""
 
     async def put(self, record: WorkerRecord) -> bool:
-        """Take or renew the lease of ``record.id``. True if it is asked to drain, once."""
+        """Take or renew the lease of ``record.id``.
+
+        Returns True once after each request to drain, otherwise False.
+        """
 
     async def ask_to_drain(self, worker_id: str) -> None:
-        """Ask a worker to leave. An unknown id is not an error."""
+        """Ask a worker to drain and stop. An unknown id is not an error."""
 
     async def remove(self, worker_id: str) -> None:
         """End a lease. An unknown id is not an error."""
 
     async def list(self) -> tuple[WorkerRecord, ...]:
-        """The workers whose leases hold, ordered by id."""
+        """Return the workers with valid leases, ordered by id."""
 
     async def close(self) -> None:
-        """Disconnect; leases stay until they expire. Idempotent."""
+        """Disconnect. Leases stay until they expire. Idempotent."""
 
 
 class RedisRegistry:
     """The registry of one cluster in Redis or Valkey.
 
     Args:
-        cluster: name of the cluster; part of every key.
+        url: address of the store, see ``RedisClient``.
+        cluster: name of the cluster, which is part of every key.
         lease_s: lifetime of a record that is not renewed.
-        socket_timeout_s: bound of one wait for the store, see ``RedisClient``.
+        socket_timeout_s: bound on one wait for the store, see ``RedisClient``.
     """
 
     def __init__(self, url: str, *, cluster: str, lease_s: float, socket_timeout_s: float) -> None:
@@ -88,11 +93,11 @@ class RedisRegistry:
             return ()
         keys = [self._prefix.encode() + worker_id for worker_id in ids]
         values: list[bytes | None] = (await self._client.execute(("MGET", *keys)))[0]
-        # A worker that takes its lease again between these commands is missing from the
-        # index until its next renewal, which adds it again.
-        gone = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
-        if gone:
-            await self._client.execute(("SREM", self._index, *gone))
+        # A worker that takes its lease again between these commands is missing from the set of
+        # ids until its next renewal adds it again.
+        expired = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
+        if expired:
+            await self._client.execute(("SREM", self._index, *expired))
         return tuple(decode_record(value) for value in values if value is not None)
 
     async def close(self) -> None:
@@ -104,15 +109,16 @@ class MemoryRegistry:
     """A registry inside one process, for tests.
 
     Args:
-        clock: seconds on any monotonic scale.
+        lease_s: lifetime of a record that is not renewed.
+        clock: returns seconds on any monotonic scale.
     """
 
     def __init__(self, *, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
         self._clock = clock
-        self._leases: dict[str, tuple[float, WorkerRecord]] = {}  # id -> end of lease, record
+        self._leases: dict[str, tuple[float, WorkerRecord]] = {}  # id -> (end of lease, record)
         self._to_drain: set[str] = set()
-        self.available = True  # False: every call fails, as when the store went away
+        self.available = True  # False: every call fails, as if the store did not answer
 
     async def put(self, record: WorkerRecord) -> bool:
         """See ``Registry``."""
@@ -150,10 +156,10 @@ class MemoryRegistry:
 
 
 def decode_record(value: bytes) -> WorkerRecord:
-    """Fields of a newer version are ignored.
+    """Decode a record. Unknown fields, which a newer version may write, are ignored.
 
     Raises:
-        UnavailableError: ``value`` is no record: something else writes under our keys.
+        UnavailableError: ``value`` is not a record, so another program writes to the same keys.
     """
     try:
         return msgspec.json.decode(value, type=WorkerRecord)

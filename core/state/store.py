@@ -1,4 +1,4 @@
-"""Where a cluster keeps its state, and how to open each part of it."""
+"""The address and the settings of a cluster's store, and how to open each part of it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from core.state.registry import RedisRegistry
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One cluster's keys in one Redis or Valkey. The caller closes what it opens."""
+    """One cluster's keys in one Redis or Valkey. The caller closes each part that it opens."""
 
-    url: str = field(repr=False)  # may carry a password
-    cluster: str  # name; part of every key
+    url: str = field(repr=False)  # may contain a password
+    cluster: str  # name of the cluster, which is part of every key
     lease_s: float
     journal_ttl_s: float
     socket_timeout_s: float
 
     @classmethod
     def of(cls, config: Config, url: str) -> Self:
-        """The store of ``config``'s cluster at ``url``, which may be the embedded Valkey."""
+        """Return the store of the configured cluster at ``url``.
+
+        ``url`` is given apart from ``config``, because it may belong to the embedded Valkey.
+        """
         return cls(
             url=url,
             cluster=config.cluster.name,

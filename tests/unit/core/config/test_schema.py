@@ -1,4 +1,4 @@
-"""The configuration loads, and says clearly what is wrong with one that does not."""
+"""A valid configuration loads, and the error for an invalid one names each mistake."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_laptop_file_is_what_happens_without_a_file() -> None:
+def test_the_laptop_file_equals_the_defaults() -> None:
     assert load_config(DEPLOY / "laptop.yaml") == load_config(None)
 
 
@@ -44,11 +44,12 @@ def test_the_two_pools_file_quantizes_them_differently_on_one_node() -> None:
     assert config.prefill.engine["quantization"] == "fp8"
     assert "quantization" not in config.decode.engine
     assert config.prefill.max_replicas + config.decode.max_replicas == 8
-    assert not config.prefill.label_selector  # a node has one value of each label
+    # Both pools share one node, which has one value of each label.
+    assert not config.prefill.label_selector
     assert config.cluster.host == "127.0.0.1"
 
 
-def test_every_example_is_loaded_by_a_test_here() -> None:
+def test_this_module_loads_every_example() -> None:
     assert {path.name for path in DEPLOY.glob("*.yaml")} == {
         "laptop.yaml",
         "one-gpu-node.yaml",
@@ -78,14 +79,14 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     [
         ("roter: {}", "roter: unknown field; the nearest known name is router"),
         ("prefill: {replica: 2}", "the nearest known name is prefill.replicas"),
-        ("port: 50051", "port: unknown field; there is router.port"),
-        ("decode: {max_num_seqs: 8}", "the engine it is decode.engine.max_num_seqs"),
+        ("port: 50051", "port: unknown field; did you mean router.port?"),
+        ("decode: {max_num_seqs: 8}", "as an engine argument, write decode.engine.max_num_seqs"),
         ("decode: {engine: {max_num_seq: 8}}", "nearest known name is max_num_seqs"),
         ("decode: {engine: {model: x}}", "model is not passed through: set model.path"),
         ("prefill: {replicas: 0}", "prefill.replicas: Input should be greater than or equal to 1"),
         ("prefill: {replicas: 9}", "prefill: replicas 9 exceed max_replicas 8"),
         ("prefill: 3", "prefill: Input should be"),
-        ("prefill: {cpu_binding: [a]}", "prefill.cpu_binding: 'a' is no list of CPU cores"),
+        ("prefill: {cpu_binding: [a]}", "prefill.cpu_binding: 'a' is not a list of CPU cores"),
         ("router: {max_message_bytes: 0}", "router.max_message_bytes: must be at least 1 byte"),
         ("router: {max_message_bytes: 2 GiB}", "router.max_message_bytes: Input should be less"),
         ("router: {max_message_bytes: yes}", "max_message_bytes: must be a number of bytes"),
@@ -100,17 +101,17 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
             "router.classes.slow.max_qeue: unknown field; the nearest known name is "
             "router.classes.NAME.max_queue",
         ),
-        ("router: {max_queue: 3}", "there is router.classes.NAME.max_queue"),
+        ("router: {max_queue: 3}", "did you mean router.classes.NAME.max_queue?"),
         ("router: {classes: {}}", "router.classes: "),
         ("router: {classes: {a b: {}}}", "router.classes.a b"),
         ("router: {default_deadline_s: .nan}", "router.default_deadline_s: Input should be"),
         ("router: {port: 70000}", "router.port: Input should be less than or equal to 65535"),
         ("redis: {url: localhost}", "redis.url: String should match pattern"),
         ("redis: {renew_s: 2}", "redis: renew_s 2.0 must be at most half of lease_s 3.0"),
-        ("router: {port: 1}\nrouter: {port: 2}", "line 2, column 1: 'router' is there twice"),
-        ("prefill: &p {replicas: 2}\ndecode: {<<: *p, replicas: 1, replicas: 3}", "is there twice"),
-        ("router: [", "is not YAML"),
-        ("- router", "must hold sections"),
+        ("router: {port: 1}\nrouter: {port: 2}", "line 2, column 1: the key 'router' appears"),
+        ("prefill: &p {replicas: 2}\ndecode: {<<: *p, replicas: 1, replicas: 3}", "appears twice"),
+        ("router: [", "is not valid YAML"),
+        ("- router", "must consist of sections"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -133,7 +134,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml")
 
@@ -146,7 +147,7 @@ def test_a_wrong_override_is_refused(overrides: dict[str, Any]) -> None:
         load_config(None, overrides)
 
 
-def test_a_configuration_never_changes() -> None:
+def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         load_config().router.port = 1
 
@@ -157,7 +158,7 @@ def test_a_configuration_travels_to_other_processes() -> None:
     assert Config.model_validate(config.model_dump()) == config
 
 
-def test_a_password_is_not_shown() -> None:
+def test_the_repr_does_not_show_a_password() -> None:
     config = load_config(None, {"redis.url": "redis://:hush@10.0.0.1:6379"})
     assert "hush" not in repr(config)
 
@@ -173,13 +174,13 @@ def test_a_password_is_not_shown() -> None:
         "redis: {url: redis://:hush@10.0.0.1, x, url: 1}",
     ],
 )
-def test_no_error_tells_a_password(tmp_path: Path, text: str) -> None:
+def test_no_error_shows_a_password(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
     assert "hush" not in str(caught.value)
 
 
-def test_sections_can_be_built_on_others(tmp_path: Path) -> None:
+def test_a_section_can_merge_another(tmp_path: Path) -> None:
     text = """\
 prefill: &common {replicas: 2, engine: {max_num_seqs: 8}}
 decode: {<<: *common, replicas: 3}
@@ -189,7 +190,7 @@ decode: {<<: *common, replicas: 3}
     assert config.decode.engine == {"max_num_seqs": 8}
 
 
-def test_pools_that_are_written_once_have_cores_of_their_own(
+def test_pools_that_share_one_yaml_section_get_different_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
@@ -224,9 +225,9 @@ def test_each_rank_of_a_worker_gets_its_own_cores(monkeypatch: pytest.MonkeyPatc
     ("cores", "prefill", "decode"),
     [
         ({0, 1}, ["1"], ("0",)),
-        ({0, 1}, ["0-1"], ("0",)),  # all are named: one must be shared
-        ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # and one kept for the router
-        ({0, 1}, [], ("1",)),  # where vLLM chooses, nobody knows what is free
+        ({0, 1}, ["0-1"], ("0",)),  # prefill names all cores, so the pools must share one
+        ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # core 5 is left to the router
+        ({0, 1}, [], ("1",)),  # vLLM chooses for prefill, so its cores are unknown
     ],
 )
 def test_cores_that_one_pool_names_are_not_given_to_the_other(
@@ -238,7 +239,7 @@ def test_cores_that_one_pool_names_are_not_given_to_the_other(
     assert config.decode.cpu_binding == decode
 
 
-def test_a_binding_that_is_written_down_is_kept(tmp_path: Path) -> None:
+def test_an_explicit_binding_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path, 'prefill: {cpu_binding: []}\ndecode: {cpu_binding: ["7"]}\n')
     config = load_config(path)
     assert (config.prefill.cpu_binding, config.decode.cpu_binding) == ((), ("7",))

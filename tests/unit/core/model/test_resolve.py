@@ -1,4 +1,4 @@
-"""Finding a model: folders, hub names, and the embedded one, which is unpacked once."""
+"""Resolving a model: folders, hub names, and the embedded model, which is unpacked once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from core.model.resolve import ResolvedModel, resolve_model, run_with_progress
 
 
 def quiet(_line: str) -> None:
-    """Progress that nobody reads."""
+    """A progress callback that drops the line."""
 
 
 class StopError(Exception):
-    """Somebody wants the step to end."""
+    """Raised by a progress callback to end the step."""
 
 
 class FakeConversion:
-    """Stands in for the process that unpacks: writes empty files, or fails."""
+    """Replaces the process that unpacks. It writes empty files, and fails if ``error`` is given."""
 
-    def __init__(self, *, files: Sequence[str] = model._REQUIRED, error: str | None = None) -> None:
+    def __init__(
+        self, *, files: Sequence[str] = model._REQUIRED_FILES, error: str | None = None
+    ) -> None:
         self.files, self.error, self.runs = files, error, 0
 
     def __call__(self, command: Sequence[str], timeout_s: float, progress: model.Progress) -> None:
@@ -69,20 +71,23 @@ def test_a_folder_is_served_under_its_name(tmp_path: Path) -> None:
         ("/no/such/model", "there is no folder /no/such/model"),
         ("./model", "there is no folder ./model"),
         ("a/b/c", "there is no folder a/b/c"),
-        ("embedded:smolm2", "there is no embedded:smolm2; there is embedded:smollm2"),
+        (
+            "embedded:smolm2",
+            "there is no embedded:smolm2; the nearest known name is embedded:smollm2",
+        ),
     ],
 )
-def test_a_model_that_is_not_there_is_named(path: str, message: str) -> None:
+def test_a_missing_model_is_named(path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_model(ModelConfig(path=path), quiet)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+    with pytest.raises(ConfigError, match=r"contains no config\.json"):
         resolve_model(ModelConfig(path=str(tmp_path)), quiet)
 
 
-def test_a_hub_name_is_asked_for_before_engines_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_is_checked_by_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
     def download(repo: str, file: str) -> str:
@@ -96,7 +101,7 @@ def test_a_hub_name_is_asked_for_before_engines_start(monkeypatch: pytest.Monkey
         "owner/llama", "llama"
     )
     assert asked == [("owner/llama", "config.json")]
-    with pytest.raises(ConfigError, match="owner/lama is no folder here"):
+    with pytest.raises(ConfigError, match="owner/lama is not a local folder"):
         resolve_model(ModelConfig(path="owner/lama"), quiet)
 
 
@@ -110,7 +115,7 @@ def test_the_embedded_model_is_unpacked_once(cache: Path, monkeypatch: pytest.Mo
     assert conversion.runs == 1
 
 
-def test_several_at_once_unpack_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_unpack_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversion = install(monkeypatch, FakeConversion())
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _n: resolve_model(ModelConfig(), quiet), range(4)))
@@ -136,7 +141,7 @@ def test_a_failed_unpacking_leaves_nothing_and_can_be_repeated(
     assert Path(resolve_model(ModelConfig(), quiet).path).is_dir()
 
 
-def test_what_a_killed_unpacking_left_is_removed(
+def test_the_rest_of_a_killed_unpacking_is_removed(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stale = cache / "smollm2-135m-instruct-1.0-r1.tmp-x"
@@ -159,12 +164,12 @@ def test_waiting_for_another_process_is_bounded(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, FakeConversion())
-    target = cache / "smollm2-135m-instruct-1.0-r1.lock"
+    lock = cache / "smollm2-135m-instruct-1.0-r1.lock"
     cache.mkdir(parents=True)
     lines: list[str] = []
-    with model._exclusive(target, 1, quiet), pytest.raises(ConfigError, match="has held"):
+    with model._exclusive(lock, 1, quiet), pytest.raises(ConfigError, match="has held"):
         resolve_model(ModelConfig(prepare_timeout_s=0.01), lines.append)
-    assert lines == ["another process unpacks the embedded model; waiting for it"]
+    assert lines == ["another process is unpacking the embedded model; waiting for it"]
 
 
 def test_progress_of_a_process_is_passed_on() -> None:
@@ -181,7 +186,7 @@ def test_ctrl_c_in_a_terminal_does_not_reach_the_process() -> None:
     assert int(lines[0]) != os.getsid(0)
 
 
-def test_what_progress_raises_ends_the_process(tmp_path: Path) -> None:
+def test_an_exception_from_progress_ends_the_process(tmp_path: Path) -> None:
     def stop(line: str) -> None:
         raise StopError(line)
 
@@ -196,19 +201,19 @@ def test_waiting_for_another_process_can_be_ended(
 ) -> None:
     install(monkeypatch, FakeConversion())
     cache.mkdir(parents=True)
-    looks: list[str] = []
+    lines: list[str] = []
 
-    def stop_at_the_second_look(line: str) -> None:
-        looks.append(line)
-        if len(looks) == 2:
+    def stop_at_the_second_line(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
             raise StopError
 
-    held = cache / "smollm2-135m-instruct-1.0-r1.lock"
-    with model._exclusive(held, 1, quiet), pytest.raises(StopError):
-        resolve_model(ModelConfig(), stop_at_the_second_look)
+    lock = cache / "smollm2-135m-instruct-1.0-r1.lock"
+    with model._exclusive(lock, 1, quiet), pytest.raises(StopError):
+        resolve_model(ModelConfig(), stop_at_the_second_line)
 
 
-def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_folder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

@@ -1,3 +1,5 @@
+"""Calls in flight: waiting for their end, and ending them early."""
+
 from __future__ import annotations
 
 import asyncio
@@ -11,7 +13,7 @@ pytestmark = pytest.mark.asyncio
 
 
 class Call:
-    """One that is served until ``end``."""
+    """A call in flight that is served until ``end`` is set."""
 
     def __init__(self, calls: InFlight, key: str) -> None:
         self.end = asyncio.Event()
@@ -23,23 +25,23 @@ class Call:
 
 
 def make() -> InFlight:
-    return InFlight(lambda: UnavailableError("leaves", reason="LEAVES"))
+    return InFlight(lambda: UnavailableError("the server shuts down", reason="DRAINING"))
 
 
-async def turns() -> None:
+async def run_other_tasks() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-async def test_drained_is_when_the_last_call_has_ended() -> None:
+async def test_drained_returns_when_the_last_call_has_ended() -> None:
     calls = make()
     await calls.drained()
     first, second = Call(calls, "a"), Call(calls, "b")
-    await turns()
+    await run_other_tasks()
     assert len(calls) == 2
     drained = asyncio.create_task(calls.drained())
     first.end.set()
-    await turns()
+    await run_other_tasks()
     assert "a" not in calls
     assert not drained.done()
     second.end.set()
@@ -47,15 +49,15 @@ async def test_drained_is_when_the_last_call_has_ended() -> None:
     assert len(calls) == 0
 
 
-async def test_who_is_sent_away_is_told_and_who_cancels_is_not() -> None:
+async def test_a_call_sent_away_gets_an_error_and_a_cancelled_call_does_not() -> None:
     calls = make()
     first, second = Call(calls, "a"), Call(calls, "b")
-    await turns()
+    await run_other_tasks()
     second.task.cancel()
-    await turns()
+    await run_other_tasks()
     assert second.task.cancelled()
     calls.send_away()
-    calls.send_away()  # once is enough
+    calls.send_away()  # idempotent
     await calls.drained()
-    with pytest.raises(UnavailableError, match="leaves"):
+    with pytest.raises(UnavailableError, match="shuts down"):
         await first.task

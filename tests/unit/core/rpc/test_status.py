@@ -1,3 +1,5 @@
+"""Errors as gRPC status, and failed calls to a worker as errors."""
+
 from __future__ import annotations
 
 import asyncio
@@ -14,7 +16,7 @@ from core.rpc.status import abort, error_detail, from_rpc_error
 
 
 def all_errors(kind: type[errors.BatonError]) -> list[type[errors.BatonError]]:
-    return [kind] + [each for child in kind.__subclasses__() for each in all_errors(child)]
+    return [kind] + [error for child in kind.__subclasses__() for error in all_errors(child)]
 
 
 def rpc_error(code: grpc.StatusCode, detail: bytes | None = None) -> AioRpcError:
@@ -37,17 +39,18 @@ def rpc_error(code: grpc.StatusCode, detail: bytes | None = None) -> AioRpcError
         (errors.BatonError, grpc.StatusCode.UNKNOWN),
     ],
 )
-def test_codes(kind: type[errors.BatonError], code: grpc.StatusCode) -> None:
+def test_each_error_has_its_status_code(
+    kind: type[errors.BatonError], code: grpc.StatusCode
+) -> None:
     assert kind("x").code is code
 
 
-def test_every_error_of_the_tree_has_a_code_of_its_own_kind() -> None:
-    unknown = {errors.BatonError}
+def test_only_the_base_error_has_the_code_unknown() -> None:
     for kind in all_errors(errors.BatonError):
-        assert (kind("x").code is grpc.StatusCode.UNKNOWN) == (kind in unknown)
+        assert (kind("x").code is grpc.StatusCode.UNKNOWN) == (kind is errors.BatonError)
 
 
-def test_the_retry_hint_is_never_rounded_to_none() -> None:
+def test_the_retry_hint_is_never_rounded_to_zero() -> None:
     error = errors.CapacityError("x", reason="R", retry_after_s=0.0001, request_id="id")
     assert error_detail(error) == inference_pb2.ErrorDetail(
         reason="R", request_id="id", retry_after_ms=1
@@ -67,14 +70,16 @@ def test_the_retry_hint_is_never_rounded_to_none() -> None:
         (grpc.StatusCode.INTERNAL, errors.InternalError),
     ],
 )
-def test_worker_failures(code: grpc.StatusCode, kind: type[errors.BatonError]) -> None:
+def test_a_failed_call_to_a_worker_becomes_an_error(
+    code: grpc.StatusCode, kind: type[errors.BatonError]
+) -> None:
     error = from_rpc_error(rpc_error(code), "decode-1")
     assert type(error) is kind
     assert "decode-1" in error.message
     assert "what happened" in error.message
 
 
-def test_the_workers_detail_survives() -> None:
+def test_the_detail_from_the_worker_is_kept() -> None:
     detail = inference_pb2.ErrorDetail(reason="ENGINE_FULL", retry_after_ms=1500)
     error = from_rpc_error(
         rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, detail.SerializeToString()), "w"
@@ -83,13 +88,13 @@ def test_the_workers_detail_survives() -> None:
     assert error.retry_after_s == 1.5
 
 
-def test_a_detail_that_cannot_be_read_is_left_out() -> None:
+def test_an_unreadable_detail_is_ignored() -> None:
     error = from_rpc_error(rpc_error(grpc.StatusCode.UNAVAILABLE, b"\xff\xff"), "w")
     assert error.reason == "WORKER_LOST"
 
 
 @pytest.mark.asyncio
-async def test_nobody_is_told_when_the_caller_is_gone() -> None:
+async def test_abort_cancels_the_handler_when_the_caller_has_gone_away() -> None:
     class GoneContext:
         async def abort(self, *_: object) -> None:
             raise grpc.aio.InternalError("the call has ended")

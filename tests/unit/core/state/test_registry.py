@@ -1,8 +1,6 @@
-"""The in-memory registry, which stands in for Redis in other tests, keeps the same rules."""
+"""The in-memory registry, which replaces Redis in other tests, follows the same rules."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 
@@ -57,7 +55,7 @@ async def test_a_lease_ends_unless_renewed(registry: MemoryRegistry, clock: Cloc
     assert await registry.list() == ()
 
 
-async def test_every_call_fails_while_the_store_is_away(registry: MemoryRegistry) -> None:
+async def test_every_call_fails_while_the_store_is_unavailable(registry: MemoryRegistry) -> None:
     await registry.put(rules.DECODE)
     registry.available = False
     for call in (registry.list(), registry.put(rules.PREFILL), registry.remove("x")):
@@ -74,10 +72,10 @@ def test_a_record_of_a_newer_version_can_be_read() -> None:
         b'"load":{"queue_depth":0,"running":0,"queued_tokens":0,"kv_blocks_free":10,'
         b'"kv_blocks_total":10,"temperature":3}}'
     )
-    assert decode_record(text) == replace(rules.DECODE)
+    assert decode_record(text) == rules.DECODE
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b'{"id": 3}', b"\xff", b"[1]"])
-def test_what_is_no_record_is_an_error(text: bytes) -> None:
+def test_a_malformed_record_is_an_error(text: bytes) -> None:
     with pytest.raises(UnavailableError, match="cannot be read"):
         decode_record(text)
