@@ -320,7 +320,7 @@ def test_scale_up_keeps_the_workers_that_are_there(cluster: Running) -> None:
 def test_scale_refuses_numbers_out_of_bounds(cluster: Running, target: str) -> None:
     done = cluster.cli("scale", target)
     assert done.returncode == 1
-    assert "is not within 1 and 8" in done.stderr
+    assert "is not between 1 and 8" in done.stderr
 
 
 def test_a_killed_worker_is_replaced(cluster: Running) -> None:
