@@ -76,7 +76,7 @@ def test_a_state_that_cannot_be_read_is_named_and_may_be_deleted(
     file.write_text(content)
     with pytest.raises(ConfigError) as caught:
         RunDir(base, "c")
-    assert str(caught.value).startswith(f"{file} is damaged, or of another version")
+    assert str(caught.value).startswith(f"{file} is damaged or from another version")
     assert str(caught.value).endswith("delete it")
     file.unlink()
     run = RunDir(base, "c")
