@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
+from core.config.schema import Config
 from core.errors import ConfigError
 
 
@@ -30,6 +31,23 @@ def check_port_is_free(host: str, port: int, host_field: str = "cluster.host") -
         ConfigError: the port is in use, or ``host`` is not an address of this machine.
     """
     _try_bind(host, port, host_field, "router.port")
+
+
+def with_router_port(config: Config) -> Config:
+    """Return ``config`` with a checked router port, and a free port if it is 0.
+
+    The port is chosen once, so that a restarted router listens on the same one.
+
+    Raises:
+        ConfigError: the port is in use, or the router's host is not an address of this machine.
+    """
+    host, port = config.router_host, config.router.port
+    host_field = "cluster.host" if config.router.host is None else "router.host"
+    if port == 0:
+        port = free_port(host, host_field)
+    check_port_is_free(host, port, host_field)
+    router = config.router.model_copy(update={"port": port})
+    return config.model_copy(update={"router": router})
 
 
 def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
