@@ -26,7 +26,7 @@ def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) 
         raise ConfigError(
             f"no worker {worker_id!r} in the cluster {state.name!r}: there are {', '.join(known)}"
         )
-    asyncio.run(_order(state, worker_id))
+    asyncio.run(_request_drain(state, worker_id))
 
     def remaining(workers: Sequence[WorkerRecord]) -> str | None:
         for worker in workers:
@@ -37,6 +37,6 @@ def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) 
     wait_for_workers(state, remaining, progress)
 
 
-async def _order(state: ClusterState, worker_id: str) -> None:
+async def _request_drain(state: ClusterState, worker_id: str) -> None:
     async with open_registry(state) as registry:
         await registry.ask_to_drain(worker_id)

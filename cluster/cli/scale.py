@@ -14,7 +14,7 @@ from core.types import Pool, WorkerRecord, WorkerState
 def scale(
     state: ClusterState, targets: Mapping[Pool, int], progress: Callable[[str], None]
 ) -> None:
-    """Order the numbers of workers in ``targets``, and return when they are ready.
+    """Ask the launcher for the numbers of workers in ``targets``. Return when they are ready.
 
     Raises:
         ConfigError: a number is out of its pool's bounds, or the cluster is not ready.
@@ -29,7 +29,7 @@ def scale(
             raise ConfigError(
                 f"{pool}={replicas} is not between 1 and {limit} ({pool}.max_replicas)"
             )
-    asyncio.run(_order(state, targets))
+    asyncio.run(_send_order(state, targets))
 
     def remaining(workers: Sequence[WorkerRecord]) -> str | None:
         ready = {
@@ -43,7 +43,7 @@ def scale(
     wait_for_workers(state, remaining, progress)
 
 
-async def _order(state: ClusterState, targets: Mapping[Pool, int]) -> None:
+async def _send_order(state: ClusterState, targets: Mapping[Pool, int]) -> None:
     assert state.store is not None, "a ready cluster has a store"
     orders = state.store.orders()
     try:

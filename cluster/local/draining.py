@@ -15,8 +15,8 @@ from typing import Final, Protocol
 from cluster.local.signals import StopSignal
 
 _ROUTER_SHARE: Final = 0.8  # of the grace period; the rest is for workers and engines
-_LATE_S: Final = 1.0  # a Ray call may outlast the grace period by this; abandoning it is noisy
-_MIN_STEP_S: Final = 0.1  # even a late step gets a chance
+_LATE_S: Final = 1.0  # extra time for a Ray call that still runs: an abandoned one logs errors
+_MIN_STEP_S: Final = 0.1  # a step that starts late still gets this long
 _POLL_S: Final = 0.05
 
 
@@ -43,8 +43,8 @@ class Drainer:
         """Let the router's requests end, and then the workers.
 
         The router goes first, so that no worker leaves while a request still needs it. A step
-        that fails is reported, and the next one runs. Returns when all is done, about one second
-        after ``grace_s``, or when ``signal`` says hurry.
+        that fails is reported, and the next one runs. When ``signal`` says hurry, or about one
+        second after ``grace_s``, calls that still run are abandoned.
         """
         deadline_s = time.monotonic() + grace_s
 

@@ -32,7 +32,7 @@ def cluster_environment(
         "VLLM_NO_USAGE_STATS": "1",
         # In TMPDIR, PyTorch's cache would be lost, and every start would compile again.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
-        # At lower levels gRPC logs what a peer sends in a GOAWAY, unescaped.
+        # At more verbose levels, gRPC logs what any peer sends in a GOAWAY, unescaped.
         "GRPC_VERBOSITY": "ERROR",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

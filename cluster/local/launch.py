@@ -2,8 +2,8 @@
 
     run folder (reserves the name) ▸ reaper ▸ model ▸ Valkey ▸ Ray ▸ Serve ▸ router and workers
 
-Cheap checks come first. Once the reaper runs, no process or file of the cluster outlives this
-process by more than some seconds, even if this process is killed.
+Cheap checks come first. Once the reaper runs, no process, port or folder of the cluster outlives
+this process by more than some seconds, even if this process is killed.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Cluster:
 
     def scale(self, pool: Pool, replicas: int) -> None:
         """Change the number of workers of ``pool``, without waiting (see ``wait_ready``).
+
         Raises:
             ConfigError: ``replicas`` is out of the pool's bounds.
             UnavailableError: Ray Serve does not answer.

@@ -22,7 +22,7 @@ def count_ready(workers: Iterable[WorkerRecord]) -> dict[Pool, int]:
 
 
 def router_serves(address: str) -> bool:
-    """Ask the router's health service. False if it is not serving or does not answer in 1 s."""
+    """Return whether the router's health service says so within one second."""
     with baton.Client(address) as client:
         try:
             return client.health(timeout_s=_HEALTH_TIMEOUT_S)

@@ -202,7 +202,7 @@ def _shared_files() -> dict[int, str]:
 def _open_shared(pid: int) -> set[int]:
     """Return the inodes of the files in /dev/shm that a process maps or has open.
 
-    Names would not do: a semaphore is mapped under a temporary name and renamed at once.
+    Inodes identify a file that is renamed: a semaphore is mapped under a temporary name.
     """
     inodes = set()
     for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
@@ -245,7 +245,7 @@ def _all_open_shared() -> set[int]:
 def remove_lock(lock_file: Path, lock_fd: int) -> None:
     """Remove the lock file that ``lock_fd`` has open, and its folder if that is empty.
 
-    A different file under the same name, another cluster's lock, is kept.
+    A different file under that name is another cluster's lock, and is kept.
     """
     with contextlib.suppress(OSError):
         if os.path.samestat(os.fstat(lock_fd), lock_file.stat()):

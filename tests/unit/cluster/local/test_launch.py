@@ -59,9 +59,9 @@ class FakeRuntime:
 
 @dataclass
 class FakeStore:
-    """Registry and orders in one. Each read of the workers takes one element of ``answers``.
+    """Registry and orders in one.
 
-    The last element stays.
+    Each read of the workers takes one element of ``answers``, and the last element stays.
     """
 
     answers: list[tuple[WorkerRecord, ...] | Exception] = field(default_factory=list)
