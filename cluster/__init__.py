@@ -1,4 +1,4 @@
-"""Orchestration: starts, watches, scales and stops a cluster; the command line.
+"""Orchestration: starts, watches, scales and stops a cluster. Contains the command line.
 
-No token passes through here.
+Requests and tokens never pass through this package.
 """

@@ -1,4 +1,4 @@
-"""The command ``baton``: one module for each command, and how output looks.
+"""The command ``baton``: one module for each command, and the formatting of the output.
 
-Nothing here may import Ray, vLLM or torch at import time: commands must start quickly.
+No module here may import Ray, vLLM or torch at import time, because commands must start quickly.
 """

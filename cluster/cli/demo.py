@@ -1,4 +1,7 @@
-"""``make demo``: a whole cluster on this machine, two requests at once, and nothing left behind."""
+"""``make demo``: starts a cluster on this machine, sends two requests at once, and stops it.
+
+At the end it checks that no process, port or folder of the cluster is left.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,23 @@ from core.net import split_host_port
 
 QUESTION: Final = "What is the capital of France?"
 ANSWER: Final = "Paris"
-# Its own name and port, so that it does not meet a cluster that is running already.
+# The demo has its own name and port, so that it does not clash with a running cluster.
 OVERRIDES: Final = {"cluster.name": "demo", "router.port": 0}
 ANSWER_TIMEOUT_S: Final = 120.0  # both answers take about 5 s on two cores
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    about: str  # for the reader
+class DemoRequest:
+    """One request of the demo: a chat if ``prompt`` is None."""
+
+    description: str  # shown to the user
     prompt: str | None
     fields: RequestFields
 
 
-ASKS: Final[Mapping[str, Ask]] = {
-    "paris": Ask(
-        about=f"{QUESTION} (chat)",
+REQUESTS: Final[Mapping[str, DemoRequest]] = {
+    "paris": DemoRequest(
+        description=f"{QUESTION} (chat)",
         prompt=None,
         fields={
             "messages": [ChatMessage("user", QUESTION)],
@@ -46,8 +51,8 @@ ASKS: Final[Mapping[str, Ask]] = {
             "max_tokens": 32,
         },
     ),
-    "alice": Ask(
-        about=f"go on after {len(LONG_PROMPT.split()):,} words of Alice in Wonderland",
+    "alice": DemoRequest(
+        description=f"go on after {len(LONG_PROMPT.split()):,} words of Alice in Wonderland",
         prompt=LONG_PROMPT,
         fields={"temperature": 0.0, "max_tokens": 64},
     ),
@@ -55,53 +60,68 @@ ASKS: Final[Mapping[str, Ask]] = {
 
 
 class Conversation:
-    """Sends all ``asks`` at the same time and prints the answers as they arrive."""
+    """Sends all requests at the same time and prints the answers as they arrive.
+
+    Args:
+        requests: by label.
+        progress: shows which requests still wait for their first token.
+    """
 
     def __init__(
-        self, client: AsyncClient, asks: Mapping[str, Ask], out: TextIO, progress: Progress
+        self,
+        client: AsyncClient,
+        requests: Mapping[str, DemoRequest],
+        out: TextIO,
+        progress: Progress,
     ) -> None:
         self._client = client
-        self._asks = asks
+        self._requests = requests
         self._progress = progress
-        self._printer = StreamPrinter(out, list(asks), clock=time.monotonic, colour=out.isatty())
-        self._silent = set(asks)  # no text yet
-        self._speaking: set[str] = set()
+        self._printer = StreamPrinter(
+            out, list(requests), clock=time.monotonic, colour=out.isatty()
+        )
+        self._waiting = set(requests)  # labels of the requests without text yet
+        self._streaming: set[str] = set()  # labels of the requests between first and last token
 
     async def run(self) -> dict[str, Completion]:
-        """Raises BatonError if a request fails; then the others are cancelled."""
+        """Return the finished answers by label.
+
+        Raises:
+            BatonError: a request failed; the others were cancelled.
+        """
         self._show_waiting()
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {label: group.create_task(self._answer(label)) for label in self._asks}
+                tasks = {label: group.create_task(self._answer(label)) for label in self._requests}
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         return {label: task.result() for label, task in tasks.items()}
 
     async def _answer(self, label: str) -> Completion:
-        ask = self._asks[label]
+        request = self._requests[label]
         responses = []
-        async with self._client.generate(ask.prompt, **ask.fields) as stream:
+        async with self._client.generate(request.prompt, **request.fields) as stream:
             async for response in stream:
                 responses.append(response)
                 if response.text:
                     self._progress.done()
-                    self._silent.discard(label)
-                    self._speaking.add(label)
+                    self._waiting.discard(label)
+                    self._streaming.add(label)
                     self._printer.write(label, response.text)
-        self._silent.discard(label)
-        self._speaking.discard(label)
+        self._waiting.discard(label)
+        self._streaming.discard(label)
         self._printer.finish(label)
         self._show_waiting()
         return Completion.join(responses)
 
     def _show_waiting(self) -> None:
-        if self._silent and not self._speaking:
-            labels = [label for label in self._asks if label in self._silent]
+        if self._waiting and not self._streaming:
+            labels = [label for label in self._requests if label in self._waiting]
             self._progress.step(f"waiting for the first token of {' and '.join(labels)}")
 
 
 def demo(config: Config, out: TextIO) -> None:
-    """Raises ConfigError or BatonError if anything fails."""
+    """Run the whole demo and print it to ``out``. Raises ConfigError or BatonError on failure."""
     print("Baton: a router, a prefill worker and a decode worker on this machine", file=out)
     with Progress(out) as progress:
         with Cluster(config, progress.step) as cluster:
@@ -116,15 +136,19 @@ def demo(config: Config, out: TextIO) -> None:
 
 async def _converse(address: str, out: TextIO, progress: Progress) -> dict[str, Completion]:
     print(f"\nTwo requests at the same time, over gRPC to {address}:", file=out)
-    for label, ask in ASKS.items():
-        print(f"  {label}: {ask.about}", file=out)
+    for label, request in REQUESTS.items():
+        print(f"  {label}: {request.description}", file=out)
     print(file=out)
     async with AsyncClient(address, timeout_s=ANSWER_TIMEOUT_S) as client:
-        return await Conversation(client, ASKS, out, progress).run()
+        return await Conversation(client, REQUESTS, out, progress).run()
 
 
 def check_all_gone(state: ClusterState) -> None:
-    """Raises InternalError if something of the cluster is still there."""
+    """Check that a cluster left nothing behind.
+
+    Raises:
+        InternalError: a process or a folder of the cluster still exists, or its port is in use.
+    """
     if pids := find(state.cluster_id):
         raise InternalError(f"processes are left: {', '.join(map(str, sorted(pids)))}")
     if folders := [folder for folder in state.folders if Path(folder).exists()]:
@@ -136,7 +160,7 @@ def check_all_gone(state: ClusterState) -> None:
 
 
 def print_answers(answers: Mapping[str, Completion], out: TextIO) -> None:
-    """One line of phases each; and a remark if the short answer is not the right one."""
+    """Print one line of phases per answer, and a remark if the short answer is wrong."""
     print(file=out)
     width = max(map(len, answers))
     for label, answer in answers.items():
@@ -147,7 +171,7 @@ def print_answers(answers: Mapping[str, Completion], out: TextIO) -> None:
 
 
 def main() -> int:
-    """Exit code: 0 if all of it worked."""
+    """Run the demo. Return the exit status: 0 success, 1 failure, 130 interrupted."""
     try:
         demo(load_config(None, OVERRIDES), sys.stdout)
     except KeyboardInterrupt:

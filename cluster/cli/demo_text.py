@@ -1,4 +1,4 @@
-"""The demo's long prompt, to be continued: about 1,300 tokens of SmolLM2.
+"""The demo's long prompt, which the model continues: about 1,300 SmolLM2 tokens.
 
 From Lewis Carroll, "Alice's Adventures in Wonderland" (1865), chapter I; public domain.
 """

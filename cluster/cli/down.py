@@ -1,4 +1,4 @@
-"""``baton down``: asks the launcher to stop, and makes sure that it did."""
+"""``baton down``: asks the launcher to stop and kills what does not stop in time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from cluster.local import reaper
 from cluster.local.run_dir import ClusterState, is_held, read_state
 from core.errors import ConfigError, InternalError
 
-_STOP_MARGIN_S = 7.0  # after the grace: Ray, Valkey and the reaper
+_STOP_MARGIN_S = 7.0  # after the grace period, Ray, Valkey and the reaper still have to end
 _KILL_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 
 
 def take_down(base: Path, name: str, progress: Callable[[str], None]) -> None:
-    """Return when nothing of the cluster is left.
+    """Stop the cluster ``name`` and return when nothing of it is left.
+
+    The launcher gets SIGTERM first, and SIGKILL if it outlasts its grace period.
 
     Raises:
         ConfigError: no cluster of this name runs.
-        InternalError: something resists.
+        InternalError: the launcher, its reaper or a process of the cluster does not end.
     """
     state = read_state(base, name)
     if state is None and not is_held(base, name):
@@ -32,14 +34,14 @@ def take_down(base: Path, name: str, progress: Callable[[str], None]) -> None:
         progress(f"stopping {name} (pid {state.pid})")
         _send(state, signal.SIGTERM)
         if not _wait_until_free(base, name, state.stop_grace_s + _STOP_MARGIN_S):
-            progress("it does not stop; killing it")
+            progress("it did not stop in time; killing it")
             _send(state, signal.SIGKILL)
     if not _wait_until_free(base, name, _KILL_TIMEOUT_S):
         raise InternalError(f"the cluster {name!r} does not stop; its folder is {base / name}")
     if state is not None and (base / name).exists():  # launcher and reaper were both killed
         reaper.reap(state.cluster_id, [Path(folder) for folder in state.folders])
     if state is not None and reaper.find(state.cluster_id):
-        raise InternalError(f"processes of the cluster {name!r} resist being killed")
+        raise InternalError(f"some processes of the cluster {name!r} could not be killed")
     progress(f"{name} is down")
 
 
@@ -47,7 +49,7 @@ def _send(state: ClusterState, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(state.pid)
         try:
-            if state.launcher_lives():  # and the pid is not somebody else's by now
+            if state.launcher_lives():  # the pid may belong to a new process by now
                 signal.pidfd_send_signal(descriptor, number)
         finally:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""``baton drain``: has one worker leave, and waits until it has."""
+"""``baton drain``: drains one worker, and waits until it has left."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from core.types import WorkerRecord
 
 
 def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) -> None:
-    """Return when the worker has left: its streams have ended or gone on at others.
+    """Drain a worker, and return when it has left the registry.
+
+    By then its streams have ended or continue on other workers.
 
     Raises:
         ConfigError: there is no such worker.
-        UnavailableError: it has not left within ``cluster.start_timeout_s``.
+        UnavailableError: the worker has not left within ``cluster.start_timeout_s``, or the
+            registry does not answer.
     """
     known = sorted(worker.id for worker in read_workers(state))
     if worker_id not in known:
         raise ConfigError(
             f"no worker {worker_id!r} in the cluster {state.name!r}: there are {', '.join(known)}"
         )
-    asyncio.run(_ask(state, worker_id))
+    asyncio.run(_request_drain(state, worker_id))
 
-    def left(workers: Sequence[WorkerRecord]) -> str | None:
+    def remaining(workers: Sequence[WorkerRecord]) -> str | None:
         for worker in workers:
             if worker.id == worker_id:
                 return f"{worker_id} is {worker.state}, {worker.load.running} requests run"
         return None
 
-    wait_for_workers(state, left, progress)
+    wait_for_workers(state, remaining, progress)
 
 
-async def _ask(state: ClusterState, worker_id: str) -> None:
+async def _request_drain(state: ClusterState, worker_id: str) -> None:
     async with open_registry(state) as registry:
         await registry.ask_to_drain(worker_id)

@@ -1,4 +1,4 @@
-"""``baton generate`` and ``baton chat``: the client package on a terminal."""
+"""``baton generate`` and ``baton chat``: send requests and print the answers as they stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _NOT_TEXT = "standard input holds bytes that are not UTF-8 text"
 
 
 def generate(options: argparse.Namespace, address: str) -> int:
-    """Send one prompt and print the answer as it comes; the phases go to stderr."""
+    """Send one prompt and print the answer as it arrives. The phases go to stderr.
+
+    Returns the exit status. Raises BatonError if the request fails.
+    """
     prompt = _prompt(options)
     fields = _fields(options)
     if options.chat:
@@ -42,9 +45,12 @@ def generate(options: argparse.Namespace, address: str) -> int:
 
 
 def chat(options: argparse.Namespace, address: str) -> int:
-    """Read messages and print answers until the input ends. Ctrl-C ends an answer only.
+    """Read messages and print answers until the input ends. Returns the exit status.
 
-    So does an error: the conversation goes on, unless the router cannot be reached.
+    Ctrl-C or an error during an answer ends that answer only, and the conversation continues.
+
+    Raises:
+        BatonError: the router cannot be reached.
     """
     messages = [ChatMessage("system", options.system)] if options.system else []
     fields = _fields(options)
@@ -63,13 +69,16 @@ def chat(options: argparse.Namespace, address: str) -> int:
             messages.append(ChatMessage("user", text))
             answer = _answer(client, messages, fields)
             if answer is None:
-                messages.pop()  # it may be what was wrong, and must not fail the next one as well
+                messages.pop()  # the message may have caused the error, and would cause it again
             else:
                 messages.append(ChatMessage("assistant", answer))
 
 
 def _answer(client: Client, messages: list[ChatMessage], fields: RequestFields) -> str | None:
-    """Print one answer and return it, as far as it came; None if an error came instead."""
+    """Print one answer and return its text, which may be partial.
+
+    Return None if an error arrived before any text.
+    """
     responses: list[Response] = []
     try:
         with client.generate(**(fields | {"messages": list(messages)})) as stream:
@@ -92,7 +101,7 @@ def _answer(client: Client, messages: list[ChatMessage], fields: RequestFields) 
 
 
 def _show(text: str) -> None:
-    """A terminal gets what cannot steer it; a file or a pipe gets the text as it is."""
+    """Print text as it is to a file or pipe, with control characters replaced to a terminal."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 

@@ -1,7 +1,9 @@
-"""The command ``baton``. Commands that talk to a running cluster start in well under a second:
-Ray, vLLM and PyTorch are only imported by what needs them.
+"""The command ``baton``: parses the command line and runs one command.
 
-Exit status: 0 done, 1 failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
+Each command imports what it needs when it runs. Commands that talk to a running cluster never
+import Ray, vLLM or PyTorch, so they start in well under a second.
+
+Exit status: 0 success, 1 failure (one sentence on stderr), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has what it wanted
+    except BrokenPipeError:  # the reader closed the pipe; discard what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -56,7 +58,7 @@ def _up(options: argparse.Namespace) -> int:
             cluster.stop()
             progress.done()
     _say("stopped")
-    if signals.hurry:  # a thread may still be in a call of Ray's, and hold the exit up
+    if signals.hurry:  # a thread may still be inside a Ray call and would delay a normal exit
         os._exit(0)
     return 0
 
@@ -126,7 +128,7 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _running(config: Config) -> ClusterState:
-    """Raises ConfigError if no cluster of this name runs."""
+    """Return the state of the running cluster. Raises ConfigError if none has this name."""
     base, name = config.cluster.run_path, config.cluster.name
     state = read_state(base, name)
     if state is None or not is_held(base, name):
@@ -147,7 +149,7 @@ def _address(options: argparse.Namespace) -> str:
     config = _load(options)
     try:
         state = read_state(config.cluster.run_path, config.cluster.name)
-    except ConfigError:  # the cluster may be another user's, or on another machine
+    except ConfigError:  # unreadable; the configured address may be another machine's
         state = None
     if state is not None:
         return state.address
@@ -178,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "targets", nargs="+", type=_target, metavar="POOL=N", help="such as prefill=2"
     )
 
-    drain = _command(commands, "drain", _drain, "have one worker leave, for another one")
+    drain = _command(commands, "drain", _drain, "drain one worker; another takes its place")
     drain.add_argument("worker", metavar="WORKER", help="its id, as baton status shows it")
 
     generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")

@@ -1,4 +1,4 @@
-"""Shows that a long step is still going on. Plain text: reads the same in a pipe."""
+"""Shows that a long step is still running. The output is plain text, so it also suits a pipe."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Final, Self, TextIO
 
 TICK_S: Final = 1.0
 _TICKS_PER_NUMBER: Final = 5
-_OWN_COUNT: Final = re.compile(r",? \(?\d+ s\)?$")  # " (12 s)" or ", 12 s"
+_ELAPSED_TIME: Final = re.compile(r",? \(?\d+ s\)?$")  # " (12 s)" or ", 12 s"
 
 
 class Progress:
-    """One line per step: what it is, a dot for each second, and how long it took.
+    """Prints one line per step: its name, a dot for each second, and how long it took.
 
         starting the workers ....5....10....15.. 17.3 s
 
-    A step lasts until the next one or the end. May be called from any thread.
+    A step lasts until the next ``step`` or ``done``. The methods are thread-safe.
     """
 
     def __init__(self, out: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,11 +34,12 @@ class Progress:
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def step(self, message: str) -> None:
-        """End the running step, and begin the next. The same message again changes nothing.
+        """End the running step and begin the next one.
 
-        Nor does one that differs in the seconds that it counts: they are counted here.
+        An elapsed time at the end of ``message`` is removed, because this class shows the time
+        itself. A message that equals the running step's changes nothing.
         """
-        message = _OWN_COUNT.sub("", message)
+        message = _ELAPSED_TIME.sub("", message)
         with self._lock:
             if message == self._step:
                 return
@@ -86,6 +87,6 @@ class Progress:
             self._step = None
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # nobody reads it any more, which must not stop what it is about
+        with suppress(OSError):  # a closed output must not stop the work that is reported
             self._out.write(text)
             self._out.flush()

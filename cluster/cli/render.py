@@ -1,4 +1,4 @@
-"""How responses look on a terminal, in a pipe and as JSON."""
+"""Formats responses for a terminal, for a pipe and as JSON."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from baton.types import Completion, KvOutcome, KvReport, Phases, Response, Usage
 
 _COLOURS: Final = ("36", "33", "35", "32")  # ANSI: cyan, yellow, magenta, green
 _MIB: Final = 1024 * 1024
-# Characters that reorder those around them, so that a line reads as something else.
+# These characters reorder the text around them, so that a line can be made to mislead its reader.
 _BIDI_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _DEL_AND_C1: Final = re.compile(r"[\x7f-\x9f]")
 
 
 def response_json(response: Response) -> str:
-    """One response as one line of JSON; keys that say nothing yet are left out.
+    """Return one response as one line of JSON, without the keys that have no value yet.
 
-    All control characters are escaped, so that the line cannot steer a terminal either.
+    All control characters are escaped, so the line cannot control a terminal.
     """
     value: dict[str, object] = {
         "request_id": response.request_id,
@@ -42,7 +42,11 @@ def response_json(response: Response) -> str:
 
 
 def phases_line(answer: Response | Completion) -> str:
-    """Where the time of a finished request went, in one line."""
+    """Return one line that says where a finished request spent its time.
+
+    Raises:
+        ValueError: the request is not finished.
+    """
     if answer.finish_reason is None or answer.usage is None or answer.phases is None:
         raise ValueError("only a finished request has phases")
     phases = answer.phases
@@ -90,14 +94,16 @@ def _ms(value_ms: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Without what could steer a terminal: a model's output is not to be trusted with that.
+    """Replace the characters that could control a terminal: model output is not trusted.
 
     Invisible characters that scripts and emoji need (joiners, wide and unbreakable spaces) stay.
     """
-    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text
+    )
 
 
-def _steers(char: str) -> bool:
+def _controls_terminal(char: str) -> bool:
     if char in "\n\t":
         return False
     return unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI_CONTROLS
@@ -111,21 +117,23 @@ class _Stream:
 
 
 class StreamPrinter:
-    """Prints streams that run at the same time, token by token, into one column of lines.
+    """Prints concurrent streams, token by token, into one column of lines.
 
-    One stream at a time has the floor: its text is written the moment it arrives. What the
-    others say meanwhile waits until the line is full, and then gets the next line:
+    One stream at a time owns the current line, and its text is written as soon as it arrives.
+    The text of the other streams is buffered until that line is full; then one of them gets the
+    next line:
 
           1.2 s  paris | The capital of France is Paris.
           3.4 s  alice | Alice was very much surprised to see the Rabbit again, and
 
-    The time is that of the line's first token, since the printer was made. No more than a
-    line of another stream waits: then it takes the floor, if the one that has it is slow.
+    The time is when the line's first token arrived, in seconds since the printer was created.
+    When another stream has buffered a full line, the current line ends early, so a slow stream
+    does not hold up a fast one.
 
     Args:
-        clock: seconds, monotonic.
+        clock: monotonic time in seconds.
         colour: mark the labels with ANSI colours; for terminals only.
-        width_columns: of the text; a line ends with the first word that reaches it.
+        width_columns: width of the text; a line ends after the first word that reaches it.
     """
 
     def __init__(
@@ -144,36 +152,36 @@ class StreamPrinter:
         self._colour = colour
         self._width = width_columns
         self._label_columns = max(map(len, labels))
-        self._speaker: _Stream | None = None
-        self._last_speaker = ""
+        self._owner: _Stream | None = None
+        self._last_owner = ""
         self._column = 0
 
     def write(self, label: str, text: str) -> None:
-        """Some more text of one stream."""
+        """Add text to one stream, and print what can be printed now."""
         self._streams[label].pending += printable(text)
         self._print()
 
     def finish(self, label: str) -> None:
-        """Nothing more will come; ends the stream's line."""
+        """Mark a stream as complete, and end its line."""
         self._streams[label].finished = True
         self._print()
 
     def _print(self) -> None:
         while True:
-            if self._speaker is None:
-                self._speaker = self._next_speaker()
-                if self._speaker is None:
+            if self._owner is None:
+                self._owner = self._next_owner()
+                if self._owner is None:
                     break
-                self._begin_line(self._speaker)
-            if not self._say(self._speaker) and not self._must_yield(self._speaker):
+                self._begin_line(self._owner)
+            if not self._write_pending(self._owner) and not self._must_yield(self._owner):
                 break
             self._end_line()
         self._out.flush()
 
-    def _next_speaker(self) -> _Stream | None:
-        """In turn: the first after the last speaker that has more than white space to say."""
+    def _next_owner(self) -> _Stream | None:
+        """Return the next stream, in round-robin order, with pending text other than spaces."""
         labels = list(self._streams)
-        turn = labels.index(self._last_speaker) + 1 if self._last_speaker else 0
+        turn = labels.index(self._last_owner) + 1 if self._last_owner else 0
         for label in labels[turn:] + labels[:turn]:
             stream = self._streams[label]
             stream.pending = stream.pending.lstrip()
@@ -181,8 +189,8 @@ class StreamPrinter:
                 return stream
         return None
 
-    def _say(self, stream: _Stream) -> bool:
-        """Write what is pending, up to the end of the line; whether the line ended."""
+    def _write_pending(self, stream: _Stream) -> bool:
+        """Write pending text up to the end of the line. Return whether the line ended."""
         words = re.split(r"(\s+)", stream.pending)
         for index, word in enumerate(words):
             if word.isspace() and ("\n" in word or self._column >= self._width):
@@ -193,9 +201,9 @@ class StreamPrinter:
         stream.pending = ""
         return False
 
-    def _must_yield(self, speaker: _Stream) -> bool:
-        others = (each for each in self._streams.values() if each is not speaker)
-        return speaker.finished or any(len(each.pending) >= self._width for each in others)
+    def _must_yield(self, owner: _Stream) -> bool:
+        others = (each for each in self._streams.values() if each is not owner)
+        return owner.finished or any(len(each.pending) >= self._width for each in others)
 
     def _begin_line(self, stream: _Stream) -> None:
         label = stream.label.rjust(self._label_columns)
@@ -206,7 +214,7 @@ class StreamPrinter:
         self._column = 0
 
     def _end_line(self) -> None:
-        assert self._speaker is not None
+        assert self._owner is not None
         self._out.write("\n")
-        self._last_speaker = self._speaker.label
-        self._speaker = None
+        self._last_owner = self._owner.label
+        self._owner = None

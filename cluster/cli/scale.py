@@ -1,4 +1,4 @@
-"""``baton scale``: asks the launcher for other numbers of workers, and waits for them."""
+"""``baton scale``: asks the launcher to change the number of workers, and waits for them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from core.types import Pool, WorkerRecord, WorkerState
 def scale(
     state: ClusterState, targets: Mapping[Pool, int], progress: Callable[[str], None]
 ) -> None:
-    """Return when each pool in ``targets`` has that many ready workers.
+    """Ask the launcher for the numbers of workers in ``targets``. Return when they are ready.
 
     Raises:
         ConfigError: a number is out of its pool's bounds, or the cluster is not ready.
-        UnavailableError: not reached within ``cluster.start_timeout_s``.
+        UnavailableError: the workers are not ready within ``cluster.start_timeout_s``, or the
+            registry does not answer.
     """
     if state.phase != "ready":
         raise ConfigError(f"the cluster {state.name!r} is {state.phase}; wait until it is ready")
@@ -26,11 +27,11 @@ def scale(
         limit = state.max_replicas[pool]
         if not 1 <= replicas <= limit:
             raise ConfigError(
-                f"{pool}={replicas} is not within 1 and {limit} ({pool}.max_replicas)"
+                f"{pool}={replicas} is not between 1 and {limit} ({pool}.max_replicas)"
             )
-    asyncio.run(_ask(state, targets))
+    asyncio.run(_send_order(state, targets))
 
-    def left(workers: Sequence[WorkerRecord]) -> str | None:
+    def remaining(workers: Sequence[WorkerRecord]) -> str | None:
         ready = {
             pool: sum(w.pool is pool and w.state is WorkerState.READY for w in workers)
             for pool in targets
@@ -39,10 +40,10 @@ def scale(
             return None
         return ", ".join(f"{pool} {ready[pool]} of {targets[pool]} ready" for pool in targets)
 
-    wait_for_workers(state, left, progress)
+    wait_for_workers(state, remaining, progress)
 
 
-async def _ask(state: ClusterState, targets: Mapping[Pool, int]) -> None:
+async def _send_order(state: ClusterState, targets: Mapping[Pool, int]) -> None:
     assert state.store is not None, "a ready cluster has a store"
     orders = state.store.orders()
     try:

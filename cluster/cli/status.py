@@ -1,4 +1,7 @@
-"""What ``baton status`` shows: the workers whose leases hold."""
+"""``baton status``: reads the workers that hold a lease, and formats them.
+
+``baton scale`` and ``baton drain`` wait here for a change in them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ _COLUMNS = (
 
 
 def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
-    """Raises UnavailableError if the registry does not answer."""
+    """Return the workers that hold a lease.
+
+    Raises:
+        UnavailableError: the registry does not answer, or the cluster has none yet.
+    """
 
     async def read() -> tuple[WorkerRecord, ...]:
         async with open_registry(state) as registry:
@@ -39,16 +46,21 @@ def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
 
 def wait_for_workers(
     state: ClusterState,
-    left: Callable[[Sequence[WorkerRecord]], str | None],
+    remaining: Callable[[Sequence[WorkerRecord]], str | None],
     progress: Callable[[str], None],
 ) -> None:
-    """Look at the workers until ``left``, which says what is still to come, says None.
+    """Poll the workers until ``remaining`` returns None.
+
+    Args:
+        remaining: describes for the user what is still missing; None if nothing is.
+        progress: called with each description.
 
     Raises:
-        UnavailableError: not within ``cluster.start_timeout_s``.
+        UnavailableError: something is missing after ``cluster.start_timeout_s``, or the
+            registry does not answer.
     """
     deadline_s = time.monotonic() + state.start_timeout_s
-    while (line := left(read_workers(state))) is not None:
+    while (line := remaining(read_workers(state))) is not None:
         progress(line)
         if time.monotonic() > deadline_s:
             raise UnavailableError(f"after {state.start_timeout_s:.0f} s: {line}")
@@ -57,7 +69,11 @@ def wait_for_workers(
 
 @asynccontextmanager
 async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
-    """The registry of a cluster that runs, for the block."""
+    """Open the cluster's registry, and close it at the end of the block.
+
+    Raises:
+        UnavailableError: the cluster has no registry yet.
+    """
     if state.store is None:
         raise UnavailableError(f"the cluster {state.name!r} has no registry yet")
     registry = state.store.registry()
@@ -68,7 +84,7 @@ async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
 
 
 def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
-    """One object: the cluster's own fields, and ``workers``, a list of flat objects."""
+    """Return one JSON object: the cluster's fields, and ``workers`` as a list of flat objects."""
     return json.dumps(
         {
             "name": state.name,
@@ -83,7 +99,7 @@ def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
 
 
 def as_table(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
-    """A line about the cluster, then one for each worker."""
+    """Return one line about the cluster, then a table with one row for each worker."""
     head = f"{state.name}: {state.phase}, {state.model or 'no model yet'}, gRPC at {state.address}"
     if not workers:
         return f"{head}\nno workers"

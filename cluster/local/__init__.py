@@ -1,4 +1,4 @@
-"""A whole cluster on one machine: launcher, reaper, run folder, embedded Valkey.
+"""A whole cluster on one machine: launcher, reaper, run folder and embedded Valkey.
 
-Nothing here may import Ray; ``launch`` reaches it through ``cluster.ray``.
+No module here may import Ray; ``launch`` uses it through ``cluster.ray``.
 """

@@ -16,64 +16,67 @@ from core.net import is_loopback
 def cluster_environment(
     cluster_id: str, host: str, scratch: Path, *, model_is_local: bool
 ) -> dict[str, str]:
-    """Variables to set before anything is started.
+    """Return the variables to set before any process of the cluster is started.
 
     Args:
+        host: address of this machine (``cluster.host``).
         scratch: the cluster's own folder, for files that would otherwise stay in /tmp.
-        model_is_local: no process needs the hub.
+        model_is_local: whether the model is on disk, so that no process needs the hub.
     """
     variables = {
         CLUSTER_ID_VARIABLE: cluster_id,
-        # Processes that change their title leave their environment readable for the reaper.
+        # Processes that change their title must leave their environment readable for the reaper.
         "SPT_NOENV": "1",
         "TMPDIR": str(scratch / "tmp"),
         "VLLM_RPC_BASE_PATH": str(scratch / "tmp"),  # sockets between vLLM's processes
         "VLLM_NO_USAGE_STATS": "1",
-        # TMPDIR would make PyTorch compile anew with each start.
+        # In TMPDIR, PyTorch's cache would be lost, and every start would compile again.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
-        # Below it, gRPC logs what strangers send (in their GOAWAY), as they send it.
+        # At more verbose levels, gRPC logs what any peer sends in a GOAWAY, unescaped.
         "GRPC_VERBOSITY": "ERROR",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        # A late call of one of Serve's threads must not start another Ray after ours ended.
+        # A late call from one of Serve's threads must not start a new Ray after this one ended.
         "RAY_ENABLE_AUTO_CONNECT": "0",
-        # Ray runs code for whoever reaches its ports; with a token, only our processes do.
+        # Ray runs code for anyone who can reach its ports. The token limits that to this cluster.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # When the raylet dies, the launcher says so and ends its cluster. Without this, Ray ends it
-        # without a word if its parent is process 1, which Ray takes for a sign of a dead raylet.
+        # If the launcher's parent is process 1, Ray assumes that the raylet died, and ends the
+        # launcher without a message. This prevents it; the launcher itself watches the raylet.
         "RAY_RAYLET_PID": str(os.getpid()),
-        # Nobody collects Ray's own metrics; sampling them costs CPU time that engines need.
+        # Ray's own metrics are not collected, and sampling them costs CPU time that engines need.
         "RAY_enable_metrics_collection": "0",
         "RAY_event_stats": "0",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         # A worker that fails its health check has nothing left to drain.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        # Two event loops in one process share gRPC's one queue, and wake each other up with
-        # every token.
+        # Two event loops in one process share gRPC's only queue and would wake each other up
+        # with every token.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Ray nices its workers so that its own daemons come first; here they carry the tokens.
+        # Ray lowers its workers' priority below its daemons'. Here the workers carry the tokens.
         "RAY_worker_niceness": "0",
     }
     if is_loopback(host):
-        # The name is about other systems; its effect is that Ray does not replace
-        # 127.0.0.1 by an address that other machines reach.
+        # Despite its name, this keeps Ray from replacing 127.0.0.1 by an address that other
+        # machines can reach.
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if model_is_local:
         variables["HF_HUB_OFFLINE"] = "1"
     return variables
 
 
-# Settings for another Ray cluster must not reach into ours.
+# Settings for another Ray cluster must not affect this one.
 _FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
 def applied(variables: Mapping[str, str]) -> Iterator[None]:
-    """Put ``variables`` into this process's environment for a while; the end restores it as it
-    was, without what Ray has added."""
+    """Set ``variables`` in this process's environment during the ``with`` block.
+
+    At the end the environment is restored exactly, also without the variables that Ray added.
+    """
     before = dict(os.environ)
     for name in _FOREIGN:
         os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""Keeps the workers' last words when a cluster fails, since its run folder is removed."""
+"""Saves the ends of the workers' logs when a cluster fails, because its run folder is removed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _LINES_PER_FILE = 200
 
 
 def keep_logs(name: str, logs: Sequence[Path]) -> Path:
-    """Copy the ends of ``logs`` into one file and return its path.
+    """Copy the last lines of each log (200 at most) into one file and return its path.
 
-    One file per cluster name, in $XDG_STATE_HOME/baton (default ~/.local/state/baton); the
-    next failure replaces it.
+    The file is $XDG_STATE_HOME/baton/<name>-failure.log (default ~/.local/state/baton). The next
+    failure of a cluster of this name replaces it.
 
     Raises:
-        OSError: it cannot be written, or a log cannot be read.
+        OSError: the file cannot be written, or a log cannot be read.
         RuntimeError: this user has no home folder.
     """
     base = os.environ.get("XDG_STATE_HOME")

@@ -1,4 +1,4 @@
-"""An event loop for code that is not asynchronous itself."""
+"""An event loop in a thread, for code that is not asynchronous."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines in a thread of its own, so that the caller may be in a loop, too."""
+    """Runs coroutines on an event loop in its own thread.
+
+    So the caller may itself run inside another event loop.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -19,11 +22,14 @@ class LoopThread:
         self._thread.start()
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result; the caller bounds the time inside ``call``."""
+        """Run ``call`` and return its result. Blocks without a limit: ``call`` must bound itself.
+
+        Raises the exceptions of ``call``.
+        """
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def close(self) -> None:
-        """End the thread. Idempotent."""
+        """Stop the loop and end the thread. Idempotent."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

@@ -1,18 +1,19 @@
-"""Asks the operating system about TCP ports before anything is started on them."""
+"""Finds and checks TCP ports before a server is started on them."""
 
 from __future__ import annotations
 
 import errno
 import socket
 
+from core.config.schema import Config
 from core.errors import ConfigError
 
 
 def free_port(host: str, host_field: str = "cluster.host") -> int:
-    """A port that nobody listens on now; somebody else may take it before the caller does.
+    """Return a port that is free now. Another program may take it before the caller does.
 
     Args:
-        host_field: where the configuration says ``host``, for the error.
+        host_field: the configuration field that holds ``host``, for the error message.
 
     Raises:
         ConfigError: ``host`` is not an address of this machine.
@@ -21,8 +22,32 @@ def free_port(host: str, host_field: str = "cluster.host") -> int:
 
 
 def check_port_is_free(host: str, port: int, host_field: str = "cluster.host") -> None:
-    """Raises ConfigError if ``router.port`` is taken, or ``host`` is not of this machine."""
+    """Check that the router can listen on ``host`` and ``port``.
+
+    Args:
+        host_field: the configuration field that holds ``host``, for the error message.
+
+    Raises:
+        ConfigError: the port is in use, or ``host`` is not an address of this machine.
+    """
     _try_bind(host, port, host_field, "router.port")
+
+
+def with_router_port(config: Config) -> Config:
+    """Return ``config`` with a checked router port, and a free port if it is 0.
+
+    The port is chosen once, so that a restarted router listens on the same one.
+
+    Raises:
+        ConfigError: the port is in use, or the router's host is not an address of this machine.
+    """
+    host, port = config.router_host, config.router.port
+    host_field = "cluster.host" if config.router.host is None else "router.host"
+    if port == 0:
+        port = free_port(host, host_field)
+    check_port_is_free(host, port, host_field)
+    router = config.router.model_copy(update={"port": port})
+    return config.model_copy(update={"router": router})
 
 
 def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
@@ -31,7 +56,7 @@ def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As servers do: a port in TIME_WAIT is free, one that somebody listens on is not.
+            # Servers set this, too: a port in TIME_WAIT is free, a port with a listener is not.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)

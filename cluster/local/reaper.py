@@ -1,15 +1,15 @@
-"""Ends whatever a cluster leaves behind, however its launcher ended.
+"""The reaper: a process that cleans up after a cluster, even if its launcher is killed.
 
     launcher ──starts first──▶ reaper          (own session; holds the run folder's lock)
-        └─────── pipe ───────────┘  closes with the launcher, even on kill -9
+        └─────── pipe ───────────┘  closes when the launcher ends, even on kill -9
 
-When the pipe closes, the reaper kills every process that carries the cluster's id in its
-environment, and all their descendants, then removes the cluster's folders and the shared
-memory that its processes had open. Each process of a cluster inherits the id from the
-launcher, which itself does not carry it.
+When the pipe closes, the reaper kills every process that has the cluster's id in its
+environment, and all descendants of those processes. Then it removes the cluster's folders and
+the shared memory that its processes had open. The cluster's processes inherit the id from the
+launcher, whose own initial environment, the one that /proc shows, does not have it.
 
-The file runs as a script with nothing but the standard library (``python -I -S``), so that
-it costs little memory and cannot fail for a reason that failed the cluster.
+This file runs as a script with only the standard library (``python -I -S``). So it needs little
+memory, and a fault that breaks the cluster does not break the reaper.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from pathlib import Path
 
 CLUSTER_ID_VARIABLE = "BATON_CLUSTER_ID"
 
-KILL_TIMEOUT_S = 10.0  # SIGKILL works at once, but for processes stuck in a driver
-_FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # it also removes folders and shared memory
+KILL_TIMEOUT_S = 10.0  # SIGKILL works at once unless a process is stuck in a driver
+_FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # also covers removing folders and shared memory
 _POLL_S = 0.02
-_WATCH_S = 1.0  # between two looks at /dev/shm while the cluster lives
-_WATCH_TRIES = 5  # looks at a new segment until it counts as somebody else's
+_WATCH_S = 1.0  # between two looks at /dev/shm while the cluster runs
+_WATCH_TRIES = 5  # calls of look without an owner after which a file is not the cluster's
 _SHM = "/dev/shm/"
 
 
 class Reaper:
-    """The launcher's end of the pipe.
+    """Starts a reaper process and holds the launcher's end of its pipe.
 
     Args:
-        cluster_id: value of ``BATON_CLUSTER_ID``.
-        folders: removed at the end.
-        lock_file: removed last.
-        lock_fd: keeps the lock held until the reaper is done.
+        cluster_id: value of ``BATON_CLUSTER_ID`` in the cluster's processes.
+        folders: the reaper removes them at the end.
+        lock_file: the reaper removes it last.
+        lock_fd: descriptor that holds the lock. The reaper inherits it, so the lock is held
+            until the reaper is done.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Reaper:
         )
 
     def finish(self) -> bool:
-        """Close the pipe and wait until all is gone.
+        """Close the pipe and wait until the reaper is done.
 
-        False if something resisted; the reaper may then still be at work, and hold the lock.
+        Return False if it could not kill every process, or is not done in time. In the second
+        case it still runs and holds the lock.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -72,25 +74,25 @@ class Reaper:
             return False
 
     def is_at_work(self) -> bool:
-        """Whether it still runs, and so will remove the folders itself."""
+        """Return whether the reaper still runs, and so will remove the folders itself."""
         return self._process.poll() is None
 
 
 class SharedMemoryWatch:
-    """Remembers which files in /dev/shm a cluster's processes have had open.
+    """Records which files in /dev/shm the cluster's processes have open.
 
-    A worker that is killed leaves its segments and semaphores behind, and afterwards nothing
-    says whose they were: so new ones are looked at while their owners live, and go when the
-    last owner has gone.
+    A killed worker leaves its shared memory segments and semaphores behind, and nothing shows
+    afterwards which process owned them. So this class finds the owners of new files while they
+    run, and removes a file when its last owner has ended.
     """
 
     def __init__(self, cluster_id: str) -> None:
         self._cluster_id = cluster_id
-        self._owners: dict[int, set[int]] = {}  # inode: pids
-        self._unclaimed: dict[int, int] = {}  # inode: looks without an owner
+        self._owners: dict[int, set[int]] = {}  # pids by inode
+        self._unclaimed: dict[int, int] = {}  # calls of look without an owner, by inode
 
     def look(self) -> None:
-        """Find the owners of new files, remove those whose owners are all gone."""
+        """Find the owners of new files. Remove the files whose owners have all ended."""
         present = _shared_files().keys()
         self._unclaimed = {inode: n for inode, n in self._unclaimed.items() if inode in present}
         new = {
@@ -109,7 +111,7 @@ class SharedMemoryWatch:
             del self._owners[inode]
 
     def remove_all(self) -> None:
-        """Remove every file that an owner was found for."""
+        """Remove every file that the cluster's processes had open."""
         _remove_shared(self._owners.keys())
 
     def _claim(self, inodes: set[int]) -> None:
@@ -121,26 +123,32 @@ class SharedMemoryWatch:
 
 
 def reap(cluster_id: str, folders: Collection[Path]) -> bool:
-    """Kill the cluster's processes and remove what they left. False if one resisted."""
+    """Kill the cluster's processes, and remove ``folders`` and their shared memory.
+
+    Return False if a process is still alive after ``KILL_TIMEOUT_S``.
+    """
     shared: set[int] = set()
     deadline_s = time.monotonic() + KILL_TIMEOUT_S
-    empty_looks = 0
-    while empty_looks < 2 and time.monotonic() < deadline_s:  # one look may miss a fork
+    empty_scans = 0
+    while empty_scans < 2 and time.monotonic() < deadline_s:  # one scan may miss a fork
         pids = find(cluster_id)
-        empty_looks = 0 if pids else empty_looks + 1
+        empty_scans = 0 if pids else empty_scans + 1
         for pid in pids:
             shared |= _open_shared(pid)
             _kill(pid)
         time.sleep(_POLL_S)
-    with contextlib.suppress(OSError):  # the folders go in any case
+    with contextlib.suppress(OSError):  # the folders must be removed in any case
         _remove_shared(shared)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    return empty_looks >= 2
+    return empty_scans >= 2
 
 
 def find(cluster_id: str) -> set[int]:
-    """Living processes with the cluster's id, and their descendants. Never this process."""
+    """Return the pids of living processes with the cluster's id, and of their descendants.
+
+    This process is never included.
+    """
     marker = f"{CLUSTER_ID_VARIABLE}={cluster_id}".encode()
     children: dict[int, list[int]] = {}
     found: list[int] = []
@@ -161,21 +169,21 @@ def find(cluster_id: str) -> set[int]:
 
 
 def _parent_of_living(pid: int) -> int | None:
-    """None for a process that ended, be it not yet waited for."""
+    """Return the parent's pid, or None if the process has ended (zombies included)."""
     stat = _read(f"/proc/{pid}/stat")
-    fields = stat[stat.rfind(b")") + 1 :].split()  # the name before may hold anything
+    fields = stat[stat.rfind(b")") + 1 :].split()  # skip the name, which may contain anything
     return None if not fields or fields[0] in (b"Z", b"X") else int(fields[1])
 
 
 def _read(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError:  # it ended, or belongs to somebody else
+    except OSError:  # the process has ended, or belongs to another user
         return b""
 
 
 def _kill(pid: int) -> None:
-    # The descriptor makes sure that the number is not a new process's by now.
+    # With the descriptor open, the check below and the signal concern the same process.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         descriptor = os.pidfd_open(pid)
         try:
@@ -186,15 +194,15 @@ def _kill(pid: int) -> None:
 
 
 def _shared_files() -> dict[int, str]:
-    """What lies in /dev/shm, by inode."""
+    """Return the paths of the files in /dev/shm by inode."""
     with os.scandir(_SHM) as entries:
         return {entry.inode(): entry.path for entry in entries}
 
 
 def _open_shared(pid: int) -> set[int]:
-    """Inodes of the files in /dev/shm that a process maps or holds open.
+    """Return the inodes of the files in /dev/shm that a process maps or has open.
 
-    Not their names: a semaphore is mapped under a first name that it loses at once.
+    Inodes identify a file that is renamed: a semaphore is mapped under a temporary name.
     """
     inodes = set()
     for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
@@ -210,20 +218,23 @@ def _open_shared(pid: int) -> set[int]:
 
 
 def _remove_shared(inodes: Set[int]) -> None:
-    """Remove those files of this user that no living process has open."""
+    """Remove the files with these inodes that this user owns and no living process has open."""
     files = _shared_files() if inodes else {}
-    left = inodes & files.keys()
-    if not left:
+    present = inodes & files.keys()
+    if not present:
         return
     still_open = _all_open_shared()
-    for inode in left - still_open:
+    for inode in present - still_open:
         with contextlib.suppress(OSError):
             if os.stat(files[inode]).st_uid == os.getuid():
                 os.unlink(files[inode])
 
 
 def _all_open_shared() -> set[int]:
-    """One look at every process of the machine: there may be many, with long tables."""
+    """Return the inodes of all files in /dev/shm that any process has open or maps.
+
+    This reads the memory map of every process on the machine, so call it once per removal.
+    """
     inodes: set[int] = set()
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -232,25 +243,25 @@ def _all_open_shared() -> set[int]:
 
 
 def remove_lock(lock_file: Path, lock_fd: int) -> None:
-    """Remove the lock file that ``lock_fd`` has open, and its folder if nothing else is there.
+    """Remove the lock file that ``lock_fd`` has open, and its folder if that is empty.
 
-    It may be gone already, and somebody else's file lie under its name.
+    A different file under that name is another cluster's lock, and is kept.
     """
     with contextlib.suppress(OSError):
         if os.path.samestat(os.fstat(lock_fd), lock_file.stat()):
             lock_file.unlink()
-    with contextlib.suppress(OSError):  # other clusters of this user
+    with contextlib.suppress(OSError):  # not empty: this user has other clusters
         lock_file.parent.rmdir()
 
 
 def main() -> int:
-    """Wait for the launcher's end, then reap. Exit status 1 if something resisted."""
+    """Wait until the launcher ends, then reap. Return 1 if a process could not be killed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     cluster_id, lock_file, lock_fd, *folders = sys.argv[1:]
     watch = SharedMemoryWatch(cluster_id)
     while not select.select([sys.stdin], [], [], _WATCH_S)[0]:
-        with contextlib.suppress(OSError):  # the next look may do better; our end would not
+        with contextlib.suppress(OSError):  # the next call may succeed; the reaper must go on
             watch.look()
     gone = reap(cluster_id, [Path(folder) for folder in folders])
     with contextlib.suppress(OSError):

@@ -1,9 +1,9 @@
-"""The folder of a running cluster: who holds the name, and how to reach it.
+"""The run folder of a cluster: it reserves the cluster's name and tells commands how to reach it.
 
-<run_dir>/<name>.lock         held by launcher and reaper while the name is in use
-<run_dir>/<name>/state.json   for the other commands; mode 0600, it holds a password
-<scratch>/                    Ray's and the engines' files and sockets, the same folder
-                              unless its path is too long for a socket
+<run_dir>/<name>.lock         locked by launcher and reaper while the name is in use
+<run_dir>/<name>/state.json   the ClusterState, for other commands; mode 0600: it has a password
+<scratch>/                    files and sockets of Ray and the engines. This is <run_dir>/<name>,
+                              or a folder in /tmp if that path is too long for a socket
 """
 
 from __future__ import annotations
@@ -22,52 +22,52 @@ from core.errors import ConfigError
 from core.state.store import Store
 
 _STATE = "state.json"
-_STATE_NEW = f"{_STATE}.new"  # while it is being written
+_STATE_NEW = f"{_STATE}.new"  # renamed to _STATE when it is complete
 _SCRATCH = ("ray", "tmp", "valkey")
-_OURS = {_STATE, _STATE_NEW, *_SCRATCH}  # all that we ever make in a cluster's folder
-_LOCK_ATTEMPTS = 10
+_OWN_ENTRIES = {_STATE, _STATE_NEW, *_SCRATCH}  # a folder with other entries is not a cluster's
+_LOCK_ATTEMPTS = 10  # an attempt fails only while a reaper removes the file or its folder
 
-# Linux ends a socket's path at 107 bytes, and Ray adds "/ray", its session and
-# "/sockets/plasma_store" to ours.
+# Linux limits a socket's path to 107 bytes. Ray appends "/ray", the session's name and
+# "/sockets/plasma_store" to the scratch folder's path.
 _LONGEST_SCRATCH = 107 - len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What other processes of this user may know about a cluster."""
+    """What the launcher publishes about its cluster to other processes of the same user."""
 
     name: str
     cluster_id: str
     pid: int  # of the launcher
-    pid_started: int  # clock ticks after boot: tells a new process with the same pid
+    pid_started: int  # clock ticks after boot; differs for a new process with the same pid
     phase: str  # "starting", "ready" or "stopping"
     address: str  # gRPC of the router, "host:port"
     model: str  # served name
-    store: Store | None  # None until it is there
+    store: Store | None  # None until the store has started
     start_timeout_s: float
     stop_grace_s: float
     max_replicas: dict[str, int]  # by pool
-    folders: tuple[str, ...]
+    folders: tuple[str, ...]  # to remove when the cluster is gone
 
     @property
     def redis_url(self) -> str:
-        """The store's address, with its password; empty until the store is there."""
+        """The store's URL, with its password. Empty until the store has started."""
         return self.store.url if self.store is not None else ""
 
     def launcher_lives(self) -> bool:
-        """Whether the process that wrote this still runs."""
+        """Return whether the launcher that wrote this state still runs."""
         return process_started(self.pid) == self.pid_started
 
 
 class RunDir:
-    """A cluster's folder, held exclusively until the process and its reaper end."""
+    """A cluster's run folder. Its lock is held until this process and its reaper have ended."""
 
     def __init__(self, base: Path, name: str) -> None:
-        """Take the name.
+        """Lock the name and create the folder, after removing what a dead cluster left.
 
         Raises:
-            ConfigError: a cluster of this name runs, the folder cannot be used, or holds what
-                is not a cluster's.
+            ConfigError: a cluster of this name runs, the folder cannot be used, or it has
+                entries that are not a cluster's.
         """
         self.path = base / name
         self.lock_file = base / f"{name}.lock"
@@ -95,20 +95,20 @@ class RunDir:
         return (self.path,) if self.scratch == self.path else (self.path, self.scratch)
 
     def write(self, state: ClusterState) -> None:
-        """Publish ``state`` at once or not at all."""
+        """Publish ``state`` atomically."""
         new = self.path / _STATE_NEW
         with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             json.dump(asdict(state), file)
         new.replace(self.path / _STATE)
 
     def set_phase(self, phase: str) -> None:
-        """Publish another phase of a state that was written before."""
+        """Change the phase of the published state. Does nothing before the first ``write``."""
         state = read_state(self.path.parent, self.path.name)
         if state is not None:
             self.write(replace(state, phase=phase))
 
     def release(self) -> None:
-        """Remove what is left and give the name back. Idempotent."""
+        """Remove the folders and release the name. Idempotent."""
         if self._released:
             return
         self._released = True
@@ -118,17 +118,20 @@ class RunDir:
         os.close(self.lock_fd)
 
     def leave_to_reaper(self) -> None:
-        """Touch nothing any more: a reaper that is not done holds the name until it is."""
+        """Leave the folders and the name to the reaper, which is not done. Idempotent.
+
+        The reaper also holds the lock, and removes the folders and the lock at its end.
+        """
         if not self._released:
             self._released = True
             os.close(self.lock_fd)
 
 
 def read_state(base: Path, name: str) -> ClusterState | None:
-    """The state of the cluster ``name``; None if there is none.
+    """Return the published state of the cluster ``name``, or None if there is no state file.
 
     Raises:
-        ConfigError: the file is damaged, or of another version of Baton.
+        ConfigError: the file cannot be read, is damaged, or is from another version of Baton.
     """
     file = base / name / _STATE
     try:
@@ -141,13 +144,13 @@ def read_state(base: Path, name: str) -> ClusterState | None:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
-            f"{file} is damaged, or of another version of Baton; if no cluster named {name!r} "
+            f"{file} is damaged or from another version of Baton; if no cluster named {name!r} "
             "runs, delete it"
         ) from None
 
 
 def is_held(base: Path, name: str) -> bool:
-    """Whether a launcher or its reaper still holds the name."""
+    """Return whether a launcher or its reaper still holds the name."""
     try:
         descriptor = os.open(base / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -162,7 +165,7 @@ def is_held(base: Path, name: str) -> bool:
 
 
 def process_started(pid: int) -> int | None:
-    """Start of a living process in clock ticks after boot; None if there is none."""
+    """Return when a process started, in clock ticks after boot. None if it does not run."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -172,7 +175,14 @@ def process_started(pid: int) -> int | None:
 
 
 def _lock(lock_file: Path, base: Path, name: str) -> int:
-    """A descriptor that holds the lock; a reaper may remove file and folder while we open it."""
+    """Lock the name and return the descriptor that holds the lock.
+
+    A reaper may remove the file and its folder at the same time, so this tries several times.
+
+    Raises:
+        ConfigError: the name is in use, or the folder belongs to another user.
+        OSError: the folder cannot be used.
+    """
     for _ in range(_LOCK_ATTEMPTS):
         try:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -204,17 +214,17 @@ def _held_message(base: Path, name: str) -> str:
 
 
 def _clear_leftovers(base: Path, name: str) -> None:
-    """Launcher and reaper were both killed: do the reaper's work now.
+    """Do the work of a reaper that was killed together with its launcher.
 
     Raises:
-        ConfigError: the folder is none of a cluster, but perhaps somebody's documents.
+        ConfigError: the folder does not look like a cluster's, so it may hold a user's files.
     """
     folder = base / name
     state = read_state(base, name)
     if state is not None:
         reaper.reap(state.cluster_id, [Path(each) for each in state.folders])
     elif os.path.lexists(folder):
-        if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) - _OURS:
+        if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) - _OWN_ENTRIES:
             raise ConfigError(
                 f"cluster.local.run_dir: {folder} exists and is not a cluster's; choose another "
                 "cluster.local.run_dir or cluster.name"

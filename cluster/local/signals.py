@@ -1,4 +1,4 @@
-"""Signals as two flags, looked at by whoever waits."""
+"""Turns SIGINT, SIGTERM and SIGHUP into two flags, which the launcher polls while it waits."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal(Protocol):
-    """Tells a cluster that somebody wants it to end."""
+    """Tells a cluster whether it should end."""
 
-    requested: bool  # end, in good order
-    hurry: bool  # end at once
+    requested: bool  # drain, then end
+    hurry: bool  # end at once, without waiting for requests
 
 
 class NeverStop:
-    """For callers that end the cluster themselves."""
+    """A signal that never comes, for callers that end the cluster themselves."""
 
     requested = False
     hurry = False
 
 
 class Signals:
-    """While entered, the first signal sets ``requested`` and the second ``hurry``.
+    """Handles signals inside a ``with`` block: the first sets ``requested``, the next ``hurry``.
 
-    Must be entered from the main thread.
+    Must be entered from the main thread. Leaving the block restores the former handlers.
     """
 
     def __init__(self) -> None:

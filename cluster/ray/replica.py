@@ -1,4 +1,4 @@
-"""What a replica asks of Ray Serve. Kept apart so that the replicas' own modules need no Ray."""
+"""What a replica needs from Ray and Ray Serve: its slot, its node's address, process set-up."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from core.net import bracketed, is_loopback
 
 
 def local_slot() -> int:
-    """Counts this deployment's replicas on this machine from 0; a replacement takes the place
-    of the one that it replaces."""
+    """Return this replica's index among its deployment's replicas on this machine, from 0.
+
+    A replacement gets the index of the replica that it replaces.
+    """
     slot: int = serve.get_replica_context().rank.local_rank
     return slot
 
 
 def on_this_node(config: Config) -> Config:
-    """``config`` for a replica that Ray may have put on another machine than the head.
+    """Return ``config`` with the address of this node as ``cluster.host``.
 
-    ``cluster.host`` is the head's address; others must bind, and tell others, their own. On
-    loopback there is one machine only.
+    ``cluster.host`` is the head's address, but Ray may place a replica on another machine, which
+    must bind and advertise its own. A loopback address stays, since there is only one machine.
     """
     if is_loopback(config.cluster.host):
         return config
@@ -34,17 +36,17 @@ def on_this_node(config: Config) -> Config:
 
 
 def prepare_process(host: str) -> None:
-    """What the process of a replica needs before anything else, from the replica's constructor."""
+    """Prepare the process of a replica. Its constructor must call this first."""
     _bind_internal_server(host)
-    _drop_lines_that_cannot_be_logged()
+    _ignore_logging_errors()
 
 
 def _bind_internal_server(host: str) -> None:
-    """Make Serve's own server of this replica listen on ``host`` only.
+    """Make Serve's internal gRPC server in this replica listen on ``host`` only.
 
-    Serve starts a gRPC server in each replica for calls between deployments, which takes
-    pickles from anyone, on all interfaces, without an option to change that (2.60). It does
-    so after the replica's constructor, from which this must be called.
+    Serve starts this server in each replica for calls between deployments. It accepts pickles
+    from anyone, on all interfaces, and Ray 2.60 has no option to change that. Serve starts it
+    after the replica's constructor returns, so the constructor must call this function.
     """
     original = serve_replica.add_port_to_grpc_server
 
@@ -55,7 +57,10 @@ def _bind_internal_server(host: str) -> None:
     serve_replica.add_port_to_grpc_server = add_port
 
 
-def _drop_lines_that_cannot_be_logged() -> None:
-    """Else a full disk ends requests: Python says on stderr that a line could not be written,
-    stderr is Serve's log, to which nothing can be written, and so on until RecursionError."""
+def _ignore_logging_errors() -> None:
+    """Drop log lines that cannot be written. Without this, a full disk would end requests.
+
+    Python reports a failed log line on stderr. Serve redirects stderr to the same log, so that
+    report fails as well, and the reports recurse until RecursionError.
+    """
     logging.raiseExceptions = False

@@ -39,7 +39,7 @@ def test_scale_up_keeps_the_running_workers(cluster: FakeEngineCluster) -> None:
 def test_scale_refuses_numbers_out_of_bounds(cluster: FakeEngineCluster, target: str) -> None:
     done = cluster.cli("scale", target)
     assert done.returncode == 1
-    assert "is not within 1 and 8" in done.stderr
+    assert "is not between 1 and 8" in done.stderr
 
 
 @pytest.mark.usefixtures("two_of_each")

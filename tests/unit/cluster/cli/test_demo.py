@@ -1,4 +1,4 @@
-"""What the demo prints, without a cluster."""
+"""The demo's output and its final check, without a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from baton import AsyncClient, CapacityError, Completion
 from baton.v1 import inference_pb2 as pb
-from cluster.cli.demo import ASKS, Conversation, check_all_gone, print_answers
+from cluster.cli.demo import REQUESTS, Conversation, check_all_gone, print_answers
 from cluster.cli.demo_text import LONG_PROMPT
 from cluster.cli.progress import Progress
 from cluster.local.reaper import CLUSTER_ID_VARIABLE
@@ -38,7 +38,7 @@ from tests.unit.baton.test_client import free_port
 def converse(address: str, out: io.StringIO) -> dict[str, Completion]:
     async def main() -> dict[str, Completion]:
         async with AsyncClient(address) as client:
-            return await Conversation(client, ASKS, out, Progress(out)).run()
+            return await Conversation(client, REQUESTS, out, Progress(out)).run()
 
     return asyncio.run(main())
 
@@ -54,7 +54,7 @@ def by_input(chat: Script, prompt: Script) -> Script:
 
 
 def test_two_answers_at_the_same_time() -> None:
-    both = threading.Barrier(2)  # either answer waits until both requests are there
+    both = threading.Barrier(2)  # each answer waits until both requests have arrived
 
     def together(*texts: str) -> Script:
         def script(
@@ -86,14 +86,14 @@ def test_two_answers_at_the_same_time() -> None:
     assert "expected" not in text
 
 
-def test_another_answer_is_only_remarked() -> None:
+def test_a_wrong_answer_only_adds_a_remark() -> None:
     out = io.StringIO()
     with serve(lambda request, context: iter(answer("Lyon."))) as server:
         print_answers(converse(server.address, out), out)
     assert "(the answer was expected to name Paris)" in out.getvalue()
 
 
-def test_a_failure_is_the_error_itself_and_ends_the_other_request() -> None:
+def test_a_failed_request_raises_its_own_error_and_ends_the_other_request() -> None:
     ended = []
 
     def watched(
@@ -113,7 +113,7 @@ def test_a_failure_is_the_error_itself_and_ends_the_other_request() -> None:
 
 @pytest.fixture
 def down(tmp_path: Path) -> ClusterState:
-    """A cluster of which nothing is left."""
+    """The state of a cluster that has left nothing behind."""
     return ClusterState(
         name="demo",
         cluster_id=uuid.uuid4().hex,

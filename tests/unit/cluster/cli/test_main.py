@@ -23,7 +23,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def baton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A command whose clusters, if any, are in a folder of the test's own."""
+    """Run ``baton`` with a run folder of the test's own; ``lines`` is the typed input."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
     def run(*arguments: str, lines: str = "") -> int:
@@ -48,7 +48,7 @@ def in_turn(*scripts: Script) -> Script:
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_only_a_terminal_is_shielded_from_the_text(
+def test_control_characters_are_replaced_only_on_a_terminal(
     baton: Run,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -74,7 +74,7 @@ def test_a_conversation_survives_an_error(baton: Run, capsys: pytest.CaptureFixt
     assert contents == ["first", "One.", "third"]
 
 
-def test_what_came_before_an_error_stays_in_the_conversation(
+def test_text_before_an_error_stays_in_the_conversation(
     baton: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(
@@ -90,14 +90,14 @@ def test_what_came_before_an_error_stays_in_the_conversation(
     assert contents == ["first", "Half", "second"]
 
 
-def test_a_conversation_ends_when_nobody_is_there(
+def test_a_conversation_ends_when_no_router_can_be_reached(
     baton: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert baton("chat", "--address", f"127.0.0.1:{free_port()}", lines="first\nsecond") == 1
     assert capsys.readouterr().err.count("no connection to a Baton router") == 1
 
 
-def test_standard_input_that_is_no_text_is_refused(
+def test_standard_input_that_is_not_text_is_refused(
     baton: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
@@ -108,7 +108,7 @@ def test_standard_input_that_is_no_text_is_refused(
     )
 
 
-def test_a_line_that_is_no_text_does_not_end_the_conversation(
+def test_a_line_that_is_not_text_does_not_end_the_conversation(
     baton: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed: Iterator[bytes] = iter([b"\xff", b"good"])
@@ -126,7 +126,7 @@ def test_a_line_that_is_no_text_does_not_end_the_conversation(
     assert "not UTF-8 text" in capsys.readouterr().err
 
 
-def test_without_a_cluster_the_configured_address_is_asked(
+def test_without_a_cluster_the_configured_address_is_used(
     baton: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serve(say("Hello.")) as router:
@@ -136,12 +136,12 @@ def test_without_a_cluster_the_configured_address_is_asked(
         assert baton("generate", "hi", "--config", str(file)) == 0
         state = tmp_path / "baton" / "far" / "state.json"
         state.parent.mkdir(parents=True)
-        state.write_text("{")  # damaged, or of another version
+        state.write_text("{")  # a damaged state does not matter either
         assert baton("generate", "hi", "--config", str(file)) == 0
     assert capsys.readouterr().out.count("Hello.") == 2
 
 
-def test_without_a_cluster_and_a_port_nobody_is_asked(
+def test_without_a_cluster_and_a_fixed_port_the_command_fails(
     baton: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "cluster.yaml"

@@ -1,4 +1,4 @@
-"""What a person or a program reads."""
+"""The output for people and programs: JSON, phases, interleaved streams and progress."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def ticking(step_s: float) -> Callable[[], float]:
     return lambda: next(seconds) * step_s
 
 
-def test_json_of_a_response_on_the_way() -> None:
+def test_json_of_a_response_before_the_last() -> None:
     response = Response("r-1", 0, "Hi", (1, 2), ())
     assert json.loads(response_json(response)) == {
         "request_id": "r-1",
@@ -109,7 +109,7 @@ def test_json_with_logprobs() -> None:
     ]
 
 
-def test_json_cannot_steer_a_terminal() -> None:
+def test_json_cannot_control_a_terminal() -> None:
     text = "a\x1b]52;c;\x07b\x7fc\x9b2Jd\u00a0\N{IDEOGRAPHIC SPACE}é"
     line = response_json(replace(LAST, text=text))
     assert not [char for char in line if unicodedata.category(char) == "Cc"]
@@ -153,7 +153,7 @@ def test_phases_line_of_a_completion_with_cached_tokens_and_a_retry() -> None:
         (replace(PHASES, prefill_worker=""), "tokens/s | decode-9f00aa"),
     ],
 )
-def test_phases_line_says_what_did_not_happen(phases: Phases, shown: str) -> None:
+def test_phases_line_reports_missing_phases(phases: Phases, shown: str) -> None:
     assert shown in phases_line(replace(LAST, phases=phases))
 
 
@@ -190,7 +190,7 @@ def test_two_streams_take_turns_by_line_and_nothing_is_lost() -> None:
     ]
 
 
-def test_line_breaks_of_the_text_end_the_line() -> None:
+def test_a_line_break_in_the_text_ends_the_line() -> None:
     out = io.StringIO()
     printer = StreamPrinter(out, ["a"], clock=still)
     printer.write("a", "\n\nFirst.\n")
@@ -200,7 +200,7 @@ def test_line_breaks_of_the_text_end_the_line() -> None:
     assert out.getvalue() == "   0.0 s  a | First.\n   0.0 s  a | Second.\n"
 
 
-def test_a_slow_speaker_yields_to_a_full_line() -> None:
+def test_a_slow_stream_yields_its_line_when_another_has_a_full_one() -> None:
     out = io.StringIO()
     printer = StreamPrinter(out, ["slow", "fast"], clock=still, width_columns=10)
     printer.write("slow", "Well")
@@ -212,7 +212,7 @@ def test_a_slow_speaker_yields_to_a_full_line() -> None:
     ]
 
 
-def test_a_stream_that_says_nothing_has_no_line() -> None:
+def test_a_stream_without_text_has_no_line() -> None:
     out = io.StringIO()
     printer = StreamPrinter(out, ["a", "b"], clock=still)
     printer.write("a", "")
@@ -221,7 +221,7 @@ def test_a_stream_that_says_nothing_has_no_line() -> None:
     assert out.getvalue() == ""
 
 
-def test_output_cannot_steer_the_terminal() -> None:
+def test_stream_output_cannot_control_the_terminal() -> None:
     out = io.StringIO()
     printer = StreamPrinter(out, ["a"], clock=still, colour=True)
     printer.write("a", "x\x1b[2Jy\x07z")
@@ -239,16 +239,16 @@ def test_output_cannot_steer_the_terminal() -> None:
         "a\n\tb",
     ],
 )
-def test_what_scripts_and_emoji_need_is_printed(text: str) -> None:
+def test_characters_that_scripts_and_emoji_need_are_kept(text: str) -> None:
     assert printable(text) == text
 
 
 @pytest.mark.parametrize("char", ["\x1b", "\r", "\x7f", "\x9b", "\ud800", "\u202e", "\u2066"])
-def test_what_steers_is_replaced(char: str) -> None:
+def test_characters_that_control_a_terminal_are_replaced(char: str) -> None:
     assert printable(f"a{char}b") == "a\N{REPLACEMENT CHARACTER}b"
 
 
-def test_progress_goes_on_when_nobody_reads_it() -> None:
+def test_a_closed_output_does_not_stop_progress() -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError

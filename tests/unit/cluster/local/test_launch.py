@@ -1,4 +1,4 @@
-"""The launcher's own decisions, with Ray and the store replaced."""
+"""The launcher's own decisions, with fakes for Ray and the store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from cluster.local import launch
 from cluster.local.launch import Cluster, StartInterruptedError
-from cluster.local.ports import check_port_is_free, free_port
 from cluster.local.run_dir import RunDir
 from core.config.schema import Config, load_config
 from core.errors import ConfigError, InternalError, UnavailableError
@@ -21,16 +20,15 @@ from core.state.store import Store
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 
 AWAY = UnavailableError("the registry does not answer")
-ELSEWHERE = "192.0.2.1"  # reserved for documentation: no machine has it
 
 
 def quiet(_line: str) -> None:
-    """Progress that nobody reads."""
+    """Discard progress."""
 
 
 @dataclass
 class FakeRuntime:
-    """Ray that only notes what it is told."""
+    """A Ray runtime that only records the scale calls."""
 
     scaled: list[tuple[Pool, int]] = field(default_factory=list)
     scale_error: Exception | None = None
@@ -53,7 +51,7 @@ class FakeRuntime:
         self.scaled.append((pool, replicas))
 
     def drain_router(self, grace_s: float) -> None:
-        """At once."""
+        """Return at once."""
 
     def delete(self, timeout_s: float) -> bool:
         return True
@@ -61,7 +59,10 @@ class FakeRuntime:
 
 @dataclass
 class FakeStore:
-    """Registry and orders in one. Each element of ``answers`` is one look at the workers."""
+    """Registry and orders in one.
+
+    Each read of the workers takes one element of ``answers``, and the last element stays.
+    """
 
     answers: list[tuple[WorkerRecord, ...] | Exception] = field(default_factory=list)
     orders: dict[Pool, int] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class FakeStore:
         return ()
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def worker(pool: Pool) -> WorkerRecord:
@@ -93,7 +94,7 @@ ALL = tuple(worker(pool) for pool in Pool)
 
 @pytest.fixture
 def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """A cluster between start and stop, and its fakes."""
+    """Create clusters with fakes, in the state between start and stop."""
 
     def make(
         store: FakeStore | None = None,
@@ -111,7 +112,7 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt])
-def test_all_is_taken_down_even_if_draining_ends_with_an_error(
+def test_everything_is_stopped_even_if_draining_raises(
     make: Callable[..., Any], error: type[BaseException]
 ) -> None:
     def fail(_line: str) -> None:
@@ -123,20 +124,20 @@ def test_all_is_taken_down_even_if_draining_ends_with_an_error(
     with pytest.raises(error):
         cluster.stop()
     assert undone == ["Ray"]
-    cluster.stop()  # idempotent: nothing is there any more
+    cluster.stop()  # idempotent
 
 
 @dataclass
 class StopAfter:
-    """A signal that comes when it was looked at so many times."""
+    """A stop signal that is off for the first ``polls`` reads, and then on."""
 
-    looks: int
+    polls: int
     hurry: bool = False
 
     @property
     def requested(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
+        self.polls -= 1
+        return self.polls < 0
 
 
 @pytest.mark.parametrize(
@@ -155,18 +156,18 @@ def test_an_order_that_cannot_be_carried_out_does_not_end_the_cluster(
     assert cluster._wanted[Pool.DECODE] == 1
 
 
-def test_it_is_said_which_workers_come_and_go(
+def test_workers_that_come_and_go_are_reported(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_POLL_S", 0.001)
     prefill, decode = ALL
     draining, newer = replace(decode, state=WorkerState.DRAINING), replace(decode, id="decode-2")
-    looks: list[tuple[WorkerRecord, ...] | Exception] = [
+    answers: list[tuple[WorkerRecord, ...] | Exception] = [
         *(ALL, ALL, AWAY, ALL),
         *((prefill, draining), (prefill,), (prefill, newer)),
     ]
     said: list[str] = []
-    make(FakeStore(looks), signal=StopAfter(len(looks))).watch(said.append)
+    make(FakeStore(answers), signal=StopAfter(len(answers))).watch(said.append)
     assert said == [
         f"{AWAY}; running requests go on",
         "the registry answers again",
@@ -175,7 +176,7 @@ def test_it_is_said_which_workers_come_and_go(
     ]
 
 
-def test_a_start_survives_a_store_that_hiccups(
+def test_a_start_survives_a_store_that_fails_for_a_while(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_POLL_S", 0.001)
@@ -195,7 +196,7 @@ def test_a_store_that_stays_away_ends_the_start_at_its_timeout(
         make(FakeStore([AWAY]), config=config).wait_ready()
 
 
-def test_logs_that_cannot_be_kept_do_not_hide_what_failed(
+def test_logs_that_cannot_be_kept_do_not_hide_the_failure(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     failure = StartFailure("router", "no memory", is_config=False)
@@ -218,7 +219,7 @@ def test_a_signal_ends_the_unpacking_of_the_model(
     def unpack(_model: object, progress: Callable[[str], None]) -> ResolvedModel:
         for second in range(100):
             progress(f"unpacking, {second} s")
-        pytest.fail("it went on")
+        pytest.fail("the unpacking went on")
 
     monkeypatch.setattr(launch, "resolve_model", unpack)
     lines: list[str] = []
@@ -260,19 +261,4 @@ def test_folder_and_lock_are_left_to_a_reaper_that_is_still_at_work(
     make(progress=lines.append)._finish(FailedReaper(at_work), run)
     run.release()
     assert run.path.exists() is run.lock_file.exists() is at_work
-    assert lines == ["some processes of the cluster resist being killed"]
-
-
-@pytest.mark.parametrize("port", [0, 50051])
-@pytest.mark.parametrize("name", ["router.host", "cluster.host"])
-def test_a_host_that_is_not_here_is_named_by_its_field(
-    make: Callable[..., Any], name: str, port: int
-) -> None:
-    cluster = make(config=load_config(None, {name: ELSEWHERE, "router.port": port}))
-    with pytest.raises(ConfigError, match=f"^{name}: {ELSEWHERE} is not an address of this mach"):
-        cluster._choose_port()
-
-
-def test_a_host_without_an_address_is_named_by_its_field() -> None:
-    with pytest.raises(ConfigError, match=r"^router.host: 'no.invalid' cannot be resolved"):
-        check_port_is_free("no.invalid", free_port("127.0.0.1"), "router.host")
+    assert lines == ["some processes of the cluster could not be killed"]

@@ -1,4 +1,4 @@
-"""The reaper against real processes: it kills what carries the id, and nothing else."""
+"""The reaper against real processes: it kills those with the cluster's id, and no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cluster_id() -> Iterator[str]:
 
 
 def spawn(cluster_id: str | None, code: str = SLEEPER, **options: bool) -> subprocess.Popen[str]:
-    """A process that has printed its first line."""
+    """Start a process and return it when it has printed its first line."""
     environment = dict(os.environ)
     if cluster_id is not None:
         environment[CLUSTER_ID_VARIABLE] = cluster_id
@@ -47,13 +47,13 @@ def spawn(cluster_id: str | None, code: str = SLEEPER, **options: bool) -> subpr
 
 
 def end(process: subprocess.Popen[str]) -> int:
-    """Wait for a process that is ending, and return its status."""
+    """Wait until a process has ended, and return its status."""
     assert process.stdout is not None
     process.stdout.close()
     return process.wait(WAIT_S)
 
 
-def test_it_kills_all_processes_with_the_id_and_no_others(cluster_id: str) -> None:
+def test_reap_kills_all_processes_with_the_id_and_no_others(cluster_id: str) -> None:
     ours = [spawn(cluster_id), spawn(cluster_id, session=True)]
     longer = spawn(cluster_id + "0")
     stranger = spawn(None)
@@ -81,7 +81,7 @@ def test_descendants_that_dropped_the_id_are_found_too(cluster_id: str) -> None:
     assert reaper.find(cluster_id) == set()
 
 
-def test_processes_that_ignore_signals_and_breed_are_killed(cluster_id: str) -> None:
+def test_processes_that_ignore_signals_and_keep_forking_are_killed(cluster_id: str) -> None:
     code = (
         "import signal, subprocess, sys, time\n"
         "for number in (1, 2, 15): signal.signal(number, signal.SIG_IGN)\n"
@@ -91,15 +91,18 @@ def test_processes_that_ignore_signals_and_breed_are_killed(cluster_id: str) -> 
         "                     start_new_session=True)\n"
         "    time.sleep(0.02)\n"
     )
-    breeder = spawn(cluster_id, code)
-    wait_until(lambda: len(reaper.find(cluster_id)) > 3, what="it has bred")
+    forking = spawn(cluster_id, code)
+    wait_until(lambda: len(reaper.find(cluster_id)) > 3, what="it has forked")
     assert reaper.reap(cluster_id, [])
-    end(breeder)
+    end(forking)
     assert reaper.find(cluster_id) == set()
 
 
 def spawn_keeping(cluster_id: str, code: str) -> tuple[subprocess.Popen[str], Path]:
-    """A process of the cluster that says the name of what it keeps in /dev/shm."""
+    """Start a process of the cluster that prints the name of its file in /dev/shm.
+
+    Return the process and the file's path.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, CLUSTER_ID_VARIABLE: cluster_id},
@@ -111,7 +114,7 @@ def spawn_keeping(cluster_id: str, code: str) -> tuple[subprocess.Popen[str], Pa
     return process, segment
 
 
-def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path) -> None:
+def test_shared_memory_of_killed_processes_is_removed(cluster_id: str, tmp_path: Path) -> None:
     code = (
         "from multiprocessing import shared_memory\n"
         "import time\n"
@@ -132,7 +135,7 @@ def test_shared_memory_of_the_killed_is_removed(cluster_id: str, tmp_path: Path)
         end(process)
 
 
-# Both keep what they make from Python's resource tracker, as vLLM does: nobody else removes it.
+# Both unregister from Python's resource tracker, as vLLM does, so that it removes nothing.
 KEEPS_SHARED_MEMORY = {
     "a segment": (
         "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
@@ -163,7 +166,7 @@ def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(
     watch = reaper.SharedMemoryWatch(cluster_id)
     try:
         watch.look()
-        assert segment.exists(), "its owner lives"
+        assert segment.exists(), "its owner still runs"
         process.kill()
         end(process)
         watch.look()
@@ -174,23 +177,23 @@ def test_shared_memory_of_a_worker_that_was_killed_alone_is_removed(
         mine.unlink()
 
 
-def test_processes_are_looked_at_once_however_much_is_to_remove(
+def test_each_process_is_read_once_however_many_files_are_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = {inode: f"/dev/shm/never-there-{inode}" for inode in (1, 2, 3)}
-    looked_at: list[int] = []
+    read: list[int] = []
 
     def open_shared(pid: int) -> set[int]:
-        looked_at.append(pid)
+        read.append(pid)
         return set()
 
     monkeypatch.setattr(reaper, "_shared_files", lambda: files)
     monkeypatch.setattr(reaper, "_open_shared", open_shared)
     reaper._remove_shared(files.keys())
-    assert len(looked_at) == len(set(looked_at)) > 0
+    assert len(read) == len(set(read)) > 0
 
 
-def test_shared_memory_that_somebody_has_open_stays() -> None:
+def test_shared_memory_that_a_process_has_open_is_kept() -> None:
     mine = shared_memory.SharedMemory(create=True, size=4096)
     segment = Path("/dev/shm") / mine.name
     try:
@@ -207,14 +210,16 @@ def test_a_look_that_fails_does_not_end_the_reaper(
     folder, lock = tmp_path / "run" / "c", tmp_path / "run" / "c.lock"
     folder.mkdir(parents=True)
     descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
-    looks = iter([False, True])  # the pipe closes after the first look
+    pipe_closed = iter([False, True])  # after the first look
 
     def fail(_watch: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr(reaper.SharedMemoryWatch, "look", fail)
     monkeypatch.setattr(reaper.SharedMemoryWatch, "remove_all", fail)
-    monkeypatch.setattr("cluster.local.reaper.select.select", lambda *_: ([next(looks)], [], []))
+    monkeypatch.setattr(
+        "cluster.local.reaper.select.select", lambda *_: ([next(pipe_closed)], [], [])
+    )
     monkeypatch.setattr("cluster.local.reaper.signal.signal", lambda *_: None)
     arguments = [uuid.uuid4().hex, str(lock), str(descriptor), str(folder)]
     monkeypatch.setattr(sys, "argv", ["reaper.py", *arguments])
@@ -223,7 +228,7 @@ def test_a_look_that_fails_does_not_end_the_reaper(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lock_that_is_somebody_elses_by_now_is_not_removed(tmp_path: Path) -> None:
+def test_another_clusters_lock_of_the_same_name_is_not_removed(tmp_path: Path) -> None:
     lock = tmp_path / "c.lock"
     descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
     lock.unlink()
@@ -258,8 +263,8 @@ def test_nothing_is_left_when_the_launcher_is_killed(
     assert launcher.stdout is not None
     assert launcher.stdout.readline()
     assert is_held(base, "c")
-    # The kernel shows a new program's environment a moment after its start.
-    wait_until(lambda: len(reaper.find(cluster_id)) == 1, what="the child is there")
+    # The kernel shows a new program's environment only a moment after its start.
+    wait_until(lambda: len(reaper.find(cluster_id)) == 1, what="the child is found")
     launcher.send_signal(number)
     end(launcher)
     wait_until(lambda: not base.exists(), what="the run folder is gone")

@@ -1,4 +1,4 @@
-"""The run folder: who holds a name, what may be removed, and a state that cannot be read."""
+"""The run folder: locking a name, removing leftovers safely, and unreadable states."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_folder_that_is_not_a_clusters_is_never_removed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_nor_is_what_is_no_folder(tmp_path: Path, kind: str) -> None:
+def test_a_file_or_link_in_place_of_the_folder_is_never_removed(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "target"
     target.mkdir()
     thing = tmp_path / "c"
@@ -54,7 +54,7 @@ def test_nor_is_what_is_no_folder(tmp_path: Path, kind: str) -> None:
     assert target.exists()
 
 
-def test_what_a_cluster_left_that_died_before_its_first_state_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_cluster_without_a_state_are_removed(tmp_path: Path) -> None:
     base = tmp_path / "run"
     for name in ("ray", "tmp", "valkey"):
         (base / "c" / name).mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_what_a_cluster_left_that_died_before_its_first_state_is_removed(tmp_pat
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "c"}', '{"folders": [], "new": 1}'])
-def test_a_state_that_cannot_be_read_is_named_and_may_be_deleted(
+def test_an_unreadable_state_is_named_in_the_error_and_may_be_deleted(
     tmp_path: Path, content: str
 ) -> None:
     base = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_a_state_that_cannot_be_read_is_named_and_may_be_deleted(
     file.write_text(content)
     with pytest.raises(ConfigError) as caught:
         RunDir(base, "c")
-    assert str(caught.value).startswith(f"{file} is damaged, or of another version")
+    assert str(caught.value).startswith(f"{file} is damaged or from another version")
     assert str(caught.value).endswith("delete it")
     file.unlink()
     run = RunDir(base, "c")
@@ -85,7 +85,7 @@ def test_a_state_that_cannot_be_read_is_named_and_may_be_deleted(
     run.release()
 
 
-def test_a_folder_that_a_reaper_removes_meanwhile_is_made_again(
+def test_a_folder_that_a_reaper_removes_meanwhile_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tmp_path / "run"

@@ -1,0 +1,24 @@
+"""Ports: an address that this machine cannot use is named by its configuration field."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.local.ports import check_port_is_free, free_port, with_router_port
+from core.config.schema import load_config
+from core.errors import ConfigError
+
+ELSEWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737): no machine has it
+
+
+@pytest.mark.parametrize("port", [0, 50051])
+@pytest.mark.parametrize("name", ["router.host", "cluster.host"])
+def test_a_host_of_another_machine_is_named_by_its_field(name: str, port: int) -> None:
+    config = load_config(None, {name: ELSEWHERE, "router.port": port})
+    with pytest.raises(ConfigError, match=f"^{name}: {ELSEWHERE} is not an address of this mach"):
+        with_router_port(config)
+
+
+def test_a_host_without_an_address_is_named_by_its_field() -> None:
+    with pytest.raises(ConfigError, match=r"^router.host: 'no.invalid' cannot be resolved"):
+        check_port_is_free("no.invalid", free_port("127.0.0.1"), "router.host")
