@@ -38,7 +38,7 @@ class FakeLatency:
 
     prefill_ms_per_token: float = 0.2
     decode_step_ms: float = 3.0
-    transfer_ms: float = 5.0  # time of one KV transfer; the prefill side holds its blocks so long
+    transfer_ms: float = 5.0  # of one KV transfer; the prefill worker holds its blocks until then
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ class FakeEngine:
             await self.release(key)
 
     def fail(self, message: str = "the engine died") -> None:
-        """Simulate the death of the engine. All current and later requests raise WorkerLostError."""
+        """Simulate a dead engine: all requests, current and later, raise WorkerLostError."""
         self._failure = message
         self._kv.wake()
 

@@ -284,10 +284,10 @@ class WorkerReplica:
             await asyncio.sleep(self._config.redis.renew_s)
 
     async def _renew(self) -> None:
-        """Put the record with the current load. Start a drain if the registry asks for one."""
+        """Put the record with the current load. Start a drain if one was requested."""
         assert self._record is not None
         if await self._registry.put(replace(self._record, load=self._engine.load())):
-            self._drain_for_replacement("the registry has an order to drain it")
+            self._drain_for_replacement("its drain was requested in the registry")
 
     async def _stop(self, grace_s: float) -> None:
         try:

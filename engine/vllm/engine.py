@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 from collections.abc import AsyncIterator, Mapping, Set
 from typing import Any
 from uuid import uuid4
 
-import msgspec
 import torch
-from vllm import SamplingParams
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
-from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from baton.v1 import inference_pb2 as pb
 from core.config.schema import Config
-from core.errors import ConfigError, InternalError, InvalidArgumentError, WorkerLostError
+from core.errors import ConfigError, InvalidArgumentError, WorkerLostError
 from core.model.resolve import ResolvedModel
 from core.types import Pool, WorkerLoad
 from engine.protocol import (
@@ -34,22 +28,15 @@ from engine.protocol import (
     EngineOutput,
     EngineRequest,
     KvReceive,
-    KvSend,
     check_prompt,
 )
+from engine.vllm.convert import engine_output, kv_report, sampling_params
 from engine.vllm.log_buffers import log_buffers_kept
-from engine.vllm.sampling import LOGITS_PROCESSOR, continued
+from engine.vllm.sampling import LOGITS_PROCESSOR
+from engine.vllm.stats import EngineStats, await_report
 from kv_transfer.rank_channel import RankReports, Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 
-_FINISH = {
-    "stop": pb.FINISH_REASON_STOP,
-    "length": pb.FINISH_REASON_LENGTH,
-    None: pb.FINISH_REASON_UNSPECIFIED,
-}
-# A report leaves the engine core in the same message as the first token, so this only bounds a
-# defect.
-_REPORT_TIMEOUT_S = 5.0
 _LAST_WORDS_S = 0.5  # of an engine that has ended already
 
 
@@ -82,7 +69,7 @@ class VllmEngine:
         self._reports: RankReports | None = None
         self._releaser: Releaser | None = None
         self._prewarmed: set[str] = set()  # incarnations
-        self._stats = _Stats()
+        self._stats = EngineStats()
         self._queued_tokens: dict[str, int] = {}
 
     async def start(self) -> EngineFacts:
@@ -161,7 +148,7 @@ class VllmEngine:
         try:
             outputs = llm.generate(
                 {"type": "token", "prompt_token_ids": list(request.token_ids)},
-                _sampling_params(request),
+                sampling_params(request),
                 engine_id,
             )
             async with contextlib.aclosing(outputs):
@@ -169,10 +156,10 @@ class VllmEngine:
                     first = self._queued_tokens.pop(request.key, None) is not None
                     kv = None
                     if first:
-                        received = await _await_report(report, request.key)
+                        received = await await_report(report, request.key)
                         index = received.first_index if received is not None else 0
-                        kv = _kv_report(request, received, output)
-                    result = _engine_output(request, output, index, kv, first=first)
+                        kv = kv_report(request, received, output)
+                    result = engine_output(request, output, index, kv, first=first)
                     index += len(result.token_ids)
                     yield result
         except EngineDeadError as error:
@@ -293,168 +280,3 @@ def start_llm(
         return AsyncLLM.from_vllm_config(
             config, stat_loggers=stat_loggers, disable_log_stats=args.disable_log_stats
         )
-
-
-class _Stats:
-    """What vLLM's statistics say: the load, and how receives ended."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.running = 0
-        self.blocks_total = 0
-        self.block_tokens = 0
-        self._usage = 0.0
-        self._reports: dict[str, asyncio.Future[ReceiveReport]] = {}
-
-    @property
-    def blocks_free(self) -> int:
-        return round((1.0 - self._usage) * self.blocks_total)
-
-    def expect(self, key: str) -> asyncio.Future[ReceiveReport]:
-        report = self._reports[key] = asyncio.get_running_loop().create_future()
-        return report
-
-    def forget(self, key: str) -> None:
-        self._reports.pop(key, None)
-
-    def logger(self, _config: VllmConfig, _engine_index: int = 0) -> StatLoggerBase:
-        stats = self
-
-        class Recorder(StatLoggerBase):
-            def __init__(self) -> None:
-                pass
-
-            def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-                if scheduler_stats is not None:
-                    stats.record(scheduler_stats)
-
-            def log_engine_initialized(self) -> None:
-                pass
-
-        return Recorder()
-
-    def record(self, scheduler_stats: Any) -> None:
-        self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-        self.running = scheduler_stats.num_running_reqs
-        self._usage = scheduler_stats.kv_cache_usage
-        for receive in (scheduler_stats.kv_connector_stats or {}).get("receives", ()):
-            report = msgspec.convert(receive, ReceiveReport)
-            future = self._reports.get(report.key)
-            if future is not None and not future.done():
-                future.set_result(report)
-
-
-async def _await_report(
-    report: asyncio.Future[ReceiveReport] | None, key: str
-) -> ReceiveReport | None:
-    if report is None:
-        return None
-    try:
-        return await asyncio.wait_for(report, _REPORT_TIMEOUT_S)
-    except TimeoutError:
-        raise InternalError(f"the engine did not report the KV transfer of {key}") from None
-
-
-def _sampling_params(request: EngineRequest) -> SamplingParams:
-    """The router's defaults and ranges hold; stop strings stay with the router."""
-    given = {field.name: value for field, value in request.sampling.ListFields()}
-    given.pop("stop", None)
-    given["stop_token_ids"] = list(given.get("stop_token_ids", ()))
-    given.setdefault("max_tokens", None)
-    params = SamplingParams(
-        **given,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": kv} if (kv := _kv_params(request)) else None,
-    )
-    if torch.cuda.is_available():
-        return params  # vLLM's V2 model runner
-    return continued(params, len(request.token_ids) - request.tokens_so_far, request.tokens_so_far)
-
-
-def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
-    match request.kv:
-        case KvSend(first_token):
-            return {"baton": "send", "key": request.key, "first_token": first_token}
-        case KvReceive(incarnation, addresses, first_token):
-            return {
-                "baton": "receive",
-                "key": request.key,
-                "first_token": first_token,
-                "incarnation": incarnation,
-                "addresses": list(addresses),
-            }
-    return None
-
-
-def _kv_report(
-    request: EngineRequest, received: ReceiveReport | None, output: RequestOutput
-) -> pb.KvReport:
-    cached = output.num_cached_tokens or 0
-    if received is None:
-        return pb.KvReport(
-            outcome=pb.KV_OUTCOME_LOCAL,
-            cached_tokens=cached,
-            computed_tokens=len(request.token_ids) - cached,
-        )
-    return pb.KvReport(
-        outcome=pb.KV_OUTCOME_TRANSFERRED if received.complete else pb.KV_OUTCOME_RECOMPUTED,
-        backend=received.backend,
-        bytes=received.num_bytes,
-        messages=received.messages,
-        tokens=received.tokens,
-        transfer_ms=received.transfer_ms,
-        hidden_bytes=received.hidden_bytes,
-        tail_ms=received.tail_ms,
-        stall_ms=received.stall_ms,
-        retries=received.retries,
-        cached_tokens=received.cached_tokens,
-        computed_tokens=received.computed_tokens,
-    )
-
-
-def _engine_output(
-    request: EngineRequest,
-    output: RequestOutput,
-    index: int,
-    kv: pb.KvReport | None,
-    *,
-    first: bool,
-) -> EngineOutput:
-    (completion,) = output.outputs
-    if completion.finish_reason not in _FINISH:
-        raise WorkerLostError(f"the engine ended {request.key}: {completion.finish_reason}")
-    metrics = output.metrics
-    timed = first and metrics is not None and metrics.scheduled_ts > 0
-    return EngineOutput(
-        index,
-        tuple(completion.token_ids),
-        _logprobs(completion, request.sampling.logprobs),
-        _FINISH[completion.finish_reason],
-        kv,
-        (output.num_cached_tokens or 0) if first else 0,
-        (metrics.scheduled_ts - metrics.queued_ts) * 1000 if timed else 0.0,
-        (metrics.first_token_ts - metrics.scheduled_ts) * 1000 if timed else 0.0,
-    )
-
-
-def _logprobs(completion: CompletionOutput, wanted: int) -> tuple[pb.TokenLogprobs, ...]:
-    if not completion.logprobs:
-        return ()
-    return tuple(
-        _token_logprobs(token, alternatives, wanted)
-        for token, alternatives in zip(completion.token_ids, completion.logprobs, strict=True)
-    )
-
-
-def _token_logprobs(token: int, alternatives: Mapping[int, Any], wanted: int) -> pb.TokenLogprobs:
-    """vLLM also lists the chosen token where it is not among the top ones; ranks start at 1."""
-    top = sorted(alternatives.items(), key=lambda item: item[1].rank or math.inf)
-    return pb.TokenLogprobs(
-        logprob=alternatives[token].logprob,
-        top=[
-            pb.TopLogprob(token_id=id_, logprob=entry.logprob)
-            for id_, entry in top
-            if (entry.rank or math.inf) <= wanted
-        ],
-    )
