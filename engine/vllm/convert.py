@@ -17,7 +17,7 @@ from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
 from engine.vllm.sampling import continued
 from kv_transfer.vllm.metrics import ReceiveReport
 
-_FINISH = {
+_FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -25,7 +25,11 @@ _FINISH = {
 
 
 def sampling_params(request: EngineRequest) -> SamplingParams:
-    """The router's defaults and ranges hold; stop strings stay with the router."""
+    """Convert the sampling parameters of ``request`` to vLLM's, with the KV transfer's parameters.
+
+    The router has applied defaults and checked ranges. It also handles stop strings, so these are
+    left out.
+    """
     given = {field.name: value for field, value in request.sampling.ListFields()}
     given.pop("stop", None)
     given["stop_token_ids"] = list(given.get("stop_token_ids", ()))
@@ -37,7 +41,7 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         extra_args={"kv_transfer_params": kv} if (kv := _kv_params(request)) else None,
     )
     if torch.cuda.is_available():
-        return params  # vLLM's V2 model runner
+        return params  # vLLM's V2 model runner continues a request by itself
     return continued(params, len(request.token_ids) - request.tokens_so_far, request.tokens_so_far)
 
 
@@ -59,6 +63,7 @@ def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
 def kv_report(
     request: EngineRequest, received: ReceiveReport | None, output: RequestOutput
 ) -> pb.KvReport:
+    """Return how the engine got the prompt's KV. ``received`` is None if it received no KV."""
     cached = output.num_cached_tokens or 0
     if received is None:
         return pb.KvReport(
@@ -90,20 +95,32 @@ def engine_output(
     *,
     first: bool,
 ) -> EngineOutput:
+    """Convert one output of vLLM.
+
+    Args:
+        index: output position of its first token.
+        kv: the report for the first output, else None.
+        first: whether this is the request's first output.
+
+    Raises:
+        WorkerLostError: vLLM ended the request for another reason than "stop" or "length".
+    """
     (completion,) = output.outputs
-    if completion.finish_reason not in _FINISH:
-        raise WorkerLostError(f"the engine ended {request.key}: {completion.finish_reason}")
+    if completion.finish_reason not in _FINISH_REASONS:
+        raise WorkerLostError(
+            f"the engine ended {request.key} with the reason {completion.finish_reason}"
+        )
     metrics = output.metrics
     timed = first and metrics is not None and metrics.scheduled_ts > 0
     return EngineOutput(
-        index,
-        tuple(completion.token_ids),
-        _logprobs(completion, request.sampling.logprobs),
-        _FINISH[completion.finish_reason],
-        kv,
-        (output.num_cached_tokens or 0) if first else 0,
-        (metrics.scheduled_ts - metrics.queued_ts) * 1000 if timed else 0.0,
-        (metrics.first_token_ts - metrics.scheduled_ts) * 1000 if timed else 0.0,
+        first_index=index,
+        token_ids=tuple(completion.token_ids),
+        logprobs=_logprobs(completion, request.sampling.logprobs),
+        finish_reason=_FINISH_REASONS[completion.finish_reason],
+        kv=kv,
+        cached_tokens=(output.num_cached_tokens or 0) if first else 0,
+        queue_ms=(metrics.scheduled_ts - metrics.queued_ts) * 1000 if timed else 0.0,
+        prefill_ms=(metrics.first_token_ts - metrics.scheduled_ts) * 1000 if timed else 0.0,
     )
 
 
@@ -117,7 +134,10 @@ def _logprobs(completion: CompletionOutput, wanted: int) -> tuple[pb.TokenLogpro
 
 
 def _token_logprobs(token: int, alternatives: Mapping[int, Any], wanted: int) -> pb.TokenLogprobs:
-    """vLLM also lists the chosen token where it is not among the top ones; ranks start at 1."""
+    """Return the logprob of ``token`` and the ``wanted`` most probable tokens.
+
+    vLLM also lists the chosen token if it is not among these. Ranks in vLLM start at 1.
+    """
     top = sorted(alternatives.items(), key=lambda item: item[1].rank or math.inf)
     return pb.TokenLogprobs(
         logprob=alternatives[token].logprob,

@@ -1,4 +1,4 @@
-"""vLLM's AsyncLLM as an ``Engine``, with our KV connector for its role."""
+"""The implementation of ``Engine`` on vLLM's AsyncLLM, with Baton's KV connector."""
 
 from __future__ import annotations
 
@@ -37,16 +37,19 @@ from engine.vllm.stats import EngineStats, await_report
 from kv_transfer.rank_channel import RankReports, Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 
-_LAST_WORDS_S = 0.5  # of an engine that has ended already
+_FAULT_WAIT_S = 0.5  # for a rank's last fault report; its engine has ended already
 
 
 class VllmEngine:
-    """One AsyncLLM: an engine core, in a process of its own with its rank if that is the only one.
+    """Runs one AsyncLLM.
+
+    The engine core has a process of its own. A single rank runs in the engine core's process if
+    ``engine_arguments`` selects the UniProcExecutor.
 
     Args:
         cpu_binding: cores for vLLM's CPU backend (``VLLM_CPU_OMP_THREADS_BIND``), or None.
         kv_token: shared secret of the cluster's KV control channels.
-        incarnation: of this worker; new at each process start.
+        incarnation: id of this start of the worker's process.
     """
 
     def __init__(
@@ -68,11 +71,12 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._reports: RankReports | None = None
         self._releaser: Releaser | None = None
-        self._prewarmed: set[str] = set()  # incarnations
+        self._prewarmed: set[str] = set()  # incarnations of prefill workers
         self._stats = EngineStats()
-        self._queued_tokens: dict[str, int] = {}
+        self._queued_tokens: dict[str, int] = {}  # key -> prompt tokens, until the first output
 
     async def start(self) -> EngineFacts:
+        """See ``Engine``."""
         self._set_environment()
         self._reports = RankReports(self._config.cluster.host, self._kv_token)
         llm = await asyncio.to_thread(self._make_llm, self._reports)
@@ -95,32 +99,35 @@ class VllmEngine:
         return EngineFacts(self._max_model_len, model_config.get_vocab_size(), addresses)
 
     def _set_environment(self) -> None:
-        """What vLLM only takes from the environment; this process runs one engine."""
+        """Set what vLLM only reads from the environment. This process runs only one engine."""
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         if not torch.cuda.is_available():
             os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-            # enforce_eager leaves some of vLLM's helpers (logprobs) to torch.compile, which needs
-            # a C++ compiler and takes half a minute at the first request that asks for them.
+            # Even with enforce_eager, vLLM runs some helpers (logprobs) through torch.compile. It
+            # needs a C++ compiler, and delays the first request with logprobs by half a minute.
             if self._pool_config.engine.get("enforce_eager", True):
                 os.environ["TORCHDYNAMO_DISABLE"] = "1"
             if self._cpu_binding is not None:
                 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_binding
 
     def _make_llm(self, reports: RankReports) -> AsyncLLM:
+        """Start vLLM with the KV connector. Blocks. Raises ConfigError if vLLM does not start."""
         arguments = engine_arguments(self._config, self._pool, self._model)
         arguments["kv_transfer_config"] = self._kv_transfer_config(reports.endpoint)
         arguments["worker_extension_cls"] = "kv_transfer.vllm.connector.RankCalls"
         try:
             return start_llm(arguments, [self._stats.logger])
         except (ValueError, TypeError, OSError) as error:
-            raise ConfigError(f"vLLM refuses the {self._pool} engine: {error}") from error
+            raise ConfigError(
+                f"vLLM refuses the settings of the {self._pool} engine: {error}"
+            ) from error
         except RuntimeError as error:
-            reason = reports.fault(_LAST_WORDS_S) or f"{error}; its log says why"
+            reason = reports.fault(_FAULT_WAIT_S) or f"{error}; see the engine's log for the cause"
             raise ConfigError(f"the {self._pool} engine did not start: {reason}") from error
 
     def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
         config = self._config.kv_transfer
-        options = {  # of TransferOptions
+        options = {  # the fields of TransferOptions
             "host": self._config.cluster.host,
             "incarnation": self._incarnation,
             "token": self._kv_token,
@@ -136,13 +143,14 @@ class VllmEngine:
         )
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See ``Engine``."""
         llm = self._running()
         check_prompt(request, self._max_model_len)
-        # vLLM refuses an id that it knows already; a key may come again after a cancel.
+        # vLLM refuses an id that it still knows, and a key may be used again after a cancel.
         engine_id = f"{request.key}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):
-            report = self._stats.expect(request.key)
+            report = self._stats.expect_report(request.key)
         self._queued_tokens[request.key] = len(request.token_ids)
         index = 0
         try:
@@ -166,15 +174,16 @@ class VllmEngine:
             raise WorkerLostError("the engine of this worker died") from error
         except (VLLMClientError, ValueError) as error:
             if request.key not in self._queued_tokens:
-                raise  # it had accepted the request: a defect
+                raise  # the engine had accepted the request, so this error is a defect
             raise InvalidArgumentError(f"the engine refuses the request: {error}") from error
         finally:
             self._queued_tokens.pop(request.key, None)
-            self._stats.forget(request.key)
+            self._stats.forget_report(request.key)
 
     async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+        """See ``Engine``."""
         if len(others) > self._config.kv_transfer.max_pairs:
-            return set()  # they cannot all be up at a time
+            return set()  # not all of these pairs can exist at the same time
         llm = self._running()
         try:
             if self._pool is Pool.DECODE:
@@ -187,37 +196,43 @@ class VllmEngine:
         return others.keys() - set.intersection(*(set(paired) for paired in ranks))
 
     def must_be_replaced(self) -> str | None:
+        """See ``Engine``."""
         return None if self._reports is None else self._reports.fault()
 
     async def release(self, key: str) -> None:
-        assert self._releaser is not None, "release before start"
+        """See ``Engine``."""
+        assert self._releaser is not None, "release() was called before start()"
         self._releaser.release(key)
 
     def load(self) -> WorkerLoad:
+        """See ``Engine``."""
         stats = self._stats
         return WorkerLoad(
-            stats.waiting,
-            stats.running,
-            sum(self._queued_tokens.values()),
-            stats.blocks_free,
-            stats.blocks_total,
-            stats.block_tokens,
+            queue_depth=stats.waiting,
+            running=stats.running,
+            queued_tokens=sum(self._queued_tokens.values()),
+            kv_blocks_free=stats.blocks_free,
+            kv_blocks_total=stats.blocks_total,
+            kv_block_tokens=stats.block_tokens,
         )
 
     async def check_health(self) -> None:
+        """See ``Engine``."""
         try:
             await self._running().check_health()
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
 
     async def ping(self) -> None:
-        # A cheap call that the engine core's loop answers by itself: no rank is asked.
+        """See ``Engine``."""
+        # A cheap call: the engine core's loop answers it without asking a rank.
         try:
             await self._running().is_sleeping()
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
 
     async def stop(self) -> None:
+        """See ``Engine``."""
         llm, self._llm = self._llm, None
         if self._releaser is not None:
             self._releaser.close()
@@ -227,7 +242,7 @@ class VllmEngine:
             self._reports = None
         if llm is not None:
             if llm.output_handler is not None:
-                llm.output_handler.cancel()  # it would report the end of the engine as a failure
+                llm.output_handler.cancel()  # otherwise it reports the shutdown as a failure
             await asyncio.to_thread(llm.shutdown, self._pool_config.shutdown_grace_s)
 
     def _running(self) -> AsyncLLM:
@@ -237,9 +252,10 @@ class VllmEngine:
 
 
 def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[str, Any]:
-    """Arguments for ``AsyncEngineArgs``: the pool's own over ours, without the KV stream.
+    """Return the arguments for ``AsyncEngineArgs``, without the KV connector.
 
-    Benchmarks and tests start the aggregated engine that they compare with from the same ones.
+    The pool's ``engine`` settings override Baton's. Benchmarks and tests compare with an
+    aggregated engine that they start with the same arguments.
     """
     pool_config = config.pool(pool)
     arguments: dict[str, Any] = {
@@ -257,11 +273,13 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
         arguments["kv_cache_memory_bytes"] = pool_config.kv_cache_gib * 2**30
         arguments["enforce_eager"] = True
         if pool_config.tensor_parallel_size == 1:
-            # The class, for vLLM takes the word "uni" for "mp" on CPUs: an engine core and a rank
-            # that spin for each other, on cores that the other pool computes on.
+            # Pass the class, because vLLM replaces the name "uni" by "mp" on CPUs. With "mp", the
+            # engine core and the rank are two processes that spin while they wait for each other,
+            # on cores that the other pool needs.
             arguments["distributed_executor_backend"] = UniProcExecutor
         arguments["logits_processors"] = [LOGITS_PROCESSOR]
-        # About a second of CPU a step: a short prompt need not wait for a whole long one.
+        # A step then takes about a second of CPU time, so that a short prompt does not wait until
+        # a long one is complete.
         arguments["long_prefill_token_threshold"] = 512
     return arguments | pool_config.engine
 
@@ -269,13 +287,14 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
 def start_llm(
     arguments: Mapping[str, Any], stat_loggers: list[StatLoggerFactory] | None = None
 ) -> AsyncLLM:
-    """Start vLLM with ``engine_arguments``. Raises what vLLM raises."""
+    """Start vLLM with ``engine_arguments``. Blocks. vLLM's own errors are passed on."""
     args = AsyncEngineArgs(**arguments)
     with log_buffers_kept():
         config = args.create_engine_config()
     with contextlib.ExitStack() as stack:
         if args.distributed_executor_backend is UniProcExecutor:
-            # vLLM binds the OpenMP threads of ranks that are processes; this one inherits it.
+            # vLLM binds OpenMP threads only for ranks that are processes of their own. Here the
+            # engine core's process inherits the binding from the environment.
             stack.enter_context(OMPProcessManager(config).configure_omp_envs(0, 0))
         return AsyncLLM.from_vllm_config(
             config, stat_loggers=stat_loggers, disable_log_stats=args.disable_log_stats
