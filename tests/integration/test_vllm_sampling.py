@@ -1,4 +1,4 @@
-"""Sampling goes on after tokens that another engine wrote; no engine is started."""
+"""Sampling continues after tokens that another engine generated. Starts no engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PENALTIES = {"presence_penalty": 0.9, "frequency_penalty": 0.7, "repetition_pena
 
 
 def model(tokens: list[int]) -> torch.Tensor:
-    """Logits [1, VOCAB] as a function of all tokens."""
+    """Return logits [1, VOCAB] that are a function of all ``tokens``."""
     generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31)
     return 2 * torch.randn(1, VOCAB, generator=generator)
 
@@ -30,7 +30,7 @@ def model(tokens: list[int]) -> torch.Tensor:
 def processed(
     params: SamplingParams, so_far: list[int], output: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
-    """What vLLM's greedy sampler gets for a request that came with ``so_far``."""
+    """Return the logits that vLLM's sampler gets for a request with the tokens ``so_far``."""
     params = continued(params, len(PROMPT), len(so_far))
     processor = ContinuedSampling(None, torch.device("cpu"), False)
     added = [(0, params, PROMPT + so_far, output)]
@@ -39,7 +39,7 @@ def processed(
 
 
 def answer(params: SamplingParams, count: int, so_far: list[int]) -> list[int]:
-    """Tokens up to the ``count``-th, by one engine that was given ``so_far``."""
+    """Return the first ``count`` output tokens of one engine that continues after ``so_far``."""
     output: list[int] = []
     while len(so_far) + len(output) < count:
         row = processed(params, so_far, output, model(PROMPT + so_far + output))
@@ -52,7 +52,9 @@ def answer(params: SamplingParams, count: int, so_far: list[int]) -> list[int]:
     [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.01}, PENALTIES],
     ids=["plain", "filters", "penalties"],
 )
-def test_a_seeded_answer_is_the_same_wherever_it_is_cut(sampling: dict[str, Any]) -> None:
+def test_a_seeded_request_has_the_same_output_wherever_it_is_continued(
+    sampling: dict[str, Any],
+) -> None:
     params = SamplingParams(seed=7, **sampling)
     whole = answer(params, 40, [])
     assert len(set(whole)) > 5
@@ -62,8 +64,8 @@ def test_a_seeded_answer_is_the_same_wherever_it_is_cut(sampling: dict[str, Any]
     assert answer(SamplingParams(seed=7 + 2**32, **sampling), 40, []) != whole
 
 
-def test_each_token_has_noise_of_its_own() -> None:
-    """The same logits all the time: equal noise would repeat one token."""
+def test_each_position_has_different_noise() -> None:
+    """All logits are equal here, so equal noise would repeat one token."""
     params, logits = SamplingParams(seed=3), torch.zeros(1, VOCAB)
     drawn = {
         int(processed(params, [], [5] * position, logits.clone()).argmax())
@@ -79,11 +81,11 @@ def test_each_token_has_noise_of_its_own() -> None:
         ({"temperature": 0.5}, [0.6849, 0.2466, 0.0616, 0.0068]),  # p squared
         ({"top_k": 2}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.9}, [0.5263, 0.3158, 0.1579, 0]),
-        ({"min_p": 0.2}, [0.5263, 0.3158, 0.1579, 0]),  # of the best one's
+        ({"min_p": 0.2}, [0.5263, 0.3158, 0.1579, 0]),  # at least 0.2 × 0.5
     ],
     ids=["plain", "temperature", "top_k", "top_p", "min_p"],
 )
-def test_tokens_come_with_the_probabilities_asked_for(
+def test_tokens_have_the_requested_probabilities(
     sampling: dict[str, Any], expected: list[float]
 ) -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
@@ -98,7 +100,7 @@ def test_tokens_come_with_the_probabilities_asked_for(
 
 
 @pytest.mark.parametrize("cut", [1, 10, 29])
-def test_penalties_know_the_tokens_so_far(cut: int) -> None:
+def test_penalties_include_the_tokens_so_far(cut: int) -> None:
     rng = random.Random(cut)
     written = [rng.randrange(VOCAB) for _ in range(30)]
     logits = model(PROMPT + written)
@@ -118,16 +120,18 @@ def test_penalties_know_the_tokens_so_far(cut: int) -> None:
     [
         ({"temperature": 0}, 5),
         ({"temperature": 0, "seed": 1}, 5),
-        ({"temperature": 1, "repetition_penalty": 1.2}, 5),  # of prompt and output alike
+        ({"temperature": 1, "repetition_penalty": 1.2}, 5),  # counts prompt and output alike
         ({"temperature": 1, "presence_penalty": 1.0}, 0),
     ],
 )
-def test_what_needs_no_help_stays_with_vllm(sampling: dict[str, Any], so_far: int) -> None:
+def test_parameters_stay_the_same_if_vllm_needs_no_help(
+    sampling: dict[str, Any], so_far: int
+) -> None:
     params = SamplingParams(**sampling)
     assert continued(params, 4, so_far) is params
 
 
-def test_other_arguments_stay_and_the_callers_parameters_do_not_change() -> None:
+def test_extra_args_are_kept_and_the_callers_parameters_do_not_change() -> None:
     params = SamplingParams(seed=1, max_tokens=9, extra_args={"kv_transfer_params": {"a": 1}})
     left = continued(params, 4, 0)
     assert params.seed == 1
