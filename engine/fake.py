@@ -38,7 +38,7 @@ class FakeLatency:
 
     prefill_ms_per_token: float = 0.2
     decode_step_ms: float = 3.0
-    transfer_ms: float = 5.0  # of one KV transfer; the prefill worker holds its blocks until then
+    transfer_ms: float = 5.0  # the prefill worker holds its blocks for a whole transfer
 
 
 @dataclass(frozen=True, slots=True)

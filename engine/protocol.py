@@ -21,7 +21,7 @@ class EngineFacts:
 
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int
-    kv_addresses: tuple[str, ...]  # of the KV control channels, one per TP rank; may be empty
+    kv_addresses: tuple[str, ...]  # KV control channels, one per TP rank; empty if it has none
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,7 @@ class VllmEngine:
             raise ConfigError(f"the {self._pool} engine did not start: {reason}") from error
 
     def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
+        """Return the connector's configuration. ``report_to`` is the endpoint of ``RankReports``."""
         config = self._config.kv_transfer
         options = {  # the fields of TransferOptions
             "host": self._config.cluster.host,
@@ -161,6 +162,7 @@ class VllmEngine:
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
+                    # The first output ends the time in which the prompt counts as queued.
                     first = self._queued_tokens.pop(request.key, None) is not None
                     kv = None
                     if first:
@@ -246,6 +248,7 @@ class VllmEngine:
             await asyncio.to_thread(llm.shutdown, self._pool_config.shutdown_grace_s)
 
     def _running(self) -> AsyncLLM:
+        """Return the AsyncLLM. Raise WorkerLostError before ``start`` and after ``stop``."""
         if self._llm is None:
             raise WorkerLostError("the engine of this worker is not running")
         return self._llm
