@@ -33,7 +33,7 @@ from engine.protocol import (
 from engine.vllm.convert import engine_output, kv_report, sampling_params
 from engine.vllm.log_buffers import log_buffers_kept
 from engine.vllm.sampling import LOGITS_PROCESSOR
-from engine.vllm.stats import EngineStats, await_report
+from engine.vllm.stats import EngineStats, wait_for_report
 from kv_transfer.rank_channel import RankReports, Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 
@@ -126,7 +126,7 @@ class VllmEngine:
             raise ConfigError(f"the {self._pool} engine did not start: {reason}") from error
 
     def _kv_transfer_config(self, report_to: str) -> KVTransferConfig:
-        """Return the connector's configuration. ``report_to`` is the endpoint of ``RankReports``."""
+        """Return the connector's configuration. ``report_to`` is the ``RankReports`` endpoint."""
         config = self._config.kv_transfer
         options = {  # the fields of TransferOptions
             "host": self._config.cluster.host,
@@ -166,7 +166,7 @@ class VllmEngine:
                     first = self._queued_tokens.pop(request.key, None) is not None
                     kv = None
                     if first:
-                        received = await await_report(report, request.key)
+                        received = await wait_for_report(report, request.key)
                         index = received.first_index if received is not None else 0
                         kv = kv_report(request, received, output)
                     result = engine_output(request, output, index, kv, first=first)

@@ -1,7 +1,7 @@
 """Sampling that one engine can continue where another engine stopped.
 
 vLLM's V1 model runner, which runs on CPUs, keeps two pieces of state per request that its tokens
-do not carry: the random generator of a seed, and which tokens are output, for the penalties. A
+do not carry: the random generator of a seed, and which tokens are output (for the penalties). A
 request may come with tokens so far, after a failover or after the prefill worker's first token. V1
 would then draw the first noise again, and its penalties would ignore the tokens so far.
 

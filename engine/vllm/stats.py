@@ -24,8 +24,8 @@ class EngineStats:
     """
 
     def __init__(self) -> None:
-        self.waiting = 0
-        self.running = 0
+        self.waiting = 0  # requests
+        self.running = 0  # requests
         self.blocks_total = 0
         self.block_tokens = 0
         self._usage = 0.0  # of the KV cache, 0 to 1
@@ -36,7 +36,7 @@ class EngineStats:
         return round((1.0 - self._usage) * self.blocks_total)
 
     def expect_report(self, key: str) -> asyncio.Future[ReceiveReport]:
-        """Return a future for the report of the request ``key``. ``forget_report`` ends this."""
+        """Return a future for the report of the request ``key``. Call ``forget_report`` after it."""
         report = self._reports[key] = asyncio.get_running_loop().create_future()
         return report
 
@@ -73,7 +73,7 @@ class EngineStats:
                 future.set_result(report)
 
 
-async def await_report(
+async def wait_for_report(
     report: asyncio.Future[ReceiveReport] | None, key: str
 ) -> ReceiveReport | None:
     """Wait for the report of the request ``key``. Return None if ``report`` is None.
