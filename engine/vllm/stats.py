@@ -36,7 +36,7 @@ class EngineStats:
         return round((1.0 - self._usage) * self.blocks_total)
 
     def expect_report(self, key: str) -> asyncio.Future[ReceiveReport]:
-        """Return a future for the report of the request ``key``. Call ``forget_report`` after it."""
+        """Return a future for the report of ``key``. Call ``forget_report`` when it is done."""
         report = self._reports[key] = asyncio.get_running_loop().create_future()
         return report
 
