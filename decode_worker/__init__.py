@@ -1,4 +1,4 @@
-"""What only decode workers do: the Decode service.
+"""The code that only decode workers run: the Decode service.
 
-Nothing here may know text, Ray or the prefill pool.
+This package may import neither Ray, nor the prefill pool, nor anything that handles text.
 """

@@ -1,4 +1,4 @@
-"""Decode over gRPC: token ids in, a stream of token ids out."""
+"""The Decode service over gRPC: token ids in, a stream of token ids out."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeR
 
 
 class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
-    """See ``worker.proto``."""
+    """Serves ``DecodeWorker`` of ``worker.proto``."""
 
     def __init__(self, engine: Engine, intake: Intake) -> None:
         self._engine = engine
         self._intake = intake
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
-        """Stream the tokens of one attempt as the engine makes them."""
+        """Stream the tokens of one attempt as the engine samples them."""
         async with errors_to_status(context, request.key.request_id):
             key = engine_key(request.key)
             check_deadline(context)
             with self._intake.admit(key):
                 await accept(context)
                 outputs = self._engine.generate(_engine_request(key, request))
-                async with closing(outputs):  # a call that ends early aborts the request
+                async with closing(outputs):
                     async for output in outputs:
                         await context.write(_response(output))
 
 
 def add_decode_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    """Have ``server`` serve this pool's protocol."""
+    """Register the Decode service on ``server``."""
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
 
 

@@ -1,4 +1,5 @@
 """The engine protocol, and a fake engine with a latency model.
 
-Nothing here may know gRPC or the registry; what depends on vLLM is in ``engine.vllm``.
+This package may import neither gRPC nor the registry. Code that depends on vLLM is in
+``engine.vllm``.
 """

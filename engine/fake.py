@@ -1,8 +1,8 @@
 """A deterministic engine with a latency model, for tests of everything around an engine.
 
-Each token is a pure function of all tokens before it, so any worker continues a text in the
-same way and a test can say what the answer must be. Time passes only in the ``sleep`` that
-is passed in. KV is counted in blocks, and not computed.
+Each token is a pure function of all tokens before it. So every worker continues a request in the
+same way, and a test can compute the expected answer. Time passes only in the ``sleep`` that is
+passed in. The engine counts KV blocks but computes no KV.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from engine.protocol import (
 )
 
 VOCAB_SIZE = 1024
-MAX_MODEL_LEN = 8192  # tokens, if the configuration names no other
+MAX_MODEL_LEN = 8192  # tokens; used if the configuration sets no length
 MAX_LOGPROBS = 20  # vLLM's default
-_FIRST_TOKEN_ID = 3  # ids below are special in most vocabularies
-_HASH_PRIME = (1 << 61) - 1
+_FIRST_TOKEN_ID = 3  # lower ids are special in most vocabularies
+_HASH_PRIME = (1 << 61) - 1  # a Mersenne prime, so that states rarely collide
 
 
 @dataclass(frozen=True, slots=True)
 class FakeLatency:
-    """How long things take; the defaults are about a small model on one core, tenfold."""
+    """The latency model. The defaults are about ten times as fast as a small model on one core."""
 
     prefill_ms_per_token: float = 0.2
     decode_step_ms: float = 3.0
-    transfer_ms: float = 5.0  # how long a hand-off takes, and its blocks are held
+    transfer_ms: float = 5.0  # the prefill worker holds its blocks for a whole transfer
 
 
 @dataclass(frozen=True, slots=True)
 class FakeSize:
-    """How much the engine holds."""
+    """The size of the engine's KV cache."""
 
     kv_blocks: int = 4096
     kv_block_tokens: int = 16
-    kv_bytes_per_token: int = 1024  # only reported
+    kv_bytes_per_token: int = 1024  # only used in reports
 
 
 class FakeEngine:
-    """See the module; implements ``engine.protocol.Engine``.
+    """Implements ``engine.protocol.Engine`` as the module says.
 
     Args:
-        sleep: waits for so many seconds.
+        sleep: waits for the given number of seconds.
         clock: seconds on any monotonic scale.
-        fetch: waits for a request's KV; False if it will not come, which costs a prefill.
-            Default: it comes after ``transfer_ms``.
+        fetch: waits for a request's KV. Returns False if the KV will not arrive, and then the
+            engine computes the prompt. By default the KV arrives after ``transfer_ms``.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FakeEngine:
         self._fetch = fetch or self._fetch_all
         self._kv = _KvBlocks(self._size.kv_blocks)
         self._prefill_turn = asyncio.Lock()  # one prompt at a time, in order of arrival
-        self._held: dict[str, asyncio.Future[None]] = {}  # key -> end of its blocks
+        self._held: dict[str, asyncio.Future[None]] = {}  # key -> done when its blocks are free
         self._queued_tokens = 0
         self._queued = 0
         self._running = 0
@@ -91,7 +91,7 @@ class FakeEngine:
         return EngineFacts(
             max_model_len=self._max_model_len,
             vocab_size=VOCAB_SIZE,
-            kv_addresses=("tcp://127.0.0.1:1",),  # nothing connects to it
+            kv_addresses=("tcp://127.0.0.1:1",),  # never used
         )
 
     async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:  # noqa: ARG002
@@ -126,7 +126,7 @@ class FakeEngine:
                 state = _extend(state, token)
                 finish = _finish(token, index, wanted, sampling)
                 if index == 0 and seeded and not finish:
-                    continue  # it came with the KV
+                    continue  # this token came with the KV
                 if index > 0:
                     await self._sleep(self._latency.decode_step_ms / 1000)
                     self._check()
@@ -185,7 +185,7 @@ class FakeEngine:
             await self.release(key)
 
     def fail(self, message: str = "the engine died") -> None:
-        """Die: all requests end in WorkerLostError, now and from now on."""
+        """Simulate a dead engine: all requests, current and later, raise WorkerLostError."""
         self._failure = message
         self._kv.wake()
 
@@ -194,7 +194,10 @@ class FakeEngine:
             raise WorkerLostError(self._failure)
 
     async def _take_blocks(self, blocks: int, tokens: int) -> None:
-        """Wait in the queue until the blocks are free, then count as running."""
+        """Wait in the queue until ``blocks`` are free, then count the request as running.
+
+        ``tokens`` is the length of the prompt, which counts as queued until then.
+        """
         self._queued += 1
         self._queued_tokens += tokens
         try:
@@ -205,7 +208,7 @@ class FakeEngine:
         self._running += 1
 
     async def _prompt(self, request: EngineRequest) -> tuple[inference_pb2.KvReport, float]:
-        """Compute or receive the prompt's KV. Returns the report and the first step's time."""
+        """Compute or receive the prompt's KV. Return the report and the time of the first step."""
         tokens = len(request.token_ids)
         began_s = self._clock()
         if isinstance(request.kv, KvReceive) and await self._fetch(request):
@@ -237,19 +240,19 @@ class FakeEngine:
         return True
 
     def _hold(self, key: str, blocks: int) -> None:
-        """Keep blocks as long as a transfer takes, or until they are released."""
+        """Keep blocks for the time of a transfer, or until ``release`` is called."""
 
-        def end(_: object) -> None:
+        def free(_: object) -> None:
             self._kv.give_back(blocks)
             self._held.pop(key, None)
 
         task = asyncio.ensure_future(self._sleep(self._latency.transfer_ms / 1000))
-        task.add_done_callback(end)
+        task.add_done_callback(free)
         self._held[key] = task
 
 
 class _KvBlocks:
-    """Free blocks, handed out in order of arrival."""
+    """Counts the free blocks and grants them in order of arrival."""
 
     def __init__(self, total: int) -> None:
         self.free = total
@@ -274,7 +277,10 @@ class _KvBlocks:
 
 
 def next_tokens(token_ids: Iterable[int], count: int) -> tuple[int, ...]:
-    """What a fake engine answers to ``token_ids`` when nothing stops it."""
+    """Return the ``count`` tokens that a fake engine generates after ``token_ids``.
+
+    Stop tokens are not considered.
+    """
     state = _hash(token_ids)
     tokens = []
     for _ in range(count):
@@ -284,13 +290,16 @@ def next_tokens(token_ids: Iterable[int], count: int) -> tuple[int, ...]:
 
 
 def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
-    """What vLLM, too, refuses. Raises InvalidArgumentError."""
+    """Raise InvalidArgumentError for parameters that vLLM refuses, too."""
     if sampling.HasField("max_tokens") and sampling.max_tokens < max(1, sampling.min_tokens):
         raise InvalidArgumentError(
-            f"min_tokens {sampling.min_tokens} and max_tokens {sampling.max_tokens} leave no room"
+            f"max_tokens is {sampling.max_tokens}, but must be at least 1 and at least min_tokens, "
+            f"{sampling.min_tokens}"
         )
     if sampling.logprobs > MAX_LOGPROBS:
-        raise InvalidArgumentError(f"{sampling.logprobs} logprobs, at most {MAX_LOGPROBS}")
+        raise InvalidArgumentError(
+            f"logprobs is {sampling.logprobs}, but must be at most {MAX_LOGPROBS}"
+        )
 
 
 def _hash(token_ids: Iterable[int]) -> int:
@@ -321,7 +330,7 @@ def _finish(
 def _logprobs(
     token: int, sampling: inference_pb2.SamplingParams
 ) -> tuple[inference_pb2.TokenLogprobs, ...]:
-    """Made up, but the chosen token is the most probable one."""
+    """Return invented logprobs in which the chosen token is the most probable one."""
     if not sampling.HasField("logprobs"):
         return ()
     top = [

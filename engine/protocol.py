@@ -1,7 +1,7 @@
-"""What Baton asks of an inference engine. One screen; two implementations beside it.
+"""The interface between Baton and an inference engine.
 
-``engine.vllm.engine`` runs vLLM's AsyncLLM; ``engine.fake`` is a deterministic engine with
-a latency model, for tests of everything around the engine.
+It has two implementations: ``engine.vllm.engine`` runs vLLM's AsyncLLM, and ``engine.fake`` is a
+deterministic engine with a latency model, for tests of everything around the engine.
 """
 
 from __future__ import annotations
@@ -17,93 +17,102 @@ from core.types import WorkerLoad
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """Fixed once the engine has started."""
+    """Properties of an engine that do not change once it has started."""
 
-    max_model_len: int  # prompt and output together, tokens
+    max_model_len: int  # tokens, prompt and output together
     vocab_size: int
-    kv_addresses: tuple[str, ...]  # KV control channel, one per TP rank; empty: none
+    kv_addresses: tuple[str, ...]  # KV control channels, one per TP rank; empty if it has none
 
 
 @dataclass(frozen=True, slots=True)
 class KvSend:
-    """Hold the prompt's KV for a decode worker that will reserve it under the key."""
+    """Tells the engine to hold the prompt's KV for a decode worker.
 
-    first_token: bool  # the sampled token travels with the KV
+    The decode worker reserves it under the request's key.
+    """
+
+    first_token: bool  # whether the sampled token travels with the KV
 
 
 @dataclass(frozen=True, slots=True)
 class KvReceive:
-    """Reserve blocks and fetch the prompt's KV from a prefill worker."""
+    """Tells the engine to reserve KV blocks and fetch the prompt's KV from a prefill worker."""
 
     incarnation: str  # of the prefill worker
-    control_addresses: tuple[str, ...]
-    first_token: bool
+    control_addresses: tuple[str, ...]  # of the prefill worker, one per TP rank
+    first_token: bool  # whether the prefill worker's token travels with the KV
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    key: str  # unique; "request_id#attempt"
-    token_ids: tuple[int, ...]
+    """One attempt of one request."""
+
+    key: str  # "request_id#attempt", unique among the requests in flight
+    token_ids: tuple[int, ...]  # the prompt, then the output of earlier attempts
     sampling: inference_pb2.SamplingParams  # validated by the router
-    kv: KvSend | KvReceive | None
-    tokens_so_far: int = 0  # at the end of token_ids: output of earlier attempts
+    kv: KvSend | KvReceive | None  # None if no KV is transferred
+    tokens_so_far: int = 0  # number of output tokens at the end of token_ids
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """Some tokens of one request, in order; the last output has a finish reason."""
+    """Consecutive output tokens of one request. The last output has a finish reason.
+
+    ``kv`` is None and the last three fields are 0 in all outputs but the first.
+    """
 
     first_index: int  # output position of token_ids[0]; 1 if token 0 came with the KV
     token_ids: tuple[int, ...]
-    logprobs: tuple[inference_pb2.TokenLogprobs, ...]
-    finish_reason: inference_pb2.FinishReason  # UNSPECIFIED: more will come
-    kv: inference_pb2.KvReport | None  # first output only
+    logprobs: tuple[inference_pb2.TokenLogprobs, ...]  # one per token; empty if not requested
+    finish_reason: inference_pb2.FinishReason  # UNSPECIFIED if more outputs follow
+    kv: inference_pb2.KvReport | None
     cached_tokens: int  # prompt positions found in this engine's own prefix cache
-    queue_ms: float  # accepted -> first step; first output only, else 0
-    prefill_ms: float  # first step -> first token; first output only, else 0
+    queue_ms: float  # from acceptance to the first step
+    prefill_ms: float  # from the first step to the first token
 
 
 class Engine(Protocol):
-    """An engine is started once, serves requests concurrently, and is stopped once."""
+    """Serves requests concurrently. Start it once and stop it once."""
 
     async def start(self) -> EngineFacts:
-        """Load the model and be ready to serve.
+        """Load the model and return when the engine can serve.
 
         Raises:
-            ConfigError: a setting that the engine refuses, or a model that is not there.
+            ConfigError: the engine refuses a setting, or the model is missing.
         """
 
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """Stream the output of one request.
 
         Closing the iterator (or cancelling the task that reads it) aborts the request and
-        frees what it holds, on both sides of a transfer.
+        frees its KV blocks on both sides of a transfer.
 
         Raises:
-            InvalidArgumentError: the engine cannot serve such a request.
+            InvalidArgumentError: the engine cannot serve this request.
             WorkerLostError: the engine died.
         """
 
     async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
         """Make KV pairs with workers of the other pool before a request needs them.
 
-        A decode worker begins to, a prefill worker only looks; neither waits.
+        A decode worker begins to make the pairs. A prefill worker only checks which pairs exist.
+        Neither waits for a pair.
 
         Args:
-            others: KV control addresses by incarnation.
+            others: KV control addresses of the other workers, by incarnation.
 
         Returns:
-            Incarnations of ``others`` whose pairs are not up yet and may still come up.
+            The incarnations in ``others`` whose pairs do not exist yet but may still be made.
         """
 
     async def release(self, key: str) -> None:
         """Drop KV held by a finished ``KvSend`` request. Unknown keys are ignored."""
 
     def load(self) -> WorkerLoad:
-        """The current load; cheap, called with each lease renewal."""
+        """Return the current load. Must be cheap: it is called at each lease renewal."""
 
     async def check_health(self) -> None:
-        """Raises WorkerLostError if the engine can serve no more."""
+        """Raise WorkerLostError if the engine can no longer serve requests."""
 
     async def ping(self) -> None:
         """Return when the engine's own loop has answered, which it does between two steps.
@@ -113,21 +122,25 @@ class Engine(Protocol):
         """
 
     def must_be_replaced(self) -> str | None:
-        """Why this engine should be drained and ended although it serves, if it should."""
+        """Return why an engine that still serves should be drained and stopped, or None."""
 
     async def stop(self) -> None:
-        """Abort what runs and end all processes of the engine. Idempotent."""
+        """Abort all requests and end all processes of the engine. Idempotent."""
 
 
 def check_prompt(request: EngineRequest, max_model_len: int) -> None:
-    """Raises InvalidArgumentError unless there is a prompt, and room for one token more."""
+    """Raise InvalidArgumentError unless the prompt has a token and leaves room for one more.
+
+    ``max_model_len`` is in tokens.
+    """
     tokens = len(request.token_ids)
     if not 1 <= tokens < max_model_len:
         raise InvalidArgumentError(
-            f"the prompt has {tokens} tokens, the model takes 1 to {max_model_len - 1}",
+            f"the prompt has {tokens} tokens, but the model takes 1 to {max_model_len - 1}",
             reason="PROMPT_TOO_LONG" if tokens else "EMPTY_PROMPT",
         )
     if not 0 <= request.tokens_so_far < tokens:
         raise InvalidArgumentError(
-            f"{request.tokens_so_far} of {tokens} tokens cannot be output so far"
+            f"tokens_so_far is {request.tokens_so_far}, but must be less than the number of "
+            f"token_ids, {tokens}, and not negative"
         )

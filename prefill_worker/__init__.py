@@ -1,4 +1,4 @@
-"""What only prefill workers do: the Prefill service.
+"""The code that only prefill workers run: the Prefill service.
 
-Nothing here may know text, Ray or the decode pool.
+This package may import neither Ray, nor the decode pool, nor anything that handles text.
 """

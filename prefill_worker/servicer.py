@@ -1,4 +1,4 @@
-"""Prefill over gRPC: token ids in, the first token out."""
+"""The Prefill service over gRPC: token ids in, the first token out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ReleaseContext = grpc.aio.ServicerContext[worker_pb2.ReleaseRequest, worker_pb2
 
 
 class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
-    """See ``worker.proto``."""
+    """Serves ``PrefillWorker`` of ``worker.proto``."""
 
     def __init__(self, engine: Engine, intake: Intake) -> None:
         self._engine = engine
@@ -35,24 +35,29 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
     async def Release(
         self, request: worker_pb2.ReleaseRequest, context: _ReleaseContext
     ) -> worker_pb2.ReleaseResponse:
-        """Drop KV that nobody will fetch."""
+        """Drop KV blocks that no decode worker will fetch."""
         async with errors_to_status(context, request.key.request_id):
             await self._engine.release(engine_key(request.key))
         return worker_pb2.ReleaseResponse()
 
     async def _first_token(self, request: EngineRequest) -> EngineOutput:
-        """Read the engine's stream to its end: closing it earlier would drop the KV."""
+        """Return the first output of the engine's stream.
+
+        Reads the stream to its end, because closing it earlier would drop the KV blocks.
+
+        Raises InternalError if the engine samples no token.
+        """
         first: EngineOutput | None = None
         async with closing(self._engine.generate(request)) as outputs:
             async for output in outputs:
                 first = first or output
         if first is None or not first.token_ids:
-            raise InternalError("the engine ended a prefill without a token")
+            raise InternalError("the engine ended the prefill without a token")
         return first
 
 
 def add_prefill_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    """Have ``server`` serve this pool's protocol."""
+    """Register the Prefill service on ``server``."""
     worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
 
 
@@ -60,7 +65,7 @@ def _engine_request(key: str, request: worker_pb2.PrefillRequest) -> EngineReque
     sampling = inference_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     sampling.max_tokens = 1
-    if sampling.min_tokens > 1:  # the rest of them is the decode worker's to keep
+    if sampling.min_tokens > 1:  # the decode worker applies the rest of min_tokens
         sampling.min_tokens = 1
     return EngineRequest(
         key=key,
@@ -83,6 +88,6 @@ def _response(
     if output.logprobs:
         response.logprobs.CopyFrom(output.logprobs[0])
     if output.finish_reason == inference_pb2.FINISH_REASON_STOP or request.sampling.max_tokens == 1:
-        # Otherwise it only ended because we asked for no more than one token.
+        # Otherwise the engine stopped only because _engine_request set max_tokens to 1.
         response.finish_reason = output.finish_reason
     return response

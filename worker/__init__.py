@@ -1,4 +1,4 @@
-"""What prefill and decode workers share: the replica, its intake, its health.
+"""The code that prefill and decode workers share: replica, intake and liveness probe.
 
-Nothing here may know a pool's protocol, or Ray.
+This package may import neither Ray nor the protocol of a pool.
 """

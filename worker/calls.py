@@ -1,4 +1,4 @@
-"""What the servicers of both pools do alike around one call."""
+"""The handling of one gRPC call that the servicers of both pools share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from engine.protocol import EngineOutput
 
 _log = logging.getLogger(__name__)
 
-_MAX_ID_CHARS = 256  # the router's are shorter
+_MAX_ID_CHARS = 256  # routers make shorter ids; an error must fit into gRPC metadata
 
 
 def engine_key(key: worker_pb2.TransferKey) -> str:
-    """The engine's name for one attempt of one request.
+    """Return the engine's name for one attempt of one request.
 
-    Raises InvalidArgumentError for an id that is no router's.
+    Raises InvalidArgumentError if the request id is empty, too long or not printable.
     """
     if not 1 <= len(key.request_id) <= _MAX_ID_CHARS or not key.request_id.isprintable():
         raise InvalidArgumentError(
@@ -34,25 +34,25 @@ def engine_key(key: worker_pb2.TransferKey) -> str:
 
 
 def check_deadline(context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """Before a call costs anything: gRPC hands one over that expired while this process was busy.
+    """Raise DeadlineError if the call's deadline has passed.
 
-    Raises DeadlineError if the call's deadline has passed.
+    Servicers check this first: gRPC also delivers calls that expired while this process was busy.
     """
-    # None without a deadline, although the stubs say otherwise.
+    # time_remaining() is None for a call without a deadline, although the stubs exclude it.
     remaining_s = cast("float | None", context.time_remaining())
     if remaining_s is not None and remaining_s <= 0:
-        raise DeadlineError("the deadline passed before the worker began")
+        raise DeadlineError("the deadline passed before the worker began the request")
 
 
 @asynccontextmanager
 async def errors_to_status(
     context: grpc.aio.ServicerContext[Any, Any], request_id: str
 ) -> AsyncIterator[None]:
-    """End the call with a status when the body raises.
+    """End the call with a gRPC status if the block raises.
 
-    A cancelled call passes through: gRPC has told the caller, or was told by it.
+    Cancellation and gRPC's own AbortError pass through, because the call has ended already.
     """
-    # One that is refused for its length would not fit into the metadata that says so.
+    # An id that is refused for its length would not fit into the error's metadata.
     request_id = request_id[:_MAX_ID_CHARS]
     try:
         yield
@@ -61,9 +61,11 @@ async def errors_to_status(
         await abort(context, error)
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
-    except Exception:  # noqa: BLE001 - whatever it is, the caller gets a typed end
+    except Exception:  # noqa: BLE001 - the caller gets a typed error for every defect
         _log.exception("request %s failed", request_id)
-        failure = InternalError("the worker failed on this request", request_id=request_id)
+        failure = InternalError(
+            "the worker failed on this request because of an internal error", request_id=request_id
+        )
         await abort(context, failure)
 
 
@@ -71,7 +73,7 @@ async def errors_to_status(
 async def closing(
     outputs: AsyncIterator[EngineOutput],
 ) -> AsyncIterator[AsyncIterator[EngineOutput]]:
-    """Close an engine's stream with the block, which aborts the request if it still runs."""
+    """Close the engine's stream at the end of the block. This aborts a request that still runs."""
     try:
         yield outputs
     finally:

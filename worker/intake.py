@@ -1,4 +1,4 @@
-"""What one worker has in flight: refuses what is too much, double or too late, and moves out."""
+"""The requests that one worker has in flight: admission, drain and the end of the rest."""
 
 from __future__ import annotations
 
@@ -8,54 +8,55 @@ from contextlib import contextmanager
 from core.errors import WORKER_DRAINING, AlreadyExistsError, CapacityError, UnavailableError
 from core.rpc.in_flight import InFlight
 
-_RETRY_AFTER_S = 0.1  # about as long as a request takes to make room
+_RETRY_AFTER_S = 0.1  # about the time until a running request ends
 
 
 class Intake:
-    """The requests of one worker. Belongs to one event loop.
+    """Admits requests to one worker and tracks them. Belongs to one event loop.
 
     Args:
-        limit: requests at a time.
+        limit: most requests in flight at a time.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._calls = InFlight(_leaves)
+        self._calls = InFlight(_draining_error)
         self._open = True
 
     @contextmanager
     def admit(self, key: str) -> Iterator[None]:
-        """Hold a place for the request ``key``, which the current task serves.
+        """Track the request ``key`` during the block. The current task must be serving it.
 
         Raises:
-            UnavailableError: the worker drains; at the end of the block if it was moved out.
+            UnavailableError: the worker drains (raised at the start of the block), or
+                ``move_out`` ended the request (raised at the end of the block).
             AlreadyExistsError: ``key`` is in flight.
-            CapacityError: all places are taken.
+            CapacityError: ``limit`` requests are in flight.
         """
         if not self._open:
-            raise _leaves()
+            raise _draining_error()
         if key in self._calls:
-            raise AlreadyExistsError(f"the attempt {key} is in flight on this worker")
+            raise AlreadyExistsError(f"the attempt {key} is already in flight on this worker")
         if len(self._calls) >= self._limit:
             raise CapacityError(
-                f"this worker has {self._limit} requests in flight already",
+                f"this worker already has {self._limit} requests in flight, its limit",
                 retry_after_s=_RETRY_AFTER_S,
             )
         with self._calls.track(key):
             yield
 
     def close(self) -> None:
-        """Admit nothing more."""
+        """Refuse all further requests."""
         self._open = False
 
     def move_out(self) -> None:
-        """End what is in flight; whoever asked for it goes on at another worker."""
+        """End all requests in flight. Their routers continue them on other workers."""
         self._calls.send_away()
 
     async def drained(self) -> None:
-        """Return when nothing is in flight."""
+        """Return when no request is in flight."""
         await self._calls.drained()
 
 
-def _leaves() -> UnavailableError:
+def _draining_error() -> UnavailableError:
     return UnavailableError("this worker is shutting down", reason=WORKER_DRAINING)

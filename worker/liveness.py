@@ -1,4 +1,7 @@
-"""Finds an engine that lives and does nothing, which no connection and no exit code tells."""
+"""Finds an engine that is alive but makes no progress.
+
+Such an engine keeps its connections and has no exit code, so only a question to it shows the hang.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +12,62 @@ from typing import Any
 
 from core.errors import WorkerLostError
 
-# For an answer that is here but unread: it may have been this process that stood still.
-_LAST_LOOK_S = 0.5
+# Time for an answer that has arrived but is unread. If this process was suspended, not the engine,
+# the answer is already there.
+_LATE_ANSWER_WAIT_S = 0.5
 
 
 class LivenessProbe:
-    """Asks one engine again and again; belongs to one event loop.
+    """Pings one engine at each check. Belongs to one event loop.
 
-    Not its requests are watched but its loop, for they may all be shorter than the timeout. One
-    whose loop runs ends each request by itself or by the request's deadline.
+    The probe watches the engine's loop and not its requests, because every request may be shorter
+    than the timeout. If the loop runs, each request ends by itself or at its deadline.
 
     Args:
-        ask: returns when the engine's loop has answered, which it does between two steps.
-        timeout_s: without an answer; longer than any step.
+        ping: returns when the engine's loop has answered, which happens between two steps.
+        timeout_s: the engine hangs if it does not answer for this time. Must be longer than any
+            step.
         clock: seconds on any monotonic scale.
     """
 
     def __init__(
         self,
-        ask: Callable[[], Coroutine[Any, Any, object]],
+        ping: Callable[[], Coroutine[Any, Any, object]],
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ask = ask
+        self._ping = ping
         self._timeout_s = timeout_s
         self._clock = clock
-        self._question: asyncio.Task[object] | None = None  # the only one under way
-        self._asked_s = 0.0
+        self._pending: asyncio.Task[object] | None = None  # at most one ping at a time
+        self._sent_s = 0.0
 
     async def check(self) -> None:
-        """Look for the answer to the question of an earlier check, and ask anew if it is there.
+        """Look for the answer to the last ping. If it is there, send the next ping.
 
         Takes half a second at most.
 
         Raises:
-            WorkerLostError: the engine hangs.
-            Exception: what ``ask`` raised.
+            WorkerLostError: the engine has not answered for ``timeout_s``.
+            Exception: any error that the last ping raised.
         """
-        question = self._question
-        if question is not None:
-            if self._clock() - self._asked_s > self._timeout_s:
-                await asyncio.wait([question], timeout=_LAST_LOOK_S)
-                if not question.done():
+        pending = self._pending
+        if pending is not None:
+            if self._clock() - self._sent_s > self._timeout_s:
+                await asyncio.wait([pending], timeout=_LATE_ANSWER_WAIT_S)
+                if not pending.done():
                     raise WorkerLostError(
                         "the engine of this worker has done nothing for "
-                        f"{self._clock() - self._asked_s:.0f} s"
+                        f"{self._clock() - self._sent_s:.0f} s"
                     )
-            if not question.done():
+            if not pending.done():
                 return
-            question.result()
-        self._question = asyncio.create_task(self._ask(), name="liveness probe")
-        self._asked_s = self._clock()
+            pending.result()
+        self._pending = asyncio.create_task(self._ping(), name="liveness probe")
+        self._sent_s = self._clock()
 
     async def close(self) -> None:
-        """Ask no more."""
-        if self._question is not None:
-            self._question.cancel()
-            await asyncio.gather(self._question, return_exceptions=True)
+        """Cancel the ping that is under way."""
+        if self._pending is not None:
+            self._pending.cancel()
+            await asyncio.gather(self._pending, return_exceptions=True)

@@ -1,11 +1,13 @@
 """One worker: an engine, its gRPC server, and its lease in the registry.
 
     start: engine ▸ gRPC server ▸ lease STARTING ▸ KV pairs with the other pool ▸ lease READY
-           (the router sends work from here on)
-    stop:  lease DRAINING ▸ routers have seen it ▸ nothing new ▸ what runs has ended and held KV
-           was fetched, or the grace is over and what runs moves to other workers ▸ server ▸ engine
+           (routers send requests from here on)
+    stop:  lease DRAINING ▸ wait until routers have seen it ▸ refuse new requests
+           ▸ wait until requests have ended and held KV was fetched; when the grace is over,
+             end the remaining requests, and their routers continue them on other workers
+           ▸ stop server ▸ stop engine
 
-Knows neither Ray nor a pool's protocol: the pool passes in what it serves.
+This module knows neither Ray nor the protocol of a pool. The pool passes in its servicer.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ _log = logging.getLogger(__name__)
 
 AddService = Callable[[grpc.aio.Server, Engine, Intake], None]
 
-_KV_POLL_S = 0.05
-_CANCEL_GRACE_S = 0.2  # for cancelled calls to say so to their callers
+_KV_POLL_S = 0.05  # short compared with a start or a drain
+_CANCEL_GRACE_S = 0.2  # time in which cancelled calls send their status
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What each replica of a pool is started with."""
+    """The settings that all replicas of a pool start with."""
 
     config: Config
     pool: Pool
@@ -60,41 +62,45 @@ class WorkerSettings:
 async def start_worker(
     settings: WorkerSettings, add_service: AddService, *, slot: int
 ) -> WorkerReplica:
-    """Start a worker, and tell the launcher why if that fails.
+    """Start a worker. If that fails, report the reason to the launcher and raise it.
 
     Args:
-        slot: counts the pool's workers on this machine; chooses the CPU cores.
+        slot: number of this worker among the pool's workers on this machine, from 0. Selects the
+            CPU cores.
 
     Raises:
-        ConfigError, BatonError: the reason.
+        ConfigError, BatonError: the worker cannot start.
     """
     incarnation = secrets.token_hex(8)
     try:
         engine = _make_engine(settings, slot, incarnation)
         worker = WorkerReplica(
-            settings.config,
-            settings.pool,
-            settings.model.served_name,
-            engine,
-            settings.store.registry(),
-            add_service,
+            config=settings.config,
+            pool=settings.pool,
+            model=settings.model.served_name,
+            engine=engine,
+            registry=settings.store.registry(),
+            add_service=add_service,
             incarnation=incarnation,
         )
         await worker.start()
     except Exception as error:
-        _log.exception("this %s worker cannot start", settings.pool)
+        _log.exception("the %s worker cannot start", settings.pool)
         await report_failure(settings.store.orders(), settings.pool, error)
         raise
     return worker
 
 
 class WorkerReplica:
-    """See the module. Belongs to one event loop; started once and stopped once.
+    """An engine, its gRPC server and its lease; the module says in which order they start and stop.
+
+    Owns the engine and the registry client, and stops both. Belongs to one event loop. Start it
+    once and stop it once.
 
     Args:
         model: served name.
-        incarnation: new at each process start.
         add_service: registers the pool's servicer on the server.
+        incarnation: id of this process start.
     """
 
     def __init__(
@@ -127,7 +133,9 @@ class WorkerReplica:
         self._stopped: asyncio.Task[None] | None = None
 
     async def start(self) -> WorkerRecord:
-        """Be ready for requests, and in the registry soon after.
+        """Start everything, wait for the KV pairs, and return the record with state READY.
+
+        If the registry is not reachable, the worker starts anyway and registers later.
 
         Raises:
             ConfigError, BatonError: the engine or the server does not start.
@@ -151,32 +159,33 @@ class WorkerReplica:
             await self._end()
             raise
         self._record = replace(self._record, state=WorkerState.READY)
-        await self._tell(self._renew())
+        await self._try_update(self._renew())
         if self._pool is Pool.DECODE:
             self._pairing = asyncio.create_task(self._keep_pairing())
         return self._record
 
     async def check_health(self) -> None:
-        """Raises WorkerLostError if this worker can serve no more.
+        """Raise WorkerLostError if this worker can no longer serve requests.
 
-        A registry that is away is no reason: running requests do not need it.
+        Starts a drain if the engine must be replaced. An unreachable registry is not an error,
+        because running requests do not need it.
         """
         if (reason := self._engine.must_be_replaced()) is not None:
-            self._leave(reason)
+            self._drain_for_replacement(reason)
         await self._engine.check_health()
         await self._liveness.check()
         if self._lease is None or (self._lease.done() and self._stopped is None):
-            raise WorkerLostError(f"{self._id} does not renew its lease")
+            raise WorkerLostError(f"{self._id} no longer renews its lease")
 
-    def _leave(self, reason: str) -> None:
-        """Drain and end, for Serve to start another worker in this one's place."""
+    def _drain_for_replacement(self, reason: str) -> None:
+        """Drain and stop. Ray Serve then starts another worker in place of this one."""
         if self._stopped is None:
-            _log.error("%s drains, to be replaced: %s", self._id, reason)
+            _log.error("%s drains and will be replaced: %s", self._id, reason)
             grace_s = self._config.pool(self._pool).shutdown_grace_s
             self._stopped = asyncio.create_task(self._stop(grace_s))
 
     async def stop(self, grace_s: float) -> None:
-        """Drain for at most ``grace_s``, then end everything. Later calls wait for the first."""
+        """Drain for at most ``grace_s``, then stop everything. Later calls wait for the first."""
         if self._stopped is None:
             self._stopped = asyncio.create_task(self._stop(grace_s))
         await asyncio.shield(self._stopped)
@@ -201,47 +210,58 @@ class WorkerReplica:
         return host_port(host, port)
 
     def _serve_metrics(self) -> str:
-        """Serve this process's Prometheus metrics on a free port, from a thread of its own."""
+        """Serve this process's Prometheus metrics on a free port and return the URL.
+
+        The HTTP server runs in a thread of its own.
+        """
         host = self._config.cluster.host
         self._metrics, _ = start_http_server(0, host)
         return f"http://{host_port(host, self._metrics.server_port)}/metrics"
 
     def _stop_metrics(self) -> None:
-        """Takes up to half a second."""
+        """Stop the metrics server. Blocks for up to half a second."""
         if self._metrics is not None:
             self._metrics.shutdown()
             self._metrics.server_close()
 
     async def _pair_up(self) -> None:
-        """Wait for the KV pairs with the other pool's workers, so that no request has to."""
+        """Wait for the KV pairs with the other pool's workers, so that no request waits for them.
+
+        Waits at most ``kv_transfer.pair_timeout_s``. Later requests make the missing pairs.
+        """
         timeout_s = self._config.kv_transfer.pair_timeout_s
         missing: Set[str] = set()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._renew()  # so that the other pool knows of this worker
+                await self._renew()  # the other pool finds this worker in the registry
                 while True:
                     missing = await self._engine.pair_up(await self._others())
                     if not missing:
                         return
                     await asyncio.sleep(_KV_POLL_S)
         except UnavailableError as error:
-            _log.warning("%s: no KV pairs are made in advance: %s", self._id, error)
+            _log.warning("%s could not make KV pairs in advance: %s", self._id, error)
         except TimeoutError:
-            _log.warning("%s: no KV pair with %s in %.1f s", self._id, sorted(missing), timeout_s)
+            _log.warning(
+                "%s made no KV pair with %s within %.1f s", self._id, sorted(missing), timeout_s
+            )
 
     async def _keep_pairing(self) -> None:
-        """Make pairs with prefill workers that come later; those wait for it."""
-        met: Set[str] = set()
+        """Make pairs with prefill workers that start later. They wait for this in ``start``."""
+        paired: Set[str] = set()
         while True:
-            with contextlib.suppress(UnavailableError):  # the lease's task says so
+            with contextlib.suppress(UnavailableError):  # _keep_lease logs it
                 others = await self._others()
-                if others.keys() - met:
+                if others.keys() - paired:
                     await self._engine.pair_up(others)
-                met = others.keys()
+                paired = others.keys()
             await asyncio.sleep(self._config.redis.renew_s)
 
     async def _others(self) -> dict[str, tuple[str, ...]]:
-        """KV control addresses of the other pool's workers, by incarnation."""
+        """Return the KV control addresses of the other pool's workers, by incarnation.
+
+        Workers that drain are left out.
+        """
         return {
             record.incarnation: record.kv_addresses
             for record in await self._registry.list()
@@ -249,34 +269,38 @@ class WorkerReplica:
         }
 
     async def _keep_lease(self) -> None:
-        away = False
+        """Renew the lease until cancelled. Log when the registry goes away and comes back."""
+        unreachable = False
         while True:
             try:
                 await self._renew()
-                if away:
-                    _log.warning("%s: the registry is back", self._id)
-                away = False
+                if unreachable:
+                    _log.warning("%s reaches the registry again", self._id)
+                unreachable = False
             except UnavailableError as error:
-                if not away:
-                    _log.warning("%s: %s; trying on", self._id, error)
-                away = True
+                if not unreachable:
+                    _log.warning("%s cannot renew its lease and retries: %s", self._id, error)
+                unreachable = True
             await asyncio.sleep(self._config.redis.renew_s)
 
     async def _renew(self) -> None:
+        """Put the record with the current load. Start a drain if one was requested."""
         assert self._record is not None
         if await self._registry.put(replace(self._record, load=self._engine.load())):
-            self._leave("somebody asked for it")
+            self._drain_for_replacement("its drain was requested in the registry")
 
     async def _stop(self, grace_s: float) -> None:
         try:
             async with asyncio.timeout(grace_s):
-                await self._announce_end()
+                await self._announce_drain()
                 self._intake.close()
                 await self._intake.drained()
                 await self._kv_fetched()
         except TimeoutError:
             self._intake.close()
-            _log.warning("%s: not all requests and KV transfers ended in %.1f s", self._id, grace_s)
+            _log.warning(
+                "%s: some requests or KV transfers did not end within %.1f s", self._id, grace_s
+            )
             self._intake.move_out()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CANCEL_GRACE_S):
@@ -284,7 +308,7 @@ class WorkerReplica:
         await self._end()
 
     async def _end(self) -> None:
-        """End what has begun, in whatever state."""
+        """Stop everything that ``start`` has started, also after a failed start."""
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
         await self._liveness.close()
@@ -293,33 +317,39 @@ class WorkerReplica:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._tell(self._registry.remove(self._id))
+        await self._try_update(self._registry.remove(self._id))
         await self._registry.close()
 
-    async def _announce_end(self) -> None:
-        """Return when the routers send nothing more here, or will find out by a refusal."""
+    async def _announce_drain(self) -> None:
+        """Mark this worker as draining, and return when the routers have seen it.
+
+        A router that has not seen it gets a refusal and retries on another worker.
+        """
         await self._health.enter_graceful_shutdown()
         if self._record is not None:
             self._record = replace(self._record, state=WorkerState.DRAINING)
-            await self._tell(self._renew())
-            # One look that was under way, and the next.
+            await self._try_update(self._renew())
+            # A poll that was under way may have missed the change; the next one sees it.
             await asyncio.sleep(2 * self._config.router.registry_poll_s)
 
     async def _kv_fetched(self) -> None:
         """Return when the engine holds no KV for a decode worker that is still receiving it."""
         while True:
-            # First, for the engine reports its blocks just after the last output.
+            # Sleep first: the engine updates its free blocks just after the last output.
             await asyncio.sleep(_KV_POLL_S)
             load = self._engine.load()
             if load.kv_blocks_free >= load.kv_blocks_total:
                 return
 
-    async def _tell(self, change: Coroutine[None, None, None]) -> None:
-        """Change the registry if it is there; without it, the lease runs out by itself."""
+    async def _try_update(self, update: Coroutine[None, None, None]) -> None:
+        """Await an update of the registry. Log it if the registry is not reachable.
+
+        The update may be lost without harm, because the lease expires by itself.
+        """
         try:
-            await change
+            await update
         except UnavailableError as error:
-            _log.warning("%s: %s", self._id, error)
+            _log.warning("%s could not update the registry: %s", self._id, error)
 
 
 def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engine:
@@ -329,9 +359,14 @@ def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engin
 
         return FakeEngine(settings.config, settings.pool)
     with log_buffers_kept():
-        from engine.vllm.engine import VllmEngine  # seconds of import
+        from engine.vllm.engine import VllmEngine  # takes seconds to import
 
     binding = pool.cpu_binding[slot % len(pool.cpu_binding)] if pool.cpu_binding else None
     return VllmEngine(
-        settings.config, settings.pool, settings.model, binding, settings.kv_token, incarnation
+        config=settings.config,
+        pool=settings.pool,
+        model=settings.model,
+        cpu_binding=binding,
+        kv_token=settings.kv_token,
+        incarnation=incarnation,
     )

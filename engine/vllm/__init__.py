@@ -1,4 +1,4 @@
-"""vLLM behind the engine protocol. The only folder of this package that may import vLLM.
+"""vLLM behind the engine protocol. Only this folder of the package may import vLLM.
 
-It imports nothing by itself, because vLLM takes seconds to import.
+This module imports nothing, because vLLM takes seconds to import.
 """

@@ -1,9 +1,10 @@
 """Keeps the log buffers of the process that hosts an engine.
 
-vLLM configures logging, as it is imported and with its first engine, and Python then closes all
-handlers there are. A file opens again with the next line, but a buffer has forgotten whose it was:
-it grows for ever, and Ray Serve's controller, which on its start asks each replica where it logs,
-takes the replica for broken and ends it.
+vLLM configures logging when it is imported and again with its first engine. Python then closes all
+existing handlers. A file handler opens its file again with the next line, but a buffer
+(MemoryHandler) has lost its target and then grows without bound. When Ray Serve's controller
+starts, it also asks each replica where it logs. It treats a replica whose buffer has no target as
+broken and ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from logging.handlers import MemoryHandler
 
 @contextmanager
 def log_buffers_kept() -> Iterator[None]:
-    """Whatever configures logging in the block, log buffers still write to where they did."""
+    """Restore the targets of all log buffers after a block that configures logging."""
     targets = {
         handler: handler.target
         for logger in (logging.root, *logging.root.manager.loggerDict.values())

@@ -1,11 +1,13 @@
-"""Sampling that one engine can continue where another one stopped.
+"""Sampling that one engine can continue where another engine stopped.
 
-vLLM's V1 model runner, which computes on CPUs, keeps two things with a request that do not travel
-with its tokens: the random generator of a seed, and which tokens are output, for penalties. A
-request that comes with tokens so far (after a failover, or after the prefill worker's first token)
-would draw its first noise again, and the penalties would forget what was written. Here both are
-functions of what travels: noise of (seed, position in the output), as vLLM's V2 model runner draws
-it by itself, and the output of where the prompt ends.
+vLLM's V1 model runner, which runs on CPUs, keeps two pieces of state per request that its tokens
+do not carry: the random generator of a seed, and which tokens are output (for the penalties). A
+request may come with tokens so far, after a failover or after the prefill worker's first token. V1
+would then draw the first noise again, and its penalties would ignore the tokens so far.
+
+Here both are computed from what the request carries. The noise is a function of the seed and the
+position in the output, as in vLLM's V2 model runner. The output is every token after the length of
+the application's prompt.
 """
 
 from __future__ import annotations
@@ -21,18 +23,21 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 LOGITS_PROCESSOR = "engine.vllm.sampling:ContinuedSampling"
-_ARGUMENT = "baton_sampling"  # in SamplingParams.extra_args
+_ARGUMENT = "baton_sampling"  # key in SamplingParams.extra_args
 
 # (prompt token ids, output token ids so far, logits [vocab_size], float32) -> logits
 _RowProcessor = Callable[[list[int], list[int], torch.Tensor], torch.Tensor]
 
 
 def continued(params: SamplingParams, prompt_tokens: int, tokens_so_far: int) -> SamplingParams:
-    """Have ``ContinuedSampling`` do what vLLM would do otherwise after a continuation.
+    """Return parameters that move seeded noise and penalties to ``ContinuedSampling``.
+
+    Returns ``params`` itself if vLLM samples this request correctly without help. Never changes
+    ``params``.
 
     Args:
-        prompt_tokens: of the request as the application sent it.
-        tokens_so_far: output tokens that follow them in what the engine gets as its prompt.
+        prompt_tokens: number of tokens in the application's prompt.
+        tokens_so_far: number of output tokens that follow them in the engine's prompt.
     """
     seeded = params.seed is not None and params.temperature > 0
     penalised = bool(params.presence_penalty or params.frequency_penalty)
@@ -55,12 +60,14 @@ def continued(params: SamplingParams, prompt_tokens: int, tokens_so_far: int) ->
 
 
 class ContinuedSampling(AdapterLogitsProcessor):
-    """For vLLM's V1 model runner; rows without our argument are left alone."""
+    """The logits processor for vLLM's V1 model runner. Skips requests that ``continued`` skips."""
 
     def is_argmax_invariant(self) -> bool:
+        """Return False, because vLLM's greedy sampling must not skip this processor."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> _RowProcessor | None:
+        """Return the processor of one request, or None if vLLM samples it."""
         ours = (params.extra_args or {}).get(_ARGUMENT)
         return None if ours is None else _row_processor(**ours)
 
@@ -83,7 +90,7 @@ def _row_processor(
             tokens = (torch.tensor([part]).long() for part in (prompt[:prompt_tokens], written))
             row = apply_penalties(row, *tokens, *(torch.tensor([value]) for value in penalties))
         if seed is not None:
-            row = _only(_sample(row, seed, len(written), **filters), row)
+            row = _force(_sample(row, seed, len(written), **filters), row)
         return row.squeeze(0)
 
     return process
@@ -99,10 +106,13 @@ def _sample(
     top_k: int,
     top_p: float,
 ) -> int:
-    """vLLM's steps, in its order; the noise is ours.
+    """Sample a token id from ``row`` with vLLM's steps, in vLLM's order, but with our noise.
 
-    The largest of p_i / e_i with exponential e_i is i with probability p_i: the exponential race,
-    which is the Gumbel-max trick (Gumbel 1954) without its logarithms.
+    ``row`` is float32 logits [1, vocab_size] and stays unchanged. ``position`` is the token's
+    position in the output.
+
+    With exponential noise e_i, the largest p_i / e_i is at i with probability p_i. This is the
+    exponential race: the Gumbel-max trick (Gumbel 1954) without logarithms.
     """
     row = row / temperature
     if min_p > 0:
@@ -119,8 +129,8 @@ def _sample(
     return int((row.softmax(-1) / noise).argmax())
 
 
-def _only(token: int, row: torch.Tensor) -> torch.Tensor:
-    """What a greedy sampler takes ``token`` from."""
+def _force(token: int, row: torch.Tensor) -> torch.Tensor:
+    """Overwrite ``row`` so that a greedy sampler takes ``token``."""
     row = row.fill_(-torch.inf)
     row[0, token] = 0.0
     return row

@@ -1,4 +1,4 @@
-"""The committed names of engine arguments are those of the installed vLLM."""
+"""The committed names of engine arguments match the installed vLLM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.config.engine_args import ENGINE_ARGS
 pytestmark = pytest.mark.integration
 
 
-def test_the_committed_names_are_current() -> None:
+def test_the_committed_names_match_vllm() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     fields = dataclasses.fields(AsyncEngineArgs)

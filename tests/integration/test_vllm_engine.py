@@ -1,4 +1,4 @@
-"""How the engine turns vLLM's answers into outputs and errors. No vLLM engine is started."""
+"""How ``VllmEngine`` converts vLLM's outputs and errors. Starts no vLLM engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_MODEL_LEN = 8
 
 
 class ScriptedLlm:
-    """Stands in for ``AsyncLLM``. Yields the answers in its script and raises the errors."""
+    """Replaces ``AsyncLLM``: yields the outputs of a script and raises its errors."""
 
     def __init__(self, *script: object) -> None:
         self.script = script
@@ -36,17 +36,24 @@ class ScriptedLlm:
 
 
 def make(llm: ScriptedLlm) -> Engine:
-    """Return an engine as if it had started with ``llm``."""
+    """Return an engine that has started with ``llm``."""
     from engine.vllm.engine import VllmEngine
 
-    engine = VllmEngine(Config(), Pool.DECODE, ResolvedModel("", "m"), None, "", "i")
+    engine = VllmEngine(
+        config=Config(),
+        pool=Pool.DECODE,
+        model=ResolvedModel("", "m"),
+        cpu_binding=None,
+        kv_token="",
+        incarnation="i",
+    )
     engine._llm = llm
     engine._max_model_len = MAX_MODEL_LEN
     return engine
 
 
-def answer(token: int, logprobs: dict[int, tuple[int, float]] | None = None) -> Any:
-    """Return vLLM's output with one token. ``logprobs``: (rank, logprob) by token id."""
+def vllm_output(token: int, logprobs: dict[int, tuple[int, float]] | None = None) -> Any:
+    """Return an output of vLLM with one token. ``logprobs`` maps a token to (rank, logprob)."""
     entries = {
         id_: SimpleNamespace(rank=rank, logprob=logprob)
         for id_, (rank, logprob) in (logprobs or {}).items()
@@ -68,16 +75,16 @@ async def read(engine: Engine, tokens: int = 3, **sampling: Any) -> list[EngineO
     ("tokens", "reason"), [(MAX_MODEL_LEN, "PROMPT_TOO_LONG"), (0, "EMPTY_PROMPT")]
 )
 async def test_a_prompt_that_does_not_fit_never_reaches_vllm(tokens: int, reason: str) -> None:
-    llm = ScriptedLlm(answer(5))
+    llm = ScriptedLlm(vllm_output(5))
     with pytest.raises(InvalidArgumentError) as caught:
         await read(make(llm), tokens)
     assert caught.value.reason == reason
-    assert not llm.calls
+    assert llm.calls == 0
     (output,) = await read(make(llm), MAX_MODEL_LEN - 1)
     assert output.token_ids == (5,)
 
 
-async def test_a_refusal_by_vllm_is_the_callers_fault() -> None:
+async def test_a_request_that_vllm_refuses_is_an_invalid_argument() -> None:
     from vllm.exceptions import VLLMValidationError
 
     for error in (VLLMValidationError("no such thing"), ValueError("no such thing")):
@@ -87,29 +94,29 @@ async def test_a_refusal_by_vllm_is_the_callers_fault() -> None:
         assert engine.load().queued_tokens == 0
 
 
-async def test_an_error_after_the_first_output_is_not_the_callers_fault() -> None:
+async def test_an_error_after_the_first_output_is_not_an_invalid_argument() -> None:
     with pytest.raises(ValueError, match="a defect"):
-        await read(make(ScriptedLlm(answer(5), ValueError("a defect"))))
+        await read(make(ScriptedLlm(vllm_output(5), ValueError("a defect"))))
 
 
 @pytest.mark.parametrize(
     ("wanted", "top"), [(0, []), (1, [7]), (2, [7, 8])], ids=["none", "one", "two"]
 )
-async def test_the_chosen_token_is_listed_only_if_it_is_a_top_token(
+async def test_the_chosen_token_is_in_the_top_list_only_if_its_rank_is_high_enough(
     wanted: int, top: list[int]
 ) -> None:
     ranks = {5: (9, -4.0), 7: (1, -0.5), 8: (2, -1.0)}
     listed = {5: ranks[5]} | {id_: ranks[id_] for id_ in top}
-    (output,) = await read(make(ScriptedLlm(answer(5, listed))), logprobs=wanted)
+    (output,) = await read(make(ScriptedLlm(vllm_output(5, listed))), logprobs=wanted)
     (logprobs,) = output.logprobs
     assert logprobs.logprob == -4.0
     assert [each.token_id for each in logprobs.top] == top
 
 
-async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
+async def test_a_single_rank_runs_in_the_engine_cores_process_and_is_bound_to_its_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM keeps the class of the executor, and the OpenMP variables are set before it starts."""
+    """vLLM keeps the executor's class, and the OpenMP variables are set before it starts."""
     import os
 
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -134,6 +141,6 @@ async def test_a_single_rank_shares_the_engine_cores_process_and_is_bound(
     config = Config()
     arguments = engine_arguments(config, Pool.PREFILL, resolve_model(config.model, print))
     assert start_llm(arguments) == "llm"
-    assert not seen.pop("v2"), "engine.vllm.sampling supports only model runner V1"
+    assert not seen.pop("v2"), "engine.vllm.sampling needs the V1 model runner"
     assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
-    assert "GOMP_CPU_AFFINITY" not in os.environ, "the variable leaked out of the engine's process"
+    assert "GOMP_CPU_AFFINITY" not in os.environ, "it is only for the engine's process"

@@ -1,4 +1,4 @@
-"""Sampling continues after tokens of another engine. No engine is started."""
+"""Sampling continues after tokens that another engine generated. Starts no engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PENALTIES = {"presence_penalty": 0.9, "frequency_penalty": 0.7, "repetition_pena
 
 
 def model(tokens: list[int]) -> torch.Tensor:
-    """Return logits [1, VOCAB], a function of all tokens."""
+    """Return logits [1, VOCAB] that are a function of all ``tokens``."""
     generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31)
     return 2 * torch.randn(1, VOCAB, generator=generator)
 
@@ -30,7 +30,7 @@ def model(tokens: list[int]) -> torch.Tensor:
 def processed(
     params: SamplingParams, so_far: list[int], output: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
-    """Return the logits that vLLM's greedy sampler gets for a request that came with ``so_far``."""
+    """Return the logits that vLLM's sampler gets for a request with the tokens ``so_far``."""
     params = continued(params, len(PROMPT), len(so_far))
     processor = ContinuedSampling(None, torch.device("cpu"), False)
     added = [(0, params, PROMPT + so_far, output)]
@@ -39,7 +39,7 @@ def processed(
 
 
 def answer(params: SamplingParams, count: int, so_far: list[int]) -> list[int]:
-    """Return the first ``count`` tokens of an engine that was given the tokens ``so_far``."""
+    """Return the first ``count`` output tokens of one engine that continues after ``so_far``."""
     output: list[int] = []
     while len(so_far) + len(output) < count:
         row = processed(params, so_far, output, model(PROMPT + so_far + output))
@@ -52,7 +52,9 @@ def answer(params: SamplingParams, count: int, so_far: list[int]) -> list[int]:
     [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.01}, PENALTIES],
     ids=["plain", "filters", "penalties"],
 )
-def test_a_seeded_answer_is_the_same_wherever_it_is_cut(sampling: dict[str, Any]) -> None:
+def test_a_seeded_request_has_the_same_output_wherever_it_is_continued(
+    sampling: dict[str, Any],
+) -> None:
     params = SamplingParams(seed=7, **sampling)
     whole = answer(params, 40, [])
     assert len(set(whole)) > 5
@@ -62,8 +64,8 @@ def test_a_seeded_answer_is_the_same_wherever_it_is_cut(sampling: dict[str, Any]
     assert answer(SamplingParams(seed=7 + 2**32, **sampling), 40, []) != whole
 
 
-def test_each_position_has_its_own_noise() -> None:
-    """The logits are the same at each position, so equal noise would repeat one token."""
+def test_each_position_has_different_noise() -> None:
+    """All logits are equal here, so equal noise would repeat one token."""
     params, logits = SamplingParams(seed=3), torch.zeros(1, VOCAB)
     drawn = {
         int(processed(params, [], [5] * position, logits.clone()).argmax())
@@ -79,7 +81,7 @@ def test_each_position_has_its_own_noise() -> None:
         ({"temperature": 0.5}, [0.6849, 0.2466, 0.0616, 0.0068]),  # p squared
         ({"top_k": 2}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.9}, [0.5263, 0.3158, 0.1579, 0]),
-        ({"min_p": 0.2}, [0.5263, 0.3158, 0.1579, 0]),  # of the best token's probability
+        ({"min_p": 0.2}, [0.5263, 0.3158, 0.1579, 0]),  # at least 0.2 × 0.5
     ],
     ids=["plain", "temperature", "top_k", "top_p", "min_p"],
 )
@@ -98,7 +100,7 @@ def test_tokens_have_the_requested_probabilities(
 
 
 @pytest.mark.parametrize("cut", [1, 10, 29])
-def test_penalties_count_the_tokens_so_far(cut: int) -> None:
+def test_penalties_include_the_tokens_so_far(cut: int) -> None:
     rng = random.Random(cut)
     written = [rng.randrange(VOCAB) for _ in range(30)]
     logits = model(PROMPT + written)
@@ -122,17 +124,17 @@ def test_penalties_count_the_tokens_so_far(cut: int) -> None:
         ({"temperature": 1, "presence_penalty": 1.0}, 0),
     ],
 )
-def test_parameters_that_vllm_handles_alone_are_unchanged(
+def test_parameters_stay_the_same_if_vllm_needs_no_help(
     sampling: dict[str, Any], so_far: int
 ) -> None:
     params = SamplingParams(**sampling)
     assert continued(params, 4, so_far) is params
 
 
-def test_other_arguments_are_kept_and_the_callers_parameters_do_not_change() -> None:
+def test_extra_args_are_kept_and_the_callers_parameters_do_not_change() -> None:
     params = SamplingParams(seed=1, max_tokens=9, extra_args={"kv_transfer_params": {"a": 1}})
-    result = continued(params, 4, 0)
+    left = continued(params, 4, 0)
     assert params.seed == 1
-    assert result.extra_args is not None
-    assert result.extra_args["kv_transfer_params"] == {"a": 1}
-    assert result.max_tokens == 9
+    assert left.extra_args is not None
+    assert left.extra_args["kv_transfer_params"] == {"a": 1}
+    assert left.max_tokens == 9

@@ -1,4 +1,4 @@
-"""The fake engine is what router and runtime tests stand on, so it must be right itself."""
+"""The fake engine. The tests of the router and of the cluster rely on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECEIVE = KvReceive("i1", ("tcp://127.0.0.1:1",), first_token=True)
 
 
 class VirtualTime:
-    """Time that only passes while somebody sleeps."""
+    """Time that only passes in ``sleep``."""
 
     now_s = 0.0
 
@@ -74,7 +74,7 @@ def tokens(outputs: list[EngineOutput]) -> tuple[int, ...]:
     return tuple(token for output in outputs for token in output.token_ids)
 
 
-async def test_tokens_depend_on_all_tokens_before_and_on_nothing_else() -> None:
+async def test_a_token_depends_only_on_all_tokens_before_it() -> None:
     outputs = await read(make(), request(max_tokens=6))
     assert tokens(outputs) == next_tokens(PROMPT, 6)
     assert tokens(await read(make(), request(prompt=(5, 6, 8), max_tokens=6))) != tokens(outputs)
@@ -85,7 +85,7 @@ async def test_tokens_depend_on_all_tokens_before_and_on_nothing_else() -> None:
     assert all(output.kv is None for output in outputs[1:])
 
 
-async def test_another_engine_continues_where_one_stopped() -> None:
+async def test_another_engine_continues_a_request() -> None:
     whole = next_tokens(PROMPT, 8)
     rest = await read(make(), request(prompt=PROMPT + whole[:3], max_tokens=5))
     assert tokens(rest) == whole[3:]
@@ -111,7 +111,7 @@ async def test_a_stop_token_ends_the_stream() -> None:
     assert outputs[-1].finish_reason == STOP
 
 
-async def test_logprobs_are_there_when_asked_for() -> None:
+async def test_outputs_have_logprobs_only_if_requested() -> None:
     (output,) = await read(make(), request(max_tokens=1, logprobs=2))
     assert output.logprobs[0].top[0].token_id == output.token_ids[0]
     assert len(output.logprobs[0].top) == 2
@@ -119,7 +119,7 @@ async def test_logprobs_are_there_when_asked_for() -> None:
     assert output.logprobs == ()
 
 
-async def test_the_latency_model() -> None:
+async def test_time_passes_according_to_the_latency_model() -> None:
     time = VirtualTime()
     latency = FakeLatency(prefill_ms_per_token=10, decode_step_ms=100, transfer_ms=1000)
     outputs = await read(make(time, latency=latency), request(max_tokens=3))
@@ -129,7 +129,7 @@ async def test_the_latency_model() -> None:
     assert (outputs[1].queue_ms, outputs[1].prefill_ms) == (0.0, 0.0)
 
 
-async def test_prefill_blocks_are_held_until_the_transfer_ends_or_is_released() -> None:
+async def test_prefill_blocks_are_held_until_the_transfer_ends_or_they_are_released() -> None:
     hour = FakeLatency(transfer_ms=3_600_000)
     engine = FakeEngine(Config(), Pool.PREFILL, latency=hour)
     total = engine.load().kv_blocks_total
@@ -159,7 +159,7 @@ async def test_closing_the_stream_frees_everything() -> None:
         assert engine.load() == idle
 
 
-async def test_requests_wait_for_blocks_in_order_and_are_counted() -> None:
+async def test_requests_that_wait_for_blocks_are_counted_as_queued() -> None:
     engine = make(size=FakeSize(kv_blocks=1, kv_block_tokens=8))
     first = stream(engine, request("a#0"))
     await anext(first)
@@ -172,7 +172,7 @@ async def test_requests_wait_for_blocks_in_order_and_are_counted() -> None:
     assert engine.load().queue_depth == 0
 
 
-async def test_cancelling_a_waiting_request_leaves_no_trace() -> None:
+async def test_a_cancelled_request_leaves_the_queue() -> None:
     engine = make(size=FakeSize(kv_blocks=1, kv_block_tokens=8))
     first = stream(engine, request("a#0"))
     await anext(first)
@@ -185,7 +185,7 @@ async def test_cancelling_a_waiting_request_leaves_no_trace() -> None:
     assert tokens(await read(engine, request("c#0"))) == next_tokens(PROMPT, 4)
 
 
-async def test_an_engine_that_died_ends_all_requests() -> None:
+async def test_a_dead_engine_ends_all_requests() -> None:
     engine = make(size=FakeSize(kv_blocks=1, kv_block_tokens=8))
     running = stream(engine, request("a#0"))
     await anext(running)

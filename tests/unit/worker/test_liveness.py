@@ -1,3 +1,5 @@
+"""The liveness probe finds an engine that hangs, in virtual time."""
+
 from __future__ import annotations
 
 import asyncio
@@ -15,17 +17,17 @@ TIMEOUT_S = 5.0
 
 
 class Core:
-    """Answers between two steps."""
+    """An engine core that answers a ping between two steps."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.pings = 0
         self.answered = 0
         self.between_steps = asyncio.Event()
         self.between_steps.set()
         self.defect: Exception | None = None
 
-    async def ask(self) -> None:
-        self.asked += 1
+    async def ping(self) -> None:
+        self.pings += 1
         await self.between_steps.wait()
         self.answered += 1
         if self.defect is not None:
@@ -34,7 +36,7 @@ class Core:
 
 @asynccontextmanager
 async def probed(core: Core) -> AsyncIterator[LivenessProbe]:
-    probe = LivenessProbe(core.ask, TIMEOUT_S, asyncio.get_running_loop().time)
+    probe = LivenessProbe(core.ping, TIMEOUT_S, asyncio.get_running_loop().time)
     try:
         yield probe
     finally:
@@ -43,7 +45,7 @@ async def probed(core: Core) -> AsyncIterator[LivenessProbe]:
 
 
 async def checks(probe: LivenessProbe, count: int) -> None:
-    """One a second."""
+    """Check ``count`` times, once a second."""
     for _ in range(count):
         await probe.check()
         await elapse(1)
@@ -53,18 +55,18 @@ def virtually(test: Callable[[Core], Coroutine[Any, Any, None]]) -> None:
     run_virtually(test(Core()), seed=0)
 
 
-def test_an_engine_that_answers_is_asked_at_each_check_and_never_hangs() -> None:
+def test_an_engine_that_answers_is_pinged_at_each_check_and_never_hangs() -> None:
     async def run(core: Core) -> None:
         async with probed(core) as probe:
             await checks(probe, 50)
-            assert core.asked == 50
-            await elapse(50)  # whoever checks was away
+            assert core.pings == 50
+            await elapse(50)  # a pause between two checks is no hang
             await checks(probe, 1)
 
     virtually(run)
 
 
-def test_an_engine_hangs_that_gives_no_answer_for_the_timeout() -> None:
+def test_an_engine_that_does_not_answer_within_the_timeout_hangs() -> None:
     async def run(core: Core) -> None:
         async with probed(core) as probe:
             await checks(probe, 10)
@@ -74,29 +76,29 @@ def test_an_engine_hangs_that_gives_no_answer_for_the_timeout() -> None:
                 with pytest.raises(WorkerLostError, match=f"done nothing for {silent_s} s"):
                     await probe.check()
                 await elapse(1)
-            assert core.asked - core.answered == 1, "questions don't pile up"
+            assert core.pings - core.answered == 1, "there is at most one ping at a time"
             core.between_steps.set()
             await elapse(1)
             await checks(probe, 10)
-            assert core.asked == 21, "it is asked again when it is back"
+            assert core.pings == 21, "the probe pings again after the engine has answered"
 
     virtually(run)
 
 
-def test_a_step_as_long_as_the_timeout_is_no_hang() -> None:
+def test_a_step_that_takes_the_whole_timeout_is_no_hang() -> None:
     async def run(core: Core) -> None:
         async with probed(core) as probe:
             for steps in range(1, 4):
                 core.between_steps.clear()
                 await checks(probe, 6)
-                assert core.asked == steps
+                assert core.pings == steps
                 core.between_steps.set()
                 await elapse(0)
 
     virtually(run)
 
 
-def test_a_check_takes_no_longer_than_the_last_look() -> None:
+def test_a_check_of_a_hanging_engine_takes_less_than_a_second() -> None:
     async def run(core: Core) -> None:
         core.between_steps.clear()
         async with probed(core) as probe:
@@ -110,23 +112,23 @@ def test_a_check_takes_no_longer_than_the_last_look() -> None:
 
 
 def test_an_answer_that_was_not_read_in_time_counts() -> None:
-    """As after a stop of this process, in which time has passed and nothing has run."""
+    """This happens after this process was suspended: time has passed, but nothing has run."""
 
     async def run(core: Core) -> None:
         now_s = 0.0
-        probe = LivenessProbe(core.ask, TIMEOUT_S, lambda: now_s)
+        probe = LivenessProbe(core.ping, TIMEOUT_S, lambda: now_s)
         await probe.check()
         now_s += 100
         await probe.check()
-        assert core.asked == 1
+        assert core.pings == 1
         await elapse(0)
-        assert core.asked == 2
+        assert core.pings == 2
         await probe.close()
 
     virtually(run)
 
 
-def test_what_the_question_ends_in_is_not_lost() -> None:
+def test_a_check_raises_the_error_of_the_last_ping() -> None:
     async def run(core: Core) -> None:
         core.defect = ValueError("no such thing")
         async with probed(core) as probe:

@@ -1,4 +1,4 @@
-"""How a worker comes, with its KV pairs made, and leaves, with its requests and KV fetched."""
+"""The life cycle of a worker replica: start with KV pairs, drain, stop, and health."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from worker.replica import WorkerReplica
 pytestmark = pytest.mark.asyncio
 
 NEVER_S = 3600.0
-WAIT_S = 10.0  # for what should happen soon; only a failing test waits so long
+WAIT_S = 10.0  # bound for events that happen soon; only a failing test waits this long
 
 
 class WatchedEngine(FakeEngine):
-    """Remembers what it held when it was stopped."""
+    """Records how many KV blocks it held when it was stopped."""
 
-    held_at_stop: int | None = None
+    held_at_stop: int | None = None  # blocks
 
     async def stop(self) -> None:
         load = self.load()
@@ -42,7 +42,7 @@ class WatchedEngine(FakeEngine):
 
 
 class WatchedRegistry(MemoryRegistry):
-    """Says when a worker announces that it drains."""
+    """Sets ``draining`` when a worker announces that it drains."""
 
     def __init__(self) -> None:
         super().__init__(lease_s=NEVER_S)
@@ -55,7 +55,7 @@ class WatchedRegistry(MemoryRegistry):
 
 
 class Setup:
-    """A prefill worker; ``async with`` starts it, and the test stops it."""
+    """A prefill worker. ``async with`` starts it, and stops it if the test has not."""
 
     def __init__(self, *, poll_s: float = 0.01, transfer_ms: float = 0.0) -> None:
         self.config = Config.model_validate({"router": {"registry_poll_s": poll_s}})
@@ -66,7 +66,13 @@ class Setup:
     def serve_with(self, engine: WatchedEngine, pool: Pool) -> None:
         self.engine = engine
         self.replica = WorkerReplica(
-            self.config, pool, "m", engine, self.registry, add_prefill_service, incarnation="i"
+            config=self.config,
+            pool=pool,
+            model="m",
+            engine=engine,
+            registry=self.registry,
+            add_service=add_prefill_service,
+            incarnation="i",
         )
 
     async def __aenter__(self) -> Self:
@@ -90,7 +96,7 @@ class Setup:
         return response
 
 
-async def test_until_routers_know_that_it_drains_a_worker_takes_requests() -> None:
+async def test_a_draining_worker_admits_requests_until_routers_have_seen_the_drain() -> None:
     async with Setup(poll_s=0.25) as worker:
         stopping = asyncio.create_task(worker.replica.stop(WAIT_S))
         await worker.registry.draining.wait()
@@ -98,21 +104,21 @@ async def test_until_routers_know_that_it_drains_a_worker_takes_requests() -> No
         await stopping
 
 
-async def test_the_wait_for_routers_is_within_the_grace() -> None:
+async def test_the_wait_for_routers_ends_with_the_grace() -> None:
     async with Setup(poll_s=NEVER_S) as worker, asyncio.timeout(WAIT_S):
         await worker.replica.stop(0.1)
         assert worker.engine.held_at_stop == 0
         assert not await worker.registry.list()
 
 
-async def test_the_engine_is_kept_until_its_kv_was_fetched() -> None:
+async def test_the_engine_runs_until_its_kv_was_fetched() -> None:
     async with Setup(transfer_ms=500) as worker:
         await worker.prefill("a")
         await worker.replica.stop(WAIT_S)
         assert worker.engine.held_at_stop == 0
 
 
-async def test_kv_that_nobody_fetches_does_not_outlast_the_grace() -> None:
+async def test_kv_that_is_never_fetched_does_not_delay_the_stop_beyond_the_grace() -> None:
     async with Setup(transfer_ms=NEVER_S * 1000) as worker, asyncio.timeout(WAIT_S):
         await worker.prefill("a")
         await worker.replica.stop(0.2)
@@ -120,15 +126,15 @@ async def test_kv_that_nobody_fetches_does_not_outlast_the_grace() -> None:
 
 
 class GatedEngine(WatchedEngine):
-    """A request waits for the gate, and holds no KV block yet: as one that waits for its turn."""
+    """Holds requests at a gate. They hold no KV blocks there, like requests in the queue."""
 
     def __init__(self, config: Config, pool: Pool) -> None:
         super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
         self.gate = asyncio.Event()
-        self.waiting = 0
+        self.entered = 0
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        self.waiting += 1
+        self.entered += 1
         await self.gate.wait()
         async for output in super().generate(request):
             yield output
@@ -142,26 +148,26 @@ class GatedSetup(Setup):
 
     async def start_prefills(self, count: int) -> list[asyncio.Task[worker_pb2.PrefillResponse]]:
         tasks = [asyncio.create_task(self.prefill(f"running-{n}")) for n in range(count)]
-        await until(lambda: self.gated.waiting == count, what="all run")
+        await until(lambda: self.gated.entered == count, what="all requests run")
         return tasks
 
-    async def is_refused(self) -> bool:
-        """A request that comes now."""
+    async def refuses_a_request(self) -> bool:
+        """Return whether the worker refuses a request that arrives now."""
         try:
             async with asyncio.timeout(0.1):
                 await self.prefill("late")
         except grpc.aio.AioRpcError as error:
             return from_rpc_error(error, "w").reason == WORKER_DRAINING
         except TimeoutError:
-            return False  # it was taken
+            return False  # the request was admitted and waits at the gate
         return False
 
 
-async def test_within_the_grace_what_runs_ends_and_what_comes_is_refused() -> None:
+async def test_within_the_grace_running_requests_end_and_new_ones_are_refused() -> None:
     async with GatedSetup() as worker, asyncio.timeout(WAIT_S):
         running = await worker.start_prefills(3)
         stopping = asyncio.create_task(worker.replica.stop(WAIT_S))
-        await until_awaited(worker.is_refused, what="it takes nothing more")
+        await until_awaited(worker.refuses_a_request, what="the worker refuses new requests")
         assert not stopping.done()
         worker.gated.gate.set()
         for task in running:
@@ -170,7 +176,7 @@ async def test_within_the_grace_what_runs_ends_and_what_comes_is_refused() -> No
         assert worker.engine.held_at_stop == 0
 
 
-async def test_what_outlasts_the_grace_is_told_to_go_elsewhere() -> None:
+async def test_requests_that_outlast_the_grace_end_as_on_a_draining_worker() -> None:
     async with GatedSetup() as worker, asyncio.timeout(WAIT_S):
         running = await worker.start_prefills(20)
         await worker.replica.stop(0.1)
@@ -180,7 +186,7 @@ async def test_what_outlasts_the_grace_is_told_to_go_elsewhere() -> None:
             assert from_rpc_error(caught.value, "w").reason == WORKER_DRAINING
 
 
-async def test_a_worker_that_is_asked_to_drains_and_leaves() -> None:
+async def test_a_worker_that_is_asked_to_drain_drains_and_leaves_the_registry() -> None:
     worker = PairingSetup(Pool.PREFILL)
     record = await worker.replica.start()
     async with grpc.aio.insecure_channel(record.address) as channel:
@@ -195,29 +201,29 @@ async def test_a_worker_that_is_asked_to_drains_and_leaves() -> None:
     async def gone() -> bool:
         return not await worker.registry.list()
 
-    await until_awaited(gone, what="it has left")
+    await until_awaited(gone, what="the worker has left the registry")
     await worker.replica.stop(0.01)
 
 
 class PairingEngine(WatchedEngine):
-    """Its KV pairs come up when the test says so."""
+    """An engine whose KV pairs exist when the test adds them to ``up``."""
 
     def __init__(self, config: Config, pool: Pool) -> None:
         super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
-        self.up: set[str] = set()
-        self.asked: set[str] = set()
-        self.stuck: str | None = None
+        self.up: set[str] = set()  # incarnations of other workers
+        self.requested: set[str] = set()  # incarnations that pair_up() was called with
+        self.fault: str | None = None
 
     async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
-        self.asked |= others.keys()
+        self.requested |= others.keys()
         return others.keys() - self.up
 
     def must_be_replaced(self) -> str | None:
-        return self.stuck
+        return self.fault
 
 
 class PairingSetup(Setup):
-    """One worker of a pool, and what the registry says of the other pool."""
+    """One worker of a pool, and records of the other pool's workers in the registry."""
 
     def __init__(self, pool: Pool, *, pair_timeout_s: float = NEVER_S) -> None:
         super().__init__()
@@ -234,8 +240,19 @@ class PairingSetup(Setup):
 
     async def add(self, name: str, state: WorkerState = WorkerState.READY) -> None:
         pool = Pool.PREFILL if self.pool is Pool.DECODE else Pool.DECODE
-        load = WorkerLoad(0, 0, 0, 1, 1)
-        await self.registry.put(WorkerRecord(name, pool, state, name, "a", ("k",), "m", load))
+        record = WorkerRecord(
+            id=name,
+            pool=pool,
+            state=state,
+            incarnation=name,
+            address="a",
+            kv_addresses=("k",),
+            model="m",
+            load=WorkerLoad(
+                queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=1, kv_blocks_total=1
+            ),
+        )
+        await self.registry.put(record)
 
     async def state(self) -> WorkerState | None:
         records = [r for r in await self.registry.list() if r.incarnation == "i"]
@@ -249,7 +266,7 @@ class PairingSetup(Setup):
 
 
 @pytest.mark.parametrize("pool", list(Pool))
-async def test_a_worker_is_ready_when_its_kv_pairs_are_up(pool: Pool) -> None:
+async def test_a_worker_is_ready_when_its_kv_pairs_exist(pool: Pool) -> None:
     worker = PairingSetup(pool)
     await worker.add("one")
     await worker.add("two", WorkerState.STARTING)
@@ -258,7 +275,9 @@ async def test_a_worker_is_ready_when_its_kv_pairs_are_up(pool: Pool) -> None:
     try:
         await worker.until_state(WorkerState.STARTING)
         worker.pairing.up.add("one")
-        await until(lambda: worker.pairing.asked == {"one", "two"}, what="it asked for both")
+        await until(
+            lambda: worker.pairing.requested == {"one", "two"}, what="both pairs were requested"
+        )
         assert not starting.done()
         worker.pairing.up.add("two")
         await starting
@@ -267,7 +286,7 @@ async def test_a_worker_is_ready_when_its_kv_pairs_are_up(pool: Pool) -> None:
         await worker.replica.stop(0.01)
 
 
-async def test_a_pair_that_does_not_come_up_holds_up_nobody_for_long() -> None:
+async def test_a_worker_is_ready_without_a_pair_after_the_pair_timeout() -> None:
     worker = PairingSetup(Pool.PREFILL, pair_timeout_s=0.05)
     await worker.add("broken")
     await worker.replica.start()
@@ -275,19 +294,19 @@ async def test_a_pair_that_does_not_come_up_holds_up_nobody_for_long() -> None:
     await worker.replica.stop(0.01)
 
 
-async def test_decode_pairs_up_with_a_prefill_worker_that_comes_later() -> None:
+async def test_a_decode_worker_pairs_up_with_a_prefill_worker_that_starts_later() -> None:
     worker = PairingSetup(Pool.DECODE)
     await worker.replica.start()
     await worker.add("later", WorkerState.STARTING)
-    await until(lambda: worker.pairing.asked == {"later"}, what="it pairs up")
+    await until(lambda: worker.pairing.requested == {"later"}, what="the pair was requested")
     await worker.replica.stop(0.01)
 
 
-async def test_a_worker_with_a_stuck_group_drains_and_then_is_unhealthy() -> None:
+async def test_a_worker_that_must_be_replaced_drains_and_then_is_unhealthy() -> None:
     worker = PairingSetup(Pool.DECODE)
     await worker.replica.start()
     await worker.replica.check_health()
-    worker.pairing.stuck = "a process group could not be aborted"
+    worker.pairing.fault = "a process group could not be aborted"
     await worker.replica.check_health()
     await worker.registry.draining.wait()
     await worker.replica.stop(0.01)
@@ -295,7 +314,7 @@ async def test_a_worker_with_a_stuck_group_drains_and_then_is_unhealthy() -> Non
         await worker.replica.check_health()
 
 
-async def test_metrics_are_served_where_the_registry_says() -> None:
+async def test_metrics_are_served_at_the_url_in_the_registry() -> None:
     worker = PairingSetup(Pool.DECODE)
     record = await worker.replica.start()
     page = await asyncio.to_thread(urllib.request.urlopen, record.metrics)

@@ -1,4 +1,4 @@
-"""Both servicers over a real gRPC connection, with a fake engine behind them."""
+"""Both servicers over a real gRPC connection, with a fake engine."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ QUICK = FakeLatency(0, 0, 0)
 class Worker:
     engine: FakeEngine
     intake: Intake
-    prefill: Any  # stubs
-    decode: Any
+    prefill: Any  # gRPC stub
+    decode: Any  # gRPC stub
 
     async def until_idle(self) -> None:
         """Wait until no request and no block is in use."""
@@ -115,7 +115,7 @@ async def test_prefill_answers_with_the_first_token_and_holds_the_kv() -> None:
         (None, inference_pb2.FINISH_REASON_UNSPECIFIED),
     ],
 )
-async def test_prefill_says_when_its_token_is_the_last(
+async def test_prefill_has_a_finish_reason_only_if_its_token_is_the_last(
     max_tokens: int | None, reason: inference_pb2.FinishReason
 ) -> None:
     async with serving() as worker:
@@ -123,7 +123,7 @@ async def test_prefill_says_when_its_token_is_the_last(
         assert response.finish_reason == reason
 
 
-async def test_prefill_says_when_its_token_stops_the_request() -> None:
+async def test_prefill_has_the_finish_reason_stop_if_its_token_stops_the_request() -> None:
     request = prefill_request(max_tokens=9)
     request.sampling.stop_token_ids.append(next_tokens(PROMPT, 1)[0])
     async with serving() as worker:
@@ -159,7 +159,7 @@ async def test_cancelling_a_call_aborts_the_request() -> None:
         assert worker.engine.load().running == 0
 
 
-async def test_a_call_that_is_late_already_never_reaches_the_engine() -> None:
+async def test_a_call_whose_deadline_has_passed_never_reaches_the_engine() -> None:
     class Untouched(FakeEngine):
         def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
             raise AssertionError(request.key)
@@ -176,34 +176,34 @@ async def test_a_call_that_is_late_already_never_reaches_the_engine() -> None:
         context.code = None
 
 
-async def test_a_call_that_expires_in_the_engines_queue_leaves_it() -> None:
+async def test_a_call_that_expires_leaves_the_engines_queue() -> None:
     full = FakeEngine(Config(), Pool.DECODE, latency=HOUR, size=FakeSize(kv_blocks=1))
     async with serving(engine=full) as worker:
         running = worker.decode.Decode(decode_request("a"))
         assert await running.read() is not grpc.aio.EOF
         late = worker.decode.Decode(decode_request("b"), timeout=0.2)
-        await until(lambda: worker.engine.load().queue_depth == 1, what="it is queued")
+        await until(lambda: worker.engine.load().queue_depth == 1, what="the request is queued")
         assert isinstance(await failure(late), DeadlineError)
-        await until(lambda: worker.engine.load().queue_depth == 0, what="it has left the queue")
+        await until(lambda: worker.engine.load().queue_depth == 0, what="the queue is empty")
         assert worker.engine.load().running == 1
         running.cancel()
         await worker.intake.drained()
         assert worker.engine.load().kv_blocks_free == 1
 
 
-async def whole(call: Any) -> list[Any]:
-    """All responses of a unary or a streaming call."""
+async def responses(call: Any) -> list[Any]:
+    """Return all responses of a unary or a streaming call."""
     return [item async for item in call] if hasattr(call, "__aiter__") else [await call]
 
 
 async def failure(call: object) -> BatonError:
-    """The error that a router would see."""
+    """Return the error that a router sees for a call that fails."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await whole(call)
+        await responses(call)
     return from_rpc_error(caught.value, "w")
 
 
-async def test_more_than_the_limit_and_duplicates_are_refused() -> None:
+async def test_requests_beyond_the_limit_and_duplicates_are_refused() -> None:
     async with serving(HOUR, limit=2) as worker:
         calls = [worker.decode.Decode(decode_request(name)) for name in "ab"]
         for call in calls:
@@ -218,7 +218,7 @@ async def test_more_than_the_limit_and_duplicates_are_refused() -> None:
         await worker.until_idle()
 
 
-async def test_a_draining_worker_takes_nothing_new_and_finishes_the_rest() -> None:
+async def test_a_draining_worker_refuses_new_requests_and_finishes_the_others() -> None:
     async with serving(FakeLatency(decode_step_ms=20)) as worker:
         call = aiter(worker.decode.Decode(decode_request("a")))
         await anext(call)
@@ -231,12 +231,12 @@ async def test_a_draining_worker_takes_nothing_new_and_finishes_the_rest() -> No
         await worker.until_idle()
 
 
-async def test_what_is_moved_out_ends_as_on_a_worker_that_drains() -> None:
+async def test_requests_that_are_moved_out_end_with_worker_draining() -> None:
     async with serving(HOUR) as worker:
         decode = aiter(worker.decode.Decode(decode_request("a")))
         assert (await anext(decode)).token_ids
         unread = worker.decode.Decode(decode_request("b"))
-        await until(lambda: worker.engine.load().running == 2, what="both run")
+        await until(lambda: worker.engine.load().running == 2, what="both requests run")
         worker.intake.move_out()
         for call in (decode, unread):
             error = await failure(call)
@@ -245,7 +245,7 @@ async def test_what_is_moved_out_ends_as_on_a_worker_that_drains() -> None:
         await worker.until_idle()
 
 
-async def test_what_is_moved_out_in_the_middle_of_its_first_response_is_told() -> None:
+async def test_a_request_that_is_moved_out_during_its_first_response_gets_the_error() -> None:
     class MovedOut(FakeEngine):
         async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
             async for output in super().generate(request):
@@ -259,7 +259,7 @@ async def test_what_is_moved_out_in_the_middle_of_its_first_response_is_told() -
         await worker.until_idle()
 
 
-async def test_a_dead_engine_is_an_unavailable_worker() -> None:
+async def test_calls_to_a_dead_engine_end_with_worker_lost() -> None:
     async with serving() as worker:
         worker.engine.fail()
         for call in (
@@ -271,14 +271,23 @@ async def test_a_dead_engine_is_an_unavailable_worker() -> None:
             assert error.reason == "WORKER_LOST"
 
 
-async def test_a_defect_of_the_engine_shows_no_internals(
+async def test_the_error_after_a_defect_of_the_engine_shows_no_internals(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Broken(FakeEngine):
         async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
             if request.key:
                 raise RuntimeError("secret /path")
-            yield EngineOutput(0, (), (), inference_pb2.FINISH_REASON_STOP, None, 0, 0, 0)
+            yield EngineOutput(
+                first_index=0,
+                token_ids=(),
+                logprobs=(),
+                finish_reason=inference_pb2.FINISH_REASON_STOP,
+                kv=None,
+                cached_tokens=0,
+                queue_ms=0,
+                prefill_ms=0,
+            )
 
     async with serving(engine=Broken(Config(), Pool.DECODE)) as worker:
         error = await failure(worker.decode.Decode(decode_request()))

@@ -1,4 +1,4 @@
-"""What an import of vLLM must not do to the process that it happens in."""
+"""Log buffers keep their targets when logging is configured again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.vllm.log_buffers import log_buffers_kept
 
 @pytest.fixture
 def buffered(tmp_path: Path) -> Iterator[logging.Logger]:
-    """A logger as Ray Serve has one: a buffer before a file."""
+    """Yield a logger like Ray Serve's, with a buffer in front of a file."""
     file = logging.FileHandler(tmp_path / "log")
     buffer = MemoryHandler(10, target=file)
     logger = logging.Logger("buffered")
@@ -27,13 +27,13 @@ def buffered(tmp_path: Path) -> Iterator[logging.Logger]:
     file.close()
 
 
-def test_a_buffer_knows_its_file_after_logging_was_configured_anew(
+def test_a_buffer_keeps_its_file_when_logging_is_configured_again(
     buffered: logging.Logger, tmp_path: Path
 ) -> None:
     (buffer,) = buffered.handlers
     assert isinstance(buffer, MemoryHandler)
     with log_buffers_kept():
         dictConfig({"version": 1, "disable_existing_loggers": False})
-        assert buffer.target is None, "else there is no need to keep it"
-    buffered.error("still here")
-    assert (tmp_path / "log").read_text() == "still here\n"
+        assert buffer.target is None, "dictConfig closes the buffer"
+    buffered.error("a line")
+    assert (tmp_path / "log").read_text() == "a line\n"

@@ -1,0 +1,88 @@
+"""vLLM's statistics: the load of the engine, and the reports of KV receives."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from core.errors import InternalError
+from kv_transfer.vllm.metrics import ReceiveReport
+
+# A report leaves the engine core in the same message as the first token. So this bound is only
+# reached after a defect.
+_REPORT_TIMEOUT_S = 5.0
+
+
+class EngineStats:
+    """Records vLLM's scheduler statistics of one engine. Belongs to one event loop.
+
+    ``blocks_total`` and ``block_tokens`` are set by the engine when it has started.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = 0  # requests
+        self.running = 0  # requests
+        self.blocks_total = 0
+        self.block_tokens = 0
+        self._usage = 0.0  # of the KV cache, 0 to 1
+        self._reports: dict[str, asyncio.Future[ReceiveReport]] = {}
+
+    @property
+    def blocks_free(self) -> int:
+        return round((1.0 - self._usage) * self.blocks_total)
+
+    def expect_report(self, key: str) -> asyncio.Future[ReceiveReport]:
+        """Return a future for the report of ``key``. Call ``forget_report`` when it is done."""
+        report = self._reports[key] = asyncio.get_running_loop().create_future()
+        return report
+
+    def forget_report(self, key: str) -> None:
+        """Drop the future for ``key``. Unknown keys are ignored."""
+        self._reports.pop(key, None)
+
+    def logger(self, _config: VllmConfig, _engine_index: int = 0) -> StatLoggerBase:
+        """Make vLLM's logger, which passes each record to this object. A StatLoggerFactory."""
+        stats = self
+
+        class Recorder(StatLoggerBase):
+            def __init__(self) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+                if scheduler_stats is not None:
+                    stats.record(scheduler_stats)
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return Recorder()
+
+    def record(self, scheduler_stats: Any) -> None:
+        """Take the values of one ``SchedulerStats`` of vLLM, and resolve the futures."""
+        self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+        self.running = scheduler_stats.num_running_reqs
+        self._usage = scheduler_stats.kv_cache_usage
+        for receive in (scheduler_stats.kv_connector_stats or {}).get("receives", ()):
+            report = msgspec.convert(receive, ReceiveReport)
+            future = self._reports.get(report.key)
+            if future is not None and not future.done():
+                future.set_result(report)
+
+
+async def wait_for_report(
+    report: asyncio.Future[ReceiveReport] | None, key: str
+) -> ReceiveReport | None:
+    """Wait for the report of the request ``key``. Return None if ``report`` is None.
+
+    Raises InternalError if the report does not arrive within 5 s.
+    """
+    if report is None:
+        return None
+    try:
+        return await asyncio.wait_for(report, _REPORT_TIMEOUT_S)
+    except TimeoutError:
+        raise InternalError(f"the engine did not report the KV transfer of {key}") from None
