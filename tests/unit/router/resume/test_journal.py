@@ -114,14 +114,14 @@ async def test_a_slow_store_holds_nobody_up_and_gets_all_in_the_end(
     async with journal.begin(REQUEST) as entry:
         store.open.clear()
         await entry.add(FIRST)
-        assert entry.behind
+        assert entry.lagging
         with pytest.raises(StopIteration):  # it returns without waiting for anything
             entry.add(SECOND).send(None)
         store.open.set()
-        await until(lambda: not entry.behind, what="the store has all")
+        await until(lambda: not entry.lagging, what="the store has all")
         store.open.clear()
         await entry.add(FIRST)
-        assert entry.behind, "it waits again"
+        assert entry.lagging, "it waits again"
         store.open.set()
     await journal.close()
     async with router().resume("r") as (_, _, batches):
@@ -180,7 +180,7 @@ async def test_an_older_entry_of_its_id_does_not_end_a_request_that_is_not_writt
     await until(lambda: store.writes and store.writes[-1][-1].ends, what="the refused one ends")
     store.available = False
     async with journal.begin(REQUEST) as entry:
-        await until(lambda: entry.lost, what="the store is missed")
+        await until(lambda: entry.abandoned, what="the store is missed")
         store.available = True
         async with journal.begin(inference_pb2.GenerateRequest(request_id="other")):
             before = len(store.writes)
