@@ -126,7 +126,7 @@ class RouterServer:
         return port
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let running ones end within ``grace_s``, then end the rest. Idempotent.
+        """Refuse new requests, give running ones ``grace_s`` to end, and end the rest. Idempotent.
 
         Clients of ended requests get ROUTER_DRAINING and resume at another router.
         """

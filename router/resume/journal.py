@@ -184,7 +184,7 @@ class Journal:
                     await self._wake.wait()
             except TimeoutError:
                 for entry in self._entries:
-                    # The store's entry for an abandoned one may be that of an older request.
+                    # The store may hold an older request's entry under an abandoned entry's id.
                     if not entry.abandoned:
                         self.enqueue(entry, Change(entry.request_id, entry.writer))
             self._wake.clear()
