@@ -153,7 +153,7 @@ class RequestHandler:
     async def resume(
         self, request: inference_pb2.ResumeRequest, deadline_s: float | None, sink: ResponseSink
     ) -> None:
-        """Serve the rest of a request whose stream broke. Arguments and errors as in ``generate``."""
+        """Serve the rest of a request whose stream broke. See ``generate`` for the arguments."""
         await self._serve(
             request.request_id, deadline_s, sink, lambda call: self._resume(request, call)
         )

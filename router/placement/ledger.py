@@ -151,7 +151,7 @@ class _Account:
     def __init__(self, report_snapshots: int) -> None:
         self.requests = 0
         self._tokens = 0
-        # The most (requests, tokens) between each of the latest snapshots and the next one. The last
+        # The most (requests, tokens) between each of the latest snapshots and the next. The last
         # pair covers the time since the latest snapshot.
         self._peaks = deque([(0, 0)], maxlen=report_snapshots + 1)
         self._done_tokens = 0.0
