@@ -153,19 +153,19 @@ def test_the_estimate_of_how_many_run_before_a_request(seed: int) -> None:
 class FakePermit:
     """Holds one of the places."""
 
-    def __init__(self, users: Users) -> None:
-        self._users = users
+    def __init__(self, harness: GateHarness) -> None:
+        self._harness = harness
         self._open = True
-        users.places -= 1
+        harness.places -= 1
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._users.places += 1
-            self._users.gate.wake()
+            self._harness.places += 1
+            self._harness.gate.wake()
 
 
-class Users:
+class GateHarness:
     """An AdmissionGate whose requests are tasks. Each runs until its event is set."""
 
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
@@ -202,26 +202,26 @@ async def turns(count: int = 5) -> None:
 
 @pytest.mark.parametrize(("max_concurrent", "places"), [(1, 1000), (1000, 1)])
 async def test_the_earliest_deadline_runs_first(max_concurrent: int, places: int) -> None:
-    users = Users(one_class(max_concurrent, 10, 30), places)
-    first, end = users.start("first")
+    harness = GateHarness(one_class(max_concurrent, 10, 30), places)
+    first, end = harness.start("first")
     await turns()
-    waiting = [users.start(name, FAR_S + after) for name, after in (("c", 3), ("a", 1), ("b", 2))]
+    waiting = [harness.start(name, FAR_S + after) for name, after in (("c", 3), ("a", 1), ("b", 2))]
     await turns()
     end.set()
     for _, end_next in waiting:
         end_next.set()
     await asyncio.gather(first, *(task for task, _ in waiting))
-    assert users.order == ["first", "a", "b", "c"]
-    assert users.gate.running == 0
-    assert users.places == places
+    assert harness.order == ["first", "a", "b", "c"]
+    assert harness.gate.running == 0
+    assert harness.places == places
 
 
 async def test_a_full_queue_refuses_a_new_request_at_once() -> None:
-    users = Users()
-    running = [users.start(str(i)) for i in range(5)]
+    harness = GateHarness()
+    running = [harness.start(str(i)) for i in range(5)]
     await turns()
     with pytest.raises(CapacityError) as caught:
-        async with users.gate.admit(AdmissionRequest("c", FAR_S), users.acquire):
+        async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
             pass
     assert caught.value.reason == "QUEUE_FULL"
     for _, end in running:
@@ -230,36 +230,36 @@ async def test_a_full_queue_refuses_a_new_request_at_once() -> None:
 
 
 async def test_a_cancelled_request_leaves_the_queue() -> None:
-    users = Users(one_class(1, 10, 30))
-    first, end = users.start("first")
-    second, _ = users.start("second")
-    third, end_third = users.start("third")
+    harness = GateHarness(one_class(1, 10, 30))
+    first, end = harness.start("first")
+    second, _ = harness.start("second")
+    third, end_third = harness.start("third")
     await turns()
     second.cancel()
     await asyncio.gather(second, return_exceptions=True)
-    assert users.gate.waiting == 1
+    assert harness.gate.waiting == 1
     end.set()
     end_third.set()
     await asyncio.gather(first, third)
-    assert users.order == ["first", "third"]
+    assert harness.order == ["first", "third"]
 
 
 def test_waits_are_bounded() -> None:
     async def run() -> None:
-        users = Users(one_class(1, 10, 2))
-        first, end = users.start("first")
+        harness = GateHarness(one_class(1, 10, 2))
+        first, end = harness.start("first")
         await turns()
         now_s = asyncio.get_running_loop().time()
         with pytest.raises(CapacityError) as caught:
-            async with users.gate.admit(AdmissionRequest("c", now_s + 60), users.acquire):
+            async with harness.gate.admit(AdmissionRequest("c", now_s + 60), harness.acquire):
                 pass
         assert caught.value.reason == "QUEUE_TIMEOUT"
         assert asyncio.get_running_loop().time() == pytest.approx(now_s + 2)
         with pytest.raises(DeadlineError):
-            async with users.gate.admit(AdmissionRequest("c", now_s + 3), users.acquire):
+            async with harness.gate.admit(AdmissionRequest("c", now_s + 3), harness.acquire):
                 pass
         assert asyncio.get_running_loop().time() == pytest.approx(now_s + 3)
-        assert users.gate.waiting == 0
+        assert harness.gate.waiting == 0
         end.set()
         await first
 
@@ -267,24 +267,24 @@ def test_waits_are_bounded() -> None:
 
 
 async def test_an_expired_request_acquires_no_permit() -> None:
-    users = Users()
+    harness = GateHarness()
     with pytest.raises(DeadlineError):
-        async with users.gate.admit(AdmissionRequest("c", 0.0), users.acquire):
+        async with harness.gate.admit(AdmissionRequest("c", 0.0), harness.acquire):
             pass
-    assert users.places == 1000
+    assert harness.places == 1000
 
 
 def test_a_request_whose_wait_would_be_too_long_does_not_wait() -> None:
     async def run() -> None:
-        users = Users(one_class(2, 100, 5))
+        harness = GateHarness(one_class(2, 100, 5))
         for _ in range(40):  # each runs for 2 s, so two at a time end one a second
-            async with users.gate.admit(AdmissionRequest("c", FAR_S), users.acquire):
+            async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
                 await elapse(2)
-        tasks = [users.start(str(i)) for i in range(2 + 5)]
+        tasks = [harness.start(str(i)) for i in range(2 + 5)]
         await turns()
-        assert users.gate.waiting == 5
+        assert harness.gate.waiting == 5
         with pytest.raises(CapacityError) as caught:
-            users.gate.check(AdmissionRequest("c", FAR_S))
+            harness.gate.check(AdmissionRequest("c", FAR_S))
         assert caught.value.retry_after_s == pytest.approx(6, rel=0.1)
         for _, end in tasks:
             end.set()
@@ -295,12 +295,12 @@ def test_a_request_whose_wait_would_be_too_long_does_not_wait() -> None:
 
 def test_a_request_whose_turn_comes_too_late_is_not_run() -> None:
     async def run() -> None:
-        users = Users(one_class(1, 10, 1000))
-        first, end = users.start("first")
+        harness = GateHarness(one_class(1, 10, 1000))
+        first, end = harness.start("first")
         await turns()
 
         async def ask() -> None:
-            async with users.gate.admit(AdmissionRequest("c", 10, service_s=4), users.acquire):
+            async with harness.gate.admit(AdmissionRequest("c", 10, service_s=4), harness.acquire):
                 raise AssertionError("the request runs, but cannot end in time")
 
         second = asyncio.create_task(ask())
@@ -310,22 +310,22 @@ def test_a_request_whose_turn_comes_too_late_is_not_run() -> None:
             await second
         assert caught.value.reason == "WOULD_BE_LATE"
         await first
-        assert users.gate.running == users.gate.waiting == 0
+        assert harness.gate.running == harness.gate.waiting == 0
 
     run_virtually(run(), 0)
 
 
 async def test_waiting_requests_get_the_error_when_no_worker_is_left() -> None:
-    users = Users(one_class(10, 10, 30), places=1)
-    first, end = users.start("first")
-    waiting = [users.start("x")[0] for _ in range(3)]
+    harness = GateHarness(one_class(10, 10, 30), places=1)
+    first, end = harness.start("first")
+    waiting = [harness.start("x")[0] for _ in range(3)]
     await turns()
-    users.error = UnavailableError("all workers are gone")
+    harness.error = UnavailableError("all workers are gone")
     end.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
-    assert results == [users.error] * 3
+    assert results == [harness.error] * 3
     await first
-    assert users.gate.running == users.gate.waiting == 0
+    assert harness.gate.running == harness.gate.waiting == 0
 
 
 async def test_classes_by_name() -> None:
@@ -340,14 +340,14 @@ async def test_classes_by_name() -> None:
 @pytest.mark.parametrize("seed", range(30))
 async def test_random_arrivals_cancels_and_ends_leak_no_permit(seed: int) -> None:
     rng = random.Random(seed)
-    users = Users(one_class(3, 5, 30), places=rng.choice((2, 1000)))
-    places = users.places
+    harness = GateHarness(one_class(3, 5, 30), places=rng.choice((2, 1000)))
+    places = harness.places
     tasks: list[asyncio.Task[None]] = []
     ends: list[asyncio.Event] = []
     for _ in range(200):
         action = rng.random()
         if action < 0.5:
-            task, end = users.start("x", FAR_S + rng.random())
+            task, end = harness.start("x", FAR_S + rng.random())
             tasks.append(task)
             ends.append(end)
         elif action < 0.75 and tasks:
@@ -355,30 +355,30 @@ async def test_random_arrivals_cancels_and_ends_leak_no_permit(seed: int) -> Non
         elif ends:
             rng.choice(ends).set()
         await turns(rng.randrange(3))
-        assert users.gate.running <= 3, f"seed {seed}"
-        assert users.gate.waiting <= 5, f"seed {seed}"
+        assert harness.gate.running <= 3, f"seed {seed}"
+        assert harness.gate.waiting <= 5, f"seed {seed}"
     for end in ends:
         end.set()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert (users.gate.running, users.gate.waiting) == (0, 0), f"seed {seed}"
-    assert users.places == places, f"seed {seed}"
+    assert (harness.gate.running, harness.gate.waiting) == (0, 0), f"seed {seed}"
+    assert harness.places == places, f"seed {seed}"
 
 
 async def test_a_permit_granted_in_the_turn_of_a_cancel_goes_to_the_next_request() -> None:
-    users = Users(one_class(1, 10, 30))
+    harness = GateHarness(one_class(1, 10, 30))
 
     async def end_and_cancel() -> None:
-        async with users.gate.admit(AdmissionRequest("c", FAR_S), users.acquire):
+        async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
             await turns()
         second.cancel()  # it has the permit already but has not run since
 
     first = asyncio.create_task(end_and_cancel())
     await turns(1)
-    second, _ = users.start("second")
-    third, end_third = users.start("third")
+    second, _ = harness.start("second")
+    third, end_third = harness.start("third")
     end_third.set()
     await asyncio.gather(first, third)
     await asyncio.gather(second, return_exceptions=True)
-    assert users.order == ["third"]
-    assert users.gate.running == 0
-    assert users.places == 1000
+    assert harness.order == ["third"]
+    assert harness.gate.running == 0
+    assert harness.places == 1000
