@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_STATUS_S = 0.5  # for calls that were ended to get their status to their clients
+_STATUS_S = 0.5  # time to send the status of ended calls to their clients
 
 
 class RouterServer:

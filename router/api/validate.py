@@ -17,6 +17,7 @@ from core.errors import InvalidArgumentError, NotFoundError
 from router.request import TokenRequest, shown
 from router.text.codec import ChatTurn, ModelFacts
 
+# The limits that inference.proto documents.
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -41,7 +42,7 @@ class Range:
         return f"{'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
 
 
-# As inference.proto documents them.
+# The ranges that inference.proto documents.
 _FLOAT_RANGES = {
     "temperature": Range(0, 2),
     "top_p": Range(0, 1, low_open=True),

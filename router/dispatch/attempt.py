@@ -53,7 +53,7 @@ Emit = Callable[[TokenBatch], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """One attempt: what is asked of which workers."""
+    """One attempt: which workers do what."""
 
     transfer_key: worker_pb2.TransferKey
     token_ids: tuple[int, ...]  # the prompt, then the output of earlier attempts

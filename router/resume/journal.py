@@ -4,9 +4,9 @@ One write is in progress at a time. The next write carries everything that all r
 produced meanwhile (group commit). So a token waits for one or two round trips to the store, however
 many streams run, and the client never has a token that another router could not send again.
 
-A slow store does not hold up requests: a request goes on without waiting until the store has caught
-up. If the store fails, the request goes on too, but it can only be resumed up to the last token
-that was written.
+If a write takes longer than ``patience_s``, the request stops waiting for its writes until the
+store has caught up. If the store fails, the request continues too, but another router can only
+resume it up to the last token that was written.
 """
 
 from __future__ import annotations

@@ -113,9 +113,8 @@ class TextCodec:
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
-        self.model.check_fits(
-            len(encoding)
-        )  # before the slow step that makes Python ints, which needs the GIL
+        # Check before ``ids`` converts all of them into Python ints, which holds the GIL.
+        self.model.check_fits(len(encoding))
         return tuple(encoding.ids)
 
     async def _in_thread(self, chars: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:

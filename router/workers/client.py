@@ -16,7 +16,7 @@ READY = grpc.ChannelConnectivity.READY
 PrefillCall = grpc.aio.UnaryUnaryCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
 DecodeCall = grpc.aio.UnaryStreamCall[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 
-MAX_RECONNECT_BACKOFF_MS = 1000  # a worker that is back is used within about a second
+MAX_RECONNECT_BACKOFF_MS = 1000  # so a worker that is back is noticed within about a second
 
 
 class WorkerClient:
@@ -40,10 +40,8 @@ class WorkerClient:
                 ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
                 *channel_options(max_message_bytes, silence_s),
                 ("grpc.enable_http_proxy", 0),  # no worker is behind a proxy
-                (
-                    "grpc.use_local_subchannel_pool",
-                    1,
-                ),  # do not reuse a dead incarnation's connection
+                # A new incarnation gets a new connection.
+                ("grpc.use_local_subchannel_pool", 1),
             ),
         )
         self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)

@@ -166,7 +166,12 @@ class FakePermit:
 
 
 class GateHarness:
-    """An AdmissionGate whose requests are tasks. Each runs until its event is set."""
+    """An AdmissionGate with ``places`` permits and requests that are tasks.
+
+    Attributes:
+        error: raised instead of giving a permit.
+        order: names of the requests, as they began to run.
+    """
 
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
         self.gate = AdmissionGate(limits, asyncio.get_running_loop().time)
@@ -182,6 +187,7 @@ class GateHarness:
     def start(
         self, name: str, deadline_s: float = FAR_S
     ) -> tuple[asyncio.Task[None], asyncio.Event]:
+        """Start a request; return its task, and the event that ends it once it runs."""
         end = asyncio.Event()
 
         async def run() -> None:
@@ -193,6 +199,7 @@ class GateHarness:
 
 
 async def turns(count: int = 5) -> None:
+    """Let the event loop run ``count`` turns."""
     loop = asyncio.get_running_loop()
     for _ in range(count):
         turn = loop.create_future()
