@@ -31,9 +31,8 @@ from tests.support.virtual_time import elapse, run_virtually
 FREED_S = 0.1  # everything is free this long after the end
 PROMPT_TOKENS = 20
 MAX_TOKENS = CONTEXT_TOKENS - PROMPT_TOKENS
-FILLS_KV = (
-    KV_BLOCKS * 4 // CONTEXT_TOKENS
-)  # requests of this size that use all blocks of the decode worker
+# This many requests of this size use all blocks of the decode worker.
+FILLS_KV = KV_BLOCKS * 4 // CONTEXT_TOKENS
 DEADLINE_S = 3.0  # each phase begins long before it and ends after it
 LONG_MS = 60_000.0
 SEEDS = range(10)
