@@ -1,4 +1,4 @@
-"""The router: applications connect here; it owns text, admission, placement and retries.
+"""The router: applications connect to it. It owns text, admission, placement and retries.
 
-Nothing here may know Ray, or how a worker runs its engine.
+Nothing here may know about Ray, or how a worker runs its engine.
 """

@@ -1,4 +1,4 @@
-"""The values of one request that every part of the router shares."""
+"""The values of a request that all parts of the router share."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from baton.v1 import inference_pb2
 
 UNFINISHED = inference_pb2.FINISH_REASON_UNSPECIFIED
 
-_SHOWN_CHARS = 40  # keeps a message readable
+_SHOWN_CHARS = 40  # keeps error messages readable
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A request that is ready for the workers."""
+    """A request that was checked and tokenised, ready for the workers."""
 
     request_id: str
     prompt: tuple[int, ...]
-    # For workers: no stop strings (text is the router's), max_tokens set and fitting.
+    # What workers get: max_tokens is set and fits the context, and there are no stop strings,
+    # because only the router has text.
     sampling: inference_pb2.SamplingParams
     stops: tuple[str, ...]
 
@@ -32,7 +33,7 @@ class TokenBatch:
 
 
 def shown(value: object) -> str:
-    """A value that a client sent, short enough for an error message."""
+    """A value that a client sent, cut to a length that suits an error message."""
     if not isinstance(value, str):
         return str(value)
     short = value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "…"

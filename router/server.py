@@ -1,4 +1,4 @@
-"""The router's gRPC server: Inference, health and reflection, and what they stand on."""
+"""The router's gRPC server: builds the router's parts and serves inference, health, reflection."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ from router.api.servicer import InferenceServicer
 from router.dispatch.dispatcher import DispatchCounters, Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
 from router.placement.ledger import PlacementLedger
-from router.placement.policy import (
-    PlacementLimits,
-)
+from router.placement.policy import PlacementLimits
 from router.resume.journal import Journal, JournalSettings
 from router.text.codec import TextCodec, load_text_codec
 from router.workers.membership import WorkerList, Workers, WorkersSettings
@@ -38,16 +36,16 @@ logger = logging.getLogger(__name__)
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_STATUS_S = 0.5  # for calls that are sent away to tell their clients
+_STATUS_S = 0.5  # time to send the status of ended calls to their clients
 
 
 class RouterServer:
-    """Serves applications from ``start`` until ``stop``; owns all that it makes.
+    """Serves applications from ``start`` until ``stop``; owns every part that it creates.
 
     Args:
-        registry: read, never written; not closed here.
-        text: closed with the server. None: loaded from ``config.model`` at start.
-        journal: closed with the server. None: requests cannot be resumed.
+        registry: only read; the caller closes it.
+        text: the server closes it. If None, ``start`` loads it from ``config.model``.
+        journal: the server closes it. If None, requests cannot be resumed.
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class RouterServer:
         self._journal = Journal(journal, self._journal_settings()) if journal is not None else None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._health_set: set[asyncio.Task[None]] = set()
+        self._health_tasks: set[asyncio.Task[None]] = set()
         self._serving: bool | None = None
         self.workers: Workers | None = None
         self._dispatcher: Dispatcher | None = None
@@ -72,15 +70,15 @@ class RouterServer:
 
     @property
     def counters(self) -> DispatchCounters:
-        """What happened on the way to the workers, since the start."""
+        """What the dispatcher has counted since the start."""
         assert self._dispatcher is not None, "not started"
         return self._dispatcher.counters
 
     async def start(self) -> int:
-        """Listen and serve; returns the port.
+        """Start to serve and return the port.
 
         Raises:
-            ConfigError: the port is taken, or the model has no tokeniser.
+            ConfigError: the port cannot be used, or the model has no tokeniser.
         """
         text = self._text
         if text is None:
@@ -106,12 +104,12 @@ class RouterServer:
         admission = AdmissionGate(self._admission_limits(), clock)
         ledger.on_room = admission.wake
         self.handler = RequestHandler(
-            text,
-            self._dispatcher,
-            admission,
-            RequestBounds(router.default_deadline_s, router.client_stall_s),
-            clock,
-            self._journal,
+            text=text,
+            dispatcher=self._dispatcher,
+            admission=admission,
+            bounds=RequestBounds(router.default_deadline_s, router.client_stall_s),
+            clock=clock,
+            journal=self._journal,
         )
         servicer = self.servicer = InferenceServicer(self.handler, clock)
         if self._journal is not None:
@@ -128,7 +126,10 @@ class RouterServer:
         return port
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, give running ones ``grace_s``, send the rest away. Idempotent."""
+        """Refuse new requests, give running ones ``grace_s`` to end, and end the rest. Idempotent.
+
+        Clients of ended requests get ROUTER_DRAINING and resume at another router.
+        """
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             server, self._server = self._server, None
@@ -138,19 +139,19 @@ class RouterServer:
                     async with asyncio.timeout(grace_s):
                         await self.handler.drained()
                 self.handler.send_away()
-            # Calls that are still open were sent away or are no requests: health watches, or calls
-            # whose message never came. A second stop with less grace hastens the first.
+            # The calls that are still open were ended above, or they are not requests: health
+            # watches, and calls whose message never came. The second stop shortens the grace.
             await server.stop(_STATUS_S)
             await stopping
         if self.handler is not None:
-            await self.handler.drained()  # cancelled calls still end their work on workers
+            await self.handler.drained()  # cancelled calls still have to end their work on workers
         if self._dispatcher is not None:
             await self._dispatcher.close()
         if self._journal is not None:
             await self._journal.close()
         if self.workers is not None:
             await self.workers.stop()
-        await asyncio.gather(*self._health_set)
+        await asyncio.gather(*self._health_tasks)
         if self._text is not None:
             self._text.close()
 
@@ -174,8 +175,8 @@ class RouterServer:
             logger.debug("cannot listen on %s: %s", address, err)
         if port == 0:
             raise ConfigError(
-                f"router.port: cannot listen on port {router.port} of {host}: it is in use or not "
-                "ours to take; free it, or set router.port to another one (0: any)"
+                f"router.port: cannot listen on port {router.port} of {host}: it is in use, or "
+                "permission is missing; free it, or set router.port to another one (0: any)"
             )
         return port
 
@@ -188,11 +189,11 @@ class RouterServer:
         if serving is self._serving:
             return
         self._serving = serving
-        task = asyncio.create_task(self._tell_health(SERVING if serving else NOT_SERVING))
-        self._health_set.add(task)
-        task.add_done_callback(self._health_set.discard)
+        task = asyncio.create_task(self._publish_health(SERVING if serving else NOT_SERVING))
+        self._health_tasks.add(task)
+        task.add_done_callback(self._health_tasks.discard)
 
-    async def _tell_health(self, status: int) -> None:
+    async def _publish_health(self, status: int) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
 

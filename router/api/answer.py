@@ -16,9 +16,9 @@ class Answer:
     """Turns batches of tokens into responses, numbered from 0 without a gap.
 
     Args:
-        write: hands one response to the client's stream; waits while the client is slow, and
-            with it the whole way back to the decode worker waits.
-        first_sequence: responses before it are with the client already.
+        write: writes one response to the client's stream and waits while the client is slow.
+            This wait holds back the decode worker too.
+        first_sequence: the first response to write; the client has the earlier ones already.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Answer:
         self.next_sequence = 0
 
     async def emit(self, batch: TokenBatch) -> bool:
-        """Send what a batch adds. False when this was the last response."""
+        """Write the response for a batch, if it adds anything. Returns False after the last one."""
         piece = self._output.push(batch)
         last = piece.finish_reason != UNFINISHED
         if not (piece.token_ids or piece.text or last):
@@ -60,7 +60,7 @@ class Answer:
         return inference_pb2.Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self._output.completion_tokens,
-            # After a failover the tokens so far may have been found as well.
+            # After a failover, the cache may also have held output tokens of earlier attempts.
             cached_prompt_tokens=min(cached_tokens, prompt_tokens),
         )
 

@@ -1,4 +1,4 @@
-"""Serves one request from its message to its last response, whatever transport it came by.
+"""Serves one request from its message to its last response, over any transport.
 
     validate ▸ render and tokenise ▸ admit ▸ place ▸ dispatch ▸ journal ▸ text ▸ sink
 
@@ -153,7 +153,7 @@ class RequestHandler:
     async def resume(
         self, request: inference_pb2.ResumeRequest, deadline_s: float | None, sink: ResponseSink
     ) -> None:
-        """Serve the rest of a request whose stream broke; otherwise as ``generate``."""
+        """Serve the rest of a request whose stream broke. See ``generate`` for the arguments."""
         await self._serve(
             request.request_id, deadline_s, sink, lambda call: self._resume(request, call)
         )
@@ -173,7 +173,7 @@ class RequestHandler:
         sink: ResponseSink,
         work: Callable[[_Call], Awaitable[None]],
     ) -> None:
-        """Do the work by the deadline; every failure leaves as a BatonError with the id."""
+        """Do the work by the deadline. Every failure becomes a BatonError with the request's id."""
         try:
             check_request_id(request_id)
             with self._tracked(request_id):
@@ -188,7 +188,7 @@ class RequestHandler:
             error.request_id = request_id[:MAX_REQUEST_ID_CHARS]
             raise
         except Exception as defect:
-            # The log gets all of it, the caller nothing.
+            # The log gets the details. The client must not see them.
             shown_id = request_id[:MAX_REQUEST_ID_CHARS]
             logger.exception("request %s failed", shown_id)
             raise InternalError(
@@ -229,7 +229,7 @@ class RequestHandler:
         if self._journal is None:
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
-        # The request was admitted before, so it needs no more room than it had.
+        # A resumed request has been admitted before, so it does not wait for room on the workers.
         wanted = AdmissionRequest(self.admission.class_of(""), call.deadline_s)
         async with (
             self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()),
@@ -264,7 +264,7 @@ class RequestHandler:
 
     @contextlib.contextmanager
     def _tracked(self, request_id: str) -> Iterator[None]:
-        """Count the request as in flight. Bounds all requests here, also those being tokenised."""
+        """Count the request as in flight. This bounds all requests, even those being tokenised."""
         if request_id in self._in_flight:
             raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
         if len(self._in_flight) >= self.admission.max_requests:

@@ -33,10 +33,10 @@ class _CallSink:
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Hands each call to the handler; every error leaves as a typed one.
+    """Passes each call to the handler. Every error reaches the client with a typed detail.
 
     Args:
-        clock: the handler's.
+        clock: the handler's clock.
     """
 
     def __init__(self, handler: RequestHandler, clock: Callable[[], float]) -> None:

@@ -1,8 +1,8 @@
-"""Requests as they come in: checked once, then frozen. Pure.
+"""Checks a client's request once, and makes it ready for the workers. Pure.
 
-``check_request`` looks at everything that needs no tokeniser; ``with_prompt`` adds the token
-ids and fits the bounds to the model's context. Every error names the field, its value and
-what is allowed, and carries a stable reason.
+``check_request`` checks everything that needs no tokeniser. ``with_prompt`` then adds the token ids
+and fits ``max_tokens`` and ``min_tokens`` to the model's context. Every error names the field, its
+value and the allowed values, and carries a stable reason.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from core.errors import InvalidArgumentError, NotFoundError
 from router.request import TokenRequest, shown
 from router.text.codec import ChatTurn, ModelFacts
 
+# The limits that inference.proto documents.
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -41,7 +42,7 @@ class Range:
         return f"{'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
 
 
-# As documented in inference.proto.
+# The ranges that inference.proto documents.
 _FLOAT_RANGES = {
     "temperature": Range(0, 2),
     "top_p": Range(0, 1, low_open=True),
@@ -69,15 +70,15 @@ class PromptTokens:
 
 @dataclass(frozen=True, slots=True)
 class CheckedRequest:
-    """A request that is right in itself; its prompt's length is not known yet."""
+    """A request whose fields are valid. Its prompt's length in tokens is not known yet."""
 
     request_id: str
     prompt: PromptText | ChatTurns | PromptTokens
-    sampling: inference_pb2.SamplingParams  # as it came; not changed by anyone
+    sampling: inference_pb2.SamplingParams  # as the client sent it; nothing changes it
 
 
 def check_request_id(request_id: str) -> None:
-    """Raises InvalidArgumentError for an id that the client may not choose."""
+    """Raises InvalidArgumentError unless a client may use this id."""
     if not _REQUEST_ID.fullmatch(request_id):
         raise _invalid(
             "request_id",
@@ -90,11 +91,11 @@ def check_request_id(request_id: str) -> None:
 def check_request(
     request: inference_pb2.GenerateRequest, request_id: str, model: ModelFacts
 ) -> CheckedRequest:
-    """Check all that needs no tokeniser.
+    """Check everything that needs no tokeniser.
 
     Raises:
-        NotFoundError: another model is asked for.
-        InvalidArgumentError: with the reason of the first field that is wrong.
+        NotFoundError: the request names a model that this cluster does not serve.
+        InvalidArgumentError: a field is invalid; ``reason`` is that of the first one.
     """
     if request.model not in ("", model.served_name):
         raise NotFoundError(
@@ -108,21 +109,21 @@ def check_request(
 def with_prompt(
     checked: CheckedRequest, token_ids: Sequence[int], model: ModelFacts
 ) -> TokenRequest:
-    """Add the prompt's tokens and fit ``max_tokens`` and ``min_tokens`` to the context.
+    """Add the prompt's token ids and fit ``max_tokens`` and ``min_tokens`` to the context.
 
     Raises:
-        InvalidArgumentError: the prompt has no tokens, or no token fits after it.
+        InvalidArgumentError: the prompt has no tokens, or it leaves no room for an output token.
     """
     if not token_ids:
         raise InvalidArgumentError("the prompt has no tokens", reason="EMPTY_PROMPT")
     model.check_fits(len(token_ids))
-    room_tokens = model.max_model_len - len(token_ids)
+    left_tokens = model.max_model_len - len(token_ids)
     sampling = inference_pb2.SamplingParams()
     sampling.CopyFrom(checked.sampling)
     stops = tuple(sampling.stop)
     sampling.ClearField("stop")
-    wanted = sampling.max_tokens if sampling.HasField("max_tokens") else room_tokens
-    sampling.max_tokens = min(wanted, room_tokens)
+    wanted = sampling.max_tokens if sampling.HasField("max_tokens") else left_tokens
+    sampling.max_tokens = min(wanted, left_tokens)
     sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
     return TokenRequest(checked.request_id, tuple(token_ids), sampling, stops)
 
@@ -140,7 +141,7 @@ def _prompt(
     if kind == "token_ids":
         if not request.token_ids.ids:
             raise _empty("token_ids")
-        model.check_fits(len(request.token_ids.ids))  # before a million of them are looked at
+        model.check_fits(len(request.token_ids.ids))  # before checking what may be a million ids
         _check_token_ids("token_ids", request.token_ids.ids, model)
         return PromptTokens(tuple(request.token_ids.ids))
     raise InvalidArgumentError(

@@ -1,4 +1,4 @@
 """Runs a request on its workers: attempts, retries, the order of tokens.
 
-Nothing here may know text or the client's protocol.
+Nothing here may know about text or the client's protocol.
 """

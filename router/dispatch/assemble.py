@@ -52,10 +52,10 @@ class Assembler:
         If the decode worker recomputed it and was faster, this token is dropped.
 
         Raises:
-            ProtocolViolationError: nobody asked the prefill worker for a first token.
+            ProtocolViolationError: the prefill worker was not asked for a first token.
         """
         if not self._forwards_first_token or len(batch.token_ids) != 1:
-            raise ProtocolViolationError("no first token was asked of the prefill worker")
+            raise ProtocolViolationError("the prefill worker was not asked for a first token")
         if self._first_token_id is not None:
             return ()
         self._first_token_id = batch.token_ids[0]

@@ -53,7 +53,7 @@ Emit = Callable[[TokenBatch], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """One attempt: what is asked of which workers."""
+    """One attempt: which workers do what."""
 
     transfer_key: worker_pb2.TransferKey
     token_ids: tuple[int, ...]  # the prompt, then the output of earlier attempts
@@ -146,7 +146,7 @@ class Attempt:
         if worker is self._prefill and self._prefill_answer is not None:
             return  # it has answered; the decode worker notices if the transfer breaks
         if worker is self._decode and self._decode_held_back:
-            return  # its silence is ours: we read nothing
+            return  # it is silent because this router reads nothing from it
         silent_s = self._clock() - self._heard_s[worker.id]
         silent = silent_s >= self._plan.lost_after_s and self._events.empty()
         if silent and worker.id not in self._failed_ids:

@@ -1,7 +1,8 @@
 """Runs a request on the workers: attempts, failover, and the release of unused KV.
 
-Every attempt sends prompt + tokens so far, and where one ends and the other begins. So a first try,
-a retry and a failover are the same act. docs/failure.md says what is exact.
+Every attempt sends the prompt, the tokens so far, and where the one ends and the other begins. So a
+first try, a retry and a failover are the same operation. docs/failure.md says which results are
+exactly the same as without a failure.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Dispatcher:
             facts = replace(facts, excluded=retries.excluded(self._clock()))
             try:
                 permit = self._ledger.place(self._workers.snapshot, facts)
-                assert permit is not None, "these facts do not allow to wait"
+                assert permit is not None, "None is only for requests that may wait"
                 return permit
             except UnavailableError:
                 if retries.last is None:

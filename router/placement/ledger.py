@@ -1,4 +1,4 @@
-"""Keeps account of what this router has sent to each worker, and places requests by it."""
+"""Counts what this router has sent to each worker, and places requests by these counts."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class _Account:
     def __init__(self, report_snapshots: int) -> None:
         self.requests = 0
         self._tokens = 0
-        # (requests, tokens) at most, between each of the latest snapshots and the next; the last
+        # The most (requests, tokens) between each of the latest snapshots and the next. The last
         # pair covers the time since the latest snapshot.
         self._peaks = deque([(0, 0)], maxlen=report_snapshots + 1)
         self._done_tokens = 0.0
@@ -178,7 +178,7 @@ class _Account:
         self._peaks.append((self.requests, self._tokens))
 
     def load(self) -> OwnLoad:
-        # Without the last pair: no report contains yet what was sent since the snapshot.
+        # Leave out the last pair: no report contains what was sent since the latest snapshot.
         reported = list(self._peaks)[:-1]
         return OwnLoad(
             self.requests,

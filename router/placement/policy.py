@@ -22,7 +22,7 @@ LocalPrefill = Literal["never", "fallback", "always"]
 
 KV_SCARCE_FRACTION = 0.05  # a decode worker with fewer free blocks will soon preempt
 BUSY_REQUESTS = 2  # keep a prefill worker busy: one prompt is computed, the next is already there
-KV_STEPS = 10  # KV use is compared in tenths, so that small differences do not end the turns
+KV_STEPS = 10  # KV use is compared in tenths, so that workers take turns despite small differences
 # A worker whose lease ended in a pause is back after one renewal, within a second. A worker that is
 # starting takes longer, and the client will try again.
 RETRY_AFTER_S = 1.0
@@ -96,7 +96,7 @@ class Placement:
     """The workers of one attempt.
 
     ``decode`` is None if the request wants one token only. ``prefill`` is None if the decode worker
-    prefills. ``reason`` is one of the constants below.
+    prefills. ``reason`` is one of the constants above.
     """
 
     decode: WorkerRecord | None

@@ -1,11 +1,12 @@
-"""Writes what a request's application gets into the journal before the application gets it.
+"""Journals each batch of tokens before the client gets it, so that another router can resume.
 
-One write is on its way at a time and takes along all that came up meanwhile, of all requests
-(group commit). So a token waits for one or two answers of the store, however many streams run,
-and the client never has what another router could not give again.
+One write is in progress at a time. The next write carries everything that all requests have
+produced meanwhile (group commit). So a token waits for one or two round trips to the store, however
+many streams run, and the client never has a token that another router could not send again.
 
-A slow store holds nobody up: the request goes on, ahead of its journal until all is written. If the
-store is away it goes on as well, and cannot be resumed any more from beyond what was written.
+If a write takes longer than ``patience_s``, the request stops waiting for its writes until the
+store has caught up. If the store fails, the request continues too, but another router can only
+resume it up to the last token that was written.
 """
 
 from __future__ import annotations
@@ -36,51 +37,59 @@ NOT_RESUMABLE = "NOT_RESUMABLE"
 
 @dataclass(frozen=True, slots=True)
 class JournalSettings:
-    lease_s: float  # renewed at a third of it
-    patience_s: float  # for one write
+    lease_s: float  # of the store; the journal renews leases at a third of it
+    patience_s: float  # how long a batch waits for its write
 
 
 class Entry:
-    """One request's place in the journal, while this router serves it."""
+    """The journal's entry for one request, while this router serves the request.
+
+    Attributes:
+        writer: unique for each time that a router serves a request.
+        abandoned: the store failed or lost the entry, so nothing more is written to it.
+        refusal: why the request must end at this router; None if it may go on.
+        batches: how many batches were written or are being written.
+    """
 
     def __init__(self, journal: Journal, request_id: str) -> None:
         self.request_id = request_id
         self.writer = uuid.uuid4().hex
-        self.lost = False  # it is not written any more
-        self.refusal: BatonError | None = None  # why the request must end here
+        self.abandoned = False
+        self.refusal: BatonError | None = None
+        self.batches = 0
         self._journal = journal
-        self._newest: asyncio.Future[None] | None = None  # write that nobody waits for any more
-        self.batches = 0  # written, or on their way
+        self._latest_write: asyncio.Future[None] | None = None
 
     @property
-    def behind(self) -> bool:
-        """Whether the stream goes on ahead of its journal, for the store is slow."""
-        return self._newest is not None and not self._newest.done()
+    def lagging(self) -> bool:
+        """Whether the client has batches that the slow store has not written yet."""
+        return self._latest_write is not None and not self._latest_write.done()
 
     async def add(self, batch: TokenBatch) -> None:
-        """Return when the batch is written, or cannot be for now.
+        """Write a batch; return when it is written, or when the store is slow or has failed.
 
         Raises:
-            AlreadyExistsError, CancelledError: another router serves the request.
+            AlreadyExistsError: another router already served the request when it came here.
+            CancelledError: another router has resumed the request.
         """
-        if not self.lost:
+        if not self.abandoned:
             change = Change(
                 self.request_id, self.writer, batches={self.batches: _encode_batch(batch)}
             )
             self.batches += 1
-            written = self._journal.put(self, change)
-            if not self.behind:
+            written = self._journal.enqueue(self, change)
+            if not self.lagging:
                 await asyncio.wait([written], timeout=self._journal.patience_s)
-            self._newest = written
+            self._latest_write = written
         if self.refusal is not None:
             raise self.refusal
 
 
 class Journal:
-    """Belongs to one event loop; ``start`` and ``close`` it.
+    """Writes the entries of all requests of one router. Belongs to one event loop.
 
     Args:
-        store: closed with this.
+        store: ``close`` closes it.
     """
 
     def __init__(self, store: JournalStore, settings: JournalSettings) -> None:
@@ -90,13 +99,14 @@ class Journal:
         self._pending: list[tuple[Entry, Change, asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
-        self._away = False
+        self._store_failed = False
 
     def start(self) -> None:
-        self._writer = asyncio.create_task(self._write(), name="journal")
+        """Start to write in the background."""
+        self._writer = asyncio.create_task(self._write_all(), name="journal")
 
     async def close(self) -> None:
-        """Write what is pending, and disconnect. Idempotent."""
+        """Write the pending changes and disconnect. Idempotent."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             self._wake.set()
@@ -105,107 +115,116 @@ class Journal:
 
     @asynccontextmanager
     async def begin(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[Entry]:
-        """An entry for a new request, which holds all that is needed to run it, for the block."""
+        """Keep an entry for a new request during the block.
+
+        Args:
+            request: everything that another router needs to run it.
+        """
         entry = Entry(self, request.request_id)
         change = Change(entry.request_id, entry.writer, request=request.SerializeToString())
-        self.put(entry, change)  # its answer comes with that of the first batch
-        async with self._serving(entry):
+        self.enqueue(entry, change)  # the first batch waits for this write too
+        async with self._leased(entry):
             yield entry
 
     @asynccontextmanager
     async def resume(
         self, request_id: str
     ) -> AsyncIterator[tuple[Entry, inference_pb2.GenerateRequest, list[TokenBatch]]]:
-        """Take over an entry for the block.
+        """Take over an entry during the block; also returns its request and batches.
 
         Raises:
-            AlreadyExistsError: a router serves the request; with a retry hint.
-            NotFoundError: there is no such entry.
+            AlreadyExistsError: a router serves the request now; the error has a retry hint.
+            NotFoundError: the store has no such entry.
             UnavailableError: the store does not answer.
         """
         entry = Entry(self, request_id)
         stored = await self._store.take(request_id, entry.writer)
         if stored is Written.TAKEN:
-            raise _busy(request_id, self._settings.lease_s)
+            raise _in_flight_error(request_id, self._settings.lease_s)
         if not isinstance(stored, Stored):
             raise NotFoundError(
-                f"nothing is known of the request {request_id!r} that could be resumed",
+                f"the request {request_id!r} is not in the journal, so it cannot be resumed",
                 reason=NOT_RESUMABLE,
             )
         entry.batches = len(stored.batches)
         request = inference_pb2.GenerateRequest.FromString(stored.request)
-        async with self._serving(entry):
+        async with self._leased(entry):
             yield entry, request, [_decode_batch(batch) for batch in stored.batches]
 
     @property
     def patience_s(self) -> float:
-        """How long a batch waits to be written."""
+        """How long a batch waits for its write."""
         return self._settings.patience_s
 
-    def put(self, entry: Entry, change: Change) -> asyncio.Future[None]:
-        """Have the change written after all that was put before; done when it is answered."""
+    def enqueue(self, entry: Entry, change: Change) -> asyncio.Future[None]:
+        """Write a change after all earlier ones.
+
+        The future is done when the store has answered or failed.
+        """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.append((entry, change, done))
         self._wake.set()
         return done
 
     @asynccontextmanager
-    async def _serving(self, entry: Entry) -> AsyncIterator[None]:
+    async def _leased(self, entry: Entry) -> AsyncIterator[None]:
+        """Renew the entry's lease during the block, then give the lease up."""
         self._entries.add(entry)
         try:
             yield
         finally:
             self._entries.discard(entry)
-            if not entry.lost and entry.refusal is None:
-                self.put(entry, Change(entry.request_id, entry.writer, ends=True))
+            if not entry.abandoned and entry.refusal is None:
+                self.enqueue(entry, Change(entry.request_id, entry.writer, ends=True))
 
-    async def _write(self) -> None:
+    async def _write_all(self) -> None:
         while self._writer is not None or self._pending:
             try:
                 async with asyncio.timeout(self._settings.lease_s / 3):
                     await self._wake.wait()
             except TimeoutError:
                 for entry in self._entries:
-                    if not entry.lost:  # else the id's entry may be an older request's
-                        self.put(entry, Change(entry.request_id, entry.writer))
+                    # The store may hold an older request's entry under an abandoned entry's id.
+                    if not entry.abandoned:
+                        self.enqueue(entry, Change(entry.request_id, entry.writer))
             self._wake.clear()
             pending, self._pending = self._pending, []
             if pending:
-                await self._write_all(pending)
+                await self._write_group(pending)
 
-    async def _write_all(
+    async def _write_group(
         self, pending: Sequence[tuple[Entry, Change, asyncio.Future[None]]]
     ) -> None:
         try:
             answers = await self._store.write([change for _, change, _ in pending])
         except UnavailableError as error:
-            if not self._away:
-                logger.warning("no journal, requests go on without: %s", error.message)
-            self._away = True
+            if not self._store_failed:
+                logger.warning("journal failed; requests go on without it: %s", error.message)
+            self._store_failed = True
             for entry, _, _ in pending:
-                entry.lost = True
+                entry.abandoned = True
         else:
-            if self._away:
-                logger.warning("the journal is back")
-            self._away = False
+            if self._store_failed:
+                logger.warning("journal works again")
+            self._store_failed = False
             for (entry, change, _), answer in zip(pending, answers, strict=True):
-                self._note(entry, change, answer)
+                self._handle(entry, change, answer)
         for *_, done in pending:
             done.set_result(None)
 
-    def _note(self, entry: Entry, change: Change, answer: Written) -> None:
+    def _handle(self, entry: Entry, change: Change, answer: Written) -> None:
         if answer is Written.GONE:
-            entry.lost = True
+            entry.abandoned = True
         elif answer is Written.TAKEN:
             if change.request is not None:
-                entry.refusal = _busy(entry.request_id, self._settings.lease_s)
+                entry.refusal = _in_flight_error(entry.request_id, self._settings.lease_s)
             elif entry.refusal is None:
                 entry.refusal = CancelledError(
                     f"the request {entry.request_id!r} was resumed at another router"
                 )
 
 
-def _busy(request_id: str, lease_s: float) -> AlreadyExistsError:
+def _in_flight_error(request_id: str, lease_s: float) -> AlreadyExistsError:
     return AlreadyExistsError(
         f"the request {request_id!r} is being served",
         reason=REQUEST_IN_FLIGHT,

@@ -1,4 +1,4 @@
-"""Text to tokens and back: chat template, tokeniser, detokeniser, stop strings.
+"""Turns text into tokens and back: chat template, tokeniser, detokeniser, stop strings.
 
-Nothing here may know workers.
+Nothing here may know about workers.
 """

@@ -1,9 +1,9 @@
-"""The text side of the router: chat template and tokeniser, beside the event loop.
+"""Chat template and tokeniser, run in threads beside the event loop.
 
-Each request is tokenised once, in a thread, without the GIL, so a long prompt does not hold up
-the streams of others; and very long ones wait for each other, not short ones for them. The number
-of threads is bounded by configuration, the number of waiting requests by the router's own bound
-on requests in flight.
+Each request is tokenised once, in a thread and without the GIL, so a long prompt does not hold up
+other requests' streams. Very long prompts have a thread of their own, so short ones never wait for
+them. The configuration bounds the number of threads; the router's bound on requests in flight
+bounds the number of prompts that wait.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import tokenizers
 from core.errors import ConfigError, InvalidArgumentError
 from router.text.detokenizer import TokenDecoder
 
-LONG_CHARS = 65_536  # take some 50 ms; the largest message, 4 MB of text, takes 3 s
+# A prompt of this length takes about 50 ms. The largest message, 4 MB of text, takes 3 s.
+LONG_CHARS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the router must know of the model that the workers serve."""
+    """What the router must know about the model that the workers serve."""
 
     served_name: str
     max_model_len: int  # prompt and output together, tokens
     vocab_size: int
 
     def check_fits(self, prompt_tokens: int) -> None:
-        """Raises InvalidArgumentError unless one token of output has room after the prompt."""
+        """Raises InvalidArgumentError if the prompt leaves no room for an output token."""
         if prompt_tokens >= self.max_model_len:
             raise InvalidArgumentError(
                 f"the prompt has {prompt_tokens} tokens; at most {self.max_model_len - 1} fit into "
@@ -54,9 +55,10 @@ class TextCodec:
     """Text to token ids, for one model. Owns its threads: call ``close``.
 
     Args:
-        render_chat: turns to the prompt's text, special tokens included; raises
-            ``InvalidArgumentError`` for turns that the template refuses.
-        threads: prompts tokenised at a time; one more takes those over ``LONG_CHARS``.
+        render_chat: turns chat turns into the prompt's text, with its special tokens. Raises
+            ``InvalidArgumentError`` if the template refuses the turns.
+        threads: how many prompts are tokenised at a time. One more thread tokenises prompts of
+            over ``LONG_CHARS`` characters.
     """
 
     def __init__(
@@ -75,43 +77,44 @@ class TextCodec:
 
     @property
     def decoder(self) -> TokenDecoder:
-        """Decodes output tokens; cheap enough for the event loop (microseconds a token)."""
+        """Decodes output tokens. It takes microseconds a token, so the event loop may call it."""
         return self._tokenizer
 
     async def encode_prompt(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of ``prompt``, with the model's own rule for a BOS token.
+        """The token ids of ``prompt``, with a BOS token if the model's tokeniser adds one.
 
         Raises:
-            InvalidArgumentError: they do not fit into the model's context.
+            InvalidArgumentError: the tokens do not fit into the model's context.
         """
         return await self._in_thread(
             len(prompt), lambda: self._encode(prompt, add_special_tokens=True)
         )
 
     async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
-        """Token ids of the rendered chat, ready for the assistant's turn.
+        """The token ids of the rendered chat, up to where the assistant's turn begins.
 
         Raises:
-            InvalidArgumentError: the model's template refuses these turns, or their tokens do not
-                fit into the model's context.
+            InvalidArgumentError: the model's template refuses the turns, or the tokens do not fit
+                into the model's context.
         """
-        # The template writes the special tokens itself.
+        # Special tokens are not added, because the template writes them.
         return await self._in_thread(
             sum(len(turn.content) for turn in turns),
             lambda: self._encode(self._render_chat(turns), add_special_tokens=False),
         )
 
     def close(self) -> None:
-        """End the threads; prompts that wait are dropped."""
+        """End the threads. Prompts that still wait are dropped."""
         for pool in (self._short, self._long):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        # A batch of one, for ``encode`` keeps the GIL (tokenizers 0.23).
+        # A batch of one, because ``encode`` keeps the GIL (tokenizers 0.23).
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
-        self.model.check_fits(len(encoding))  # before the ids become objects, with the GIL
+        # Check before ``ids`` converts all of them into Python ints, which holds the GIL.
+        self.model.check_fits(len(encoding))
         return tuple(encoding.ids)
 
     async def _in_thread(self, chars: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
@@ -127,19 +130,19 @@ def load_text_codec(
     trust_remote_code: bool = False,
     threads: int = 1,
 ) -> TextCodec:
-    """Load a model's tokeniser and chat template; takes seconds, so call it in a thread.
+    """Load a model's tokeniser and chat template. Takes seconds, so call it in a thread.
 
     Args:
         path: the model's folder or hub name.
-        max_model_len: tokens; ``None`` takes the model's own context.
+        max_model_len: tokens; None takes the model's own context length.
 
     Raises:
-        ConfigError: no fast tokeniser, or no context length to be found.
+        ConfigError: the model has no fast tokeniser, or its context length is unknown.
     """
-    from transformers import AutoConfig, AutoTokenizer  # seconds of import
+    from transformers import AutoConfig, AutoTokenizer  # this import takes seconds
 
     name = str(path)
-    # Our threads are enough: its own would share the texts of one batch, and ours have one text.
+    # The tokeniser's own threads would divide a batch among them, but each batch here is one text.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -149,12 +152,12 @@ def load_text_codec(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise ConfigError(f"model.path: {name} has no fast tokeniser (tokenizer.json)")
-    backend.no_truncation()  # a file may carry both, from its training
+    backend.no_truncation()  # the file may have both switched on, from training
     backend.no_padding()
     text_config = config.get_text_config()
     context_tokens = max_model_len or getattr(text_config, "max_position_embeddings", None)
     if context_tokens is None:
-        raise ConfigError(f"model.max_model_len: {name} does not say its context; set it")
+        raise ConfigError(f"model.max_model_len: {name} does not state its context length; set it")
     facts = ModelFacts(served_name, int(context_tokens), int(text_config.vocab_size))
     return TextCodec(facts, backend, _template_of(tokenizer), threads=threads)
 
@@ -176,7 +179,7 @@ def _template_of(tokenizer: object) -> ChatRenderer:
         try:
             return str(apply_template(messages, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError) as err:
-            # Not only the template's own: of several named ones, none may be the default.
+            # transformers also raises ValueError if it has named templates and no default one.
             raise InvalidArgumentError(
                 f"chat: the model's template refuses these messages: {err}",
                 reason="INVALID_CHAT",

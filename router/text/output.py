@@ -1,4 +1,4 @@
-"""From a request's tokens to what the application gets: text, stop strings, the end."""
+"""Turns a request's output tokens into text, and ends the text at a stop string."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOP = inference_pb2.FINISH_REASON_STOP
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one batch of tokens adds to the answer."""
+    """What one batch of tokens adds to the output."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -23,10 +23,10 @@ class Piece:
 
 
 class TextOutput:
-    """The text of one request, over all its attempts.
+    """The output text of one request, over all its attempts.
 
     Args:
-        min_tokens: stop strings that begin within the first so many tokens don't count.
+        min_tokens: stop strings that begin within this many first tokens are ignored.
     """
 
     def __init__(self, decoder: TokenDecoder, stops: tuple[str, ...], min_tokens: int) -> None:
@@ -36,11 +36,11 @@ class TextOutput:
         self.completion_tokens = 0
 
     def push(self, batch: TokenBatch) -> Piece:
-        """Add tokens; the piece has a finish reason if the request ends with it.
+        """Add tokens and return what they add. A piece with a finish reason is the last one.
 
-        Tokens after the one that completes a stop string are cut off.
+        Tokens after the one that completes a stop string are dropped.
         """
-        # An end token has an id and no text: workers report STOP for nothing else.
+        # Workers report STOP only for an end token, which has an id but no text.
         end_tokens = 1 if batch.finish_reason == STOP and batch.token_ids else 0
         text_tokens = len(batch.token_ids) - end_tokens
         text = ""

@@ -1,4 +1,4 @@
-"""Stop strings in a stream of text, across any boundaries of its pieces."""
+"""Finds stop strings in a stream of text, also across the boundaries of its pieces."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Cuts a text at the stop string that is complete first.
+    """Cuts a text before the stop string that is complete first.
 
-    Text that may be the beginning of a stop string is held back. Which stop string wins
-    depends on the whole text alone, not on how it was cut into pieces: the one whose end
-    comes first, and of those the longest.
+    Text that may be the beginning of a stop string is held back. The stop string whose end comes
+    first wins, and of several the longest. So the result depends on the whole text only, not on how
+    it was split into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -23,7 +23,10 @@ class StopMatcher:
         self.matched = False
 
     def push(self, text: str) -> str:
-        """Add text; returns what no stop string can begin in. ``matched`` may be set."""
+        """Add text and return the part that cannot belong to a stop string.
+
+        Sets ``matched`` if a stop string is complete.
+        """
         if self.matched:
             return ""
         text = self._held + text
@@ -38,12 +41,12 @@ class StopMatcher:
         return text[:cut]
 
     def flush(self) -> str:
-        """The text held back; nothing more will come."""
+        """Return the text held back. Call it after the last piece."""
         held, self._held = self._held, ""
         return held
 
     def _match(self, text: str) -> int | None:
-        """Where the winning stop string begins."""
+        """The index at which the winning stop string begins; None without one."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = text.find(stop)
@@ -52,7 +55,7 @@ class StopMatcher:
         return None if best is None else best[1]
 
     def _held_chars(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string begins with."""
+        """The length of the longest suffix of ``text`` that is a prefix of a stop string."""
         for start in range(max(0, len(text) - self._max_held_chars), len(text)):
             if text[start] in self._first_chars:
                 end = text[start:]

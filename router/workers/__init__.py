@@ -1,4 +1,4 @@
-"""The workers that live now, as the registry lists them, and a channel to each.
+"""The live workers, as the registry lists them, and a channel to each.
 
-Nothing here may choose between them.
+Nothing here may choose between workers.
 """

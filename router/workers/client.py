@@ -1,4 +1,4 @@
-"""Typed calls to one worker process, over one channel."""
+"""Typed calls to one worker process over one channel."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ READY = grpc.ChannelConnectivity.READY
 PrefillCall = grpc.aio.UnaryUnaryCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
 DecodeCall = grpc.aio.UnaryStreamCall[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 
-MAX_RECONNECT_BACKOFF_MS = 1000
+MAX_RECONNECT_BACKOFF_MS = 1000  # so a worker that is back is noticed within about a second
 
 
 class WorkerClient:
-    """Owns the channel to ``address`` ("host:port"), which connects when it is used.
+    """Owns the channel to ``address`` ("host:port"). The channel connects when it is first used.
 
     Args:
-        connect_timeout_s: a connection that takes longer counts as refused.
-        silence_s: a connection without a sign of life for so long counts as broken.
+        connect_timeout_s: a connection attempt that takes longer counts as refused.
+        silence_s: a connection without a sign of life for this long counts as broken.
     """
 
     def __init__(
@@ -34,23 +34,24 @@ class WorkerClient:
         self._channel = grpc.aio.insecure_channel(
             address,
             options=(
-                # gRPC core gives a connection attempt this long, although the name says less.
+                # In spite of its name, this is also gRPC core's limit for one connection attempt.
                 ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
                 ("grpc.initial_reconnect_backoff_ms", min(100, connect_timeout_ms)),
                 ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
                 *channel_options(max_message_bytes, silence_s),
-                ("grpc.enable_http_proxy", 0),  # workers are never behind one
-                ("grpc.use_local_subchannel_pool", 1),  # a new incarnation, a new connection
+                ("grpc.enable_http_proxy", 0),  # no worker is behind a proxy
+                # A new incarnation gets a new connection.
+                ("grpc.use_local_subchannel_pool", 1),
             ),
         )
         self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
 
     async def connected(self) -> bool:
-        """Connect, if that is not done; False: the worker cannot be reached now.
+        """Connect unless connected. Returns False if the worker cannot be reached now.
 
-        Takes ``connect_timeout_s`` at most. A call that fails does not say whether the worker got
-        it, so a call is begun only where this is true.
+        Takes at most ``connect_timeout_s``. Begin a call only if this returns True: a failed call
+        does not tell whether the worker got it.
         """
         while (state := self._channel.get_state(try_to_connect=True)) in (IDLE, CONNECTING):
             await self._channel.wait_for_state_change(state)
@@ -63,7 +64,11 @@ class WorkerClient:
         return cast(DecodeCall, self._decode.Decode(request, timeout=timeout_s))
 
     async def release(self, key: worker_pb2.TransferKey, timeout_s: float) -> None:
-        """Raises grpc.aio.AioRpcError."""
+        """Tell a prefill worker to drop the KV of one attempt.
+
+        Raises:
+            grpc.aio.AioRpcError: the call failed.
+        """
         await self._prefill.Release(worker_pb2.ReleaseRequest(key=key), timeout=timeout_s)
 
     async def close(self) -> None:

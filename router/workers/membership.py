@@ -1,4 +1,4 @@
-"""The workers that live now: snapshots of the registry, and one channel to each process."""
+"""The live workers: snapshots of the registry, and one channel to each worker process."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ class WorkerList(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkersSettings:
-    poll_s: float  # between two looks at the registry
-    poll_timeout_s: float  # a look that takes longer has failed
-    lost_after_s: float  # one lease: who is gone from the registry so long may be called lost
+    poll_s: float  # between two reads of the registry
+    poll_timeout_s: float  # a read that takes longer counts as failed
+    lost_after_s: float  # one lease; a worker missing from the registry this long may be lost
     connect_timeout_s: float
     max_message_bytes: int
-    connection_silence_s: float  # until a connection counts as broken
+    connection_silence_s: float  # a connection silent for this long counts as broken
 
 
 @dataclass(slots=True)
 class _Connection:
     client: WorkerClient
     users: int = 0
-    # Asked when the worker's lease has been away for lost_after_s.
+    # Called while the worker has been missing for lost_after_s or longer.
     watchers: set[Callable[[], None]] = field(default_factory=set)
 
 
 class Workers:
-    """Reads the registry again and again, and owns the channels to the workers in it.
+    """Polls the registry, and owns the channels to the workers in it.
 
-    If the registry fails, the last snapshot stays. A store that was restarted knows nobody until
-    each worker has renewed its lease, so who is missing then stays for one lease. A channel is
-    closed when its worker has left the registry and nobody uses it any more.
+    If the registry fails, the last snapshot stays. A restarted store knows no worker until the
+    worker renews its lease, so after a restart missing workers stay in the snapshot for one lease.
+    A channel is closed when its worker has left the registry and nothing uses the channel.
 
     Args:
         clock: monotonic time, seconds.
-        on_snapshot: called after each successful look.
-        connect: makes the client of one worker process.
+        on_snapshot: called after each successful read.
+        connect: creates the client for one worker process.
     """
 
     def __init__(
@@ -68,12 +68,13 @@ class Workers:
         self._connections: dict[WorkerKey, _Connection] = {}
         self._missing_since_s: dict[WorkerKey, float] = {}
         self._registry_failed = False
-        self._refilling_since_s: float | None = None  # the registry may have been restarted
+        self._refilling_since_s: float | None = None  # since a possible restart of the store
         self._poller: asyncio.Task[None] | None = None
         self.snapshot: tuple[WorkerRecord, ...] = ()
 
     @property
     def lost_after_s(self) -> float:
+        """How long a worker is missing from the registry before it may be lost."""
         return self._settings.lost_after_s
 
     @property
@@ -81,12 +82,12 @@ class Workers:
         return len(self._connections)
 
     async def start(self) -> None:
-        """Look once, then go on looking in the background."""
+        """Read the registry once, then poll it in the background."""
         await self.refresh()
         self._poller = asyncio.create_task(self._poll(), name="registry poll")
 
     async def stop(self) -> None:
-        """Stop looking and close all channels. Idempotent."""
+        """Stop polling and close all channels. Idempotent."""
         if self._poller is not None:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
@@ -96,18 +97,18 @@ class Workers:
             await connection.client.close()
 
     async def refresh(self) -> None:
-        """Look at the registry once. A failure is logged and changes nothing."""
+        """Read the registry once. A failure is logged and leaves the snapshot as it is."""
         try:
             async with asyncio.timeout(self._settings.poll_timeout_s):
                 present = await self._registry.list()
-        except Exception as err:  # noqa: BLE001 - whatever store it is, routing goes on
+        except Exception as err:  # noqa: BLE001 - routing goes on, whichever error the store raises
             if not self._registry_failed:
-                logger.warning("registry away, routing from the last snapshot: %r", err)
+                logger.warning("registry failed; routing uses the last snapshot: %r", err)
             self._registry_failed = True
-            self._missing_since_s.clear()  # nobody is missing while nobody can be seen
+            self._missing_since_s.clear()  # unknown while the registry cannot be read
             return
         if self._registry_failed:
-            logger.warning("registry is back")
+            logger.warning("registry works again")
         returning = self._returning(present)
         self._registry_failed = False
         self.snapshot = (*present, *returning)
@@ -120,10 +121,11 @@ class Workers:
     async def connection(
         self, record: WorkerRecord, on_lost: Callable[[], None]
     ) -> AsyncIterator[WorkerClient]:
-        """Use the channel to a worker for the block.
+        """Use the channel to a worker during the block.
 
-        ``on_lost`` is called at every look while the worker's lease has been away for
-        ``lost_after_s``: it may be hung, or only unable to reach the registry.
+        ``on_lost`` is called at every read of the registry while the worker has been missing from
+        it for ``lost_after_s`` or longer. The worker may hang, or it may only have lost the
+        registry.
         """
         key = record.key
         connection = self._connections.get(key)
@@ -146,7 +148,7 @@ class Workers:
         )
 
     def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:
-        """Workers of the last snapshot that a restarted registry need not know yet."""
+        """Workers of the last snapshot that a restarted store may not know yet."""
         keys = frozenset(record.key for record in present)
         missing = tuple(record for record in self.snapshot if record.key not in keys)
         now_s = self._clock()

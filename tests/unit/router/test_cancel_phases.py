@@ -1,7 +1,7 @@
-"""A request that ends early, in whatever phase it is, leaves the cluster as if it had never been.
+"""A request that ends early, in any phase, leaves nothing behind in the cluster.
 
-In virtual time, so "within 100 ms" is exact; the fake engine has no step that would have to end
-first. With real engines: tests/integration/test_cancel_engines.py.
+These tests run in virtual time, so the bound of 100 ms is exact: the fake engine has no running
+step that must end first. tests/integration/test_cancel_engines.py tests real engines.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from tests.support.simulated_cluster import (
 )
 from tests.support.virtual_time import elapse, run_virtually
 
-FREED_S = 0.1
+FREED_S = 0.1  # everything is free this long after the end
 PROMPT_TOKENS = 20
 MAX_TOKENS = CONTEXT_TOKENS - PROMPT_TOKENS
-FILLS_KV = KV_BLOCKS * 4 // CONTEXT_TOKENS  # requests of that size that take all of D's blocks
-PATIENCE_S = 3.0  # each phase is reached long before, and lasts longer
+# This many requests of this size use all blocks of the decode worker.
+FILLS_KV = KV_BLOCKS * 4 // CONTEXT_TOKENS
+DEADLINE_S = 3.0  # each phase begins long before it and ends after it
 LONG_MS = 60_000.0
 SEEDS = range(10)
 
@@ -40,12 +41,12 @@ QUICK = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=1.0, transfer_ms=0.
 SLOW_PREFILL = FakeLatency(prefill_ms_per_token=LONG_MS / PROMPT_TOKENS, decode_step_ms=1.0)
 SLOW_DECODE = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=LONG_MS, transfer_ms=0.0)
 STEADY_DECODE = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=200.0, transfer_ms=0.0)
-HOLDS_KV = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=1.0, transfer_ms=LONG_MS)
+SLOW_TRANSFER = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=1.0, transfer_ms=LONG_MS)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One prefill and one decode worker, and the request that will end early."""
+    """One prefill worker, one decode worker, and the request that will end early."""
 
     cluster: SimCluster
     client: SimClient
@@ -55,8 +56,8 @@ class Scene:
         (worker,) = (each for each in self.cluster.workers.values() if each.pool is pool)
         return worker
 
-    def asks(self, pool: Pool) -> int:
-        """How often the request came to the worker."""
+    def calls(self, pool: Pool) -> int:
+        """How many calls for the request the worker got."""
         mine = f"{self.client.request.request_id}~"
         return sum(key.startswith(mine) for key in self.worker(pool).asked)
 
@@ -69,8 +70,12 @@ class Scene:
 class Phase:
     """A cluster in which a request stays in one phase.
 
-    ``others`` came before it, and stand still as well; at another router, of which its own has
-    heard nothing yet, if that would let it wait else.
+    Attributes:
+        reached: whether the request is in the phase.
+        others: how many requests came before it and stay in a phase too.
+        loses_decode: the decode worker is killed while the request decodes.
+        another_router: the others run at another router, whose load this router does not know yet.
+            Otherwise this router would let the request wait.
     """
 
     name: str
@@ -85,18 +90,18 @@ class Phase:
 
 
 def in_router_queue(scene: Scene) -> bool:
-    """The other one has the only place; this one has got no further for half a second."""
+    """Another request runs, only one may, and this one has not been sent for half a second."""
     waited_s = scene.cluster.clock() - scene.began_s
-    return waited_s > 0.5 and not scene.asks(Pool.PREFILL) and not scene.asks(Pool.DECODE)
+    return waited_s > 0.5 and not scene.calls(Pool.PREFILL) and not scene.calls(Pool.DECODE)
 
 
-def awaits_blocks(scene: Scene) -> bool:
+def waits_for_blocks(scene: Scene) -> bool:
     load = scene.worker(Pool.DECODE).engine.load()
     return bool(load.queue_depth == 1 and load.kv_blocks_free == 0 and scene.client.responses)
 
 
-def awaits_prefill(scene: Scene) -> bool:
-    """Both have blocks for it, and the prefill worker computes another prompt."""
+def waits_for_prefill(scene: Scene) -> bool:
+    """Both workers have reserved blocks, and the prefill worker computes another prompt."""
     return scene.running(Pool.PREFILL) == scene.running(Pool.DECODE) == 2
 
 
@@ -106,8 +111,8 @@ def prefilling(scene: Scene) -> bool:
 
 def transferring(scene: Scene) -> bool:
     load = scene.worker(Pool.PREFILL).engine.load()
-    holds = load.running == 0 and load.kv_blocks_free < load.kv_blocks_total
-    return holds and scene.running(Pool.DECODE) == 1 and len(scene.client.responses) == 1
+    unsent = load.running == 0 and load.kv_blocks_free < load.kv_blocks_total
+    return unsent and scene.running(Pool.DECODE) == 1 and len(scene.client.responses) == 1
 
 
 def decoding(scene: Scene) -> bool:
@@ -116,21 +121,47 @@ def decoding(scene: Scene) -> bool:
     return sent and scene.running(Pool.DECODE) == 1 and len(scene.client.responses) > 1
 
 
-def awaits_another_worker(scene: Scene) -> bool:
+def waits_for_another_worker(scene: Scene) -> bool:
     decode = scene.worker(Pool.DECODE)
     return not decode.alive and not decode.calls and not scene.worker(Pool.PREFILL).calls
 
 
 PHASES = [
-    Phase("queued in the router", in_router_queue, decode=SLOW_DECODE, others=1, max_concurrent=1),
     Phase(
-        "queued on D", awaits_blocks, HOLDS_KV, SLOW_DECODE, others=FILLS_KV, another_router=True
+        name="queued in the router",
+        reached=in_router_queue,
+        decode=SLOW_DECODE,
+        others=1,
+        max_concurrent=1,
     ),
-    Phase("reserved on D", awaits_prefill, SLOW_PREFILL, others=1),
-    Phase("prefilling", prefilling, SLOW_PREFILL),
-    Phase("transferring", transferring, HOLDS_KV, transfer_s=LONG_MS / 1000),
-    Phase("decoding", decoding, decode=STEADY_DECODE),
-    Phase("waiting for another D", awaits_another_worker, decode=STEADY_DECODE, loses_decode=True),
+    Phase(
+        name="queued on the decode worker",
+        reached=waits_for_blocks,
+        prefill=SLOW_TRANSFER,
+        decode=SLOW_DECODE,
+        others=FILLS_KV,
+        another_router=True,
+    ),
+    Phase(
+        name="reserved on the decode worker",
+        reached=waits_for_prefill,
+        prefill=SLOW_PREFILL,
+        others=1,
+    ),
+    Phase(name="prefilling", reached=prefilling, prefill=SLOW_PREFILL),
+    Phase(
+        name="transferring",
+        reached=transferring,
+        prefill=SLOW_TRANSFER,
+        transfer_s=LONG_MS / 1000,
+    ),
+    Phase(name="decoding", reached=decoding, decode=STEADY_DECODE),
+    Phase(
+        name="waiting for another decode worker",
+        reached=waits_for_another_worker,
+        decode=STEADY_DECODE,
+        loses_decode=True,
+    ),
 ]
 
 
@@ -141,8 +172,8 @@ def new_client(cluster: SimCluster, name: str, timeout_s: float) -> SimClient:
     return SimClient(request, cluster.clock, cluster.living_routers, timeout_s)
 
 
-def held(cluster: SimCluster) -> dict[str, object]:
-    """All that requests hold, by where."""
+def resources(cluster: SimCluster) -> dict[str, object]:
+    """Everything that requests hold, by its owner."""
     router = cluster.routers[0]
     found: dict[str, object] = {"tasks": asyncio.all_tasks() - cluster.standing_tasks()}
     for name, worker in cluster.workers.items():
@@ -154,8 +185,8 @@ def held(cluster: SimCluster) -> dict[str, object]:
     return found
 
 
-async def reach(scene: Scene, phase: Phase) -> None:
-    async with asyncio.timeout(PATIENCE_S / 2):
+async def until_reached(scene: Scene, phase: Phase) -> None:
+    async with asyncio.timeout(DEADLINE_S / 2):
         if phase.loses_decode:
             while not decoding(scene):
                 await elapse(0.001)
@@ -164,8 +195,10 @@ async def reach(scene: Scene, phase: Phase) -> None:
             await elapse(0.001)
 
 
-async def ends_early(phase: Phase, seed: int, end: grpc.StatusCode) -> None:
-    limits = AdmissionLimits(phase.max_concurrent, {"only": ClassLimits(1, 4, LONG_MS)})
+async def check_early_end(phase: Phase, seed: int, end: grpc.StatusCode) -> None:
+    limits = AdmissionLimits(
+        phase.max_concurrent, {"only": ClassLimits(weight=1, max_queue=4, queue_timeout_s=LONG_MS)}
+    )
     async with SimCluster(random.Random(seed), limits) as cluster:
         cluster.transfer_s = phase.transfer_s
         cluster.add(Pool.PREFILL, phase.prefill)
@@ -173,35 +206,35 @@ async def ends_early(phase: Phase, seed: int, end: grpc.StatusCode) -> None:
         await elapse(1)
         if phase.another_router:
             await cluster.add_router()
-        router, theirs = cluster.routers[0], cluster.routers[-1]
+        router, router_of_others = cluster.routers[0], cluster.routers[-1]
         others = [
-            asyncio.create_task(new_client(cluster, f"other-{n}", LONG_MS).call(theirs))
+            asyncio.create_task(new_client(cluster, f"other-{n}", LONG_MS).call(router_of_others))
             for n in range(phase.others)
         ]
         await elapse(RENEW_S / 2)
-        before = held(cluster)
-        client = new_client(cluster, "mine", PATIENCE_S)
+        before = resources(cluster)
+        client = new_client(cluster, "mine", DEADLINE_S)
         scene = Scene(cluster, client, cluster.clock())
         call = asyncio.create_task(client.call(router))
-        await reach(scene, phase)
+        await until_reached(scene, phase)
         if end is grpc.StatusCode.CANCELLED:
             call.cancel()
             ended_s = cluster.clock()
         else:
             ended_s = client.deadline_s
             await elapse(ended_s - cluster.clock() - 0.001)
-            assert phase.reached(scene), "it stayed in the phase"
+            assert phase.reached(scene), "the request is still in the phase"
             assert not call.done()
-        asked = scene.asks(Pool.PREFILL), scene.asks(Pool.DECODE)
+        calls = scene.calls(Pool.PREFILL), scene.calls(Pool.DECODE)
         await elapse(ended_s + FREED_S - cluster.clock())
         assert call.done()
         ((code, _),) = client.statuses
         assert code is end
         assert client.ended_s <= ended_s + 0.001
-        assert (scene.asks(Pool.PREFILL), scene.asks(Pool.DECODE)) == asked
-        after = held(cluster)
+        assert (scene.calls(Pool.PREFILL), scene.calls(Pool.DECODE)) == calls
+        after = resources(cluster)
         if phase.loses_decode:
-            del before["decode-2"]  # with all that it held
+            del before["decode-2"]  # the killed worker
         assert after == before
         assert not any(call.done() for call in others)
         for each in others:
@@ -211,8 +244,8 @@ async def ends_early(phase: Phase, seed: int, end: grpc.StatusCode) -> None:
 
 @pytest.mark.parametrize("end", [grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED])
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
-def test_whatever_phase_a_request_ends_in_nothing_of_it_is_left(
+def test_a_request_that_ends_in_any_phase_leaves_nothing(
     phase: Phase, end: grpc.StatusCode
 ) -> None:
     for seed in SEEDS:
-        run_virtually(ends_early(phase, seed, end), seed)
+        run_virtually(check_early_end(phase, seed, end), seed)

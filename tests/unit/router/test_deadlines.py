@@ -1,4 +1,4 @@
-"""Work whose deadline has passed is dropped before it costs anything."""
+"""A request whose deadline has passed is dropped before it costs anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.virtual_time import elapse, run_virtually
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_the_router_tokenises_nothing_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_router_does_not_tokenise_a_late_request(monkeypatch: pytest.MonkeyPatch) -> None:
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
         tokenised: list[str] = []
 
@@ -45,7 +45,7 @@ async def test_the_router_tokenises_nothing_that_is_late(monkeypatch: pytest.Mon
 
 
 async def test_workers_know_the_deadline() -> None:
-    """They end what is late by themselves, should the router be gone or hang."""
+    """So they end late requests by themselves if the router has died or hangs."""
     prefill, decode = FakePrefill(), FakeDecode()
     async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
         call = router.call(token_ids={"ids": (1, 2)}, timeout=20, sampling={"max_tokens": 2})
@@ -56,9 +56,9 @@ async def test_workers_know_the_deadline() -> None:
             assert 0 < remaining_s < 21  # gRPC rounds up
 
 
-async def slot_comes(seed: int, before_deadline_s: float) -> int:
-    """How many calls come to workers for a request that gets its slot just then."""
-    limits = AdmissionLimits(1, {"only": ClassLimits(1, 1, 60)})
+async def calls_for_late_turn(seed: int, before_deadline_s: float) -> int:
+    """How many calls workers get for a request whose turn comes this long before its deadline."""
+    limits = AdmissionLimits(1, {"only": ClassLimits(weight=1, max_queue=1, queue_timeout_s=60)})
     async with SimCluster(random.Random(seed), limits) as cluster:
         latency = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=60_000)
         workers = [cluster.add(pool, latency) for pool in Pool]
@@ -83,6 +83,8 @@ async def slot_comes(seed: int, before_deadline_s: float) -> int:
 
 
 @pytest.mark.parametrize(("before_deadline_s", "calls"), [(0.5, 2), (0.0, 0)])
-def test_a_slot_that_comes_too_late_sends_nothing(before_deadline_s: float, calls: int) -> None:
+def test_a_request_whose_turn_comes_too_late_is_not_sent(
+    before_deadline_s: float, calls: int
+) -> None:
     for seed in range(20):
-        assert run_virtually(slot_comes(seed, before_deadline_s), seed) == calls
+        assert run_virtually(calls_for_late_turn(seed, before_deadline_s), seed) == calls

@@ -1,4 +1,4 @@
-"""Connections that nobody closed, and over which nothing comes: the other host is gone."""
+"""Half-open connections: the other host is gone, and no packet says so."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from tests.unit.router.test_service_failover import dies_after
 pytestmark = pytest.mark.asyncio
 
 PROMPT = (1, 2, 3)
-ENOUGH_PINGS = 5  # one a second, whatever is configured
-PING_BYTES = 17  # HTTP/2: a frame's header, and 8 bytes
-_BYTES_RECEIVED = 128  # its place in the kernel's struct tcp_info
+# A gRPC server that is not configured for pings closes a connection after a few of them. gRPC sends
+# at most one ping a second.
+ENOUGH_PINGS = 5
+PING_BYTES = 17  # HTTP/2: a frame header and 8 bytes
+_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in the kernel's struct tcp_info
 
 
 def connections(address: str) -> list[End]:
@@ -38,7 +40,7 @@ def received_bytes(end: End) -> int:
     return int(struct.unpack_from("Q", info, _BYTES_RECEIVED)[0])
 
 
-async def test_a_stream_goes_on_elsewhere() -> None:
+async def test_a_stream_continues_on_another_worker() -> None:
     first = FakeDecode("decode-1", decode_hangs_after_one)
     async with RouterHarness(
         prefill=[FakePrefill()], decode=[first, FakeDecode("decode-2")], silence_s=1
@@ -51,7 +53,7 @@ async def test_a_stream_goes_on_elsewhere() -> None:
     assert responses[-1].phases.attempts == 2
 
 
-async def test_a_client_that_is_gone_leaves_nothing_on_the_workers() -> None:
+async def test_a_lost_client_leaves_nothing_on_the_workers() -> None:
     prefill, decode = FakePrefill(), FakeDecode(script=decode_hangs_after_one)
     async with RouterHarness(prefill=[prefill], decode=[decode], silence_s=1) as router:
         call = router.call(token_ids={"ids": PROMPT}, timeout=None)
@@ -62,8 +64,8 @@ async def test_a_client_that_is_gone_leaves_nothing_on_the_workers() -> None:
         call.cancel()
 
 
-async def test_a_stream_that_stands_still_is_asked_for_life_as_often_as_it_takes() -> None:
-    """gRPC's servers end a connection, unless told otherwise, after a few such questions."""
+async def test_pings_do_not_end_the_connection_of_an_idle_stream() -> None:
+    """By default, a gRPC server closes a connection after a few pings without data."""
     gate = asyncio.Event()
     first = FakeDecode("decode-1", dies_after(1, gate=gate))
     async with RouterHarness(
@@ -73,7 +75,7 @@ async def test_a_stream_that_stands_still_is_asked_for_life_as_often_as_it_takes
         responses = [await anext(stream), await anext(stream)]
         (end, _) = connections(first.record.address)
         enough = received_bytes(end) + ENOUGH_PINGS * PING_BYTES
-        await until(lambda: received_bytes(end) >= enough, what="it was asked again and again")
+        await until(lambda: received_bytes(end) >= enough, what="enough pings have arrived")
         assert first.running
         gate.set()
         responses += [response async for response in stream]

@@ -37,7 +37,7 @@ def test_phases_of_a_whole_request() -> None:
     assert report.tokens_per_s == pytest.approx(4 / 0.1)
 
 
-def test_a_second_attempt_is_no_second_dispatch() -> None:
+def test_only_the_first_attempt_counts_as_dispatch() -> None:
     clock = Clock()
     phases = PhaseClock(clock)
     phases.dispatched()

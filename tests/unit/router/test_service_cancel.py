@@ -1,4 +1,4 @@
-"""Cancel and deadline reach both workers from every point of the way; nothing is left."""
+"""A cancel or a deadline reaches both workers at every stage, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_cancel_while_decoding() -> None:
         await anext(stream)
         call.cancel()
         await decode.until(lambda: len(decode.cancelled) == 1)
-    assert not prefill.released, "the KV had arrived"
+    assert not prefill.released, "the KV was transferred already"
 
 
 async def test_cancel_while_queued_leaves_the_queue() -> None:
@@ -90,7 +90,7 @@ async def test_cancel_while_queued_leaves_the_queue() -> None:
         running.cancel()
         await decode.until(lambda: not decode.running)
         assert len(await router.generate(max_tokens=3)) == 3
-    assert len(decode.requests) == 2, "the cancelled one was never dispatched"
+    assert len(decode.requests) == 2, "the cancelled request is never dispatched"
 
 
 async def test_the_deadline_ends_the_request_and_both_workers() -> None:
@@ -104,7 +104,7 @@ async def test_the_deadline_ends_the_request_and_both_workers() -> None:
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_the_default_deadline_comes_typed_from_the_router() -> None:
+async def test_the_default_deadline_is_a_typed_error_from_the_router() -> None:
     prefill, decode = FakePrefill(), FakeDecode(script=decode_hangs)
     async with RouterHarness(
         prefill=[prefill], decode=[decode], router={"default_deadline_s": 0.1}
@@ -118,7 +118,7 @@ async def test_the_default_deadline_comes_typed_from_the_router() -> None:
 
 
 async def test_a_slow_client_holds_back_the_decode_worker() -> None:
-    """Buffers are bounded: what the client does not read, the worker does not produce."""
+    """Buffers are bounded, so the worker stops when the client does not read."""
     produced = 0
 
     async def fast(
@@ -144,7 +144,7 @@ async def test_a_slow_client_holds_back_the_decode_worker() -> None:
         call = router.call(token_ids=PROMPT, sampling={"logprobs": 20})
         await anext(aiter(call))
         before = -1
-        while produced != before:  # until nothing moves for a long time, in turns of the loop
+        while produced != before:  # until nothing moves for many turns of the loop
             before = produced
             for _ in range(2000):
                 await _turn()
@@ -153,7 +153,7 @@ async def test_a_slow_client_holds_back_the_decode_worker() -> None:
         await decode.until(lambda: not decode.running)
 
 
-async def test_tokens_that_come_after_a_cancel_of_fifty_leave_no_request_behind() -> None:
+async def test_a_cancel_at_any_turn_of_the_loop_leaves_no_request_behind() -> None:
     prefill, decode = FakePrefill(), FakeDecode()
     async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
         for turns in range(50):
@@ -167,17 +167,17 @@ async def test_tokens_that_come_after_a_cancel_of_fifty_leave_no_request_behind(
     assert [t for r in responses for t in r.token_ids] == answer_tokens((1, 2, 3), 4)
 
 
-async def test_a_write_to_a_caller_who_is_gone_is_a_cancel_and_no_defect(
+async def test_a_write_to_a_client_that_is_gone_counts_as_a_cancel(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Between the client's cancel and the cancel of our task, a write fails."""
+    """A write fails between the client's cancel and the cancel of the router's task."""
 
     class GoneContext:
         def time_remaining(self) -> float | None:
             return None
 
         async def send_initial_metadata(self, metadata: object) -> None:
-            """Has just been able to."""
+            """Still works."""
 
         async def write(self, response: inference_pb2.GenerateResponse) -> None:
             raise grpc.aio.InternalError("the call has ended")
@@ -196,7 +196,7 @@ async def test_a_write_to_a_caller_who_is_gone_is_a_cancel_and_no_defect(
 
 
 async def _until_refused(router: RouterHarness, request_id: str, reason: str) -> None:
-    """Until the router knows this id as one in flight."""
+    """Wait until the router refuses this request id for this reason."""
     async with asyncio.timeout(10):
         while True:
             probe = router.call(request_id=request_id, model="unknown")
@@ -216,8 +216,8 @@ async def _turn() -> None:
     await turn
 
 
-async def test_a_client_that_does_not_read_is_ended_and_holds_up_nobody() -> None:
-    """What was written before it stopped is still there to read, and then the reason."""
+async def test_a_client_that_does_not_read_is_ended_and_delays_no_other_client() -> None:
+    """The client can still read what was written before, and then gets the reason."""
     decode = FakeDecode()
     small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535))
     async with RouterHarness(

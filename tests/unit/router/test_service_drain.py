@@ -1,4 +1,4 @@
-"""A router that leaves: what runs ends well, nothing new begins, nothing else holds it up."""
+"""A router that shuts down lets requests end, refuses new ones and waits for nothing else."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ GRACE_S = 30.0
 SOON_S = 10.0
 
 
-async def test_what_runs_ends_within_the_grace_and_nothing_new_begins() -> None:
+async def test_running_requests_end_within_the_grace_and_new_ones_are_refused() -> None:
     gate = asyncio.Event()
-    # Until the gate is open, its stream stands still after a token; then it goes on elsewhere.
+    # Its stream pauses after one token. When the gate opens, the stream continues on decode-2.
     first = FakeDecode("decode-1", dies_after(1, gate=gate))
     async with RouterHarness(
         prefill=[FakePrefill()], decode=[first, FakeDecode("decode-2")]
@@ -33,21 +33,21 @@ async def test_what_runs_ends_within_the_grace_and_nothing_new_begins() -> None:
         health = health_pb2_grpc.HealthStub(router.channel)
         watch = aiter(health.Watch(health_pb2.HealthCheckRequest(service=SERVICE)))
         assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
-        leaving = asyncio.create_task(router.server.stop(GRACE_S))
+        stopping = asyncio.create_task(router.server.stop(GRACE_S))
         assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.generate(PROMPT, max_tokens=1)
-        # CANCELLED: it came before gRPC had told the client that this server goes away.
+        # CANCELLED if the request came before gRPC told the client that this server goes away.
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        assert not leaving.done()
+        assert not stopping.done()
         gate.set()
         responses += [response async for response in stream]
         assert token_ids(responses) == answer_tokens(PROMPT, 6)
         async with asyncio.timeout(SOON_S):
-            await leaving
+            await stopping
 
 
-async def test_all_that_outlasts_the_grace_is_told_to_go_elsewhere() -> None:
+async def test_requests_that_outlast_the_grace_get_router_draining() -> None:
     decode = FakeDecode(script=decode_hangs)
     async with RouterHarness(prefill=[FakePrefill()], decode=[decode]) as router:
         calls = [router.call(token_ids={"ids": PROMPT}) for _ in range(40)]
@@ -60,14 +60,14 @@ async def test_all_that_outlasts_the_grace_is_told_to_go_elsewhere() -> None:
             assert error_detail(caught.value).reason == "ROUTER_DRAINING"
 
 
-async def test_streams_that_are_no_requests_hold_up_no_leaving() -> None:
-    """A health watch, and a call whose message never comes."""
+async def test_streams_that_are_not_requests_do_not_delay_the_shutdown() -> None:
+    """Such streams are a health watch, and a call whose message never comes."""
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
         health = health_pb2_grpc.HealthStub(router.channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         await watch.read()
-        mute: Any = router.channel.stream_stream(f"/{SERVICE}/Generate")()
+        silent_call: Any = router.channel.stream_stream(f"/{SERVICE}/Generate")()
         assert (await router.generate(PROMPT, max_tokens=2))[-1].usage.completion_tokens == 2
         async with asyncio.timeout(SOON_S):
             await router.server.stop(GRACE_S)
-        assert await mute.code() is not grpc.StatusCode.OK
+        assert await silent_call.code() is not grpc.StatusCode.OK

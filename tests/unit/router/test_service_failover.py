@@ -1,4 +1,4 @@
-"""Workers that fail: no token is lost, repeated or invented, and errors are typed."""
+"""When workers fail, no token is lost, repeated or invented, and errors are typed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ERROR_KEY = "baton-error-bin"
 def dies_after(
     tokens: int, error: Exception | None = None, gate: asyncio.Event | None = None
 ) -> DecodeScript:
-    """A decode worker that is lost after so many responses, and when the gate is open."""
+    """A decode worker that fails after ``tokens`` responses, once the gate is open."""
 
     async def script(
         request: worker_pb2.DecodeRequest,
@@ -88,7 +88,7 @@ async def prefill_hangs(request: worker_pb2.PrefillRequest) -> worker_pb2.Prefil
 async def generate_stepwise(
     router: RouterHarness, responses: int, gate: asyncio.Event, **sampling: int
 ) -> list[inference_pb2.GenerateResponse]:
-    """Like ``router.generate``; opens the gate when the client has so many responses."""
+    """Like ``router.generate``; opens the gate when the client has ``responses`` responses."""
     stream = aiter(router.call(token_ids={"ids": PROMPT}, sampling=sampling))
     received = [await anext(stream) for _ in range(responses)]
     gate.set()
@@ -103,7 +103,7 @@ def error_detail(err: grpc.aio.AioRpcError) -> inference_pb2.ErrorDetail:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])
-async def test_a_lost_decode_worker_is_replaced_without_a_seam(tokens: int) -> None:
+async def test_another_decode_worker_continues_for_a_lost_one(tokens: int) -> None:
     gate = asyncio.Event()
     dying = FakeDecode("decode-1", dies_after(tokens, gate=gate))
     healthy = FakeDecode("decode-2")
@@ -115,12 +115,12 @@ async def test_a_lost_decode_worker_is_replaced_without_a_seam(tokens: int) -> N
     assert responses[-1].phases.attempts == 2
     assert responses[-1].phases.decode_worker == "decode-2"
     assert counters.failovers == 1
-    (again,) = healthy.requests
-    assert again.key.attempt == 2
+    (retry,) = healthy.requests
+    assert retry.key.attempt == 2
     delivered = 1 + tokens
-    assert list(again.token_ids) == [*PROMPT, *answer_tokens(PROMPT, delivered)]
-    assert again.sampling.max_tokens == 8 - delivered
-    assert again.tokens_so_far == delivered
+    assert list(retry.token_ids) == [*PROMPT, *answer_tokens(PROMPT, delivered)]
+    assert retry.sampling.max_tokens == 8 - delivered
+    assert retry.tokens_so_far == delivered
 
 
 async def test_min_tokens_shrinks_with_the_tokens_so_far() -> None:
@@ -131,7 +131,7 @@ async def test_min_tokens_shrinks_with_the_tokens_so_far() -> None:
     assert healthy.requests[0].sampling.min_tokens == 3
 
 
-async def test_a_stream_that_ends_without_a_reason_counts_as_lost() -> None:
+async def test_a_stream_without_a_finish_reason_counts_as_lost() -> None:
     async def ends_early(
         request: worker_pb2.DecodeRequest,
     ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
@@ -145,8 +145,8 @@ async def test_a_stream_that_ends_without_a_reason_counts_as_lost() -> None:
     assert token_ids(responses) == answer_tokens(PROMPT, 4)
 
 
-async def test_all_tokens_sent_but_no_reason_ends_with_length() -> None:
-    async def forgets_the_reason(
+async def test_a_lost_finish_reason_after_all_tokens_becomes_length() -> None:
+    async def omits_the_finish_reason(
         request: worker_pb2.DecodeRequest,
     ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
         yield worker_pb2.DecodeResponse(first_index=1, token_ids=answer_tokens(PROMPT, 3)[1:])
@@ -154,14 +154,14 @@ async def test_all_tokens_sent_but_no_reason_ends_with_length() -> None:
 
     gate = asyncio.Event()
     async with RouterHarness(
-        prefill=[FakePrefill()], decode=[FakeDecode(script=forgets_the_reason)]
+        prefill=[FakePrefill()], decode=[FakeDecode(script=omits_the_finish_reason)]
     ) as router:
         responses = await generate_stepwise(router, 2, gate, max_tokens=3)
     assert token_ids(responses) == answer_tokens(PROMPT, 3)
     assert responses[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
 
 
-async def test_a_decode_worker_that_is_killed_mid_stream() -> None:
+async def test_a_killed_decode_worker_is_replaced_mid_stream() -> None:
     first = FakeDecode("decode-1")
 
     async def then_hangs(
@@ -183,7 +183,7 @@ async def test_a_decode_worker_that_is_killed_mid_stream() -> None:
     assert token_ids(responses) == answer_tokens(PROMPT, 6)
 
 
-async def test_no_decode_worker_left_is_the_first_error() -> None:
+async def test_without_another_decode_worker_the_client_gets_the_first_error() -> None:
     prefill = FakePrefill()
     async with RouterHarness(
         prefill=[prefill], decode=[FakeDecode(script=dies_after(1))]
@@ -196,12 +196,12 @@ async def test_no_decode_worker_left_is_the_first_error() -> None:
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
-async def test_workers_that_drain_cost_no_attempt(pool: str) -> None:
-    leaving_prefills = [FakePrefill(f"prefill-{i}", prefill_drains) for i in range(3)]
-    leaving_decodes = [FakeDecode(f"decode-{i}", decode_drains) for i in range(3)]
+async def test_draining_workers_cost_no_attempt(pool: str) -> None:
+    draining_prefills = [FakePrefill(f"prefill-{i}", prefill_drains) for i in range(3)]
+    draining_decodes = [FakeDecode(f"decode-{i}", decode_drains) for i in range(3)]
     async with RouterHarness(
-        prefill=[*(leaving_prefills if pool == "prefill" else ()), FakePrefill("prefill-9")],
-        decode=[*(leaving_decodes if pool == "decode" else ()), FakeDecode("decode-9")],
+        prefill=[*(draining_prefills if pool == "prefill" else ()), FakePrefill("prefill-9")],
+        decode=[*(draining_decodes if pool == "decode" else ()), FakeDecode("decode-9")],
         router={"max_attempts": 1},
     ) as router:
         responses = await router.generate(PROMPT, max_tokens=8)
@@ -210,15 +210,15 @@ async def test_workers_that_drain_cost_no_attempt(pool: str) -> None:
     assert responses[-1].phases.decode_worker == "decode-9"
 
 
-async def test_where_all_workers_drain_each_is_asked_once() -> None:
-    leaving = [FakeDecode(f"decode-{i}", decode_drains) for i in range(3)]
-    async with RouterHarness(prefill=[FakePrefill()], decode=leaving) as router:
+async def test_if_all_workers_drain_each_is_tried_once() -> None:
+    draining = [FakeDecode(f"decode-{i}", decode_drains) for i in range(3)]
+    async with RouterHarness(prefill=[FakePrefill()], decode=draining) as router:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.generate(PROMPT, max_tokens=8)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert error_detail(caught.value).reason == WORKER_DRAINING
     assert error_detail(caught.value).retry_after_ms > 0
-    assert [len(decode.requests) for decode in leaving] == [1, 1, 1]
+    assert [len(decode.requests) for decode in draining] == [1, 1, 1]
 
 
 async def test_a_lost_prefill_worker_is_replaced_by_another() -> None:
@@ -232,7 +232,7 @@ async def test_a_lost_prefill_worker_is_replaced_by_another() -> None:
     assert responses[-1].phases.attempts == 2
 
 
-async def test_the_last_prefill_worker_lost_falls_back_to_decode() -> None:
+async def test_the_decode_worker_prefills_when_the_last_prefill_worker_is_lost() -> None:
     decode = FakeDecode()
     async with RouterHarness(prefill=[FakePrefill(script=prefill_dies)], decode=[decode]) as router:
         responses = await router.generate(PROMPT, max_tokens=4)
@@ -252,17 +252,17 @@ async def test_a_refused_connection_fails_over_at_once() -> None:
         await dead.stop()
         async with asyncio.timeout(1):
             responses = await router.generate(PROMPT, max_tokens=4)
-            # The worker is a suspect now, so the next request does not even try it.
+            # The worker is a suspect now, so the next request does not try it.
             again = await router.generate(PROMPT, max_tokens=4)
     assert token_ids(responses) == answer_tokens(PROMPT, 4)
     assert again[-1].phases.attempts == 1
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
-async def test_workers_that_cannot_be_reached_cost_no_attempt_and_nobody_is_sent_anything(
+async def test_unreachable_workers_cost_no_attempt_and_other_workers_are_sent_nothing(
     pool: str,
 ) -> None:
-    """Five that are dead, and whose leases live on; each is tried once."""
+    """Five dead workers still have leases. Each is tried once."""
     dead_prefills = [FakePrefill(f"prefill-{i}") for i in range(5 if pool == "prefill" else 0)]
     dead_decodes = [FakeDecode(f"decode-{i}") for i in range(5 if pool == "decode" else 0)]
     prefill, decode = FakePrefill("prefill-9"), FakeDecode("decode-9")
@@ -279,7 +279,7 @@ async def test_workers_that_cannot_be_reached_cost_no_attempt_and_nobody_is_sent
     assert responses[-1].phases.attempts == 6
     assert counters.failovers == 5
     assert [len(worker.requests) for worker in (prefill, decode)] == [1, 1]
-    assert not prefill.released, "it had nothing to release"
+    assert not prefill.released, "an attempt that was not sent holds no KV"
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
@@ -300,16 +300,16 @@ async def test_a_worker_that_dies_with_the_request_costs_an_attempt(pool: str) -
     assert not decodes[1].requests
 
 
-async def test_a_worker_that_accepts_and_says_nothing_is_given_up() -> None:
-    """As a hung process does: the kernel takes the connection, nobody reads."""
+async def test_a_worker_that_accepts_connections_but_is_silent_counts_as_unreachable() -> None:
+    """A hung process behaves like this: the kernel accepts the connection, but nothing reads it."""
     decode = FakeDecode()
-    with socket.create_server(("127.0.0.1", 0)) as mute:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         async with RouterHarness(
             prefill=[FakePrefill()],
             decode=[decode],
             router={"worker_connect_timeout_s": 0.2, "max_attempts": 1},
         ) as router:
-            host, port = mute.getsockname()
+            host, port = listener.getsockname()
             hung = replace(decode.record, id="decode-0", address=f"{host}:{port}")
             await router.registry.put(hung)
             await router.refresh_workers()
@@ -333,7 +333,7 @@ async def test_a_silent_worker_without_a_lease_is_lost() -> None:
     assert token_ids([first, *rest]) == answer_tokens(PROMPT, 4)
 
 
-async def test_a_registry_that_goes_away_disturbs_nobody() -> None:
+async def test_a_registry_failure_does_not_disturb_requests() -> None:
     hung = FakeDecode("decode-1", decode_hangs)
     async with RouterHarness(
         prefill=[FakePrefill()], decode=[hung], redis={"lease_s": 0.1, "renew_s": 0.05}
@@ -363,7 +363,7 @@ async def test_a_recomputed_first_token_that_is_equal_is_dropped() -> None:
     assert counters.kv_recomputed == 1
 
 
-async def test_a_recomputed_first_token_that_differs_continues_from_the_forwarded_one() -> None:
+async def test_if_the_recomputed_first_token_differs_the_forwarded_one_is_kept() -> None:
     other = next_token(PROMPT) ^ 1
 
     async def prefill_other(request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
@@ -397,7 +397,7 @@ async def test_a_recomputed_first_token_that_differs_continues_from_the_forwarde
         (CapacityError("full", retry_after_s=2), grpc.StatusCode.RESOURCE_EXHAUSTED),
     ],
 )
-async def test_other_errors_of_workers_reach_the_caller_typed(
+async def test_other_worker_errors_reach_the_client_typed(
     error: Exception, code: grpc.StatusCode
 ) -> None:
     decode = FakeDecode(script=dies_after(0, error))
@@ -436,9 +436,9 @@ async def test_a_decode_worker_that_breaks_the_protocol_is_replaced() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 async def test_random_deaths_and_delays_never_change_the_answer(seed: int) -> None:
-    """Many requests at once over workers that die and answer in any order."""
+    """Many requests run at once on workers that fail and answer in any order."""
     rng = random.Random(seed)
-    deaths = 4  # per pool, fewer than the attempts allow
+    deaths = 4  # per pool; more attempts than this are allowed
 
     def slow() -> asyncio.Future[None]:
         turns = rng.randrange(4)

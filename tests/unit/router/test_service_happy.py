@@ -1,4 +1,4 @@
-"""The way of one request through a real router with fake workers."""
+"""Requests that succeed, through a real router with fake workers."""
 
 from __future__ import annotations
 
@@ -53,15 +53,16 @@ async def test_workers_get_the_same_key_and_the_transfer_source() -> None:
         call.cancel()
         await decode.until(lambda: not decode.running)
 
-    (asked,), (streamed,) = prefill.requests, decode.requests
-    assert asked.key == streamed.key
-    assert asked.key.request_id.startswith("mine~")
-    assert asked.key.attempt == 1
-    assert asked.token_ids == streamed.token_ids == make_tokenizer().encode("the fox").ids
-    assert asked.transfer
-    assert asked.first_token
-    assert not asked.sampling.stop, "text is the router's"
-    assert streamed.kv_source == worker_pb2.KvSource(
+    (prefill_request,), (decode_request,) = prefill.requests, decode.requests
+    assert prefill_request.key == decode_request.key
+    assert prefill_request.key.request_id.startswith("mine~")
+    assert prefill_request.key.attempt == 1
+    assert prefill_request.token_ids == decode_request.token_ids
+    assert prefill_request.token_ids == make_tokenizer().encode("the fox").ids
+    assert prefill_request.transfer
+    assert prefill_request.first_token
+    assert not prefill_request.sampling.stop, "only the router matches stop strings"
+    assert decode_request.kv_source == worker_pb2.KvSource(
         worker_id="prefill-1",
         incarnation=prefill.record.incarnation,
         control_addresses=prefill.record.kv_addresses,
@@ -112,7 +113,7 @@ async def test_decode_may_be_faster_than_the_prefill_answer() -> None:
         {"logprobs": 0},
     ],
 )
-async def test_sampling_with_state_takes_no_first_token_from_prefill(
+async def test_sampling_that_depends_on_output_takes_no_first_token_from_prefill(
     sampling: dict[str, float],
 ) -> None:
     prefill, decode = FakePrefill(), FakeDecode()
@@ -194,7 +195,7 @@ async def test_chat_is_rendered_with_the_template() -> None:
         assert len([response async for response in call]) == 2
     rendered = make_tokenizer().encode("<|user|>user: the fox")
     assert list(prefill.requests[0].token_ids) == rendered.ids
-    assert rendered.ids[0] == 1, "the special token was recognised"
+    assert rendered.ids[0] == 1, "the tokeniser knows the special token"
 
 
 async def test_max_tokens_fills_the_context() -> None:
@@ -214,7 +215,7 @@ async def test_two_workers_of_each_pool_take_turns() -> None:
     assert [len(worker.requests) for worker in (*prefills, *decodes)] == [2, 2, 2, 2]
 
 
-async def test_a_long_answer_does_not_keep_the_worker_that_prefilled_it_from_others() -> None:
+async def test_a_prefill_worker_is_free_while_the_answer_is_decoded() -> None:
     prefills = [FakePrefill(f"prefill-{i}") for i in (1, 2)]
     decode = FakeDecode(script=decode_hangs_after_one)
     async with RouterHarness(prefill=prefills, decode=[decode]) as router:

@@ -1,4 +1,4 @@
-"""What waits at the router, until when, and what a refusal costs."""
+"""Requests that wait at the router, or are refused there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def first(call: Any) -> Any:
     return await anext(aiter(call))
 
 
-async def test_who_waits_for_kv_room_runs_on_a_worker_that_comes() -> None:
+async def test_a_request_that_waits_for_kv_room_runs_on_a_new_worker() -> None:
     full, empty = (FakeDecode(name, decode_hangs_after_one) for name in ("decode-1", "decode-2"))
     full.record = replace(
         full.record, load=replace(full.record.load, kv_blocks_total=1, kv_blocks_free=1)
@@ -35,7 +35,7 @@ async def test_who_waits_for_kv_room_runs_on_a_worker_that_comes() -> None:
         answer = asyncio.create_task(first(waiting))
         assert router.server.handler is not None
         admission = router.server.handler.admission
-        await until(lambda: admission.waiting == 1, what="the second one waits")
+        await until(lambda: admission.waiting == 1, what="the second request waits")
         await empty.start()
         router.decode.append(empty)
         await router.registry.put(empty.record)
@@ -55,7 +55,7 @@ async def test_a_full_router_tokenises_nothing() -> None:
     ) as router:
         running = router.call(token_ids=IDS)
         await first(running)
-        router.codec.close()  # its threads take nothing any more
+        router.codec.close()  # tokenising would fail from here on
         _, _, detail = await refusal(router, prompt="the quick brown fox")
         assert detail.reason == "QUEUE_FULL"
         assert detail.retry_after_ms
@@ -73,7 +73,7 @@ async def test_each_class_has_a_queue_of_its_own() -> None:
         waiting = [router.call(token_ids=IDS, service_class=name) for name in ("", "slow")]
         assert router.server.handler is not None
         admission = router.server.handler.admission
-        await until(lambda: admission.waiting == 2, what="one waits in each class")
+        await until(lambda: admission.waiting == 2, what="one request waits in each class")
         for name in ("fast", "slow"):
             _, message, detail = await refusal(router, token_ids=IDS, service_class=name)
             assert detail.reason == "QUEUE_FULL"

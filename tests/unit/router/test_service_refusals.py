@@ -1,4 +1,4 @@
-"""Bad input and full queues get a clear, typed error and disturb nobody."""
+"""Bad input and full queues get a clear, typed error and disturb no other request."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def test_bad_input(fields: dict[str, Any], reason: str, words: str) -> Non
     assert not decode.requests
 
 
-async def test_a_request_id_that_is_too_long_is_named_in_short() -> None:
+async def test_an_overlong_request_id_is_shortened_in_the_error() -> None:
     async with RouterHarness() as router:
         code, message, detail = await refusal(router, token_ids=IDS, request_id="x" * 20_000)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
@@ -117,7 +117,7 @@ async def test_a_request_id_in_flight_is_refused_and_free_afterwards() -> None:
     assert len({request.key.request_id for request in decode.requests}) == 2
 
 
-async def test_beyond_its_bounds_the_router_refuses_at_once_with_a_hint() -> None:
+async def test_a_full_router_refuses_at_once_with_a_retry_hint() -> None:
     decode = FakeDecode(script=decode_hangs)
     async with RouterHarness(
         prefill=[FakePrefill()],
@@ -136,7 +136,7 @@ async def test_beyond_its_bounds_the_router_refuses_at_once_with_a_hint() -> Non
         assert detail.reason == "QUEUE_FULL"
         assert detail.retry_after_ms >= 100
         assert "full" in message
-        assert len(decode.requests) == 2  # a cancelled one may hand its place to one that waits
+        assert len(decode.requests) == 2  # checked before the cancels, which let others run
         for call in calls:
             call.cancel()
         codes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -186,9 +186,9 @@ async def test_no_decode_worker_is_unavailable() -> None:
     assert detail.reason == "NO_DECODE_WORKER"
 
 
-async def test_a_defect_tells_the_caller_nothing_of_our_insides() -> None:
+async def test_a_defect_does_not_show_internals_to_the_client() -> None:
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
-        router.codec.close()  # as if the pool had died
+        router.codec.close()  # tokenising fails, as if the thread pool had died
         code, message, detail = await refusal(router, prompt="the fox")
     assert code == grpc.StatusCode.INTERNAL
     assert detail.reason == "INTERNAL"
@@ -196,8 +196,8 @@ async def test_a_defect_tells_the_caller_nothing_of_our_insides() -> None:
 
 
 async def test_a_port_in_use_is_a_config_error_that_names_it() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         config = Config.model_validate({"router": {"port": port}})
         server = RouterServer(config, MemoryRegistry(lease_s=1), make_codec())
         with pytest.raises(ConfigError, match=f"router.port: .* {port} "):

@@ -1,4 +1,4 @@
-"""A stream whose router died or left goes on at another one, from the next response."""
+"""A stream whose router died or shut down continues at another router with the next response."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PROMPT = (1, 2, 3)
 LENGTH = 12
 
 
-async def stalls_at_first(
+async def stalls_on_first_attempt(
     request: worker_pb2.DecodeRequest,
 ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-    """One token and then nothing, unless the request has tokens already."""
+    """Stall after one token, unless the request already has tokens."""
     async for response in decode_answer(request):
         yield response
         if not request.tokens_so_far:
@@ -39,7 +39,7 @@ async def stalls_at_first(
 def cluster() -> RouterHarness:
     return RouterHarness(
         prefill=[FakePrefill()],
-        decode=[FakeDecode(script=stalls_at_first)],
+        decode=[FakeDecode(script=stalls_on_first_attempt)],
         journal=MemoryJournal(lease_s=3600),
     )
 
@@ -50,7 +50,7 @@ def resume(stub: Any, last: int | None, request_id: str = "r") -> Any:
 
 
 async def read_two(router: RouterHarness) -> tuple[Any, list[Any]]:
-    """The call "r", and its first two responses: one from prefill, one from decode."""
+    """Start the request "r" and read its first two responses, from prefill and from decode."""
     call = router.call(request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": LENGTH})
     stream = aiter(call)
     return call, [await anext(stream), await anext(stream)]
@@ -64,7 +64,7 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
 
 
 @pytest.mark.parametrize("received", [0, 1, 2])
-async def test_a_router_that_leaves_hands_its_streams_over(received: int) -> None:
+async def test_streams_of_a_stopped_router_resume_at_another(received: int) -> None:
     async with cluster() as router, router.another_router() as other:
         call, responses = await read_two(router)
         await router.server.stop(grace_s=0)
@@ -75,13 +75,13 @@ async def test_a_router_that_leaves_hands_its_streams_over(received: int) -> Non
         responses += [response async for response in resume(other, last)]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
         assert responses[-1].usage.completion_tokens == LENGTH
-        # And its end again, for a client that missed it; what came before is there as well.
+        # A client may resume again for an end that it missed, or from the beginning.
         again = [response async for response in resume(other, LENGTH - 2)]
         assert [each.sequence for each in again] == [LENGTH - 1]
         assert token_ids([each async for each in resume(other, None)]) == token_ids(responses)
 
 
-async def test_text_goes_on_in_the_middle_of_a_character_or_a_stop_string() -> None:
+async def test_text_continues_inside_a_character_or_a_stop_string() -> None:
     journal = MemoryJournal(lease_s=3600)
     async with RouterHarness(
         prefill=[FakePrefill()], decode=[FakeDecode()], journal=journal
@@ -100,7 +100,7 @@ async def test_text_goes_on_in_the_middle_of_a_character_or_a_stop_string() -> N
                 ]
 
 
-async def test_one_router_at_a_time() -> None:
+async def test_one_router_at_a_time_serves_a_request() -> None:
     async with cluster() as router, router.another_router() as other:
         _call, responses = await read_two(router)
         last = responses[-1].sequence
@@ -112,7 +112,7 @@ async def test_one_router_at_a_time() -> None:
         assert here == (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID")
 
 
-async def test_a_client_that_went_away_and_comes_back() -> None:
+async def test_a_client_that_cancelled_can_resume() -> None:
     async with cluster() as router:
         call, responses = await read_two(router)
         call.cancel()
@@ -123,7 +123,7 @@ async def test_a_client_that_went_away_and_comes_back() -> None:
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
 
 
-async def test_what_nobody_knows_or_keeps() -> None:
+async def test_requests_that_are_not_in_the_journal_cannot_be_resumed() -> None:
     unknown = (grpc.StatusCode.NOT_FOUND, "NOT_RESUMABLE")
     async with cluster() as router:
         assert await refusal(resume(router.stub, 0, "never-heard-of")) == unknown

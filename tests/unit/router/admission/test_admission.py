@@ -55,11 +55,11 @@ def test_a_full_queue_refuses() -> None:
 def test_a_wait_that_would_be_too_long_is_refused_at_once() -> None:
     assert reason(before=59, rate=2) is None  # 30 s
     assert reason(before=60, rate=2) == "QUEUE_FULL"
-    assert reason(before=60, rate=0) is None, "nobody knows how long it would be"
+    assert reason(before=60, rate=0) is None, "the wait is unknown"
 
 
-def test_who_would_be_late_is_refused_at_once() -> None:
-    # 10 s of waiting, of at least twice as much to spare.
+def test_a_request_that_would_be_late_is_refused_at_once() -> None:
+    # The wait is 10 s, and the request must have twice as much to spare.
     assert reason(before=9, rate=1, left_s=25, service_s=5) is None
     assert reason(before=9, rate=1, left_s=24, service_s=5) == "WOULD_BE_LATE"
     assert reason(rate=0, left_s=4, service_s=5) == "WOULD_BE_LATE"
@@ -87,7 +87,7 @@ def test_the_retry_hint_is_the_wait() -> None:
 
 
 def queues(**classes: tuple[int, dict[str, float]]) -> Queues[str]:
-    """Of classes by name: their weights, and who waits in them with which deadlines."""
+    """Queues of classes. Each class has a weight and items that wait, by deadline in seconds."""
     limits = {name: ClassLimits(weight, 99, 99) for name, (weight, _) in classes.items()}
     made: Queues[str] = Queues(limits)
     for name, (_, items) in classes.items():
@@ -104,7 +104,7 @@ def drain(waiting: Queues[str], count: int = 1000) -> list[str]:
     return order
 
 
-def test_the_earliest_deadline_is_first_and_equal_ones_keep_their_order() -> None:
+def test_the_earliest_deadline_is_first_and_equal_deadlines_keep_their_order() -> None:
     waiting = queues(c=(1, {"late": 9, "first": 1, "second": 1, "mid": 5}))
     assert drain(waiting) == ["first", "second", "mid", "late"]
 
@@ -116,7 +116,7 @@ def test_classes_share_by_weight() -> None:
     )
     order = drain(waiting)
     assert Counter(item[0] for item in order[:20]) == {"a": 15, "b": 5}
-    assert len(order) == 60, "nobody is left behind"
+    assert len(order) == 60, "every request got its turn"
 
 
 def test_costly_requests_take_more_of_their_class_share() -> None:
@@ -127,7 +127,7 @@ def test_costly_requests_take_more_of_their_class_share() -> None:
     assert Counter(drain(waiting, 20)) == {"a": 16, "b": 4}
 
 
-def test_a_class_that_was_empty_saved_nothing_up() -> None:
+def test_an_empty_class_saves_nothing_up() -> None:
     waiting = queues(a=(1, {f"a{i}": i for i in range(30)}), b=(1, {}))
     drain(waiting, 10)
     for index in range(10):
@@ -136,7 +136,7 @@ def test_a_class_that_was_empty_saved_nothing_up() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_how_many_run_before_one_is_known(seed: int) -> None:
+def test_the_estimate_of_how_many_run_before_a_request(seed: int) -> None:
     rng = random.Random(seed)
     classes = {name: ClassLimits(rng.randint(1, 8), 99, 99) for name in "abc"}
     waiting: Queues[str] = Queues(classes)
@@ -145,54 +145,61 @@ def test_how_many_run_before_one_is_known(seed: int) -> None:
     mine = AdmissionRequest(rng.choice("abc"), rng.random())
     expected = waiting.before(mine)
     waiting.push(mine, "mine")
-    # Up to one turn of each other class, by its weight.
+    # The estimate may be off by one turn of each other class.
     slack = 1 + sum(each.weight for each in classes.values()) / classes[mine.service_class].weight
     assert abs(drain(waiting).index("mine") - expected) <= slack
 
 
-class Room:
-    """Takes one of some places."""
+class FakePermit:
+    """Holds one of the places."""
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
+    def __init__(self, harness: GateHarness) -> None:
+        self._harness = harness
         self._open = True
-        gate.places -= 1
+        harness.places -= 1
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._gate.places += 1
-            self._gate.admission.wake()
+            self._harness.places += 1
+            self._harness.gate.wake()
 
 
-class Gate:
-    """An Admission whose users are tasks that hold their room until told to leave."""
+class GateHarness:
+    """An AdmissionGate with ``places`` permits and requests that are tasks.
+
+    Attributes:
+        error: raised instead of giving a permit.
+        order: names of the requests, as they began to run.
+    """
 
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
-        self.admission = AdmissionGate(limits, asyncio.get_running_loop().time)
+        self.gate = AdmissionGate(limits, asyncio.get_running_loop().time)
         self.places = places
         self.error: UnavailableError | None = None
         self.order: list[str] = []
 
-    def take(self) -> Room | None:
+    def acquire(self) -> FakePermit | None:
         if self.error is not None:
             raise self.error
-        return Room(self) if self.places else None
+        return FakePermit(self) if self.places else None
 
-    def user(
+    def start(
         self, name: str, deadline_s: float = FAR_S
     ) -> tuple[asyncio.Task[None], asyncio.Event]:
-        leave = asyncio.Event()
+        """Start a request; return its task, and the event that ends it once it runs."""
+        end = asyncio.Event()
 
-        async def use() -> None:
-            async with self.admission.admit(AdmissionRequest("c", deadline_s), self.take):
+        async def run() -> None:
+            async with self.gate.admit(AdmissionRequest("c", deadline_s), self.acquire):
                 self.order.append(name)
-                await leave.wait()
+                await end.wait()
 
-        return asyncio.create_task(use()), leave
+        return asyncio.create_task(run()), end
 
 
 async def turns(count: int = 5) -> None:
+    """Let the event loop run ``count`` turns."""
     loop = asyncio.get_running_loop()
     for _ in range(count):
         turn = loop.create_future()
@@ -201,131 +208,131 @@ async def turns(count: int = 5) -> None:
 
 
 @pytest.mark.parametrize(("max_concurrent", "places"), [(1, 1000), (1000, 1)])
-async def test_room_goes_to_the_earliest_deadline_first(max_concurrent: int, places: int) -> None:
-    gate = Gate(one_class(max_concurrent, 10, 30), places)
-    first, leave = gate.user("first")
+async def test_the_earliest_deadline_runs_first(max_concurrent: int, places: int) -> None:
+    harness = GateHarness(one_class(max_concurrent, 10, 30), places)
+    first, end = harness.start("first")
     await turns()
-    users = [gate.user(name, FAR_S + after) for name, after in (("c", 3), ("a", 1), ("b", 2))]
+    waiting = [harness.start(name, FAR_S + after) for name, after in (("c", 3), ("a", 1), ("b", 2))]
     await turns()
-    leave.set()
-    for _, leave_next in users:
-        leave_next.set()
-    await asyncio.gather(first, *(task for task, _ in users))
-    assert gate.order == ["first", "a", "b", "c"]
-    assert gate.admission.running == 0
-    assert gate.places == places
+    end.set()
+    for _, end_next in waiting:
+        end_next.set()
+    await asyncio.gather(first, *(task for task, _ in waiting))
+    assert harness.order == ["first", "a", "b", "c"]
+    assert harness.gate.running == 0
+    assert harness.places == places
 
 
-async def test_a_full_queue_refuses_a_newcomer_at_once() -> None:
-    gate = Gate()
-    users = [gate.user(str(i)) for i in range(5)]
+async def test_a_full_queue_refuses_a_new_request_at_once() -> None:
+    harness = GateHarness()
+    running = [harness.start(str(i)) for i in range(5)]
     await turns()
     with pytest.raises(CapacityError) as caught:
-        async with gate.admission.admit(AdmissionRequest("c", FAR_S), gate.take):
+        async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
             pass
     assert caught.value.reason == "QUEUE_FULL"
-    for _, leave in users:
-        leave.set()
-    await asyncio.gather(*(task for task, _ in users))
+    for _, end in running:
+        end.set()
+    await asyncio.gather(*(task for task, _ in running))
 
 
-async def test_who_is_cancelled_leaves_the_queue() -> None:
-    gate = Gate(one_class(1, 10, 30))
-    first, leave = gate.user("first")
-    second, _ = gate.user("second")
-    third, leave_third = gate.user("third")
+async def test_a_cancelled_request_leaves_the_queue() -> None:
+    harness = GateHarness(one_class(1, 10, 30))
+    first, end = harness.start("first")
+    second, _ = harness.start("second")
+    third, end_third = harness.start("third")
     await turns()
     second.cancel()
     await asyncio.gather(second, return_exceptions=True)
-    assert gate.admission.waiting == 1
-    leave.set()
-    leave_third.set()
+    assert harness.gate.waiting == 1
+    end.set()
+    end_third.set()
     await asyncio.gather(first, third)
-    assert gate.order == ["first", "third"]
+    assert harness.order == ["first", "third"]
 
 
 def test_waits_are_bounded() -> None:
     async def run() -> None:
-        gate = Gate(one_class(1, 10, 2))
-        first, leave = gate.user("first")
+        harness = GateHarness(one_class(1, 10, 2))
+        first, end = harness.start("first")
         await turns()
         now_s = asyncio.get_running_loop().time()
         with pytest.raises(CapacityError) as caught:
-            async with gate.admission.admit(AdmissionRequest("c", now_s + 60), gate.take):
+            async with harness.gate.admit(AdmissionRequest("c", now_s + 60), harness.acquire):
                 pass
         assert caught.value.reason == "QUEUE_TIMEOUT"
         assert asyncio.get_running_loop().time() == pytest.approx(now_s + 2)
         with pytest.raises(DeadlineError):
-            async with gate.admission.admit(AdmissionRequest("c", now_s + 3), gate.take):
+            async with harness.gate.admit(AdmissionRequest("c", now_s + 3), harness.acquire):
                 pass
         assert asyncio.get_running_loop().time() == pytest.approx(now_s + 3)
-        assert gate.admission.waiting == 0
-        leave.set()
+        assert harness.gate.waiting == 0
+        end.set()
         await first
 
     run_virtually(run(), 0)
 
 
-async def test_an_expired_request_takes_no_room() -> None:
-    gate = Gate()
+async def test_an_expired_request_acquires_no_permit() -> None:
+    harness = GateHarness()
     with pytest.raises(DeadlineError):
-        async with gate.admission.admit(AdmissionRequest("c", 0.0), gate.take):
+        async with harness.gate.admit(AdmissionRequest("c", 0.0), harness.acquire):
             pass
-    assert gate.places == 1000
+    assert harness.places == 1000
 
 
-def test_a_wait_that_is_known_to_be_too_long_does_not_begin() -> None:
+def test_a_request_whose_wait_would_be_too_long_does_not_wait() -> None:
     async def run() -> None:
-        gate = Gate(one_class(2, 100, 5))
-        for _ in range(40):  # each runs for 2 s: one a second
-            async with gate.admission.admit(AdmissionRequest("c", FAR_S), gate.take):
+        harness = GateHarness(one_class(2, 100, 5))
+        for _ in range(40):  # each runs for 2 s, so two at a time end one a second
+            async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
                 await elapse(2)
-        users = [gate.user(str(i)) for i in range(2 + 5)]
+        tasks = [harness.start(str(i)) for i in range(2 + 5)]
         await turns()
-        assert gate.admission.waiting == 5
+        assert harness.gate.waiting == 5
         with pytest.raises(CapacityError) as caught:
-            gate.admission.check(AdmissionRequest("c", FAR_S))
+            harness.gate.check(AdmissionRequest("c", FAR_S))
         assert caught.value.retry_after_s == pytest.approx(6, rel=0.1)
-        for _, leave in users:
-            leave.set()
-        await asyncio.gather(*(task for task, _ in users))
+        for _, end in tasks:
+            end.set()
+        await asyncio.gather(*(task for task, _ in tasks))
 
     run_virtually(run(), 0)
 
 
-def test_whose_turn_comes_too_late_is_not_begun() -> None:
+def test_a_request_whose_turn_comes_too_late_is_not_run() -> None:
     async def run() -> None:
-        gate = Gate(one_class(1, 10, 1000))
-        first, leave = gate.user("first")
+        harness = GateHarness(one_class(1, 10, 1000))
+        first, end = harness.start("first")
         await turns()
 
         async def ask() -> None:
-            async with gate.admission.admit(AdmissionRequest("c", 10, service_s=4), gate.take):
-                raise AssertionError("it cannot be done in time")
+            async with harness.gate.admit(AdmissionRequest("c", 10, service_s=4), harness.acquire):
+                raise AssertionError("the request runs, but cannot end in time")
 
         second = asyncio.create_task(ask())
         await elapse(7)
-        leave.set()
+        end.set()
         with pytest.raises(CapacityError) as caught:
             await second
         assert caught.value.reason == "WOULD_BE_LATE"
         await first
-        assert gate.admission.running == gate.admission.waiting == 0
+        assert harness.gate.running == harness.gate.waiting == 0
 
     run_virtually(run(), 0)
 
 
-async def test_those_who_wait_are_told_when_there_can_be_no_room() -> None:
-    gate = Gate(one_class(10, 10, 30), places=1)
-    first, leave = gate.user("first")
-    waiting = [gate.user("x")[0] for _ in range(3)]
+async def test_waiting_requests_get_the_error_when_no_worker_is_left() -> None:
+    harness = GateHarness(one_class(10, 10, 30), places=1)
+    first, end = harness.start("first")
+    waiting = [harness.start("x")[0] for _ in range(3)]
     await turns()
-    gate.error = UnavailableError("all workers are gone")
-    leave.set()
+    harness.error = UnavailableError("all workers are gone")
+    end.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
-    assert results == [gate.error] * 3
+    assert results == [harness.error] * 3
     await first
-    assert gate.admission.running == gate.admission.waiting == 0
+    assert harness.gate.running == harness.gate.waiting == 0
 
 
 async def test_classes_by_name() -> None:
@@ -338,47 +345,47 @@ async def test_classes_by_name() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_random_comings_cancels_and_goings_leak_no_room(seed: int) -> None:
+async def test_random_arrivals_cancels_and_ends_leak_no_permit(seed: int) -> None:
     rng = random.Random(seed)
-    gate = Gate(one_class(3, 5, 30), places=rng.choice((2, 1000)))
-    places = gate.places
+    harness = GateHarness(one_class(3, 5, 30), places=rng.choice((2, 1000)))
+    places = harness.places
     tasks: list[asyncio.Task[None]] = []
-    leaves: list[asyncio.Event] = []
+    ends: list[asyncio.Event] = []
     for _ in range(200):
         action = rng.random()
         if action < 0.5:
-            task, leave = gate.user("x", FAR_S + rng.random())
+            task, end = harness.start("x", FAR_S + rng.random())
             tasks.append(task)
-            leaves.append(leave)
+            ends.append(end)
         elif action < 0.75 and tasks:
             rng.choice(tasks).cancel()
-        elif leaves:
-            rng.choice(leaves).set()
+        elif ends:
+            rng.choice(ends).set()
         await turns(rng.randrange(3))
-        assert gate.admission.running <= 3, f"seed {seed}"
-        assert gate.admission.waiting <= 5, f"seed {seed}"
-    for leave in leaves:
-        leave.set()
+        assert harness.gate.running <= 3, f"seed {seed}"
+        assert harness.gate.waiting <= 5, f"seed {seed}"
+    for end in ends:
+        end.set()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert (gate.admission.running, gate.admission.waiting) == (0, 0), f"seed {seed}"
-    assert gate.places == places, f"seed {seed}"
+    assert (harness.gate.running, harness.gate.waiting) == (0, 0), f"seed {seed}"
+    assert harness.places == places, f"seed {seed}"
 
 
-async def test_room_granted_to_one_who_is_cancelled_in_the_same_turn_goes_on() -> None:
-    gate = Gate(one_class(1, 10, 30))
+async def test_a_permit_granted_in_the_turn_of_a_cancel_goes_to_the_next_request() -> None:
+    harness = GateHarness(one_class(1, 10, 30))
 
-    async def leave_and_cancel() -> None:
-        async with gate.admission.admit(AdmissionRequest("c", FAR_S), gate.take):
+    async def end_and_cancel() -> None:
+        async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
             await turns()
-        second.cancel()  # it holds the room already and has not run since
+        second.cancel()  # it has the permit already but has not run since
 
-    first = asyncio.create_task(leave_and_cancel())
+    first = asyncio.create_task(end_and_cancel())
     await turns(1)
-    second, _ = gate.user("second")
-    third, leave_third = gate.user("third")
-    leave_third.set()
+    second, _ = harness.start("second")
+    third, end_third = harness.start("third")
+    end_third.set()
     await asyncio.gather(first, third)
     await asyncio.gather(second, return_exceptions=True)
-    assert gate.order == ["third"]
-    assert gate.admission.running == 0
-    assert gate.places == 1000
+    assert harness.order == ["third"]
+    assert harness.gate.running == 0
+    assert harness.places == 1000

@@ -103,7 +103,7 @@ def test_bad_request_ids(request_id: str) -> None:
         check_request_id(request_id)
 
 
-def test_a_long_bad_value_is_shown_in_short() -> None:
+def test_a_long_bad_value_is_shortened_in_the_error() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_request_id("x" * 10_000)
     assert len(caught.value.message) < 200

@@ -33,7 +33,7 @@ def tokens_of(batches: tuple[TokenBatch, ...]) -> list[int]:
 def test_any_order_of_arrival_gives_each_token_once(
     data: st.DataObject, tokens: list[int], forwards_first_token: bool, recomputed: bool
 ) -> None:
-    """The prefill answer lands anywhere among the decode stream's batches of any size."""
+    """The prefill answer arrives anywhere among the decode stream's batches, of any size."""
     start = 0 if recomputed or not forwards_first_token else 1
     batches: list[tuple[int, TokenBatch]] = []
     while start < len(tokens):
@@ -57,21 +57,21 @@ def test_any_order_of_arrival_gives_each_token_once(
     assert out[-1].finish_reason == LENGTH
 
 
-def test_a_recomputed_token_that_differs_is_never_passed_on() -> None:
+def test_a_recomputed_token_that_differs_is_an_error() -> None:
     assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assembler.prefill(batch(7))
     with pytest.raises(FirstTokenDiffersError, match="8 was recomputed, 7 was forwarded"):
         assembler.decode(0, batch(8, 9))
 
 
-def test_the_faster_recomputed_token_stands() -> None:
+def test_a_recomputed_token_that_comes_first_is_kept() -> None:
     assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assert tokens_of(assembler.decode(0, batch(8, 9))) == [8, 9]
     assert assembler.prefill(batch(7)) == ()
     assert tokens_of(assembler.decode(2, batch(3))) == [3]
 
 
-def test_a_first_token_that_ends_the_request_drops_what_is_held() -> None:
+def test_a_first_token_that_ends_the_request_drops_held_tokens() -> None:
     assembler = Assembler(forwards_first_token=True, limit_tokens=5)
     assert assembler.decode(1, batch(2, 3)) == ()
     assert not assembler.started
@@ -86,7 +86,7 @@ def test_an_end_without_tokens_waits_for_the_first_token() -> None:
     assert assembler.prefill(batch(1)) == (batch(1), batch(finish=STOP))
 
 
-def test_a_response_with_a_report_only_is_no_batch() -> None:
+def test_a_response_with_only_a_report_adds_no_batch() -> None:
     assembler = Assembler(forwards_first_token=False, limit_tokens=5)
     assert assembler.decode(0, batch()) == ()
     assert not assembler.started
@@ -107,13 +107,13 @@ def test_logprobs_go_with_their_tokens() -> None:
         (True, [(2, batch(1))]),  # token 1 is missing
         (False, [(0, batch(1)), (2, batch(1))]),  # a gap
         (False, [(0, batch(1, 2)), (1, batch(2))]),  # a repetition
-        (False, [(0, batch(*range(6)))]),  # more than asked for
+        (False, [(0, batch(*range(6)))]),  # too many tokens
         (False, [(0, batch(1, finish=STOP)), (1, batch(2))]),  # after the end
-        (True, [(1, batch(1, finish=STOP)), (2, batch(2))]),  # after the end, while held
+        (True, [(1, batch(1, finish=STOP)), (2, batch(2))]),  # after the end, while tokens are held
         (False, [(0, TokenBatch((1, 2), (inference_pb2.TokenLogprobs(),), UNFINISHED))]),
     ],
 )
-def test_output_that_cannot_be_right_is_refused(
+def test_output_that_breaks_the_protocol_is_refused(
     forwards_first_token: bool, calls: list[tuple[int, TokenBatch]]
 ) -> None:
     assembler = Assembler(forwards_first_token=forwards_first_token, limit_tokens=5)
@@ -123,6 +123,6 @@ def test_output_that_cannot_be_right_is_refused(
         assembler.decode(*calls[-1])
 
 
-def test_a_first_token_nobody_asked_for_is_refused() -> None:
+def test_a_first_token_that_was_not_requested_is_refused() -> None:
     with pytest.raises(ProtocolViolationError):
         Assembler(forwards_first_token=False, limit_tokens=5).prefill(batch(1))

@@ -1,4 +1,4 @@
-"""The two readers of an attempt: what they hold, and what they do about errors of any kind."""
+"""The two readers of an attempt buffer little and turn every error into a failed attempt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import pytest
 from baton.v1 import inference_pb2, worker_pb2
 from core.errors import InternalError
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan
-from router.placement.policy import (
-    Placement,
-    PlacementState,
-)
+from router.placement.policy import Placement, PlacementState
 from router.request import TokenBatch
 from router.workers.client import WorkerClient
 from tests.support.fake_workers import FakeDecode, FakePrefill, until_cancelled
@@ -28,7 +25,7 @@ TOKENS = 50
 
 
 class PrefillStub:
-    """A prefill worker's client whose call ends when the test says so."""
+    """A prefill worker's client whose call ends when the test sets ``answer``."""
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[worker_pb2.PrefillResponse] = (
@@ -53,7 +50,7 @@ class DecodeStub:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
-        self.read = 0  # responses
+        self.read_responses = 0
 
     async def connected(self) -> bool:
         return True
@@ -65,7 +62,7 @@ class DecodeStub:
         if self.error is not None:
             raise self.error
         for index in range(1, TOKENS):
-            self.read += 1
+            self.read_responses += 1
             finish = inference_pb2.FINISH_REASON_LENGTH if index == TOKENS - 1 else None
             yield worker_pb2.DecodeResponse(
                 first_index=index, token_ids=[index], finish_reason=finish
@@ -110,41 +107,43 @@ class Setup:
 
 
 async def settled() -> None:
-    """Give every task all the turns that it can use."""
+    """Let every other task run until it waits."""
     for _ in range(1000):
         await asyncio.sleep(0)
 
 
-async def test_little_is_read_from_the_decode_worker_until_the_first_token_is_there() -> None:
+async def test_until_the_first_token_little_is_read_from_the_decode_worker() -> None:
     setup = Setup()
     running = asyncio.create_task(setup.run())
-    await until(lambda: setup.decode.read, what="the decode worker says something")
+    await until(lambda: setup.decode.read_responses, what="the decode worker has sent a response")
     await settled()
-    assert setup.decode.read == BUFFER + 1, "the buffer, and the one that waits for room in it"
+    assert setup.decode.read_responses == BUFFER + 1, (
+        "the buffer, and one that waits for room in it"
+    )
     assert setup.tokens == []
     setup.prefill.answer.set_result(worker_pb2.PrefillResponse(token_id=0))
     await running
     assert setup.tokens == list(range(TOKENS))
 
 
-async def test_little_is_read_from_the_decode_worker_while_the_client_reads_nothing() -> None:
+async def test_while_the_client_reads_nothing_little_is_read_from_the_decode_worker() -> None:
     setup = Setup()
     setup.client_reads.clear()
     running = asyncio.create_task(setup.run())
     setup.prefill.answer.set_result(worker_pb2.PrefillResponse(token_id=0))
-    await until(lambda: setup.decode.read, what="the decode worker says something")
+    await until(lambda: setup.decode.read_responses, what="the decode worker has sent a response")
     await settled()
-    # The one that the client gets next may be prefill's or the decode worker's first.
-    assert setup.decode.read <= BUFFER + 2
+    # The batch that waits for the client may come from the prefill worker or the decode worker.
+    assert setup.decode.read_responses <= BUFFER + 2
     setup.client_reads.set()
     await running
     assert setup.tokens == list(range(TOKENS))
 
 
-async def test_a_decode_worker_that_is_not_listened_to_is_not_called_silent() -> None:
+async def test_a_decode_worker_that_is_held_back_does_not_count_as_silent() -> None:
     setup = Setup()
     running = asyncio.create_task(setup.run())
-    await until(lambda: setup.decode.read > BUFFER, what="the decode worker is held back")
+    await until(lambda: setup.decode.read_responses > BUFFER, what="the decode worker is held back")
     await settled()
     setup.now_s = 100.0
     setup.attempt.worker_lost(setup.decode_worker)
@@ -153,7 +152,7 @@ async def test_a_decode_worker_that_is_not_listened_to_is_not_called_silent() ->
     assert setup.tokens == list(range(TOKENS))
 
 
-async def test_the_end_of_the_prefill_call_is_told_before_the_end_of_the_attempt() -> None:
+async def test_the_end_of_the_prefill_call_is_reported_at_once() -> None:
     setup = Setup()
     running = asyncio.create_task(setup.run())
     await settled()

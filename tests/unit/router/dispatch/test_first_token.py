@@ -18,12 +18,12 @@ from router.dispatch.first_token import first_token_rule
         ({"seed": 0}, True),
         ({"presence_penalty": 0.1}, False),
         ({"frequency_penalty": -0.1}, False),
-        ({"repetition_penalty": 1.1}, True),  # of prompt and output alike
+        ({"repetition_penalty": 1.1}, True),  # counts prompt and output alike
         ({"logprobs": 0}, False),
         ({"min_tokens": 1}, False),
     ],
 )
-def test_the_first_token_is_forwarded_where_nothing_carries_over(
+def test_the_first_token_is_forwarded_unless_sampling_depends_on_output(
     sampling: dict[str, Any], forward: bool
 ) -> None:
     rule = first_token_rule(inference_pb2.SamplingParams(**sampling))

@@ -32,14 +32,14 @@ def test_a_worker_that_failed_is_avoided_for_a_while() -> None:
     assert retries.excluded(8) == frozenset()
 
 
-def test_a_full_worker_says_itself_how_long() -> None:
+def test_a_full_worker_is_avoided_as_long_as_it_asks() -> None:
     retries = Retries(LIMITS)
     failed(retries, CapacityError("full", retry_after_s=0.5))
     assert retries.excluded(0.4) == {WORKER}
     assert retries.excluded(0.5) == frozenset()
 
 
-def test_attempts_are_counted_but_not_those_that_no_worker_took() -> None:
+def test_attempts_that_no_worker_accepted_do_not_count() -> None:
     retries = Retries(LIMITS)
     failed(retries, attempts=1)
     failed(retries, UnavailableError("drains", reason=WORKER_DRAINING), attempts=2)
@@ -50,17 +50,17 @@ def test_attempts_are_counted_but_not_those_that_no_worker_took() -> None:
         failed(retries, InternalError("third"), attempts=6)
 
 
-def test_workers_that_cannot_be_reached_are_tried_until_the_timeout() -> None:
-    """Also where each try takes so long that there always is one that was not tried of late."""
+def test_unreachable_workers_are_tried_until_the_timeout() -> None:
+    """This holds even if tries are so slow that there is always a worker to try again."""
     retries = Retries(LIMITS)
     failed(retries, UNREACHABLE, now_s=100)
     failed(retries, UNREACHABLE, attempts=2, now_s=110)
     with pytest.raises(WorkerUnreachableError):
         failed(retries, UNREACHABLE, attempts=3, now_s=110.1)
-    failed(retries, UNREACHABLE, attempts=4, tokens=1, now_s=120)  # anew after a token
+    failed(retries, UNREACHABLE, attempts=4, tokens=1, now_s=120)  # a token restarts the timeout
 
 
-def test_waits_grow_and_begin_anew_after_a_token() -> None:
+def test_waits_grow_and_a_token_resets_them() -> None:
     retries = Retries(LIMITS)
     failed(retries, tokens=1)
     waits_s = [retries.wait_s(0) for _ in range(7)]
@@ -72,7 +72,7 @@ def test_waits_grow_and_begin_anew_after_a_token() -> None:
     assert retries.wait_s(0) == FIRST_WAIT_S
 
 
-def test_nobody_waits_longer_than_the_timeout_without_a_token() -> None:
+def test_without_a_token_a_request_waits_no_longer_than_the_timeout() -> None:
     retries = Retries(LIMITS)
     failed(retries, tokens=1, now_s=100)
     failed(retries, tokens=1, now_s=109, attempts=2)

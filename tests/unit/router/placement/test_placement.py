@@ -17,8 +17,10 @@ from router.placement.policy import (
     decide_placement,
 )
 
-FACTS = PlacementFacts("m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never")
-WAITING = replace(FACTS, may_wait=True)
+FACTS = PlacementFacts(
+    model="m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never"
+)
+NEW_REQUEST = replace(FACTS, may_wait=True)
 LIMITS = PlacementLimits(dict.fromkeys(Pool, 20), prefill_backlog_s=0.5)
 IDLE = WorkerLoad(queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=50, kv_blocks_total=50)
 
@@ -49,8 +51,10 @@ def choose(
 
 def must_wait(*workers: WorkerRecord, own: dict[WorkerKey, OwnLoad] | None = None) -> bool:
     state = PlacementState(own or {})
-    assert decide_placement(workers, FACTS, state, LIMITS, now_s=0.0), "a running one goes on"
-    return decide_placement(workers, WAITING, state, LIMITS, now_s=0.0) is None
+    assert decide_placement(workers, FACTS, state, LIMITS, now_s=0.0), (
+        "a running request never waits"
+    )
+    return decide_placement(workers, NEW_REQUEST, state, LIMITS, now_s=0.0) is None
 
 
 def test_the_fewest_queued_tokens_win_on_prefill() -> None:
@@ -92,8 +96,8 @@ def test_idle_workers_take_turns() -> None:
 
 
 @pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 2), (3, 2), (4, 2), (3, 3), (4, 6)])
-def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) -> None:
-    """In lockstep, two pools of two would only ever make two of their four pairs."""
+def test_every_pair_of_idle_workers_gets_its_turn(prefills: int, decodes: int) -> None:
+    """If both pools advanced in lockstep, two pools of two would form only two of four pairs."""
     workers = (
         *(worker(f"p{index}") for index in range(prefills)),
         *(worker(f"d{index}") for index in range(decodes)),
@@ -109,7 +113,7 @@ def test_in_time_every_pair_of_idle_workers_serves(prefills: int, decodes: int) 
     assert len(pairs) == prefills * decodes
 
 
-def test_what_this_router_sent_counts_before_it_is_reported() -> None:
+def test_own_load_counts_before_workers_report_it() -> None:
     p1, p2 = worker("p1"), worker("p2", queued_tokens=50)
     own = {p1.key: OwnLoad(1, 80, 1, 80)}
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
@@ -118,19 +122,19 @@ def test_what_this_router_sent_counts_before_it_is_reported() -> None:
     assert choose(worker("p1"), d1, d2, state=PlacementState(own)) == ("p1", "d2")
 
 
-def test_what_ended_here_counts_no_more_although_it_is_still_reported() -> None:
+def test_ended_requests_do_not_count_even_if_workers_still_report_them() -> None:
     p1, p2 = worker("p1", queued_tokens=80), worker("p2", queued_tokens=50)
     own = {p1.key: OwnLoad(0, 0, 1, 80)}
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p1", "d1")
 
 
-def test_what_other_routers_sent_counts_beside() -> None:
+def test_load_of_other_routers_counts_too() -> None:
     p1, p2 = worker("p1", queued_tokens=120), worker("p2", queued_tokens=50)
-    own = {p1.key: OwnLoad(1, 20, 2, 80)}  # 40 of others
+    own = {p1.key: OwnLoad(1, 20, 2, 80)}  # 40 tokens are of other routers
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
 
 
-def test_a_new_request_waits_while_the_backlog_of_prefill_is_long() -> None:
+def test_a_new_request_waits_while_the_prefill_backlog_is_long() -> None:
     d1 = worker("d1")
     for tokens, waits in ((990, False), (991, True)):
         own = {("p1", "1"): OwnLoad(2, tokens, 2, tokens, tokens_per_s=2000)}
@@ -138,31 +142,33 @@ def test_a_new_request_waits_while_the_backlog_of_prefill_is_long() -> None:
         assert not must_wait(worker("p1"), worker("p2"), d1, own=own)
 
 
-def test_other_routers_prompts_are_part_of_the_backlog() -> None:
+def test_prompts_of_other_routers_count_in_the_backlog() -> None:
     own = {("p1", "1"): OwnLoad(2, 100, 2, 100, tokens_per_s=2000)}
     assert must_wait(worker("p1", queued_tokens=1000), worker("d1"), own=own)
 
 
-def test_two_prompts_are_always_with_a_prefill_worker() -> None:
+def test_a_prefill_worker_may_always_have_two_prompts() -> None:
     own = {("p1", "1"): OwnLoad(1, 10**6, 1, 10**6, tokens_per_s=10)}
     assert not must_wait(worker("p1"), worker("d1"), own=own)
     own = {("p1", "1"): OwnLoad(2, 20, 2, 20)}
-    assert must_wait(worker("p1"), worker("d1"), own=own), "its rate is not known"
+    assert must_wait(worker("p1"), worker("d1"), own=own), "its rate is unknown"
 
 
-def test_a_new_request_waits_for_kv_room_that_counts_its_growth() -> None:
+def test_a_new_request_waits_for_kv_room_for_its_growth() -> None:
     p1 = worker("p1")  # 50 blocks of 16 tokens; the request needs one
     assert not must_wait(p1, worker("d1", kv_blocks_free=1))
     assert must_wait(p1, worker("d1", kv_blocks_free=0))
     full = {("d1", "1"): OwnLoad(3, 800 - 15, 3, 800 - 15)}
-    assert must_wait(p1, worker("d1", kv_blocks_free=40), own=full), "they will grow"
+    assert must_wait(p1, worker("d1", kv_blocks_free=40), own=full), (
+        "the running requests will grow"
+    )
     roomy = {("d1", "1"): OwnLoad(3, 800 - 16, 3, 800 - 16)}
     assert not must_wait(p1, worker("d1", kv_blocks_free=40), own=roomy)
 
 
 def test_a_worker_without_room_is_no_candidate_for_a_new_request() -> None:
     workers = worker("p1"), worker("d1", kv_blocks_free=0), worker("d2", running=9)
-    assert choose(*workers, facts=WAITING) == ("p1", "d2")
+    assert choose(*workers, facts=NEW_REQUEST) == ("p1", "d2")
 
 
 def test_a_new_request_waits_while_a_worker_would_refuse_it() -> None:
@@ -170,9 +176,9 @@ def test_a_new_request_waits_while_a_worker_would_refuse_it() -> None:
     assert must_wait(worker("p1"), worker("d1"), own=own)
 
 
-def test_any_request_fits_on_a_worker_that_has_nothing() -> None:
+def test_an_empty_worker_takes_any_request() -> None:
     small = worker("d1", kv_blocks_free=0, kv_blocks_total=0)
-    huge = replace(WAITING, prompt_tokens=5000)
+    huge = replace(NEW_REQUEST, prompt_tokens=5000)
     assert choose(worker("p1"), small, facts=huge) == ("p1", "d1")
 
 
@@ -187,7 +193,7 @@ def test_draining_workers_and_other_models_are_left_out(unusable: WorkerRecord) 
     assert choose(worker("p1"), unusable, worker("d2", running=9)) == ("p1", "d2")
 
 
-def test_workers_that_failed_this_request_are_left_out_but_not_their_successors() -> None:
+def test_a_worker_that_failed_the_request_is_avoided_until_it_restarts() -> None:
     facts = replace(FACTS, excluded=frozenset({("d1", "1")}))
     busy = worker("d2", running=9)
     assert choose(worker("p1"), worker("d1"), busy, facts=facts) == ("p1", "d2")
@@ -206,7 +212,7 @@ def test_one_token_needs_no_decode_worker() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10])
-def test_local_prefill_where_it_is_allowed(max_tokens: int) -> None:
+def test_local_prefill_if_it_is_allowed(max_tokens: int) -> None:
     facts = replace(FACTS, local_prefill="fallback", max_tokens=max_tokens)
     assert choose(worker("d1"), facts=facts) == (None, "d1")
     always = replace(facts, local_prefill="always")
@@ -237,7 +243,7 @@ def test_a_burst_between_two_snapshots_spreads_out() -> None:
     workers = (worker("p1"), worker("p2"), *(worker(f"d{i}", running=i) for i in range(4)))
     counts: Counter[str] = Counter()
     for _ in range(40):
-        placement = placed(ledger, workers).placement
+        placement = place(ledger, workers).placement
         for record in (placement.prefill, placement.decode):
             assert record is not None
             counts[record.id] += 1
@@ -246,44 +252,45 @@ def test_a_burst_between_two_snapshots_spreads_out() -> None:
     assert max(loads) - min(loads) <= 1
 
 
-def placed(
+def place(
     ledger: PlacementLedger, workers: tuple[WorkerRecord, ...], facts: PlacementFacts = FACTS
 ) -> PlacementPermit:
-    held = ledger.place(workers, facts)
-    assert held is not None
-    return held
+    permit = ledger.place(workers, facts)
+    assert permit is not None
+    return permit
 
 
-def test_the_book_counts_a_request_until_it_ends_on_each_worker() -> None:
+def test_the_ledger_counts_a_request_until_it_ends_on_each_worker() -> None:
     ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
-    rooms: list[tuple[int, int]] = []
-    held = placed(ledger, (worker("p1"), worker("d1")))
+    loads: list[tuple[int, int]] = []  # at each call of on_room
+    permit = place(ledger, (worker("p1"), worker("d1")))
     p1, d1 = ("p1", "1"), ("d1", "1")
-    ledger.on_room = lambda: rooms.append((ledger.own_load(p1).tokens, ledger.own_load(d1).tokens))
+    ledger.on_room = lambda: loads.append((ledger.own_load(p1).tokens, ledger.own_load(d1).tokens))
     assert (ledger.own_load(p1).tokens, ledger.own_load(d1).tokens) == (10, 16)
     for _ in range(2):
-        held.prefill_ended(done=True)
+        permit.prefill_ended(done=True)
     for _ in range(2):
-        held.close()
-    assert rooms == [(0, 16), (0, 0)]
+        permit.close()
+    assert loads == [(0, 16), (0, 0)]
 
 
-def test_no_room_is_given_twice_between_two_reports() -> None:
+def test_room_is_not_used_twice_between_two_reports() -> None:
     ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
     workers = (worker("p1"), worker("d1", kv_blocks_free=2, kv_blocks_total=2))
-    held = [placed(ledger, workers, WAITING) for _ in range(2)]
-    assert ledger.place(workers, WAITING) is None
-    held[0].close()
-    assert ledger.place(workers, WAITING) is not None
+    permits = [place(ledger, workers, NEW_REQUEST) for _ in range(2)]
+    assert ledger.place(workers, NEW_REQUEST) is None
+    permits[0].close()
+    assert ledger.place(workers, NEW_REQUEST) is not None
 
 
-def test_the_book_forgets_what_ended() -> None:
+def test_the_ledger_forgets_ended_requests() -> None:
     now_s = 0.0
     ledger = PlacementLedger(LIMITS, lambda: now_s, suspect_s=1.0, report_snapshots=2)
-    held = placed(ledger, (worker("p1"), worker("d1")))
+    permit = place(ledger, (worker("p1"), worker("d1")))
     ledger.new_snapshot(frozenset())
-    held.close()
-    assert ledger.own_load(("d1", "1")) == OwnLoad(0, 0, 1, 16), "a report may still tell of it"
+    permit.close()
+    after_end = ledger.own_load(("d1", "1"))
+    assert after_end == OwnLoad(0, 0, 1, 16), "a report may still contain the request"
     for _ in range(3):
         ledger.new_snapshot(frozenset({("d1", "1")}))
     assert ledger.own_load(("d1", "1")) == OwnLoad()
@@ -293,16 +300,16 @@ def test_the_book_forgets_what_ended() -> None:
     assert ledger.is_empty
 
 
-def test_the_book_knows_how_fast_a_prefill_worker_is_while_it_is_busy() -> None:
+def test_the_ledger_measures_the_rate_of_a_busy_prefill_worker() -> None:
     now_s = 0.0
     ledger = PlacementLedger(LIMITS, lambda: now_s, suspect_s=1.0)
     workers = (worker("p1"), worker("d1"))
     for _ in range(100):
-        first, second, dropped = (placed(ledger, workers) for _ in range(3))
-        for held in (first, second):
+        first, second, failed = (place(ledger, workers) for _ in range(3))
+        for permit in (first, second):
             now_s += 0.05
-            held.prefill_ended(done=True)
+            permit.prefill_ended(done=True)
         now_s += 0.1
-        dropped.prefill_ended(done=False)  # neither its tokens nor its time
-        now_s += 7.0  # idle
+        failed.prefill_ended(done=False)  # neither its tokens nor its time count
+        now_s += 7.0  # idle time does not count
     assert ledger.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)

@@ -1,4 +1,4 @@
-"""What a router writes before its client reads it, and how another one goes on from there."""
+"""A router journals tokens before its client gets them, and another router can resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST = inference_pb2.GenerateRequest(request_id="r", token_ids={"ids": [1, 2]
 
 
 class Store(MemoryJournal):
-    """Answers when the test lets it, and remembers what was written together."""
+    """Answers only while ``open`` is set, and records each group of changes."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -44,21 +44,21 @@ async def store() -> Store:
     return Store()
 
 
-class Open(Protocol):
+class JournalFactory(Protocol):
     def __call__(self, patience_s: float = 60, lease_s: float = LEASE_S) -> Journal: ...
 
 
 @pytest.fixture
-async def router(store: Store) -> AsyncIterator[Open]:
-    """Makes the journal of one more router."""
+async def router(store: Store) -> AsyncIterator[JournalFactory]:
+    """Opens the journal of one more router."""
     journals: list[Journal] = []
 
-    def open_(patience_s: float = 60, lease_s: float = LEASE_S) -> Journal:
+    def open_journal(patience_s: float = 60, lease_s: float = LEASE_S) -> Journal:
         journals.append(Journal(store, JournalSettings(lease_s, patience_s)))
         journals[-1].start()
         return journals[-1]
 
-    yield open_
+    yield open_journal
     store.open.set()
     for journal in journals:
         await journal.close()
@@ -69,7 +69,7 @@ async def test_rules(check: Callable[[JournalStore], Awaitable[None]]) -> None:
     await check(MemoryJournal(lease_s=LEASE_S))
 
 
-async def test_another_router_goes_on_with_what_was_written(router: Open) -> None:
+async def test_another_router_resumes_from_what_was_written(router: JournalFactory) -> None:
     one, two, three = router(), router(), router()
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
@@ -87,8 +87,8 @@ async def test_another_router_goes_on_with_what_was_written(router: Open) -> Non
         assert batches == [FIRST, SECOND]
 
 
-async def test_a_batch_waits_for_the_store_and_all_that_wait_go_together(
-    router: Open, store: Store
+async def test_batches_wait_for_the_store_and_are_written_together(
+    router: JournalFactory, store: Store
 ) -> None:
     journal = router()
     async with journal.begin(REQUEST) as entry:
@@ -96,7 +96,8 @@ async def test_a_batch_waits_for_the_store_and_all_that_wait_go_together(
         store.open.clear()
         adding = [asyncio.create_task(entry.add(FIRST))]
         await until(
-            lambda: len(store.writes[-1]) == 1 and bool(store.writes[-1][0].batches), what="one"
+            lambda: len(store.writes[-1]) == 1 and bool(store.writes[-1][0].batches),
+            what="one batch is being written",
         )
         before = len(store.writes)
         adding += [asyncio.create_task(entry.add(SECOND)) for _ in range(5)]
@@ -107,28 +108,28 @@ async def test_a_batch_waits_for_the_store_and_all_that_wait_go_together(
         assert [len(write) for write in store.writes[before:]] == [5]
 
 
-async def test_a_slow_store_holds_nobody_up_and_gets_all_in_the_end(
-    router: Open, store: Store
+async def test_a_slow_store_does_not_delay_requests_and_gets_everything_later(
+    router: JournalFactory, store: Store
 ) -> None:
     journal = router(0.01)
     async with journal.begin(REQUEST) as entry:
         store.open.clear()
         await entry.add(FIRST)
-        assert entry.behind
-        with pytest.raises(StopIteration):  # it returns without waiting for anything
+        assert entry.lagging
+        with pytest.raises(StopIteration):  # it returns without waiting
             entry.add(SECOND).send(None)
         store.open.set()
-        await until(lambda: not entry.behind, what="the store has all")
+        await until(lambda: not entry.lagging, what="the store has every batch")
         store.open.clear()
         await entry.add(FIRST)
-        assert entry.behind, "it waits again"
+        assert entry.lagging, "the store is slow again"
         store.open.set()
     await journal.close()
     async with router().resume("r") as (_, _, batches):
         assert batches == [FIRST, SECOND, FIRST]
 
 
-async def test_a_store_that_is_away_ends_no_request(router: Open, store: Store) -> None:
+async def test_a_failed_store_ends_no_request(router: JournalFactory, store: Store) -> None:
     journal = router()
     async with journal.begin(REQUEST) as entry:
         store.available = False
@@ -141,7 +142,7 @@ async def test_a_store_that_is_away_ends_no_request(router: Open, store: Store) 
             pass
 
 
-async def test_an_id_that_another_router_serves_is_refused(router: Open) -> None:
+async def test_an_id_that_another_router_serves_is_refused(router: JournalFactory) -> None:
     one, two = router(), router()
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
@@ -151,8 +152,10 @@ async def test_an_id_that_another_router_serves_is_refused(router: Open) -> None
         await entry.add(SECOND)
 
 
-async def test_a_router_that_was_replaced_ends_its_stream(router: Open, store: Store) -> None:
-    """It was paused for longer than its lease."""
+async def test_a_router_whose_request_was_resumed_elsewhere_ends_its_stream(
+    router: JournalFactory, store: Store
+) -> None:
+    """The first router was paused for longer than its lease."""
     one, two = router(), router()
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
@@ -163,24 +166,26 @@ async def test_a_router_that_was_replaced_ends_its_stream(router: Open, store: S
             await newer.add(SECOND)
 
 
-async def test_a_request_without_tokens_keeps_its_lease(router: Open, store: Store) -> None:
+async def test_a_request_without_tokens_keeps_its_lease(
+    router: JournalFactory, store: Store
+) -> None:
     journal = router(lease_s=0.03)
     async with journal.begin(REQUEST):
-        await until(lambda: len(store.writes) > 3, what="it renews")
+        await until(lambda: len(store.writes) > 3, what="the lease is renewed")
         assert all(not change.batches for write in store.writes for change in write)
 
 
-async def test_an_older_entry_of_its_id_does_not_end_a_request_that_is_not_written(
-    router: Open, store: Store
+async def test_an_older_entry_does_not_end_a_request_that_is_not_journaled(
+    router: JournalFactory, store: Store
 ) -> None:
-    """It was refused, and came again while the store was away."""
+    """A first request with the same id ended. The second came while the store was away."""
     journal = router(lease_s=0.03)
     async with journal.begin(REQUEST):
         pass
-    await until(lambda: store.writes and store.writes[-1][-1].ends, what="the refused one ends")
+    await until(lambda: store.writes and store.writes[-1][-1].ends, what="the first request ends")
     store.available = False
     async with journal.begin(REQUEST) as entry:
-        await until(lambda: entry.lost, what="the store is missed")
+        await until(lambda: entry.abandoned, what="the entry is abandoned")
         store.available = True
         async with journal.begin(inference_pb2.GenerateRequest(request_id="other")):
             before = len(store.writes)

@@ -30,7 +30,7 @@ def write_model(folder: Path, **tokenizer_config: object) -> Path:
 
 
 @pytest.mark.asyncio
-async def test_the_event_loop_runs_on_while_a_prompt_is_tokenised() -> None:
+async def test_the_event_loop_runs_while_a_prompt_is_tokenised() -> None:
     text = "the lazy fox " * 40_000
     codec = TextCodec(ModelFacts("m", 10**6, 320), make_tokenizer(), render_chat)
     task = asyncio.create_task(codec.encode_prompt(text))
@@ -38,14 +38,14 @@ async def test_the_event_loop_runs_on_while_a_prompt_is_tokenised() -> None:
     while not task.done():
         await asyncio.sleep(0)
         turns += 1
-    assert turns > 1000, "or it kept the GIL"
+    assert turns > 1000, "tokenising releases the GIL"
     assert list(await task) == make_tokenizer().encode(text).ids
     codec.close()
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", ["prompt", "chat"])
-async def test_a_very_long_prompt_holds_up_no_short_one(kind: str) -> None:
+async def test_a_very_long_prompt_delays_no_short_one(kind: str) -> None:
     short_are_done = threading.Event()
 
     class Slow:
@@ -72,7 +72,7 @@ async def test_a_very_long_prompt_holds_up_no_short_one(kind: str) -> None:
 
 
 @pytest.mark.asyncio
-async def test_tokens_that_do_not_fit_are_counted_and_not_listed() -> None:
+async def test_token_ids_that_do_not_fit_are_counted_but_never_read() -> None:
     class Encoding:
         ids = property()  # cannot be read
 
@@ -121,11 +121,11 @@ async def test_a_model_without_a_template_takes_no_chat(tmp_path: Path) -> None:
     ("template", "words"),
     [
         ("{{ messages[0].content + 1 }}", "str"),  # TypeError
-        # ValueError: several named templates, none of them the default.
+        # ValueError: several named templates, and none is the default.
         ([{"name": name, "template": TEMPLATE} for name in ("rag", "tools")], "default"),
     ],
 )
-async def test_a_template_that_fails_is_named_with_its_reason(
+async def test_the_error_of_a_failing_template_is_in_the_message(
     tmp_path: Path, template: object, words: str
 ) -> None:
     path = write_model(tmp_path, chat_template=template)

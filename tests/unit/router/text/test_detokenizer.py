@@ -19,7 +19,7 @@ def pieces_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
 
 
 def fallback_tokenizer() -> Tokenizer:
-    """As Llama 2's: a space before words, characters it lacks as runs of byte tokens."""
+    """Like the tokeniser of Llama 2: words begin with a space, unknown characters become bytes."""
     vocab = {"<unk>": 0, "▁the": 1, "▁": 2, "a": 3, "▁b": 4}
     vocab |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
@@ -48,7 +48,7 @@ def test_text_comes_back_and_no_piece_has_half_a_character(text: str) -> None:
 
 
 @given(st.lists(any_token, max_size=400))
-def test_any_tokens_give_the_text_of_decoding_all_at_once(token_ids: list[int]) -> None:
+def test_any_tokens_give_the_same_text_as_one_decode(token_ids: list[int]) -> None:
     assert "".join(pieces_of(TOKENIZER, token_ids)) == TOKENIZER.decode(token_ids)
 
 
@@ -71,7 +71,7 @@ def test_special_tokens_have_no_text() -> None:
 
 def test_text_comes_as_soon_as_it_is_certain() -> None:
     euro = TOKENIZER.encode("€").ids
-    assert len(euro) == 3, "not in the training lines, so it is three byte tokens"
+    assert len(euro) == 3, "the tokeniser was not trained on it, so it is three byte tokens"
     assert pieces_of(TOKENIZER, euro) == ["", "", "€", ""]
 
 

@@ -32,7 +32,7 @@ def test_an_end_token_has_an_id_and_no_text() -> None:
     assert output.completion_tokens == len(piece.token_ids)
 
 
-def test_text_that_was_held_back_comes_with_the_end() -> None:
+def test_held_text_is_returned_at_the_end() -> None:
     output = TextOutput(TOKENIZER, ("fox!",), 0)
     first = output.push(batch(ids(TEXT)))
     last = output.push(batch((), LENGTH))
@@ -50,7 +50,7 @@ def test_tokens_after_a_stop_string_are_cut() -> None:
     assert output.completion_tokens == len(piece.token_ids)
 
 
-def test_a_stop_string_in_the_last_batch_beats_its_reason() -> None:
+def test_a_stop_string_overrides_the_finish_reason_of_its_batch() -> None:
     output = TextOutput(TOKENIZER, ("fox",), 0)
     piece = output.push(batch(ids(TEXT), LENGTH))
     assert (piece.text, piece.finish_reason) == ("the quick brown ", STOP)

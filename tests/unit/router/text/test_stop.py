@@ -13,7 +13,7 @@ stops = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
 
 
 def cut(text: str, stop_strings: list[str], splits: list[int]) -> tuple[str, bool]:
-    """What the matcher gives for ``text`` in pieces."""
+    """Push ``text`` in pieces; return the result and whether a stop string matched."""
     matcher = StopMatcher(stop_strings)
     bounds = [0, *sorted(min(split, len(text)) for split in splits), len(text)]
     out = "".join(matcher.push(text[start:end]) for start, end in itertools.pairwise(bounds))
@@ -21,7 +21,7 @@ def cut(text: str, stop_strings: list[str], splits: list[int]) -> tuple[str, boo
 
 
 def expected(text: str, stop_strings: list[str]) -> tuple[str, bool]:
-    """By trying each prefix: the first that ends with a stop string, the longest of them."""
+    """The same by brute force: find the first prefix that ends with a stop string."""
     for end in range(1, len(text) + 1):
         matching = [stop for stop in stop_strings if text[:end].endswith(stop)]
         if matching:

@@ -1,4 +1,4 @@
-"""Whether a worker can be reached, before it is sent anything."""
+"""The client knows whether a worker can be reached before it sends anything."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ async def test_a_worker_is_connected_until_it_dies() -> None:
         async def lost() -> bool:
             return not await to_worker.connected()
 
-        await until_awaited(lost, what="its death was noticed")
+        await until_awaited(lost, what="the client notices that the worker died")
         async with asyncio.timeout(1):
             assert not await to_worker.connected()
 
 
-async def test_a_worker_that_accepts_and_says_nothing_is_not_connected() -> None:
-    """Neither for the first who waits nor for one who comes later."""
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        address = "{}:{}".format(*mute.getsockname())
-        async with client(address, connect_timeout_s=0.2) as to_mute, asyncio.timeout(2):
-            assert await asyncio.gather(*(to_mute.connected() for _ in range(3))) == [False] * 3
-            assert not await to_mute.connected()
+async def test_a_worker_that_accepts_connections_but_is_silent_is_not_connected() -> None:
+    """This holds for calls that wait together and for a later one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "{}:{}".format(*listener.getsockname())
+        async with client(address, connect_timeout_s=0.2) as to_silent, asyncio.timeout(2):
+            assert await asyncio.gather(*(to_silent.connected() for _ in range(3))) == [False] * 3
+            assert not await to_silent.connected()
 
 
-async def test_one_who_waits_no_longer_disturbs_nobody_who_waits() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        address = "{}:{}".format(*mute.getsockname())
-        async with client(address, connect_timeout_s=0.3) as to_mute:
-            waiting = asyncio.create_task(to_mute.connected())
-            given_up = asyncio.create_task(to_mute.connected())
+async def test_a_cancelled_wait_does_not_disturb_other_waits() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "{}:{}".format(*listener.getsockname())
+        async with client(address, connect_timeout_s=0.3) as to_silent:
+            waiting = asyncio.create_task(to_silent.connected())
+            cancelled = asyncio.create_task(to_silent.connected())
             await asyncio.sleep(0)
-            given_up.cancel()
+            cancelled.cancel()
             assert not await waiting
-            assert given_up.cancelled()
+            assert cancelled.cancelled()

@@ -1,4 +1,4 @@
-"""Snapshots outlive the registry's failures; channels live as long as their users."""
+"""Snapshots outlive failures of the registry. Channels stay open as long as they are used."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Setup:
         self.now_s = 0.0
         self.registry = MemoryRegistry(lease_s=3600)
         self.record = FakeDecode().record
-        self.seen: list[tuple[WorkerRecord, ...]] = []
-        self.workers = Workers(self.registry, SETTINGS, lambda: self.now_s, self.seen.append)
-        self.lost = 0
+        self.snapshots: list[tuple[WorkerRecord, ...]] = []
+        self.workers = Workers(self.registry, SETTINGS, lambda: self.now_s, self.snapshots.append)
+        self.lost_calls = 0
 
     def on_lost(self) -> None:
-        self.lost += 1
+        self.lost_calls += 1
 
 
 async def test_the_last_snapshot_stays_while_the_registry_is_away() -> None:
@@ -44,14 +44,14 @@ async def test_the_last_snapshot_stays_while_the_registry_is_away() -> None:
     setup.registry.available = False
     await setup.workers.refresh()
     assert setup.workers.snapshot == (setup.record,)
-    assert len(setup.seen) == 1
+    assert len(setup.snapshots) == 1
     setup.registry.available = True
     await setup.workers.refresh()
     assert setup.workers.snapshot == (setup.record,)
 
 
 @pytest.mark.parametrize("outage_seen", [False, True])
-async def test_a_store_that_was_restarted_may_know_its_workers_a_lease_later(
+async def test_a_restarted_store_has_one_lease_to_learn_its_workers(
     outage_seen: bool,
 ) -> None:
     setup = Setup()
@@ -65,24 +65,24 @@ async def test_a_store_that_was_restarted_may_know_its_workers_a_lease_later(
         setup.registry.available = True
     for record in (setup.record, *others):
         await setup.registry.remove(record.id)
-    if not outage_seen:  # else the first one is back before the first look
+    if not outage_seen:  # otherwise one worker is back before the first read
         await setup.workers.refresh()
         assert len(setup.workers.snapshot) == 3
 
     await setup.registry.put(others[0])
     await setup.workers.refresh()
     assert {record.id for record in setup.workers.snapshot} == {"decode-1", "decode-2", "decode-3"}
-    assert setup.seen[-1] == setup.workers.snapshot
+    assert setup.snapshots[-1] == setup.workers.snapshot
     await setup.registry.put(others[1])
     setup.now_s = 2.9
     await setup.workers.refresh()
     assert len(setup.workers.snapshot) == 3
     setup.now_s = 3.0
     await setup.workers.refresh()
-    assert setup.workers.snapshot == tuple(others), "the first one is really gone"
+    assert setup.workers.snapshot == tuple(others), "the first worker is really gone"
 
 
-async def test_workers_that_have_all_gone_leave_the_snapshot_after_a_lease() -> None:
+async def test_if_all_workers_leave_the_snapshot_is_empty_after_one_lease() -> None:
     setup = Setup()
     await setup.registry.put(setup.record)
     await setup.workers.refresh()
@@ -95,7 +95,7 @@ async def test_workers_that_have_all_gone_leave_the_snapshot_after_a_lease() -> 
         assert not setup.workers.snapshot
 
 
-async def test_a_worker_that_leaves_others_behind_is_gone_at_once() -> None:
+async def test_a_worker_that_leaves_alone_is_gone_at_once() -> None:
     setup = Setup()
     other = replace(setup.record, id="decode-2")
     for record in (setup.record, other):
@@ -106,7 +106,7 @@ async def test_a_worker_that_leaves_others_behind_is_gone_at_once() -> None:
     assert setup.workers.snapshot == (other,)
 
 
-async def test_a_registry_that_hangs_is_given_up() -> None:
+async def test_a_read_of_a_hung_registry_times_out() -> None:
     class Hanging:
         async def list(self) -> tuple[WorkerRecord, ...]:
             await asyncio.get_running_loop().create_future()
@@ -128,7 +128,7 @@ async def test_one_channel_per_incarnation_closed_after_its_last_user() -> None:
             assert first is second
         await setup.registry.remove(setup.record.id)
         await setup.workers.refresh()
-        assert setup.workers.open_channels == 1, "still used"
+        assert setup.workers.open_channels == 1, "the channel is still used"
     await setup.workers.refresh()
     assert setup.workers.open_channels == 0
     await setup.workers.stop()
@@ -146,7 +146,7 @@ async def test_a_channel_stays_open_while_its_worker_lives() -> None:
     assert setup.workers.open_channels == 0
 
 
-async def test_users_are_told_when_a_lease_stays_away_and_only_then() -> None:
+async def test_on_lost_is_called_only_after_a_worker_is_missing_for_a_lease() -> None:
     setup = Setup()
     await setup.registry.put(setup.record)
     async with setup.workers.connection(setup.record, setup.on_lost):
@@ -155,19 +155,19 @@ async def test_users_are_told_when_a_lease_stays_away_and_only_then() -> None:
         await setup.workers.refresh()
         setup.now_s = 2.9
         await setup.workers.refresh()
-        assert setup.lost == 0
+        assert setup.lost_calls == 0
 
-        setup.registry.available = False  # nobody is lost while nobody can be seen
+        setup.registry.available = False  # an outage of the registry does not count as missing
         setup.now_s = 50.0
         await setup.workers.refresh()
         setup.registry.available = True
         await setup.workers.refresh()
-        assert setup.lost == 0
+        assert setup.lost_calls == 0
 
         setup.now_s = 53.0
         await setup.workers.refresh()
-        assert setup.lost == 1
+        assert setup.lost_calls == 1
         await setup.registry.put(setup.record)
         await setup.workers.refresh()
-        assert setup.lost == 1
+        assert setup.lost_calls == 1
     await setup.workers.stop()
