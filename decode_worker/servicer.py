@@ -7,7 +7,7 @@ import grpc
 from baton.v1 import worker_pb2, worker_pb2_grpc
 from core.rpc.status import accept
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
-from worker.calls import check_deadline, closing, engine_key, errors_to_status
+from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake
 
 _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
@@ -23,11 +23,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
         """Stream the tokens of one attempt as the engine samples them."""
         async with errors_to_status(context, request.key.request_id):
-            key = engine_key(request.key)
+            transfer_id = transfer_id_of(request.key)
             check_deadline(context)
-            with self._intake.admit(key):
+            with self._intake.admit(transfer_id):
                 await accept(context)
-                outputs = self._engine.generate(_engine_request(key, request))
+                outputs = self._engine.generate(_engine_request(transfer_id, request))
                 async with closing(outputs):
                     async for output in outputs:
                         await context.write(_response(output))
@@ -38,15 +38,15 @@ def add_decode_service(server: grpc.aio.Server, engine: Engine, intake: Intake) 
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
 
 
-def _engine_request(key: str, request: worker_pb2.DecodeRequest) -> EngineRequest:
+def _engine_request(transfer_id: str, request: worker_pb2.DecodeRequest) -> EngineRequest:
     source = request.kv_source
     receive = KvReceive(
         incarnation=source.incarnation,
         control_addresses=tuple(source.control_addresses),
-        first_token=source.first_token,
+        forwards_first_token=source.forwards_first_token,
     )
     return EngineRequest(
-        key=key,
+        transfer_id=transfer_id,
         token_ids=tuple(request.token_ids),
         sampling=request.sampling,
         kv=receive if request.HasField("kv_source") else None,

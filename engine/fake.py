@@ -25,7 +25,7 @@ from engine.protocol import (
     check_prompt,
 )
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1024  # any size serves
 MAX_MODEL_LEN = 8192  # tokens; used if the configuration sets no length
 MAX_LOGPROBS = 20  # vLLM's default
 _FIRST_TOKEN_ID = 3  # lower ids are special in most vocabularies
@@ -80,7 +80,9 @@ class FakeEngine:
         self._fetch = fetch or self._fetch_all
         self._kv = _KvBlocks(self._size.kv_blocks)
         self._prefill_turn = asyncio.Lock()  # one prompt at a time, in order of arrival
-        self._held: dict[str, asyncio.Future[None]] = {}  # key -> done when its blocks are free
+        self._held: dict[
+            str, asyncio.Future[None]
+        ] = {}  # by transfer id; done when its blocks are free
         self._queued_tokens = 0
         self._queued = 0
         self._running = 0
@@ -119,7 +121,9 @@ class FakeEngine:
             report: inference_pb2.KvReport | None = kv
             state = _hash(request.token_ids)
             received = kv.outcome == inference_pb2.KV_OUTCOME_TRANSFERRED
-            seeded = received and isinstance(request.kv, KvReceive) and request.kv.first_token
+            seeded = (
+                received and isinstance(request.kv, KvReceive) and request.kv.forwards_first_token
+            )
             for index in range(wanted):
                 self._check()
                 token = _token(state)
@@ -148,13 +152,13 @@ class FakeEngine:
         finally:
             self._running -= 1
             if hold:
-                self._hold(request.key, blocks)
+                self._hold(request.transfer_id, blocks)
             else:
                 self._kv.give_back(blocks)
 
-    async def release(self, key: str) -> None:
+    async def release(self, transfer_id: str) -> None:
         """See ``Engine``."""
-        task = self._held.get(key)
+        task = self._held.get(transfer_id)
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
@@ -181,8 +185,8 @@ class FakeEngine:
     async def stop(self) -> None:
         """See ``Engine``."""
         self.fail("the engine was stopped")
-        for key in list(self._held):
-            await self.release(key)
+        for transfer_id in list(self._held):
+            await self.release(transfer_id)
 
     def fail(self, message: str = "the engine died") -> None:
         """Simulate a dead engine: all requests, current and later, raise WorkerLostError."""
@@ -212,7 +216,7 @@ class FakeEngine:
         tokens = len(request.token_ids)
         began_s = self._clock()
         if isinstance(request.kv, KvReceive) and await self._fetch(request):
-            received = tokens if request.kv.first_token else tokens - 1
+            received = tokens if request.kv.forwards_first_token else tokens - 1
             report = inference_pb2.KvReport(
                 outcome=inference_pb2.KV_OUTCOME_TRANSFERRED,
                 backend="fake",
@@ -239,16 +243,16 @@ class FakeEngine:
         await self._sleep(self._latency.transfer_ms / 1000)
         return True
 
-    def _hold(self, key: str, blocks: int) -> None:
+    def _hold(self, transfer_id: str, blocks: int) -> None:
         """Keep blocks for the time of a transfer, or until ``release`` is called."""
 
         def free(_: object) -> None:
             self._kv.give_back(blocks)
-            self._held.pop(key, None)
+            self._held.pop(transfer_id, None)
 
         task = asyncio.ensure_future(self._sleep(self._latency.transfer_ms / 1000))
         task.add_done_callback(free)
-        self._held[key] = task
+        self._held[transfer_id] = task
 
 
 class _KvBlocks:

@@ -28,10 +28,10 @@ class EngineFacts:
 class KvSend:
     """Tells the engine to hold the prompt's KV for a decode worker.
 
-    The decode worker reserves it under the request's key.
+    The decode worker reserves it under the request's transfer id.
     """
 
-    first_token: bool  # whether the sampled token travels with the KV
+    forwards_first_token: bool  # whether the sampled token travels with the KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class KvReceive:
 
     incarnation: str  # of the prefill worker
     control_addresses: tuple[str, ...]  # of the prefill worker, one per TP rank
-    first_token: bool  # whether the prefill worker's token travels with the KV
+    forwards_first_token: bool  # whether the prefill worker's token travels with the KV
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One attempt of one request."""
 
-    key: str  # "request_id#attempt", unique among the requests in flight
+    transfer_id: str  # "request_id#attempt", unique among the requests in flight
     token_ids: tuple[int, ...]  # the prompt, then the output of earlier attempts
     sampling: inference_pb2.SamplingParams  # validated by the router
     kv: KvSend | KvReceive | None  # None if no KV is transferred
@@ -105,7 +105,7 @@ class Engine(Protocol):
             The incarnations in ``others`` whose pairs do not exist yet but may still be made.
         """
 
-    async def release(self, key: str) -> None:
+    async def release(self, transfer_id: str) -> None:
         """Drop KV held by a finished ``KvSend`` request. Unknown keys are ignored."""
 
     def load(self) -> WorkerLoad:

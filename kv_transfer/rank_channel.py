@@ -18,7 +18,7 @@ from kv_transfer.errors import KvTransferError
 
 logger = logging.getLogger(__name__)
 
-_FRAMES_AT_A_TIME = 64
+_FRAMES_AT_A_TIME = 64  # a stranger who floods the socket must not stall the front end
 
 
 class RankReport(msgspec.Struct, frozen=True):

@@ -36,7 +36,7 @@ from kv_transfer.side_stream import after, mark, side_stream, wait_done
 logger = logging.getLogger(__name__)
 
 _LINGER_MS = 500  # for the last words to the peers
-_FRAMES_AT_A_TIME = 64
+_FRAMES_AT_A_TIME = 64  # one peer that floods the socket must not stall the others
 _SWEEP_S = 0.5  # resolution of the leases and reservations below, all of them seconds long
 
 

@@ -7,7 +7,7 @@ import grpc
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from core.errors import InternalError
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvSend
-from worker.calls import check_deadline, closing, engine_key, errors_to_status
+from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake
 
 _PrefillContext = grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
@@ -26,10 +26,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
     ) -> worker_pb2.PrefillResponse:
         """Compute the prompt and answer with the first token."""
         async with errors_to_status(context, request.key.request_id):
-            key = engine_key(request.key)
+            transfer_id = transfer_id_of(request.key)
             check_deadline(context)
-            with self._intake.admit(key):
-                output = await self._first_token(_engine_request(key, request))
+            with self._intake.admit(transfer_id):
+                output = await self._first_token(_engine_request(transfer_id, request))
         return _response(output, request)
 
     async def Release(
@@ -37,7 +37,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
     ) -> worker_pb2.ReleaseResponse:
         """Drop KV blocks that no decode worker will fetch."""
         async with errors_to_status(context, request.key.request_id):
-            await self._engine.release(engine_key(request.key))
+            await self._engine.release(transfer_id_of(request.key))
         return worker_pb2.ReleaseResponse()
 
     async def _first_token(self, request: EngineRequest) -> EngineOutput:
@@ -61,17 +61,17 @@ def add_prefill_service(server: grpc.aio.Server, engine: Engine, intake: Intake)
     worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
 
 
-def _engine_request(key: str, request: worker_pb2.PrefillRequest) -> EngineRequest:
+def _engine_request(transfer_id: str, request: worker_pb2.PrefillRequest) -> EngineRequest:
     sampling = inference_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     sampling.max_tokens = 1
     if sampling.min_tokens > 1:  # the decode worker applies the rest of min_tokens
         sampling.min_tokens = 1
     return EngineRequest(
-        key=key,
+        transfer_id=transfer_id,
         token_ids=tuple(request.token_ids),
         sampling=sampling,
-        kv=KvSend(first_token=request.first_token) if request.transfer else None,
+        kv=KvSend(forwards_first_token=request.forwards_first_token) if request.transfer else None,
         tokens_so_far=request.tokens_so_far,
     )
 

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 256  # routers make shorter ids; an error must fit into gRPC metadata
 
 
-def engine_key(key: worker_pb2.TransferKey) -> str:
+def transfer_id_of(key: worker_pb2.TransferKey) -> str:
     """Return the engine's name for one attempt of one request.
 
     Raises InvalidArgumentError if the request id is empty, too long or not printable.

@@ -24,32 +24,34 @@ class Intake:
         self._open = True
 
     @contextmanager
-    def admit(self, key: str) -> Iterator[None]:
-        """Track the request ``key`` during the block. The current task must be serving it.
+    def admit(self, transfer_id: str) -> Iterator[None]:
+        """Track a request during the block. The current task must be serving it.
 
         Raises:
             UnavailableError: the worker drains (raised at the start of the block), or
-                ``move_out`` ended the request (raised at the end of the block).
-            AlreadyExistsError: ``key`` is in flight.
+                ``send_away`` ended the request (raised at the end of the block).
+            AlreadyExistsError: ``transfer_id`` is in flight.
             CapacityError: ``limit`` requests are in flight.
         """
         if not self._open:
             raise _draining_error()
-        if key in self._calls:
-            raise AlreadyExistsError(f"the attempt {key} is already in flight on this worker")
+        if transfer_id in self._calls:
+            raise AlreadyExistsError(
+                f"the attempt {transfer_id} is already in flight on this worker"
+            )
         if len(self._calls) >= self._limit:
             raise CapacityError(
                 f"this worker already has {self._limit} requests in flight, its limit",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        with self._calls.track(key):
+        with self._calls.track(transfer_id):
             yield
 
     def close(self) -> None:
         """Refuse all further requests."""
         self._open = False
 
-    def move_out(self) -> None:
+    def send_away(self) -> None:
         """End all requests in flight. Their routers continue them on other workers."""
         self._calls.send_away()
 

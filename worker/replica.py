@@ -301,7 +301,7 @@ class WorkerReplica:
             _log.warning(
                 "%s: some requests or KV transfers did not end within %.1f s", self._id, grace_s
             )
-            self._intake.move_out()
+            self._intake.send_away()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CANCEL_GRACE_S):
                     await self._intake.drained()

@@ -16,20 +16,20 @@ class TransferKey(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("key", "token_ids", "sampling", "transfer", "first_token", "tokens_so_far")
+    __slots__ = ("key", "token_ids", "sampling", "transfer", "forwards_first_token", "tokens_so_far")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_SO_FAR_FIELD_NUMBER: _ClassVar[int]
     key: TransferKey
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.SamplingParams
     transfer: bool
-    first_token: bool
+    forwards_first_token: bool
     tokens_so_far: int
-    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., transfer: bool = ..., first_token: bool = ..., tokens_so_far: _Optional[int] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., transfer: bool = ..., forwards_first_token: bool = ..., tokens_so_far: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("token_id", "logprobs", "finish_reason", "cached_tokens", "queue_ms", "prefill_ms")
@@ -72,16 +72,16 @@ class DecodeRequest(_message.Message):
     def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., kv_source: _Optional[_Union[KvSource, _Mapping]] = ..., tokens_so_far: _Optional[int] = ...) -> None: ...
 
 class KvSource(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "control_addresses", "first_token")
+    __slots__ = ("worker_id", "incarnation", "control_addresses", "forwards_first_token")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     CONTROL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     control_addresses: _containers.RepeatedScalarFieldContainer[str]
-    first_token: bool
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_addresses: _Optional[_Iterable[str]] = ..., first_token: bool = ...) -> None: ...
+    forwards_first_token: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_addresses: _Optional[_Iterable[str]] = ..., forwards_first_token: bool = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("first_index", "token_ids", "logprobs", "finish_reason", "kv")

@@ -10,8 +10,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, TextIO
 
-TICK_S: Final = 1.0
-_TICKS_PER_NUMBER: Final = 5
+TICK_S: Final = 1.0  # a dot a second
+_TICKS_PER_NUMBER: Final = 5  # every fifth dot is a number
 _ELAPSED_TIME: Final = re.compile(r",? \(?\d+ s\)?$")  # " (12 s)" or ", 12 s"
 
 

@@ -16,7 +16,7 @@ from core.errors import UnavailableError
 from core.state.registry import RedisRegistry
 from core.types import WorkerRecord
 
-_POLL_S = 0.2
+_POLL_S = 0.2  # workers renew their leases less often
 _COLUMNS = (
     "id",
     "pool",

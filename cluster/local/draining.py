@@ -17,7 +17,7 @@ from cluster.local.signals import StopSignal
 _ROUTER_SHARE: Final = 0.8  # of the grace period; the rest is for workers and engines
 _LATE_S: Final = 1.0  # extra time for a Ray call that still runs: an abandoned one logs errors
 _MIN_STEP_S: Final = 0.1  # a step that starts late still gets this long
-_POLL_S: Final = 0.05
+_POLL_S: Final = 0.05  # how soon a second signal is noticed
 
 
 class Drainable(Protocol):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-_LINES_PER_FILE = 200
+_LINES_PER_FILE = 200  # a traceback of vLLM has about 100
 
 
 def keep_logs(name: str, logs: Sequence[Path]) -> Path:

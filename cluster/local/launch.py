@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
-_POLL_S = 0.2
+_POLL_S = 0.2  # how soon orders and deaths are noticed
 
 
 class StartInterruptedError(Exception):

@@ -9,7 +9,7 @@ import baton
 from core.errors import BatonError
 from core.types import Pool, WorkerRecord, WorkerState
 
-_HEALTH_TIMEOUT_S: Final = 1.0
+_HEALTH_TIMEOUT_S: Final = 1.0  # a router on this machine answers within milliseconds
 
 
 def count_ready(workers: Iterable[WorkerRecord]) -> dict[Pool, int]:

@@ -29,7 +29,7 @@ CLUSTER_ID_VARIABLE = "BATON_CLUSTER_ID"
 
 KILL_TIMEOUT_S = 10.0  # SIGKILL works at once unless a process is stuck in a driver
 _FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # also covers removing folders and shared memory
-_POLL_S = 0.02
+_POLL_S = 0.02  # a killed process is gone within milliseconds
 _WATCH_S = 1.0  # between two looks at /dev/shm while the cluster runs
 _WATCH_TRIES = 5  # calls of look without an owner after which a file is not the cluster's
 _SHM = "/dev/shm/"

@@ -20,9 +20,9 @@ from core.errors import ConfigError, InternalError
 from core.net import bracketed
 
 _START_TIMEOUT_S = 5.0  # it takes about 20 ms
-_STOP_TIMEOUT_S = 2.0
+_STOP_TIMEOUT_S = 2.0  # it writes nothing to disk, so it ends at once
 _PORT_ATTEMPTS = 5  # another program may take the free port before the server does
-_POLL_S = 0.01
+_POLL_S = 0.01  # it starts in about 20 ms
 _MAX_MEMORY = "64mb"  # a record is under 1 KB; this bounds what a faulty client can store
 
 

@@ -23,7 +23,7 @@ _NUM_CPUS = 0.01
 _ON_HEAD = {"node:__internal_head__": 0.001}
 _HEALTH_TIMEOUT_S = 10.0  # an event loop that blocks this long cannot serve requests
 _STOP_MARGIN_S = 5.0  # time for the engine to end, after the grace period of the requests
-_DRAIN_POLL_S = 0.05
+_DRAIN_POLL_S = 0.05  # how soon Serve notices that a replica has drained
 _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarely
 
 

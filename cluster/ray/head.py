@@ -37,8 +37,8 @@ from core.types import Pool
 APP = "baton"
 
 _OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; Baton stores no objects in it
-_DELETE_POLL_S = 0.05
-_CALL_TIMEOUT_S = 10.0
+_DELETE_POLL_S = 0.05  # how soon the end of the last replica is noticed
+_CALL_TIMEOUT_S = 10.0  # Serve's controller is back within seconds after it died
 
 
 class _QuietNode(Node):

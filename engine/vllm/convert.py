@@ -47,13 +47,17 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
 
 def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
     match request.kv:
-        case KvSend(first_token):
-            return {"baton": "send", "key": request.key, "first_token": first_token}
-        case KvReceive(incarnation, addresses, first_token):
+        case KvSend(forwards_first_token):
+            return {
+                "baton": "send",
+                "key": request.transfer_id,
+                "first_token": forwards_first_token,
+            }
+        case KvReceive(incarnation, addresses, forwards_first_token):
             return {
                 "baton": "receive",
-                "key": request.key,
-                "first_token": first_token,
+                "key": request.transfer_id,
+                "first_token": forwards_first_token,
                 "incarnation": incarnation,
                 "addresses": list(addresses),
             }
@@ -108,7 +112,7 @@ def engine_output(
     (completion,) = output.outputs
     if completion.finish_reason not in _FINISH_REASONS:
         raise WorkerLostError(
-            f"the engine ended {request.key} with the reason {completion.finish_reason}"
+            f"the engine ended {request.transfer_id} with the reason {completion.finish_reason}"
         )
     metrics = output.metrics
     timed = first and metrics is not None and metrics.scheduled_ts > 0

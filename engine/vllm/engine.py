@@ -73,7 +73,7 @@ class VllmEngine:
         self._releaser: Releaser | None = None
         self._prewarmed: set[str] = set()  # incarnations of prefill workers
         self._stats = EngineStats()
-        self._queued_tokens: dict[str, int] = {}  # key -> prompt tokens, until the first output
+        self._queued_tokens: dict[str, int] = {}  # by transfer id, until the first output
 
     async def start(self) -> EngineFacts:
         """See ``Engine``."""
@@ -147,12 +147,12 @@ class VllmEngine:
         """See ``Engine``."""
         llm = self._running()
         check_prompt(request, self._max_model_len)
-        # vLLM refuses an id that it still knows, and a key may be used again after a cancel.
-        engine_id = f"{request.key}-{uuid4().hex[:8]}"
+        # vLLM refuses an id that it still knows, and a transfer id may come again.
+        engine_id = f"{request.transfer_id}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):
-            report = self._stats.expect_report(request.key)
-        self._queued_tokens[request.key] = len(request.token_ids)
+            report = self._stats.expect_report(request.transfer_id)
+        self._queued_tokens[request.transfer_id] = len(request.token_ids)
         index = 0
         try:
             outputs = llm.generate(
@@ -163,10 +163,10 @@ class VllmEngine:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     # The first output ends the time in which the prompt counts as queued.
-                    first = self._queued_tokens.pop(request.key, None) is not None
+                    first = self._queued_tokens.pop(request.transfer_id, None) is not None
                     kv = None
                     if first:
-                        received = await wait_for_report(report, request.key)
+                        received = await wait_for_report(report, request.transfer_id)
                         index = received.first_index if received is not None else 0
                         kv = kv_report(request, received, output)
                     result = engine_output(request, output, index, kv, first=first)
@@ -175,12 +175,12 @@ class VllmEngine:
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
         except (VLLMClientError, ValueError) as error:
-            if request.key not in self._queued_tokens:
+            if request.transfer_id not in self._queued_tokens:
                 raise  # the engine had accepted the request, so this error is a defect
             raise InvalidArgumentError(f"the engine refuses the request: {error}") from error
         finally:
-            self._queued_tokens.pop(request.key, None)
-            self._stats.forget_report(request.key)
+            self._queued_tokens.pop(request.transfer_id, None)
+            self._stats.forget_report(request.transfer_id)
 
     async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
         """See ``Engine``."""
@@ -201,10 +201,10 @@ class VllmEngine:
         """See ``Engine``."""
         return None if self._reports is None else self._reports.fault()
 
-    async def release(self, key: str) -> None:
+    async def release(self, transfer_id: str) -> None:
         """See ``Engine``."""
         assert self._releaser is not None, "release() was called before start()"
-        self._releaser.release(key)
+        self._releaser.release(transfer_id)
 
     def load(self) -> WorkerLoad:
         """See ``Engine``."""

@@ -35,14 +35,14 @@ class EngineStats:
     def blocks_free(self) -> int:
         return round((1.0 - self._usage) * self.blocks_total)
 
-    def expect_report(self, key: str) -> asyncio.Future[ReceiveReport]:
-        """Return a future for the report of ``key``. Call ``forget_report`` when it is done."""
-        report = self._reports[key] = asyncio.get_running_loop().create_future()
+    def expect_report(self, transfer_id: str) -> asyncio.Future[ReceiveReport]:
+        """Return a future for a transfer's report. Call ``forget_report`` when it is done."""
+        report = self._reports[transfer_id] = asyncio.get_running_loop().create_future()
         return report
 
-    def forget_report(self, key: str) -> None:
-        """Drop the future for ``key``. Unknown keys are ignored."""
-        self._reports.pop(key, None)
+    def forget_report(self, transfer_id: str) -> None:
+        """Drop a transfer's future. Unknown ids are ignored."""
+        self._reports.pop(transfer_id, None)
 
     def logger(self, _config: VllmConfig, _engine_index: int = 0) -> StatLoggerBase:
         """Make vLLM's logger, which passes each record to this object. A StatLoggerFactory."""
@@ -74,9 +74,9 @@ class EngineStats:
 
 
 async def wait_for_report(
-    report: asyncio.Future[ReceiveReport] | None, key: str
+    report: asyncio.Future[ReceiveReport] | None, transfer_id: str
 ) -> ReceiveReport | None:
-    """Wait for the report of the request ``key``. Return None if ``report`` is None.
+    """Wait for the report of a transfer. Return None if ``report`` is None.
 
     Raises InternalError if the report does not arrive within 5 s.
     """
@@ -85,4 +85,4 @@ async def wait_for_report(
     try:
         return await asyncio.wait_for(report, _REPORT_TIMEOUT_S)
     except TimeoutError:
-        raise InternalError(f"the engine did not report the KV transfer of {key}") from None
+        raise InternalError(f"the engine did not report the KV transfer of {transfer_id}") from None

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-MIN_RETRY_AFTER_S = 0.1
-MAX_RETRY_AFTER_S = 60.0
+MIN_RETRY_AFTER_S = 0.1  # a busy loop of retries would add to the load
+MAX_RETRY_AFTER_S = 60.0  # beyond it the estimate is worth nothing
 # The share of its spare time that a request may wait. With all of it, every request that is let in
 # late would be at the edge of its deadline, and half of them would miss it.
 WAIT_SHARE = 0.5

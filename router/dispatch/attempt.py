@@ -290,7 +290,7 @@ class Attempt:
             token_ids=self._plan.token_ids,
             sampling=self._plan.sampling,
             transfer=self._decode is not None,
-            first_token=self._plan.forwards_first_token,
+            forwards_first_token=self._plan.forwards_first_token,
             tokens_so_far=self._plan.tokens_so_far,
         )
 
@@ -301,7 +301,7 @@ class Attempt:
                 worker_id=self._prefill.id,
                 incarnation=self._prefill.incarnation,
                 control_addresses=self._prefill.kv_addresses,
-                first_token=self._plan.forwards_first_token,
+                forwards_first_token=self._plan.forwards_first_token,
             )
         return worker_pb2.DecodeRequest(
             key=self._plan.transfer_key,

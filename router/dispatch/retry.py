@@ -8,7 +8,7 @@ from core.errors import WORKER_DRAINING, BatonError, CapacityError, WorkerUnreac
 from core.types import WorkerKey
 
 FIRST_WAIT_S = 0.05  # the wait doubles each time
-MAX_WAIT_S = 1.0
+MAX_WAIT_S = 1.0  # a replacement is noticed within a second
 
 
 @dataclass(frozen=True, slots=True)

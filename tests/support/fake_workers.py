@@ -64,7 +64,7 @@ async def decode_answer(
     outcome: inference_pb2.KvOutcome | None = None,
 ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
     """What a healthy decode worker does, one token a response."""
-    skipped = int(request.kv_source.first_token) if first_index is None else first_index
+    skipped = int(request.kv_source.forwards_first_token) if first_index is None else first_index
     if outcome is None:
         transferred = request.HasField("kv_source")
         outcome = (

@@ -301,7 +301,7 @@ class SimWorker:
                 self.intake.close()
                 await self.intake.drained()
         self.intake.close()
-        self.intake.move_out()
+        self.intake.send_away()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.2):
                 await self.intake.drained()
@@ -521,8 +521,8 @@ class SimCluster:
         for _ in range(1000):
             if not source.alive:
                 return False
-            if request.key in source.prefilled:
-                source.prefilled.discard(request.key)
+            if request.transfer_id in source.prefilled:
+                source.prefilled.discard(request.transfer_id)
                 await wait(self.transfer_s)
                 return True
             await wait(0.01)

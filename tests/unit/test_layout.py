@@ -97,3 +97,24 @@ def test_the_cpu_lock_has_no_cuda_builds() -> None:
     lines = (ROOT / "requirements" / "cpu.lock.txt").read_text().splitlines()
     names = {line.partition("==")[0] for line in lines}
     assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "llm"}
+
+
+# A number that bounds a wait, a queue, a message or a count, by its unit.
+BOUND = re.compile(
+    r"^_?[A-Z][A-Z0-9_]*_(?:S|MS|BYTES|CHARS|TOKENS|TOKEN_IDS|STOPS|LOGPROBS|ATTEMPTS|TRIES|LEASES"
+    r"|CONNECTIONS|REQUESTS|LINES_PER_FILE|FRAMES_AT_A_TIME|CALLS|MARGIN|GRACE)(?:: \S+)? = [-\d.]"
+)
+
+
+def test_each_bound_in_the_code_gives_its_reason() -> None:
+    """A bound that is no field of the configuration has a comment beside or above it."""
+    packages = [ROOT.joinpath(*name.split(".")) for name in PACKAGES if name != "bench"]
+    bare = []
+    for file in (file for package in packages for file in package.glob("*.py")):
+        above = ""
+        for line in file.read_text().splitlines():
+            if BOUND.match(line) and "#" not in line and not above.startswith("#"):
+                bare.append(f"{file.relative_to(ROOT)}: {line}")
+            # One comment may stand above several constants.
+            above = above if BOUND.match(line) and above.startswith("#") else line
+    assert not bare

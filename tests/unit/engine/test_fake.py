@@ -17,7 +17,7 @@ from engine.protocol import EngineOutput, EngineRequest, KvReceive, KvSend
 PROMPT = (5, 6, 7)
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
-RECEIVE = KvReceive("i1", ("tcp://127.0.0.1:1",), first_token=True)
+RECEIVE = KvReceive("i1", ("tcp://127.0.0.1:1",), forwards_first_token=True)
 
 
 class VirtualTime:
@@ -133,7 +133,7 @@ async def test_prefill_blocks_are_held_until_the_transfer_ends_or_they_are_relea
     hour = FakeLatency(transfer_ms=3_600_000)
     engine = FakeEngine(Config(), Pool.PREFILL, latency=hour)
     total = engine.load().kv_blocks_total
-    await read(engine, request(kv=KvSend(first_token=True), max_tokens=1))
+    await read(engine, request(kv=KvSend(forwards_first_token=True), max_tokens=1))
     assert engine.load().kv_blocks_free == total - 1
     assert engine.load().running == 0
     await engine.release("another#0")
@@ -142,7 +142,7 @@ async def test_prefill_blocks_are_held_until_the_transfer_ends_or_they_are_relea
     assert engine.load().kv_blocks_free == total
 
     quick = make()
-    await read(quick, request(kv=KvSend(first_token=True), max_tokens=1))
+    await read(quick, request(kv=KvSend(forwards_first_token=True), max_tokens=1))
     async with asyncio.timeout(5):
         while quick.load().kv_blocks_free < total:  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -151,7 +151,7 @@ async def test_prefill_blocks_are_held_until_the_transfer_ends_or_they_are_relea
 async def test_closing_the_stream_frees_everything() -> None:
     engine = make()
     idle = engine.load()
-    for kv in (None, RECEIVE, KvSend(first_token=True)):
+    for kv in (None, RECEIVE, KvSend(forwards_first_token=True)):
         outputs = stream(engine, request(kv=kv, max_tokens=50))
         await anext(outputs)
         assert engine.load().kv_blocks_free < idle.kv_blocks_free

@@ -60,13 +60,13 @@ async def test_workers_get_the_same_key_and_the_transfer_source() -> None:
     assert prefill_request.token_ids == decode_request.token_ids
     assert prefill_request.token_ids == make_tokenizer().encode("the fox").ids
     assert prefill_request.transfer
-    assert prefill_request.first_token
+    assert prefill_request.forwards_first_token
     assert not prefill_request.sampling.stop, "only the router matches stop strings"
     assert decode_request.kv_source == worker_pb2.KvSource(
         worker_id="prefill-1",
         incarnation=prefill.record.incarnation,
         control_addresses=prefill.record.kv_addresses,
-        first_token=True,
+        forwards_first_token=True,
     )
 
 
@@ -120,7 +120,7 @@ async def test_sampling_that_depends_on_output_takes_no_first_token_from_prefill
     async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
         responses = await router.generate(PROMPT, max_tokens=3, **sampling)
     assert not prefill.requests[0].first_token
-    assert not decode.requests[0].kv_source.first_token
+    assert not decode.requests[0].kv_source.forwards_first_token
     assert token_ids(responses) == answer_tokens(PROMPT, 3)
 
 

@@ -83,7 +83,7 @@ def prefill_request(
         token_ids=PROMPT,
         sampling=inference_pb2.SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens),
         transfer=True,
-        first_token=True,
+        forwards_first_token=True,
     )
 
 
@@ -135,7 +135,7 @@ async def test_decode_streams_every_token_with_its_position() -> None:
     request = decode_request()
     async with serving() as worker:
         alone = [response async for response in worker.decode.Decode(request)]
-        request.kv_source.first_token = True
+        request.kv_source.forwards_first_token = True
         seeded = [response async for response in worker.decode.Decode(request)]
         await worker.until_idle()
     assert [list(response.token_ids) for response in alone] == [
@@ -162,7 +162,7 @@ async def test_cancelling_a_call_aborts_the_request() -> None:
 async def test_a_call_whose_deadline_has_passed_never_reaches_the_engine() -> None:
     class Untouched(FakeEngine):
         def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-            raise AssertionError(request.key)
+            raise AssertionError(request.transfer_id)
 
     engine, context = Untouched(Config(), Pool.DECODE), cast(Any, Expired())
     late = {
@@ -237,7 +237,7 @@ async def test_requests_that_are_moved_out_end_with_worker_draining() -> None:
         assert (await anext(decode)).token_ids
         unread = worker.decode.Decode(decode_request("b"))
         await until(lambda: worker.engine.load().running == 2, what="both requests run")
-        worker.intake.move_out()
+        worker.intake.send_away()
         for call in (decode, unread):
             error = await failure(call)
             assert isinstance(error, UnavailableError)
@@ -249,7 +249,7 @@ async def test_a_request_that_is_moved_out_during_its_first_response_gets_the_er
     class MovedOut(FakeEngine):
         async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
             async for output in super().generate(request):
-                asyncio.get_running_loop().call_soon(worker.intake.move_out)
+                asyncio.get_running_loop().call_soon(worker.intake.send_away)
                 yield output
 
     async with serving(engine=MovedOut(Config(), Pool.DECODE, size=FakeSize(64))) as worker:
@@ -276,7 +276,7 @@ async def test_the_error_after_a_defect_of_the_engine_shows_no_internals(
 ) -> None:
     class Broken(FakeEngine):
         async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-            if request.key:
+            if request.transfer_id:
                 raise RuntimeError("secret /path")
             yield EngineOutput(
                 first_index=0,
