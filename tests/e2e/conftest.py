@@ -24,7 +24,7 @@ import baton
 from cluster.local.ports import free_port
 from cluster.local.run_dir import read_state
 from core.types import Pool
-from tests.support.live_cluster import REPLICAS, Part, parts_of
+from tests.support.live_cluster import REPLICAS, ClusterProcess, processes_of
 from tests.support.prompts import random_prompt
 from tests.support.reference import greedy
 from tests.support.run_order import run_cluster_ends_last
@@ -91,11 +91,11 @@ class RunningCluster:
         workers: list[dict[str, Any]] = json.loads(done.stdout)["workers"]
         return workers
 
-    def worker_processes(self, pool: Pool) -> list[Part]:
+    def worker_processes(self, pool: Pool) -> list[ClusterProcess]:
         """Return the living worker processes of ``pool``, oldest first."""
         state = read_state(self.run_dir, NAME)
         assert state is not None, "the cluster is not running"
-        return parts_of(state.cluster_id, REPLICAS[pool])
+        return processes_of(state.cluster_id, REPLICAS[pool])
 
     def wait_idle(self) -> None:
         """Wait until every KV block of every worker is free and nothing is queued."""

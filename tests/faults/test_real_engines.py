@@ -66,7 +66,7 @@ decode:
   engine: {max_num_batched_tokens: 256}
 """
 SIZES = {Pool.PREFILL: 1, Pool.DECODE: 2}
-WHOLE_S = 120.0  # until all workers are replaced and idle
+RESTORED_S = 120.0  # until all workers are replaced and idle
 
 STREAMS = [PlannedRequest(tuple(random_prompt(40 + 30 * n, 200 + n)), 150) for n in range(4)]
 SHORT = [PlannedRequest(tuple(random_prompt(30, 400 + n)), 8) for n in range(2)]
@@ -95,9 +95,9 @@ def reference(cluster: LiveCluster) -> Reference:
     outcomes = run(cluster, STREAMS) + run(cluster, LONG_PROMPTS) + run(cluster, SHORT)
     for outcome in outcomes:
         check_ended_well(outcome)
-    cluster.wait_whole(WHOLE_S)
+    cluster.wait_restored(RESTORED_S)
     answers = {outcome.request: outcome.token_ids for outcome in outcomes}
-    return Reference(answers, cluster.files())
+    return Reference(answers, cluster.open_files())
 
 
 def run(cluster: LiveCluster, requests: Sequence[PlannedRequest]) -> list[Outcome]:
@@ -122,11 +122,11 @@ def check(outcomes: Sequence[Outcome], reference: Reference) -> None:
 def check_whole_again(cluster: LiveCluster, reference: Reference) -> None:
     """Check that all workers are idle, that no process or file is left over, and that the cluster
     serves requests."""
-    cluster.wait_whole(WHOLE_S)
+    cluster.wait_restored(RESTORED_S)
     outcomes = run(cluster, SHORT)
     check(outcomes, reference)
     assert {outcome.attempts for outcome in outcomes} == {1}
-    cluster.wait_files(reference.files)
+    cluster.wait_files_closed(reference.files)
 
 
 def sorted_attempts(outcomes: Sequence[Outcome]) -> list[int]:
@@ -234,7 +234,7 @@ def test_streams_end_before_the_cluster_that_lost_ray(
         KillGcs().strike(cluster)
     check(load.outcomes, reference)
     assert sorted_attempts(load.outcomes) == [1, 1, 1, 1]
-    assert cluster.process.wait(live_cluster.STOP_S) == 1
-    assert "Ray ended unexpectedly" in cluster.output()
+    assert cluster.launcher.wait(live_cluster.STOP_S) == 1
+    assert "Ray ended unexpectedly" in cluster.recent_log()
     cluster.wait(lambda: not reaper.find(cluster_id), "no process is left", 15)
     assert not cluster.run_dir.exists()

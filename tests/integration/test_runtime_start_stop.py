@@ -32,7 +32,7 @@ from tests.support.fake_engine_cluster import (
     wait_or_show_log,
     write_config,
 )
-from tests.support.live_cluster import RAYLET, parts_of
+from tests.support.live_cluster import RAYLET, processes_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -106,7 +106,7 @@ def test_a_launcher_that_init_adopted_says_why_it_ends(tmp_path: Path, model: Pa
         wait_or_show_log(lambda: "ready: gRPC" in log.read_text(), START_S, log)
         state = read_state(tmp_path / "run", "daemon")
         assert state is not None
-        (raylet,) = parts_of(state.cluster_id, RAYLET)
+        (raylet,) = processes_of(state.cluster_id, RAYLET)
         os.kill(raylet.pid, signal.SIGKILL)
         wait_or_show_log(lambda: not reaper.find(state.cluster_id), GONE_S, log)
         reason = "baton: Ray ended unexpectedly; the cluster is taken down\n"
