@@ -31,7 +31,7 @@ def marked_processes(cluster_id: str) -> list[int]:
 
 @pytest.mark.ends_cluster
 def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
-    children = psutil.Process(cluster.process.pid).children(recursive=True)
+    children = psutil.Process(cluster.launcher.pid).children(recursive=True)
     assert children
     marks = {child.environ().get("BATON_CLUSTER_ID") for child in children} - {None}
     assert len(marks) == 1, marks
@@ -50,8 +50,8 @@ def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
     with cluster.client() as client:
         stream = client.generate(token_ids=random_prompt(50, 95), max_tokens=1000, ignore_eos=True)
         next(iter(stream))
-        cluster.process.kill()
-        cluster.process.wait()
+        cluster.launcher.kill()
+        cluster.launcher.wait()
         wait_until(lambda: not marked_processes(cluster_id), what="no process is left", within_s=15)
         stream.close()
     wait_until(

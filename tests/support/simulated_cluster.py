@@ -474,7 +474,7 @@ class SimCluster:
         limit: int = 8,
         kv_blocks: int = KV_BLOCKS,
     ) -> SimWorker:
-        """Start a worker, which is ready with its first lease. It takes ``limit`` requests at a time.
+        """Start a worker, which is ready with its first lease. It takes ``limit`` requests at once.
         Without a ``latency``, both are random."""
         self._numbers += 1
         name = f"{pool}-{self._numbers}"
