@@ -3,7 +3,7 @@
 test_schedules runs thousands of such series in virtual time. This one runs with Ray, gRPC and
 Valkey. ``BATON_FAULT_SEED=n`` chooses another series.
 
-The tests share one cluster. Each waits until it is whole again, except for the last, which ends it.
+The tests share one cluster. Each restores it, except for the one marked ``ends_cluster``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Faults in a cluster with real engines, during streams whose tokens are known.
 
-The tests share one cluster. Each waits until it is whole again, except for the last, which ends it.
+The tests share one cluster. Each restores it, except for the one marked ``ends_cluster``.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run(cluster: LiveCluster, requests: Sequence[PlannedRequest]) -> list[Outcom
 
 
 def each_alone(requests: Sequence[PlannedRequest]) -> list[list[PlannedRequest]]:
-    """Plans by which each request has a client of its own."""
+    """Return plans that give each request its own client."""
     return [[request] for request in requests]
 
 
@@ -119,9 +119,9 @@ def check(outcomes: Sequence[Outcome], reference: Reference) -> None:
         check_ended_well(outcome)
 
 
-def check_whole_again(cluster: LiveCluster, reference: Reference) -> None:
-    """Check that all workers are idle, that no process or file is left over, and that the cluster
-    serves requests."""
+def check_restored(cluster: LiveCluster, reference: Reference) -> None:
+    """Check that the cluster is idle, has no more processes or open files than before, and serves
+    requests."""
     cluster.wait_restored(RESTORED_S)
     outcomes = run(cluster, SHORT)
     check(outcomes, reference)
@@ -152,7 +152,7 @@ def test_streams_do_not_notice(
             fault.strike(cluster)
     check(load.outcomes, reference)
     assert sorted_attempts(load.outcomes) == [1, 1, 1, 1]
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_streams_move_to_another_decode_worker_and_prompts_wait(
     assert moved[-1] == 2
     if prefill_fault is not None:
         hit_prefill(cluster, reference, prefill_fault)
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> None:
@@ -213,7 +213,7 @@ def test_a_hung_prefill_engine_is_found_and_replaced(
         lambda: hung.id not in {each.id for each in cluster.workers()},
         "the worker with the hung engine has gone",
     )
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 def test_clients_resume_at_the_next_router(cluster: LiveCluster, reference: Reference) -> None:
@@ -221,7 +221,7 @@ def test_clients_resume_at_the_next_router(cluster: LiveCluster, reference: Refe
         load.wait_for_tokens(20)
         KillRouter().strike(cluster)
     check(load.outcomes, reference)
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 @pytest.mark.ends_cluster

@@ -1,4 +1,4 @@
-"""Requests to a cluster with fake engines, the commands of its user, and what they may see."""
+"""Requests, commands and access rights of a cluster with fake engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How clusters with fake engines start and end. Nothing of them is left, however they end.
+"""How clusters with fake engines start and end. They leave nothing behind.
 
 The first test ends the shared cluster. The others start their own.
 """
@@ -51,7 +51,7 @@ def test_down_lets_running_requests_end_and_leaves_nothing(cluster: FakeEngineCl
     assert down.returncode == 0
     assert output.endswith("shared is down\n")
     assert cluster.launcher.wait(5) == 0
-    assert "SIGTERM received" not in cluster.log.read_text()  # Ray's own handler did not run
+    assert "SIGTERM received" not in cluster.log.read_text()  # Ray's own handler would print it
     check_nothing_is_left(cluster, state)
     again = cluster.cli("down")
     assert (again.returncode, again.stderr) == (1, "baton: no cluster named 'shared' is running\n")

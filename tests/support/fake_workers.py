@@ -29,7 +29,7 @@ MODEL = "tiny"
 IDLE = WorkerLoad(
     queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=10_000, kv_blocks_total=10_000
 )
-WAIT_S = 10.0  # after this, a test fails instead of waiting
+WAIT_S = 10.0  # longest wait for a condition
 
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH

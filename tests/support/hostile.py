@@ -212,7 +212,7 @@ def _scalar(field: Any, rng: random.Random) -> Any:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Return ``data`` with some bytes replaced, also by half surrogates, which strings forbid."""
+    """Replace some bytes of ``data``, also with half surrogates, which are invalid in strings."""
     damage = bytearray(data or b"\0")
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(damage))

@@ -16,9 +16,8 @@ async def check_batches_come_back_in_order(store: JournalStore) -> None:
     assert await store.write(changes) == [DONE, DONE]
     numbers = {number: b"%d" % number for number in range(2, 12)}
     assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
-    assert await store.write([Change("r", "a", batches=numbers)]) == [
-        DONE
-    ]  # as if the answer had been lost
+    # The same write again, as after a lost answer.
+    assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
     assert await store.write([Change("r", "a", ends=True)]) == [DONE]
     assert await store.take("r", "b") == Stored(b"asked", (b"zero", b"\0\xff", *numbers.values()))
 

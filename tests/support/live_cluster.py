@@ -40,7 +40,7 @@ RAYLET = "raylet"
 # vLLM sets the title of its engine core. Sometimes this fails and the core keeps this command line.
 # With one rank, a replica spawns only this core and Python's resource tracker.
 _ENGINE_UNNAMED = b"from multiprocessing.spawn import spawn_main"
-_FILES_OF_RAY = 5  # Ray opens and closes connections of its own
+_FILES_OF_RAY = 5  # Ray's connections between replicas, controller and raylet come and go
 _KINDS = (ROUTER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
 
 
@@ -189,7 +189,7 @@ class LiveCluster:
         self._wait_no_difference(left_open, "all new files are closed")
 
     def wait_restored(self, within_s: float) -> None:
-        """Wait until the cluster is as undisturbed and idle as after its start."""
+        """Wait until the cluster is complete and idle, as after its start."""
         self._wait_no_difference(self.differences, "the cluster is restored and idle", within_s)
 
     def _wait_no_difference(
@@ -208,7 +208,7 @@ class LiveCluster:
             raise
 
     def differences(self) -> list[str]:
-        """Return how the cluster differs from an undisturbed and idle one, one sentence each."""
+        """Return the differences from an undisturbed and idle cluster, one line each."""
         assert self.launcher.poll() is None, self.recent_log()
         workers = self.workers()
         ready = Counter(each.pool for each in workers if each.state is WorkerState.READY)

@@ -57,7 +57,7 @@ def make_codec(context_tokens: int = CONTEXT_TOKENS) -> TextCodec:
 
 
 class RouterHarness:
-    """``async with`` starts the workers and the router. It stops them and checks for left tasks.
+    """``async with`` starts and stops all servers, and then checks that no task is left.
 
     Args:
         router: fields of the configuration's section ``router``, which override a test's defaults.

@@ -45,7 +45,10 @@ class End:
 
 
 def ends(pid: int, *, port: int | None = None) -> list[End]:
-    """Return a process's ends of its connections; with ``port``, of those with it at either end."""
+    """Return a process's ends of its connections.
+
+    ``port``: only of connections that have this port at either end.
+    """
     return [
         End(pid, each.fd, each.laddr.port, each.raddr.port)
         for each in psutil.Process(pid).net_connections("tcp")

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class DeadlockError(Exception):
-    """All tasks wait, and none of them for a time."""
+    """Every task waits for another one, so time cannot advance."""
 
 
 class _NoSelector(selectors.SelectSelector):

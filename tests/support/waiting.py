@@ -1,4 +1,4 @@
-"""Waiting for conditions. Only this module polls."""
+"""Waiting for conditions. No other module of the tests polls."""
 
 from __future__ import annotations
 
