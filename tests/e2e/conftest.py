@@ -24,7 +24,7 @@ import baton
 from cluster.local.ports import free_port
 from cluster.local.run_dir import read_state
 from core.types import Pool
-from tests.support.live_cluster import REPLICAS, Part, parts_of
+from tests.support.live_cluster import REPLICAS, ClusterProcess, processes_of
 from tests.support.prompts import random_prompt
 from tests.support.reference import greedy
 from tests.support.run_order import run_cluster_ends_last
@@ -70,7 +70,7 @@ def _is_here(item: pytest.Item) -> bool:
 class RunningCluster:
     """The shared cluster, as its user sees it."""
 
-    process: subprocess.Popen[str]
+    launcher: subprocess.Popen[str]
     config_file: Path
     run_dir: Path
     log: Path
@@ -91,11 +91,11 @@ class RunningCluster:
         workers: list[dict[str, Any]] = json.loads(done.stdout)["workers"]
         return workers
 
-    def worker_processes(self, pool: Pool) -> list[Part]:
+    def worker_processes(self, pool: Pool) -> list[ClusterProcess]:
         """Return the living worker processes of ``pool``, oldest first."""
         state = read_state(self.run_dir, NAME)
         assert state is not None, "the cluster is not running"
-        return parts_of(state.cluster_id, REPLICAS[pool])
+        return processes_of(state.cluster_id, REPLICAS[pool])
 
     def wait_idle(self) -> None:
         """Wait until every KV block of every worker is free and nothing is queued."""
@@ -120,8 +120,8 @@ class RunningCluster:
         self.wait(is_restored, "the cluster has its first size again", 60)
         self.wait_idle()
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-        wait_until(condition, what=what, within_s=timeout_s)
+    def wait(self, condition: Callable[[], bool], what: str, within_s: float = 30) -> None:
+        wait_until(condition, what=what, within_s=within_s)
 
 
 def run_baton(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
@@ -191,14 +191,14 @@ def cluster(
     port = config_file.read_text().split("port: ")[1].split()[0]
     foreign = frozenset(os.listdir("/dev/shm"))
     with log.open("w") as output:
-        process = subprocess.Popen(
+        launcher = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli.main", "up", "--config", str(config_file)],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
     running = RunningCluster(
-        process=process,
+        launcher=launcher,
         config_file=config_file,
         run_dir=_run_dir(),
         log=log,
@@ -209,7 +209,7 @@ def cluster(
         with running.client() as client:
 
             def is_ready() -> bool:
-                assert process.poll() is None, log.read_text()[-5000:]
+                assert launcher.poll() is None, log.read_text()[-5000:]
                 try:
                     return client.health(timeout_s=1)
                 except baton.BatonError:
@@ -218,10 +218,10 @@ def cluster(
             running.wait(is_ready, "the cluster answers", 300)
         yield running
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+        if launcher.poll() is None:
+            launcher.send_signal(signal.SIGINT)
             try:
-                process.wait(60)
+                launcher.wait(60)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                launcher.kill()
+                launcher.wait()

@@ -16,7 +16,7 @@ from tests.support.prompts import random_prompt
 from tests.support.waiting import wait_until
 
 
-def processes_of(cluster_id: str) -> list[int]:
+def marked_processes(cluster_id: str) -> list[int]:
     """Return the processes whose environment names this cluster."""
     mark = f"BATON_CLUSTER_ID={cluster_id}".encode()
     found = []
@@ -31,13 +31,13 @@ def processes_of(cluster_id: str) -> list[int]:
 
 @pytest.mark.ends_cluster
 def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
-    children = psutil.Process(cluster.process.pid).children(recursive=True)
+    children = psutil.Process(cluster.launcher.pid).children(recursive=True)
     assert children
     marks = {child.environ().get("BATON_CLUSTER_ID") for child in children} - {None}
     assert len(marks) == 1, marks
     (cluster_id,) = marks
     assert cluster_id is not None
-    assert len(processes_of(cluster_id)) > 5
+    assert len(marked_processes(cluster_id)) > 5
     ports = {
         connection.laddr.port
         for child in children
@@ -50,9 +50,9 @@ def test_kill_9_of_the_launcher_leaves_nothing(cluster: RunningCluster) -> None:
     with cluster.client() as client:
         stream = client.generate(token_ids=random_prompt(50, 95), max_tokens=1000, ignore_eos=True)
         next(iter(stream))
-        cluster.process.kill()
-        cluster.process.wait()
-        wait_until(lambda: not processes_of(cluster_id), what="no process is left", within_s=15)
+        cluster.launcher.kill()
+        cluster.launcher.wait()
+        wait_until(lambda: not marked_processes(cluster_id), what="no process is left", within_s=15)
         stream.close()
     wait_until(
         lambda: not cluster.run_dir.exists() or not any(cluster.run_dir.iterdir()),

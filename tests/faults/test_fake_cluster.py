@@ -3,7 +3,7 @@
 test_schedules runs thousands of such series in virtual time. This one runs with Ray, gRPC and
 Valkey. ``BATON_FAULT_SEED=n`` chooses another series.
 
-The tests share one cluster. Each waits until it is whole again, except for the last, which ends it.
+The tests share one cluster. Each restores it, except for the one marked ``ends_cluster``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SIZES = {Pool.PREFILL: 2, Pool.DECODE: 2}
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
 FAULTS = 40
 CLIENTS = 6
-WHOLE_S = 90.0  # until all workers are replaced and idle
+RESTORED_S = 90.0  # until all workers are replaced and idle
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def check(outcome: Outcome) -> None:
 
 def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
     check_served(cluster)
-    files = cluster.files()
+    files = cluster.open_files()
     rng = random.Random(SEED)
     print(f"BATON_FAULT_SEED={SEED}")
     plans = [random_requests(random.Random(rng.random())) for _ in range(CLIENTS)]
@@ -132,14 +132,14 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
             check(outcome)
         except AssertionError as error:
             if outcome.responses:  # these carry the request's id
-                error.add_note("\n".join(cluster.router_said(outcome.responses[0].request_id)))
+                error.add_note("\n".join(cluster.router_log_lines(outcome.responses[0].request_id)))
             raise
     attempts = [outcome.attempts for outcome in load.outcomes if not outcome.given_up]
     print(f"{len(attempts)} requests, {sum(attempts) - len(attempts)} failovers")
     assert max(attempts) > 1, "no fault hit a request"
-    cluster.wait_whole(WHOLE_S)
+    cluster.wait_restored(RESTORED_S)
     check_served(cluster)
-    cluster.wait_files(files)
+    cluster.wait_files_closed(files)
 
 
 def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
@@ -150,7 +150,7 @@ def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
         *(KillWorker(Pool.DECODE), StallWorker(Pool.DECODE)),
     ):
         fault.strike(cluster)
-    cluster.wait_whole(WHOLE_S)
+    cluster.wait_restored(RESTORED_S)
     check_served(cluster)
 
 
@@ -186,17 +186,17 @@ def test_a_rolling_restart_under_load_loses_no_request(cluster: LiveCluster) -> 
         load.finish()
     for outcome in load.outcomes:
         check(outcome)
-    cluster.wait_whole(WHOLE_S)
+    cluster.wait_restored(RESTORED_S)
     assert not {each.id for each in before} & {each.id for each in cluster.workers()}
     check_served(cluster)
 
 
 def wait_replaced(cluster: LiveCluster, gone: WorkerRecord) -> None:
-    def replaced() -> bool:
+    def is_replaced() -> bool:
         ready = [each for each in cluster.workers(gone.pool) if each.state is WorkerState.READY]
         return len(ready) == SIZES[gone.pool] and gone.id not in {each.id for each in ready}
 
-    cluster.wait(replaced, f"another worker has replaced {gone.id}", WHOLE_S)
+    cluster.wait(is_replaced, f"another worker has replaced {gone.id}", RESTORED_S)
 
 
 @pytest.mark.ends_cluster
@@ -209,7 +209,7 @@ def test_streams_end_before_the_cluster_that_lost_ray(cluster: LiveCluster) -> N
     for outcome in load.outcomes:
         check(outcome)
     assert {outcome.attempts for outcome in load.outcomes} == {1}
-    assert cluster.process.wait(live_cluster.STOP_S) == 1
-    assert "Ray ended unexpectedly" in cluster.output()
+    assert cluster.launcher.wait(live_cluster.STOP_S) == 1
+    assert "Ray ended unexpectedly" in cluster.recent_log()
     cluster.wait(lambda: not reaper.find(cluster_id), "no process is left", 15)
     assert not cluster.run_dir.exists()

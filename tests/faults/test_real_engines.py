@@ -1,6 +1,6 @@
 """Faults in a cluster with real engines, during streams whose tokens are known.
 
-The tests share one cluster. Each waits until it is whole again, except for the last, which ends it.
+The tests share one cluster. Each restores it, except for the one marked ``ends_cluster``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ decode:
   engine: {max_num_batched_tokens: 256}
 """
 SIZES = {Pool.PREFILL: 1, Pool.DECODE: 2}
-WHOLE_S = 120.0  # until all workers are replaced and idle
+RESTORED_S = 120.0  # until all workers are replaced and idle
 
 STREAMS = [PlannedRequest(tuple(random_prompt(40 + 30 * n, 200 + n)), 150) for n in range(4)]
 SHORT = [PlannedRequest(tuple(random_prompt(30, 400 + n)), 8) for n in range(2)]
@@ -95,9 +95,9 @@ def reference(cluster: LiveCluster) -> Reference:
     outcomes = run(cluster, STREAMS) + run(cluster, LONG_PROMPTS) + run(cluster, SHORT)
     for outcome in outcomes:
         check_ended_well(outcome)
-    cluster.wait_whole(WHOLE_S)
+    cluster.wait_restored(RESTORED_S)
     answers = {outcome.request: outcome.token_ids for outcome in outcomes}
-    return Reference(answers, cluster.files())
+    return Reference(answers, cluster.open_files())
 
 
 def run(cluster: LiveCluster, requests: Sequence[PlannedRequest]) -> list[Outcome]:
@@ -108,7 +108,7 @@ def run(cluster: LiveCluster, requests: Sequence[PlannedRequest]) -> list[Outcom
 
 
 def each_alone(requests: Sequence[PlannedRequest]) -> list[list[PlannedRequest]]:
-    """Plans by which each request has a client of its own."""
+    """Return plans that give each request its own client."""
     return [[request] for request in requests]
 
 
@@ -119,14 +119,14 @@ def check(outcomes: Sequence[Outcome], reference: Reference) -> None:
         check_ended_well(outcome)
 
 
-def check_whole_again(cluster: LiveCluster, reference: Reference) -> None:
-    """Check that all workers are idle, that no process or file is left over, and that the cluster
-    serves requests."""
-    cluster.wait_whole(WHOLE_S)
+def check_restored(cluster: LiveCluster, reference: Reference) -> None:
+    """Check that the cluster is idle, has no more processes or open files than before, and serves
+    requests."""
+    cluster.wait_restored(RESTORED_S)
     outcomes = run(cluster, SHORT)
     check(outcomes, reference)
     assert {outcome.attempts for outcome in outcomes} == {1}
-    cluster.wait_files(reference.files)
+    cluster.wait_files_closed(reference.files)
 
 
 def sorted_attempts(outcomes: Sequence[Outcome]) -> list[int]:
@@ -152,7 +152,7 @@ def test_streams_do_not_notice(
             fault.strike(cluster)
     check(load.outcomes, reference)
     assert sorted_attempts(load.outcomes) == [1, 1, 1, 1]
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_streams_move_to_another_decode_worker_and_prompts_wait(
     assert moved[-1] == 2
     if prefill_fault is not None:
         hit_prefill(cluster, reference, prefill_fault)
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> None:
@@ -213,7 +213,7 @@ def test_a_hung_prefill_engine_is_found_and_replaced(
         lambda: hung.id not in {each.id for each in cluster.workers()},
         "the worker with the hung engine has gone",
     )
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 def test_clients_resume_at_the_next_router(cluster: LiveCluster, reference: Reference) -> None:
@@ -221,7 +221,7 @@ def test_clients_resume_at_the_next_router(cluster: LiveCluster, reference: Refe
         load.wait_for_tokens(20)
         KillRouter().strike(cluster)
     check(load.outcomes, reference)
-    check_whole_again(cluster, reference)
+    check_restored(cluster, reference)
 
 
 @pytest.mark.ends_cluster
@@ -234,7 +234,7 @@ def test_streams_end_before_the_cluster_that_lost_ray(
         KillGcs().strike(cluster)
     check(load.outcomes, reference)
     assert sorted_attempts(load.outcomes) == [1, 1, 1, 1]
-    assert cluster.process.wait(live_cluster.STOP_S) == 1
-    assert "Ray ended unexpectedly" in cluster.output()
+    assert cluster.launcher.wait(live_cluster.STOP_S) == 1
+    assert "Ray ended unexpectedly" in cluster.recent_log()
     cluster.wait(lambda: not reaper.find(cluster_id), "no process is left", 15)
     assert not cluster.run_dir.exists()

@@ -39,7 +39,7 @@ def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     cluster = start(tmp_path_factory.mktemp("cluster"), model, "shared")
     try:
         cluster.wait(cluster.is_ready, START_S)
-        cluster.pids = {cluster.process.pid} | reaper.find(cluster.state.cluster_id)
+        cluster.pids = {cluster.launcher.pid} | reaper.find(cluster.state.cluster_id)
         yield cluster
     finally:
         cluster.kill()

@@ -112,7 +112,7 @@ async def test_a_prompt_cancelled_in_the_queue_is_never_computed(engines: Engine
     queued = RunningRequest(engines, queued_prompt)
     await until(lambda: engines.prefill.load().queue_depth == 1, what="the request is queued")
     await queued.cancel()
-    # An abort takes less time than a step.
+    # A step takes longer than an abort.
     await wait_for_step(engines.prefill)
     await running.cancel()
     await engines.wait_all_free()

@@ -191,7 +191,7 @@ async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str)
 
 
 async def test_a_server_that_hangs_is_given_up(name: str) -> None:
-    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts connections
+    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts, no server answers
         url = f"redis://{HOST}:{hung.getsockname()[1]}"
         registry = RedisRegistry(url, cluster=name, lease_s=1, socket_timeout_s=0.1)
         async with asyncio.timeout(2):

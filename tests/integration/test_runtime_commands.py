@@ -1,4 +1,4 @@
-"""Requests to a cluster with fake engines, the commands of its user, and what they may see."""
+"""Requests, commands and access rights of a cluster with fake engines."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_generate_prints_json_and_text(cluster: FakeEngineCluster) -> None:
 
 
 def test_everything_listens_on_loopback_only(cluster: FakeEngineCluster) -> None:
-    pids = {cluster.process.pid} | reaper.find(cluster.state.cluster_id)
+    pids = {cluster.launcher.pid} | reaper.find(cluster.state.cluster_id)
     sockets = listening_sockets(pids)
     assert len(sockets) > 10  # of Ray, three replicas and Valkey
     for address, line in sockets.items():
@@ -78,7 +78,7 @@ def test_everything_listens_on_loopback_only(cluster: FakeEngineCluster) -> None
 def test_all_processes_of_the_cluster_carry_its_id(cluster: FakeEngineCluster) -> None:
     """No other process has a log file or a socket of the cluster open."""
     state = cluster.state
-    known = reaper.find(state.cluster_id) | {cluster.process.pid}
+    known = reaper.find(state.cluster_id) | {cluster.launcher.pid}
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) in known:
             continue
@@ -103,7 +103,7 @@ def test_a_second_cluster_with_the_same_name_is_refused(cluster: FakeEngineClust
     done = cluster.cli("up")
     assert done.returncode == 1
     assert done.stderr == (
-        f"baton: the cluster 'shared' is running already (pid {cluster.process.pid}, "
+        f"baton: the cluster 'shared' is running already (pid {cluster.launcher.pid}, "
         f"{cluster.state.address}); stop it with: baton down --name shared\n"
     )
 

@@ -1,4 +1,4 @@
-"""How clusters with fake engines start and end. Nothing of them is left, however they end.
+"""How clusters with fake engines start and end. They leave nothing behind.
 
 The first test ends the shared cluster. The others start their own.
 """
@@ -32,7 +32,7 @@ from tests.support.fake_engine_cluster import (
     wait_or_show_log,
     write_config,
 )
-from tests.support.live_cluster import RAYLET, parts_of
+from tests.support.live_cluster import RAYLET, processes_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -50,8 +50,8 @@ def test_down_lets_running_requests_end_and_leaves_nothing(cluster: FakeEngineCl
     output, _ = down.communicate(timeout=30)
     assert down.returncode == 0
     assert output.endswith("shared is down\n")
-    assert cluster.process.wait(5) == 0
-    assert "SIGTERM received" not in cluster.log.read_text()  # Ray's own handler did not run
+    assert cluster.launcher.wait(5) == 0
+    assert "SIGTERM received" not in cluster.log.read_text()  # Ray's own handler would print it
     check_nothing_is_left(cluster, state)
     again = cluster.cli("down")
     assert (again.returncode, again.stderr) == (1, "baton: no cluster named 'shared' is running\n")
@@ -64,21 +64,21 @@ def test_nothing_is_left_however_the_launcher_ends(tmp_path: Path, model: Path, 
         cluster.wait(cluster.is_ready, START_S)
         assert len(cluster.ids("prefill")) == 2
         state = cluster.state
-        cluster.pids = {cluster.process.pid} | reaper.find(state.cluster_id)
+        cluster.pids = {cluster.launcher.pid} | reaper.find(state.cluster_id)
         with baton.Client(state.address, timeout_s=30, resume_timeout_s=0) as client:
             stream = client.generate(token_ids=PROMPT, max_tokens=8000)  # outlasts every wait below
             next(stream)
             if how == "kill -9":
-                cluster.process.kill()
-                cluster.process.wait()
+                cluster.launcher.kill()
+                cluster.launcher.wait()
             else:
-                cluster.process.send_signal(signal.SIGINT)
+                cluster.launcher.send_signal(signal.SIGINT)
             if how == "Ctrl-C twice":
                 cluster.wait(lambda: "draining" in cluster.log.read_text())
-                cluster.process.send_signal(signal.SIGINT)
-                assert cluster.process.wait(5) == 0, cluster.log.read_text()
+                cluster.launcher.send_signal(signal.SIGINT)
+                assert cluster.launcher.wait(5) == 0, cluster.log.read_text()
             elif how == "Ctrl-C":  # the stream outlasts the grace
-                assert cluster.process.wait(GONE_S) == 0, cluster.log.read_text()
+                assert cluster.launcher.wait(GONE_S) == 0, cluster.log.read_text()
                 _, _, end = cluster.log.read_text().partition("draining")
                 expected = r"[ .\d]+ s\nstopping the workers[ .\d]+ s\nstopped\n"
                 assert re.fullmatch(expected, end), cluster.log.read_text()
@@ -106,7 +106,7 @@ def test_a_launcher_that_init_adopted_says_why_it_ends(tmp_path: Path, model: Pa
         wait_or_show_log(lambda: "ready: gRPC" in log.read_text(), START_S, log)
         state = read_state(tmp_path / "run", "daemon")
         assert state is not None
-        (raylet,) = parts_of(state.cluster_id, RAYLET)
+        (raylet,) = processes_of(state.cluster_id, RAYLET)
         os.kill(raylet.pid, signal.SIGKILL)
         wait_or_show_log(lambda: not reaper.find(state.cluster_id), GONE_S, log)
         reason = "baton: Ray ended unexpectedly; the cluster is taken down\n"
@@ -125,8 +125,8 @@ def test_nothing_is_left_when_the_start_is_interrupted(
     try:
         cluster.wait(lambda: "starting the workers" in cluster.log.read_text(), START_S)
         state = cluster.state
-        cluster.process.send_signal(number)
-        status = cluster.process.wait(GONE_S)
+        cluster.launcher.send_signal(number)
+        status = cluster.launcher.wait(GONE_S)
         if number is not signal.SIGKILL:
             assert status == 0, cluster.log.read_text()
             assert cluster.log.read_text().endswith("\nstopped\n")
@@ -186,7 +186,7 @@ def test_a_cluster_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, mo
     broken.mkdir()
     (broken / "config.json").write_text((model / "config.json").read_text())
     cluster = start(tmp_path, broken, "broken")
-    assert cluster.process.wait(START_S) == 1
+    assert cluster.launcher.wait(START_S) == 1
     output = cluster.log.read_text()
     assert "Traceback" not in output
     errors = [line for line in output.splitlines() if line.startswith("baton: ")]

@@ -1,4 +1,4 @@
-"""A call that is late."""
+"""A gRPC call whose deadline has passed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import grpc
 
 
 class Expired:
-    """gRPC's context of a call that lay unread until its deadline had passed."""
+    """The context of a call that the server reads only after its deadline."""
 
     def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None

@@ -37,7 +37,7 @@ class FakeEngineCluster:
     config_file: Path
     run_dir: Path
     name: str
-    process: subprocess.Popen[str]
+    launcher: subprocess.Popen[str]
     log: Path
     pids: set[int] = field(default_factory=set)  # processes whose ports must be free in the end
 
@@ -110,16 +110,16 @@ class FakeEngineCluster:
 
     def is_ready(self) -> bool:
         """Whether the launcher has reported that the cluster is ready. Fails if it has ended."""
-        assert self.process.poll() is None, self.log.read_text()
+        assert self.launcher.poll() is None, self.log.read_text()
         return "ready: gRPC" in self.log.read_text()
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float = 30) -> None:
-        wait_or_show_log(condition, timeout_s, self.log)
+    def wait(self, condition: Callable[[], bool], within_s: float = 30) -> None:
+        wait_or_show_log(condition, within_s, self.log)
 
     def kill(self) -> None:
         """Kill the launcher, which ends the cluster. Idempotent."""
-        self.process.kill()
-        self.process.wait()
+        self.launcher.kill()
+        self.launcher.wait()
 
 
 def run_baton(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -150,21 +150,21 @@ def start(folder: Path, model: Path, name: str, *arguments: str) -> FakeEngineCl
     config_file = write_config(folder, model, name)
     log = folder / f"{name}.log"
     with log.open("w") as output:
-        process = subprocess.Popen(
+        launcher = subprocess.Popen(
             [*_command("up", "--config", str(config_file)), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
     return FakeEngineCluster(
-        config_file=config_file, run_dir=folder / "run", name=name, process=process, log=log
+        config_file=config_file, run_dir=folder / "run", name=name, launcher=launcher, log=log
     )
 
 
-def wait_or_show_log(condition: Callable[[], bool], timeout_s: float, log: Path) -> None:
+def wait_or_show_log(condition: Callable[[], bool], within_s: float, log: Path) -> None:
     """Wait for ``condition``. If it takes too long, fail with the launcher's log."""
     try:
-        waiting.wait_until(condition, what="the cluster is as expected", within_s=timeout_s)
+        waiting.wait_until(condition, what="the cluster is as expected", within_s=within_s)
     except AssertionError as error:
         raise AssertionError(log.read_text()) from error
 

@@ -1,7 +1,7 @@
 """Prefill and decode workers as real gRPC servers with scripted behaviour.
 
-Both "engines" compute the next token from all tokens before it, so any worker continues any
-answer the same way, as a greedy model would.
+They compute the next token from all tokens before it. So every worker continues an answer in the
+same way, as with a greedy model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 PrefillScript = Callable[[worker_pb2.PrefillRequest], Awaitable[worker_pb2.PrefillResponse]]
 DecodeScript = Callable[[worker_pb2.DecodeRequest], AsyncGenerator[worker_pb2.DecodeResponse, None]]
 
-VOCAB = 256  # token ids that the fakes produce are below
+VOCAB = 256  # the fakes produce token ids below this
 MODEL = "tiny"
 IDLE = WorkerLoad(
     queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=10_000, kv_blocks_total=10_000
 )
-WAIT_S = 10.0  # a condition that takes longer never comes true
+WAIT_S = 10.0  # longest wait for a condition
 
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
@@ -37,7 +37,7 @@ UNFINISHED = inference_pb2.FINISH_REASON_UNSPECIFIED
 
 
 def next_token(token_ids: Sequence[int]) -> int:
-    """What the fakes answer after ``token_ids``."""
+    """Return the token that the fakes produce after ``token_ids``."""
     value = 7
     for token_id in token_ids:
         value = (value * 31 + token_id + 1) % 65521
@@ -45,7 +45,7 @@ def next_token(token_ids: Sequence[int]) -> int:
 
 
 def answer_tokens(prompt: Sequence[int], count: int) -> list[int]:
-    """The first ``count`` tokens of the answer to ``prompt``."""
+    """Return the first ``count`` tokens of the answer to ``prompt``."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(tokens))
@@ -53,7 +53,7 @@ def answer_tokens(prompt: Sequence[int], count: int) -> list[int]:
 
 
 async def prefill_answer(request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
-    """What a healthy prefill worker does."""
+    """Answer as a healthy prefill worker does."""
     return worker_pb2.PrefillResponse(token_id=next_token(request.token_ids), cached_tokens=1)
 
 
@@ -63,7 +63,12 @@ async def decode_answer(
     first_index: int | None = None,
     outcome: inference_pb2.KvOutcome | None = None,
 ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-    """What a healthy decode worker does, one token a response."""
+    """Answer as a healthy decode worker does, with one token per response.
+
+    Args:
+        first_index: the first token to send; None: the one that the request asks for.
+        outcome: of the KV transfer; None: successful if the request names a KV source.
+    """
     skipped = int(request.kv_source.forwards_first_token) if first_index is None else first_index
     if outcome is None:
         transferred = request.HasField("kv_source")
@@ -85,21 +90,24 @@ async def decode_answer(
 
 
 def until_cancelled() -> asyncio.Future[Any]:
-    """A wait that only a cancel ends."""
+    """Return a future that only cancellation ends."""
     return asyncio.get_running_loop().create_future()
 
 
 async def decode_hangs_after_one(
     request: worker_pb2.DecodeRequest,
 ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-    """One token, and then nothing more."""
+    """Send one token, and then hang."""
     async for response in decode_answer(request):
         yield response
         await until_cancelled()
 
 
 class _FakeWorker:
-    """One gRPC server on loopback, and what it saw."""
+    """One gRPC server on loopback. It records the calls that it receives.
+
+    Keys are (request id, attempt).
+    """
 
     _numbers = itertools.count()
 
@@ -115,7 +123,7 @@ class _FakeWorker:
             load=IDLE,
         )
         self.requests: list[Any] = []
-        self.remaining_s: list[float] = []  # until the deadline, at the start of each
+        self.remaining_s: list[float] = []  # until the deadline, at the start of each call
         self.running: set[tuple[str, int]] = set()
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
@@ -130,12 +138,12 @@ class _FakeWorker:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Ends at once, as a process that was killed."""
+        """End at once, as a killed process does."""
         if self._server is not None:
             await self._server.stop(None)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Waits until what this worker saw makes ``condition`` true."""
+        """Wait until ``condition`` is true. It is checked after each change of the records."""
         async with asyncio.timeout(WAIT_S):
             while not condition():
                 self._changed.clear()
@@ -145,6 +153,7 @@ class _FakeWorker:
         raise NotImplementedError
 
     def note(self) -> None:
+        """Make ``until`` check its condition."""
         self._changed.set()
 
     @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""What strangers send to a port: bytes, HTTP/2 frames, messages with hostile fields."""
+"""Hostile input for servers: bytes, HTTP/2 frames, and messages with hostile fields."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from google.protobuf.message import Message
 from tests.support.waiting import until, wait_until
 
 SEED = int(os.environ.get("BATON_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
-WITHIN_S = 20.0  # what a server should do at once, on a busy machine
+WITHIN_S = 20.0  # for what a server does at once, on a busy machine
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 
 def dice(name: str) -> random.Random:
-    """Pytest shows the seed if the test fails; BATON_FUZZ_SEED casts the same dice again."""
+    """Return the random numbers of the test ``name``. They depend on ``SEED``, which this prints.
+
+    BATON_FUZZ_SEED sets the seed.
+    """
     print(f"BATON_FUZZ_SEED={SEED}")
     return random.Random(f"{SEED} {name}")
 
@@ -35,13 +38,14 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes, said: int | None = None) -> bytes:
-    length = len(payload) if said is None else said
+def _frame(kind: int, flags: int, stream: int, payload: bytes, length: int | None = None) -> bytes:
+    """Return an HTTP/2 frame. ``length``: the length in its header, if not the payload's."""
+    length = len(payload) if length is None else length
     return length.to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
 def _literal(text: bytes) -> bytes:
-    """A string of HPACK (RFC 7541, 5.2), at most 126 bytes long."""
+    """Return a string of HPACK (RFC 7541, 5.2). At most 126 bytes."""
     return bytes([len(text)]) + text
 
 
@@ -64,15 +68,15 @@ def random_frames(rng: random.Random) -> bytes:
 
 def huge_length(rng: random.Random) -> bytes:
     kind = rng.randrange(10)
-    return PREFACE + _SETTINGS + _frame(kind, 0, 1, rng.randbytes(50), said=2**24 - 1)
+    return PREFACE + _SETTINGS + _frame(kind, 0, 1, rng.randbytes(50), length=2**24 - 1)
 
 
 def hostile_call(path: bytes, *, sound: bool = False) -> Callable[[random.Random], bytes]:
-    """A call that no gRPC client would make; ``sound``: but for its path."""
+    """Return a maker of calls that no gRPC client makes. ``sound``: only the path is hostile."""
 
     def call(rng: random.Random) -> bytes:
-        def pick(right: bytes, *wrong: bytes) -> bytes:
-            return right if sound else rng.choice([right, right, *wrong])
+        def pick(valid: bytes, *hostile: bytes) -> bytes:
+            return valid if sound else rng.choice([valid, valid, *hostile])
 
         headers = {
             b":method": pick(b"POST", b"GET", b""),
@@ -105,17 +109,18 @@ def another_protocol(rng: random.Random) -> bytes:
 
 
 class Strangers:
-    """TCP connections to one port; some are held open until ``leave``."""
+    """Hostile TCP connections to one port. Some are held open until ``leave``."""
 
     def __init__(self, host: str, port: int, rng: random.Random) -> None:
-        self._to = host, port
+        self._address = host, port
         self._rng = rng
         self._held: list[socket.socket] = []
 
     def come(self, payload: bytes) -> None:
-        """Say it, and then close, reset, half-close and wait for the server's end, or stay."""
-        connection = socket.create_connection(self._to, WITHIN_S)
-        with contextlib.suppress(OSError):  # it need not listen to the end
+        """Connect and send ``payload``. Then close, reset or hold the connection, or half-close it
+        and wait until the server closes it."""
+        connection = socket.create_connection(self._address, WITHIN_S)
+        with contextlib.suppress(OSError):  # the server may close it early
             connection.sendall(payload)
         match self._rng.choice(["close", "reset", "half-close", "half-close", "stay"]):
             case "stay" if len(self._held) < 50:
@@ -131,19 +136,22 @@ class Strangers:
         connection.close()
 
     def come_and_stay(self, payload: bytes) -> None:
-        self._held.append(socket.create_connection(self._to, WITHIN_S))
+        """Connect, send ``payload`` and hold the connection."""
+        self._held.append(socket.create_connection(self._address, WITHIN_S))
         with contextlib.suppress(OSError):
             self._held[-1].sendall(payload)
 
     def leave(self) -> None:
+        """Close the connections that are held."""
         for connection in self._held:
             connection.close()
 
     async def storm(self, kinds: Sequence[Callable[[random.Random], bytes]], count: int) -> None:
-        """From a thread, for the server may live in this event loop."""
+        """Run ``storm_here`` in a thread, because the server may run in this event loop."""
         await asyncio.to_thread(self.storm_here, kinds, count)
 
     def storm_here(self, kinds: Sequence[Callable[[random.Random], bytes]], count: int) -> None:
+        """Make ``count`` connections, each with a payload of a random kind."""
         for _ in range(count):
             self.come(self._rng.choice(kinds)(self._rng))
 
@@ -171,7 +179,7 @@ def hostile_text(rng: random.Random) -> str:
 
 
 def scramble(message: Message, rng: random.Random, share: float = 0.5) -> None:
-    """Set about that share of all fields, those of nested messages too, to anything at all."""
+    """Set about ``share`` of all fields, also in nested messages, to hostile values."""
     for field in message.DESCRIPTOR.fields:
         if rng.random() > share:
             continue
@@ -204,7 +212,7 @@ def _scalar(field: Any, rng: random.Random) -> Any:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes are others, among them halves of surrogates, which no string may hold."""
+    """Replace some bytes of ``data``, also with half surrogates, which are invalid in strings."""
     damage = bytearray(data or b"\0")
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(damage))
@@ -213,30 +221,33 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(damage)
 
 
-# ---- what must not leak --------------------------------------------------------------------
+# ---- leaks ---------------------------------------------------------------------------------
 
 
 class OpenFiles:
-    """How many files and sockets this process has open."""
+    """Checks that this process closes the files and sockets that it opens."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._at_first = self._process.num_fds()
 
-    def _back(self) -> bool:
+    def _are_closed(self) -> bool:
         return bool(self._process.num_fds() <= self._at_first)
 
-    def _left(self) -> str:
-        return f"{self._at_first} files are open again; sockets: {self._process.net_connections()}"
+    def _describe(self) -> str:
+        opened = self._process.num_fds() - self._at_first
+        return f"{opened} files too many are open; sockets: {self._process.net_connections()}"
 
     async def until_as_at_first(self) -> None:
+        """Wait until no more files are open than when this object was made."""
         try:
-            await until(self._back, what="as many files are open as at first", within_s=WITHIN_S)
+            await until(self._are_closed, what="all new files are closed", within_s=WITHIN_S)
         except AssertionError as error:
-            raise AssertionError(f"{error}; not {self._left()}") from None
+            raise AssertionError(f"{error}; {self._describe()}") from None
 
     def wait_as_at_first(self) -> None:
+        """``until_as_at_first`` for a test without an event loop."""
         try:
-            wait_until(self._back, what="as many files are open as at first", within_s=WITHIN_S)
+            wait_until(self._are_closed, what="all new files are closed", within_s=WITHIN_S)
         except AssertionError as error:
-            raise AssertionError(f"{error}; not {self._left()}") from None
+            raise AssertionError(f"{error}; {self._describe()}") from None

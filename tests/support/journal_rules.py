@@ -1,4 +1,4 @@
-"""What every journal store must do, for tests against the fake and against real servers."""
+"""Checks that every journal store must pass, the fake one and those on real servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ async def check_batches_come_back_in_order(store: JournalStore) -> None:
     assert await store.write(changes) == [DONE, DONE]
     numbers = {number: b"%d" % number for number in range(2, 12)}
     assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
-    assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]  # its answer got lost
+    # The same write again, as after a lost answer.
+    assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
     assert await store.write([Change("r", "a", ends=True)]) == [DONE]
     assert await store.take("r", "b") == Stored(b"asked", (b"zero", b"\0\xff", *numbers.values()))
 
@@ -32,17 +33,17 @@ async def check_one_router_serves_a_request(store: JournalStore) -> None:
     assert await store.take("r", "c") == Stored(b"anew", ())
 
 
-async def check_who_was_replaced_writes_nothing(store: JournalStore) -> None:
+async def check_a_replaced_writer_writes_nothing(store: JournalStore) -> None:
     await store.write([begin("a"), Change("r", "a", batches={0: b"zero"}, ends=True)])
     assert isinstance(await store.take("r", "b"), Stored)
     late = [Change("r", "a", batches={1: b"late"}), Change("r", "a", ends=True)]
     assert await store.write(late) == [TAKEN, TAKEN]
-    assert await store.take("r", "c") is TAKEN, "b still serves it"
+    assert await store.take("r", "c") is TAKEN, "b still serves the request"
     await store.write([Change("r", "b", ends=True)])
     assert await store.take("r", "c") == Stored(b"asked", (b"zero",))
 
 
-async def check_the_unknown(store: JournalStore) -> None:
+async def check_an_unknown_request_is_gone(store: JournalStore) -> None:
     assert await store.take("r", "a") is GONE
     assert await store.write([Change("r", "a", batches={0: b"zero"})]) == [GONE]
     assert await store.take("r", "a") is GONE
@@ -51,6 +52,6 @@ async def check_the_unknown(store: JournalStore) -> None:
 RULES = (
     check_batches_come_back_in_order,
     check_one_router_serves_a_request,
-    check_who_was_replaced_writes_nothing,
-    check_the_unknown,
+    check_a_replaced_writer_writes_nothing,
+    check_an_unknown_request_is_gone,
 )

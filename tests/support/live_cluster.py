@@ -1,4 +1,4 @@
-"""``baton up`` in a process of its own, seen from outside: its workers, its processes, its log."""
+"""``baton up`` in its own process, and what can be seen from outside: workers, processes, log."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from core.types import Pool, WorkerRecord, WorkerState
 from tests.support.waiting import wait_until
 
 START_S = 240.0  # engines load one after the other on a small machine
-GRACE_S = 30.0  # for the streams of a cluster that goes down
+GRACE_S = 30.0  # for running streams when the cluster goes down
 STOP_S = GRACE_S + 30.0
-SILENCE_S = 4.0  # a connection without a sign of life is given up
+SILENCE_S = 4.0  # ``cluster.connection_silence_s``
 
 ROUTER = "ray::ServeReplica:baton:Router"
 CONTROLLER = "ray::ServeController"
@@ -37,15 +37,15 @@ ENGINE = "VLLM::EngineCore"
 STORE = "valkey-server"
 GCS = "gcs_server"
 RAYLET = "raylet"
-# vLLM gives its engine core a title, which now and then does not take: it stays what it was spawned
-# as. With one rank an engine it is all that a replica spawns, but for Python's resource tracker.
+# vLLM sets the title of its engine core. Sometimes this fails and the core keeps this command line.
+# With one rank, a replica spawns only this core and Python's resource tracker.
 _ENGINE_UNNAMED = b"from multiprocessing.spawn import spawn_main"
-_FILES_OF_RAY = 5  # its own connections between replicas, controller and raylet come and go
+_FILES_OF_RAY = 5  # Ray's connections between replicas, controller and raylet come and go
 _KINDS = (ROUTER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ClusterProcess:
     """One process of a cluster."""
 
     pid: int
@@ -54,29 +54,36 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class LiveCluster:
-    """One that was started by ``start``."""
+    """A cluster that ``start`` has started."""
 
-    process: subprocess.Popen[str]
-    file: Path  # its configuration
+    launcher: subprocess.Popen[str]
+    config_file: Path
     run_dir: Path
     name: str
     sizes: dict[Pool, int]
-    has_engines: bool  # its workers have engine cores
+    has_engines: bool  # whether its workers have engine cores
     log: Path
 
     @property
     def state(self) -> ClusterState:
         state = read_state(self.run_dir, self.name)
-        assert state is not None, self.output()
+        assert state is not None, self.recent_log()
         return state
 
     def client(self) -> baton.Client:
         return baton.Client(self.state.address, timeout_s=300)
 
     def cli(self, *arguments: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-        """Run a ``baton`` command of this cluster to its end."""
+        """Run a ``baton`` command on this cluster and wait for its end."""
         return subprocess.run(
-            [sys.executable, "-m", "cluster.cli.main", *arguments, "--config", str(self.file)],
+            [
+                sys.executable,
+                "-m",
+                "cluster.cli.main",
+                *arguments,
+                "--config",
+                str(self.config_file),
+            ],
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -84,14 +91,14 @@ class LiveCluster:
         )
 
     def scale_router(self, number: int) -> None:
-        """Have Ray Serve run so many routers."""
-        (raylet,) = self.parts(RAYLET)
+        """Let Ray Serve run ``number`` routers, 0 or 1. Does not wait for them."""
+        (raylet,) = self.processes(RAYLET)
         (address,) = (
             word.partition("=")[2]
             for word in psutil.Process(raylet.pid).cmdline()
             if word.startswith("--gcs-address=")
         )
-        settings = {  # its secret, and how it uses loopback
+        settings = {  # the secret of Ray, and its use of loopback
             name: value
             for name, value in psutil.Process(raylet.pid).environ().items()
             if name.startswith("RAY_")
@@ -106,103 +113,103 @@ class LiveCluster:
         )
         assert done.returncode == 0, done.stderr
 
-    def output(self) -> str:
-        """What the launcher said, latest last."""
+    def recent_log(self) -> str:
+        """Return the end of the launcher's log."""
         return self.log.read_text()[-8000:]
 
-    def router_said(self, words: str) -> list[str]:
-        """Lines with ``words`` of the router's log."""
+    def router_log_lines(self, words: str) -> list[str]:
+        """Return the lines of the routers' logs that contain ``words``."""
         logs = "ray/session_latest/logs/serve/replica_*_Router_*.log"
         files = [file for folder in self.state.folders for file in Path(folder).glob(logs)]
         lines = [line for file in files for line in file.read_text().splitlines()]
         return [line for line in lines if words in line]
 
     def workers(self, pool: Pool | None = None) -> list[WorkerRecord]:
-        """The leases that hold now; none while the store is away."""
+        """Return the workers that hold a lease now. Empty while the store is away."""
         with suppress(UnavailableError):
             return [each for each in read_workers(self.state) if pool in (None, each.pool)]
         return []
 
-    def parts(self, kind: str | None = None) -> list[Part]:
-        """Its living processes of ``kind``, or of all the kinds there are, oldest first."""
-        return parts_of(self.state.cluster_id, kind)
+    def processes(self, kind: str | None = None) -> list[ClusterProcess]:
+        """``processes_of`` this cluster."""
+        return processes_of(self.state.cluster_id, kind)
 
-    def replica_of(self, worker: WorkerRecord) -> Part | None:
-        """The process that serves ``worker``; None if it is dead, and only its lease lives."""
+    def replica_of(self, worker: WorkerRecord) -> ClusterProcess | None:
+        """Return the process of ``worker``. None if it is dead and only its lease is left."""
         port = int(worker.address.rpartition(":")[2])
-        for part in self.parts(REPLICAS[worker.pool]):
-            if port in _listening(part.pid):
-                return part
+        for process in self.processes(REPLICAS[worker.pool]):
+            if port in _listening(process.pid):
+                return process
         return None
 
-    def engine_of(self, replica: Part) -> Part:
-        """Its engine core."""
+    def engine_of(self, replica: ClusterProcess) -> ClusterProcess:
+        """Return the engine core of ``replica``."""
         children = psutil.Process(replica.pid).children(recursive=True)
         (engine,) = [child.pid for child in children if _kind(child.pid) == ENGINE]
-        return Part(engine, ENGINE)
+        return ClusterProcess(engine, ENGINE)
 
     def wait(self, condition: Callable[[], object], what: str, within_s: float = 60) -> None:
-        """Fails with the launcher's output."""
+        """Wait for ``condition``. If it takes too long, fail with the launcher's log."""
         try:
             wait_until(condition, what=what, within_s=within_s)
         except AssertionError as error:
-            error.add_note(self.output())
+            error.add_note(self.recent_log())
             raise
 
-    def census(self) -> Counter[str]:
-        """How many living processes of each kind there are."""
-        return Counter(part.kind for part in self.parts())
+    def process_counts(self) -> Counter[str]:
+        """Return the number of living processes of each kind."""
+        return Counter(process.kind for process in self.processes())
 
-    def whole(self) -> Counter[str]:
-        """The census of an undisturbed cluster."""
+    def expected_process_counts(self) -> Counter[str]:
+        """Return the process counts of an undisturbed cluster."""
         kinds = {ROUTER: 1, CONTROLLER: 1, STORE: 1, GCS: 1, RAYLET: 1}
         kinds |= {REPLICAS[pool]: size for pool, size in self.sizes.items()}
         return Counter(kinds | ({ENGINE: sum(self.sizes.values())} if self.has_engines else {}))
 
-    def files(self) -> Counter[str]:
-        """How many files and sockets a process of ours has open at most, by what it is."""
+    def open_files(self) -> Counter[str]:
+        """Return how many files and sockets a process has open, at most, by kind of process."""
         found: Counter[str] = Counter()
         for kind in (ROUTER, *REPLICAS.values()):
-            for part in self.parts(kind):
-                found |= Counter({kind: _files(part)})
+            for process in self.processes(kind):
+                found |= Counter({kind: _open_files(process)})
                 if self.has_engines and kind != ROUTER:
-                    found |= Counter({f"{kind} {ENGINE}": _files(self.engine_of(part))})
+                    found |= Counter({f"{kind} {ENGINE}": _open_files(self.engine_of(process))})
         return found
 
-    def wait_files(self, at_first: Counter[str]) -> None:
-        """Until no process has more open than ``files`` said then."""
+    def wait_files_closed(self, before: Counter[str]) -> None:
+        """Wait until no process has more files open than ``open_files`` returned ``before``."""
 
-        def open_still() -> list[str]:
+        def left_open() -> list[str]:
             return [
-                f"{kind} has {more} files more"
-                for kind, more in (self.files() - at_first).items()
+                f"{kind} has {more} more files open"
+                for kind, more in (self.open_files() - before).items()
                 if ENGINE in kind or more > _FILES_OF_RAY
             ]
 
-        self._wait_alike(open_still, "what was opened has been closed")
+        self._wait_no_difference(left_open, "all new files are closed")
 
-    def wait_whole(self, within_s: float) -> None:
-        """Until it is as an undisturbed cluster without a request."""
-        self._wait_alike(self.unlike_whole, "the cluster is whole and idle", within_s)
+    def wait_restored(self, within_s: float) -> None:
+        """Wait until the cluster is complete and idle, as after its start."""
+        self._wait_no_difference(self.differences, "the cluster is restored and idle", within_s)
 
-    def _wait_alike(
+    def _wait_no_difference(
         self, differences: Callable[[], list[str]], what: str, within_s: float = 60
     ) -> None:
-        differs: list[str] = []
+        found: list[str] = []
 
-        def alike() -> bool:
-            differs[:] = differences()
-            return not differs
+        def is_alike() -> bool:
+            found[:] = differences()
+            return not found
 
         try:
-            self.wait(alike, what, within_s)
+            self.wait(is_alike, what, within_s)
         except AssertionError as error:
-            error.add_note("\n".join(differs))
+            error.add_note("\n".join(found))
             raise
 
-    def unlike_whole(self) -> list[str]:
-        """What differs from an undisturbed cluster without a request: nothing, when idle."""
-        assert self.process.poll() is None, self.output()
+    def differences(self) -> list[str]:
+        """Return the differences from an undisturbed and idle cluster, one line each."""
+        assert self.launcher.poll() is None, self.recent_log()
         workers = self.workers()
         ready = Counter(each.pool for each in workers if each.state is WorkerState.READY)
         found = []
@@ -211,51 +218,59 @@ class LiveCluster:
         for each in workers:
             load = each.load
             if load.kv_blocks_free < load.kv_blocks_total or load.running or load.queue_depth:
-                found.append(f"{each.id} holds something: {load}")
-        if not found and (census := self.census()) != self.whole():
-            found.append(f"processes: {dict(census - self.whole())} too many")
-            found.append(f"processes: {dict(self.whole() - census)} too few")
+                found.append(f"{each.id} is not idle: {load}")
+        if not found and (counts := self.process_counts()) != self.expected_process_counts():
+            found.append(f"processes: {dict(counts - self.expected_process_counts())} too many")
+            found.append(f"processes: {dict(self.expected_process_counts() - counts)} too few")
         return found
 
 
-def parts_of(cluster_id: str, kind: str | None = None) -> list[Part]:
-    """A cluster's living processes of ``kind``, or of all the kinds there are, oldest first."""
-    found = [Part(pid, _kind(pid)) for pid in reaper.find(cluster_id)]
+def processes_of(cluster_id: str, kind: str | None = None) -> list[ClusterProcess]:
+    """Return a cluster's living processes of ``kind``, or of all known kinds, oldest first."""
+    found = [ClusterProcess(pid, _kind(pid)) for pid in reaper.find(cluster_id)]
     wanted = _KINDS if kind is None else (kind,)
-    return sorted((each for each in found if each.kind in wanted), key=_started)
+    return sorted((each for each in found if each.kind in wanted), key=_started_s)
 
 
 def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> LiveCluster:
-    """Start a cluster and wait until it is ready; ``stop`` ends it.
+    """Start a cluster and wait until it is ready. ``stop`` ends it.
 
     Args:
         folder: for its files.
-        config: YAML, without ``cluster``.
-        sizes: workers by pool.
+        config: YAML without the section ``cluster``.
+        sizes: number of workers in each pool.
     """
-    run_dir, file, log = folder / "run", folder / f"{name}.yaml", folder / f"{name}.log"
+    run_dir, config_file, log = folder / "run", folder / f"{name}.yaml", folder / f"{name}.log"
     settings = (
         f"name: {name}, run_dir: {run_dir}, start_timeout_s: {START_S}, stop_grace_s: {GRACE_S}, "
         f"connection_silence_s: {SILENCE_S}"
     )
-    file.write_text(f"cluster: {{{settings}}}\n{config}")
+    config_file.write_text(f"cluster: {{{settings}}}\n{config}")
     flags = [word for pool in Pool for word in (f"--{pool}", str(sizes[pool]))]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli.main", "up", "--config", str(file), *flags],
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli.main", "up", "--config", str(config_file), *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
     has_engines = "engine_kind: fake" not in config
-    cluster = LiveCluster(process, file, run_dir, name, dict(sizes), has_engines, log)
+    cluster = LiveCluster(
+        launcher=launcher,
+        config_file=config_file,
+        run_dir=run_dir,
+        name=name,
+        sizes=dict(sizes),
+        has_engines=has_engines,
+        log=log,
+    )
 
-    def ready() -> bool:
-        assert process.poll() is None, cluster.output()
+    def is_ready() -> bool:
+        assert launcher.poll() is None, cluster.recent_log()
         return "ready: gRPC" in log.read_text()
 
     try:
-        cluster.wait(ready, "the cluster is ready", START_S)
+        cluster.wait(is_ready, "the cluster is ready", START_S)
     except BaseException:
         stop(cluster)
         raise
@@ -263,43 +278,43 @@ def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> Li
 
 
 def stop(cluster: LiveCluster) -> None:
-    """End it, by force if it takes long. Idempotent."""
-    if cluster.process.poll() is None:
-        cluster.process.send_signal(signal.SIGINT)
+    """End the cluster, by SIGKILL after ``STOP_S``. Idempotent."""
+    if cluster.launcher.poll() is None:
+        cluster.launcher.send_signal(signal.SIGINT)
         try:
-            cluster.process.wait(STOP_S)
+            cluster.launcher.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            cluster.process.kill()
-            cluster.process.wait()
+            cluster.launcher.kill()
+            cluster.launcher.wait()
 
 
 def _kind(pid: int) -> str:
-    """The name of a process of interest; else its command line."""
+    """Return the kind of a process: one of ``_KINDS``, or its command line if it is of none."""
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return ""  # ended meanwhile
+        return ""  # the process has ended
     words = line.rstrip(b"\0 ").decode(errors="replace").split("\0")
     if _ENGINE_UNNAMED in line:
         return ENGINE
     program = words[0].rpartition("/")[2]
     for kind in _KINDS:
-        # Ray adds the method that an actor is in.
+        # Ray appends the method that the actor runs.
         if program == kind or words[0] == kind or words[0].startswith(f"{kind}."):
             return kind
     return " ".join(words)
 
 
-def _files(part: Part) -> int:
+def _open_files(process: ClusterProcess) -> int:
     try:
-        return int(psutil.Process(part.pid).num_fds())
+        return int(psutil.Process(process.pid).num_fds())
     except psutil.NoSuchProcess:
         return 0
 
 
-def _started(part: Part) -> float:
+def _started_s(process: ClusterProcess) -> float:
     try:
-        return float(psutil.Process(part.pid).create_time())
+        return float(psutil.Process(process.pid).create_time())
     except psutil.NoSuchProcess:
         return 0.0
 

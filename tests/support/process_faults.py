@@ -1,8 +1,8 @@
-"""What may happen to the processes of a cluster that runs, each a named object.
+"""Faults of the processes of a running cluster. Each fault is a named object.
 
-``strike`` waits until its victim is up: an earlier fault may have just hit it. It returns when the
-fault has happened. A process that is paused for a while has resumed by then; the cluster must
-replace one that is dead or hangs for good.
+``strike`` waits until its victim is up, because an earlier fault may just have hit it. It returns
+when the fault has happened. A process that pauses has resumed by then. The cluster must replace one
+that is dead or hangs for good.
 """
 
 from __future__ import annotations
@@ -27,37 +27,38 @@ from tests.support.live_cluster import (
     ROUTER,
     STOP_S,
     STORE,
+    ClusterProcess,
     LiveCluster,
-    Part,
 )
 from tests.support.tcp_faults import End, cut, ends, silence
 from tests.support.waiting import let_pass
 
-_STORE_IS_AWAY = "running requests go on"  # as the launcher says it
+# Words of the launcher's log.
+_STORE_IS_AWAY = "running requests go on"
 _STORE_STARTED = "the embedded Valkey had ended and was started again"
 _STORE_IS_BACK = "the registry answers again"
-_ENDS_S = 30.0  # for the kernel to end a process that was killed
-_NOTICED_S = 30.0
-_READY_S = 90.0
+_END_S = 30.0  # for the kernel to end a killed process
+_NOTICE_S = 30.0  # for the cluster to notice a fault
+_READY_S = 90.0  # for another worker to be ready
 
 
 class Fault(Protocol):
-    """A frozen dataclass."""
+    """A fault. Implementations are frozen dataclasses."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def strike(self, cluster: LiveCluster) -> None:
-        """Happen."""
+        """Cause the fault."""
 
 
 def title(fault: Fault) -> str:
-    """For the name of a test."""
-    return " ".join([type(fault).__name__, *(str(part) for part in astuple(fault))])
+    """Return the name of a fault with its parameters, for test ids and logs."""
+    return " ".join([type(fault).__name__, *(str(value) for value in astuple(fault))])
 
 
 @dataclass(frozen=True, slots=True)
 class KillWorker:
-    """kill -9 of the process of the pool's busiest worker."""
+    """The process of the pool's busiest worker is killed with kill -9."""
 
     pool: Pool
 
@@ -67,8 +68,8 @@ class KillWorker:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """The process of the pool's busiest worker hangs for good: its lease ends, no connection
-    does."""
+    """The process of the pool's busiest worker hangs for good. Its lease ends, but its connections
+    stay open."""
 
     pool: Pool
 
@@ -78,7 +79,8 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True)
 class StallWorker:
-    """As ``StopWorker``, but it goes on when its lease has ended: its work is somebody else's."""
+    """As ``StopWorker``, but the process resumes after its lease has ended. Another worker has its
+    requests by then."""
 
     pool: Pool
 
@@ -93,7 +95,7 @@ class StallWorker:
 
 @dataclass(frozen=True, slots=True)
 class KillEngine:
-    """kill -9 of the engine core of the pool's busiest worker."""
+    """The engine core of the pool's busiest worker is killed with kill -9."""
 
     pool: Pool
 
@@ -104,8 +106,8 @@ class KillEngine:
 
 @dataclass(frozen=True, slots=True)
 class StopEngine:
-    """The engine core of the pool's busiest worker hangs: its worker renews its lease, and no
-    connection ends."""
+    """The engine core of the pool's busiest worker hangs. The worker still renews its lease, and
+    its connections stay open."""
 
     pool: Pool
 
@@ -116,8 +118,8 @@ class StopEngine:
 
 @dataclass(frozen=True, slots=True)
 class CutWorker:
-    """All connections end that the pool's busiest worker has with others: the router, the store,
-    the other pool. The processes go on."""
+    """All connections of the pool's busiest worker to the router, the store and the other pool end.
+    The processes go on."""
 
     pool: Pool
 
@@ -127,8 +129,9 @@ class CutWorker:
 
 @dataclass(frozen=True, slots=True)
 class SilenceWorker:
-    """Nothing arrives over these connections for a while, and nobody is told. For a moment: all
-    comes late. For longer than ``connection_silence_s``: they are half-open."""
+    """Nothing arrives over the connections of ``CutWorker`` for ``seconds``, and neither side gets
+    an error. If that is less than ``connection_silence_s``, data only arrives late. If it is more,
+    the connections are half-open."""
 
     pool: Pool
     seconds: float
@@ -140,11 +143,11 @@ class SilenceWorker:
 
 @dataclass(frozen=True, slots=True)
 class JumpClock:
-    """The store's clock jumps far ahead: what expires has expired, all leases among it. No other
-    process of ours looks at a clock that can jump."""
+    """The store's clock jumps far ahead, so that all keys with an expiry are gone, also the leases.
+    No other process of a cluster reads a clock that can jump."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _store(cluster)
+        _store_pid(cluster)
         with redis.Redis.from_url(cluster.state.redis_url) as store:
             for key in store.scan_iter():
                 if store.pttl(key) > 0:
@@ -153,7 +156,7 @@ class JumpClock:
 
 @dataclass(frozen=True, slots=True)
 class DrainWorker:
-    """``baton drain`` of the pool's busiest worker, to its end."""
+    """``baton drain`` makes the pool's busiest worker leave."""
 
     pool: Pool
 
@@ -164,51 +167,52 @@ class DrainWorker:
 
 @dataclass(frozen=True, slots=True)
 class KillRouter:
-    """kill -9 of the router."""
+    """The router is killed with kill -9."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(_running(cluster, ROUTER))
+        _kill(_pid_of(cluster, ROUTER))
 
 
 @dataclass(frozen=True, slots=True)
 class RestartRouter:
-    """The router ends in good order, after its streams, and another one starts."""
+    """The router shuts down after its streams have ended, and another one starts."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        (router,) = cluster.parts(ROUTER)
+        (router,) = cluster.processes(ROUTER)
         cluster.scale_router(0)
-        cluster.wait(lambda: router not in cluster.parts(ROUTER), "the router ends", STOP_S)
+        cluster.wait(lambda: router not in cluster.processes(ROUTER), "the router ends", STOP_S)
         cluster.scale_router(1)
 
 
 @dataclass(frozen=True, slots=True)
 class KillStore:
-    """kill -9 of the registry's store: all leases are lost. Returns when the launcher has started
-    another one, because a fault that hits it sooner is a failed start and nothing else."""
+    """The registry's store is killed with kill -9, and all leases are lost. Returns when the
+    launcher has started another store, because a fault before that would only be a failed
+    start."""
 
     def strike(self, cluster: LiveCluster) -> None:
         started = cluster.log.read_text().count(_STORE_STARTED)
-        _kill(_store(cluster))
+        _kill(_store_pid(cluster))
         cluster.wait(
             lambda: cluster.log.read_text().count(_STORE_STARTED) > started,
-            "the launcher starts another store",
-            _NOTICED_S,
+            "the launcher has started another store",
+            _NOTICE_S,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StopStore:
-    """The registry's store hangs until the launcher has noticed, and goes on."""
+    """The registry's store hangs until the launcher has noticed, and then resumes."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        store = _store(cluster)
+        store = _store_pid(cluster)
         noticed = cluster.log.read_text().count(_STORE_IS_AWAY)
         os.kill(store, signal.SIGSTOP)
         try:
             cluster.wait(
                 lambda: cluster.log.read_text().count(_STORE_IS_AWAY) > noticed,
-                "the launcher misses the store",
-                _NOTICED_S,
+                "the launcher has noticed that the store hangs",
+                _NOTICE_S,
             )
         finally:
             os.kill(store, signal.SIGCONT)
@@ -216,33 +220,36 @@ class StopStore:
 
 @dataclass(frozen=True, slots=True)
 class KillController:
-    """kill -9 of Ray Serve's controller, which watches and replaces the workers."""
+    """Ray Serve's controller, which watches and replaces the workers, is killed with kill -9."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(_running(cluster, CONTROLLER))
+        _kill(_pid_of(cluster, CONTROLLER))
 
 
 @dataclass(frozen=True, slots=True)
 class KillGcs:
-    """kill -9 of Ray's own head process. The cluster goes down, and lets its streams end."""
+    """Ray's own head process is killed with kill -9. The cluster lets its streams end and goes
+    down."""
 
     def strike(self, cluster: LiveCluster) -> None:
-        _kill(_running(cluster, GCS))
+        _kill(_pid_of(cluster, GCS))
 
 
 @dataclass(frozen=True, slots=True)
 class FullLogDisk:
-    """No process of ours can write to a file, just when a worker's death gives them much to log.
+    """The pool's busiest worker is killed while no other worker and no router can write to its log.
 
-    By a limit on the size of files: the error is EFBIG in place of ENOSPC.
+    A limit on the size of files causes this, so the error is EFBIG instead of ENOSPC.
     """
 
     pool: Pool
 
     def strike(self, cluster: LiveCluster) -> None:
         victim = busiest(cluster, self.pool)
-        parts = [part for kind in (ROUTER, *REPLICAS.values()) for part in cluster.parts(kind)]
-        pids = [part.pid for part in parts if part != victim.replica]
+        others = [
+            process for kind in (ROUTER, *REPLICAS.values()) for process in cluster.processes(kind)
+        ]
+        pids = [process.pid for process in others if process != victim.replica]
         before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
         for pid, (_soft, hard) in before.items():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -251,21 +258,23 @@ class FullLogDisk:
             _wait_until_gone(cluster, victim.worker)
         finally:
             for pid, limits in before.items():
-                with suppress(ProcessLookupError):  # it was about to end
+                with suppress(ProcessLookupError):  # the process has ended
                     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 @dataclass(frozen=True, slots=True)
 class Victim:
+    """A worker and its process."""
+
     worker: WorkerRecord
-    replica: Part
+    replica: ClusterProcess
 
 
 def busiest(cluster: LiveCluster, pool: Pool) -> Victim:
-    """The ready worker of ``pool`` that runs most. Waits for one, should none be there now."""
+    """Return the ready worker of ``pool`` that runs the most requests. Waits until one is ready."""
     found: list[Victim] = []
 
-    def look() -> bool:
+    def is_found() -> bool:
         ready = [each for each in cluster.workers(pool) if each.state is WorkerState.READY]
         for worker in sorted(ready, key=lambda each: -each.load.running):
             replica = cluster.replica_of(worker)
@@ -274,17 +283,22 @@ def busiest(cluster: LiveCluster, pool: Pool) -> Victim:
                 return True
         return False
 
-    cluster.wait(look, f"a {pool} worker is ready", _READY_S)
+    cluster.wait(is_found, f"a {pool} worker is ready", _READY_S)
     return found[0]
 
 
-def _connections(cluster: LiveCluster, replica: Part) -> list[End]:
-    """Both ends of those that a worker has with other processes of ours."""
+def _connections(cluster: LiveCluster, replica: ClusterProcess) -> list[End]:
+    """Return both ends of a worker's connections to other processes of the cluster."""
     mine = [replica.pid]
     if cluster.has_engines:
         mine.append(cluster.engine_of(replica).pid)
     kinds = (ROUTER, STORE, ENGINE, *REPLICAS.values())
-    others = [part.pid for kind in kinds for part in cluster.parts(kind) if part.pid not in mine]
+    others = [
+        process.pid
+        for kind in kinds
+        for process in cluster.processes(kind)
+        if process.pid not in mine
+    ]
     theirs = {(end.port, end.peer_port): end for pid in others for end in ends(pid)}
     found = []
     for end in (end for pid in mine for end in ends(pid)):
@@ -295,38 +309,38 @@ def _connections(cluster: LiveCluster, replica: Part) -> list[End]:
 
 
 def _kill(pid: int) -> None:
-    """End a process at once; returns when the kernel has ended it."""
+    """Kill a process. Return when the kernel has ended it."""
     descriptor = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        end = select.poll()
-        end.register(descriptor, select.POLLIN)
-        assert end.poll(_ENDS_S * 1000), f"process {pid} survives SIGKILL"
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(_END_S * 1000), f"process {pid} survives SIGKILL"
     finally:
         os.close(descriptor)
 
 
 def _is_up(pid: int) -> bool:
-    """Whether no earlier fault has ended the process, or stopped it for good."""
+    """Whether the process lives and no earlier fault has stopped it for good."""
     with suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_STOPPED)
     return False
 
 
-def _running(cluster: LiveCluster, kind: str) -> int:
-    """The process of ``kind``. Waits for the next one if none is alive."""
-    parts: list[int] = []
+def _pid_of(cluster: LiveCluster, kind: str) -> int:
+    """Return the pid of the process of ``kind``. Waits until one is alive."""
+    pids: list[int] = []
 
-    def there() -> bool:
-        parts[:] = [part.pid for part in cluster.parts(kind)]
-        return bool(parts)
+    def is_there() -> bool:
+        pids[:] = [process.pid for process in cluster.processes(kind)]
+        return bool(pids)
 
-    cluster.wait(there, f"{kind} runs")
-    return parts[0]
+    cluster.wait(is_there, f"{kind} runs")
+    return pids[0]
 
 
-def _store(cluster: LiveCluster) -> int:
-    """The process of the store. Waits until the store answers and the launcher knows it does."""
+def _store_pid(cluster: LiveCluster) -> int:
+    """Return the pid of the store. Waits until the store answers and the launcher has noticed."""
 
     def answers() -> bool:
         log = cluster.log.read_text()
@@ -337,12 +351,12 @@ def _store(cluster: LiveCluster) -> int:
         return False
 
     cluster.wait(answers, "the store answers")
-    return _running(cluster, STORE)
+    return _pid_of(cluster, STORE)
 
 
 def _wait_until_gone(cluster: LiveCluster, worker: WorkerRecord) -> None:
-    def gone() -> bool:
+    def is_gone() -> bool:
         workers = cluster.workers()
         return bool(workers) and worker.id not in {each.id for each in workers}
 
-    cluster.wait(gone, f"the lease of {worker.id} ends", _NOTICED_S)
+    cluster.wait(is_gone, f"the lease of {worker.id} has ended", _NOTICE_S)

@@ -1,8 +1,8 @@
-"""The aggregated vLLM that a cluster must equal: one engine, no connector, greedy.
+"""An aggregated vLLM, which gives the tokens that a cluster must give: one engine, no connector.
 
     python -m tests.support.reference < job.json > answers.json
 
-A process of its own, so that its memory is free again before a cluster starts.
+It runs in its own process, so that its memory is free before a cluster starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pathlib import Path
 
 
 def greedy(config_file: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Token ids that the decode pool's engine, alone and one request at a time, gives."""
+    """Return the greedy token ids of the decode pool's engine, one prompt at a time.
+
+    ``config_file``: the cluster's configuration.
+    """
     job = {"config": str(config_file), "prompts": prompts, "max_tokens": max_tokens}
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(

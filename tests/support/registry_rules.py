@@ -1,4 +1,4 @@
-"""What every registry must do, for tests against the fake and against real servers."""
+"""Checks that every registry must pass, the fake one and those on real servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def check_put_list_remove(registry: Registry) -> None:
     assert await registry.list() == ()
     await registry.put(PREFILL)
     await registry.put(DECODE)
-    assert await registry.list() == (DECODE, PREFILL)  # by id, every field intact
+    assert await registry.list() == (DECODE, PREFILL)  # sorted by id, with every field
     await registry.remove(PREFILL.id)
     await registry.remove("never-there")
     assert await registry.list() == (DECODE,)
@@ -52,6 +52,6 @@ async def check_asked_to_drain_once(registry: Registry) -> None:
 async def check_a_removed_worker_can_come_back(registry: Registry) -> None:
     await registry.put(DECODE)
     await registry.remove(DECODE.id)
-    reborn = replace(DECODE, incarnation="i2")
-    await registry.put(reborn)
-    assert await registry.list() == (reborn,)
+    restarted = replace(DECODE, incarnation="i2")
+    await registry.put(restarted)
+    assert await registry.list() == (restarted,)

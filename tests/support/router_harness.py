@@ -1,4 +1,4 @@
-"""A router with fake workers and a small tokeniser, all in one event loop."""
+"""A router with fake workers and a small tokeniser in one event loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LINES = (
 
 @functools.cache
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE, trained on a few lines: every byte is a token, some words are."""
+    """Return a byte-level BPE, trained on a few lines. Every byte and some words are tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,12 +57,13 @@ def make_codec(context_tokens: int = CONTEXT_TOKENS) -> TextCodec:
 
 
 class RouterHarness:
-    """``async with``: starts all, and checks in the end that no task is left.
+    """``async with`` starts and stops all servers, and then checks that no task is left.
 
     Args:
-        router: fields of the configuration's section, over what suits a test.
-        redis: likewise.
-        journal: of all its routers.
+        router: fields of the configuration's section ``router``, which override a test's defaults.
+        redis: fields of the section ``redis``.
+        journal: the store that all routers of the harness share.
+        silence_s: ``cluster.connection_silence_s``.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class RouterHarness:
                 "router": {
                     "port": 0,
                     "registry_poll_s": 0.01,
-                    "failover_timeout_s": 0.01,  # waiting is tested in virtual time
+                    "failover_timeout_s": 0.01,  # other tests wait in virtual time
                     **(router or {}),
                 },
                 "redis": dict(redis or {}),
@@ -121,7 +122,7 @@ class RouterHarness:
 
     async def _assert_no_tasks_left(self) -> None:
         left = asyncio.all_tasks() - self._tasks_before - {_current_task()}
-        if left:  # gRPC's own tasks end in their own time
+        if left:  # gRPC's own tasks end later
             _, left = await asyncio.wait(left, timeout=WAIT_S)
         assert not left, f"tasks left behind: {left}"
 
@@ -131,21 +132,21 @@ class RouterHarness:
 
     @contextlib.asynccontextmanager
     async def another_router(self) -> AsyncIterator[Any]:
-        """The stub of a second router of the same cluster."""
+        """Run a second router of the same cluster. Yields its stub."""
         server = RouterServer(self.config, self.registry, make_codec(), self.journal)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
             yield inference_pb2_grpc.InferenceStub(channel)
         await server.stop(grace_s=0)
 
     async def refresh_workers(self) -> None:
-        """Make the router look at the registry now."""
+        """Make the router read the registry now."""
         assert self.server.workers is not None
         await self.server.workers.refresh()
 
     async def generate(
         self, prompt: Sequence[int] = (1, 2, 3), **sampling: Any
     ) -> list[inference_pb2.GenerateResponse]:
-        """All responses to a prompt of token ids."""
+        """Return all responses to a prompt of token ids."""
         call = self.call(
             token_ids=inference_pb2.TokenIds(ids=prompt),
             sampling=inference_pb2.SamplingParams(**sampling),
@@ -160,6 +161,6 @@ def _current_task() -> asyncio.Task[Any]:
 
 
 def token_ids(responses: Sequence[inference_pb2.GenerateResponse]) -> list[int]:
-    """All tokens of an answer; checks that no sequence number is missing."""
+    """Return all tokens of an answer. Check that no sequence number is missing."""
     assert [response.sequence for response in responses] == list(range(len(responses)))
     return [token_id for response in responses for token_id in response.token_ids]

@@ -1,7 +1,9 @@
-"""Has Ray Serve run so many routers: ``python -m tests.support.scale_router GCS_ADDRESS NUMBER``.
+"""Sets how many routers Ray Serve runs.
 
-A process of its own: Ray keeps what its first start read from the environment. 0 ends the router
-in good order, as Serve ends any replica; two cannot be, on one port.
+    python -m tests.support.scale_router GCS_ADDRESS NUMBER
+
+0 stops the router, as Serve stops any replica. At most 1, because routers share one port. This runs
+in its own process, because Ray keeps what its first start read from the environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Routers and their workers in virtual time: everything of ours but sockets, Redis and vLLM.
+"""Routers and their workers in virtual time, without sockets, Redis or vLLM.
 
-The routers' and the workers' own classes run, with the fake engine and stores in memory. In the
-place of gRPC's connections stand ``SimCall``s, which delay, lose and break as those do.
+The real classes of routers and workers run, with fake engines and with stores in memory.
+``SimCall``s replace gRPC's calls: they delay and lose messages and break, as connections do.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ POLL_S = 0.25
 CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_s=0.05)
-UNREAD = 4  # messages on the way that a sender need not wait for
-SETTLE_S = 100.0  # after the faults: longer than every bound in here
+MAX_UNREAD = 4  # a sender waits while a call has this many unread messages
+SETTLE_S = 100.0  # after the faults; longer than every bound in this module
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-CONNECTION_LOST = ""  # a status of nobody's has no reason
+CONNECTION_LOST = ""  # the reason of a status that no server sent
 
 
 class _ServerContext:
@@ -63,7 +63,7 @@ class _ServerContext:
         self._call = call
 
     async def send_initial_metadata(self, metadata: Any) -> None:
-        """Nobody reads it."""
+        """Do nothing, because no caller reads the metadata."""
 
     def time_remaining(self) -> float:
         return self._call.time_remaining()
@@ -77,7 +77,7 @@ class _ServerContext:
 
 
 class SimCall:
-    """One call on one worker; what ``grpc.aio`` gives the caller, as far as we use it."""
+    """One call to one worker. Has the parts of a ``grpc.aio`` call that routers use."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class SimCall:
         self._server.add_done_callback(lambda _: worker.calls.discard(self))
 
     def cancel(self) -> None:
-        """By the caller, who hears nothing more; the worker hears of it later."""
+        """Cancel as the caller. The caller gets nothing more, and the worker is cancelled later."""
         if self._cancel is None and not self._server.done():
             self._cancel = asyncio.create_task(self._cancel_server())
         self._end()
@@ -111,14 +111,14 @@ class SimCall:
         self._server.cancel()
 
     def break_(self, code: grpc.StatusCode, details: str) -> None:
-        """The connection is gone, and with it some of what was on the way."""
+        """Break the connection. Some of the messages in transit are lost."""
         for _ in range(self._worker.rng.randrange(len(self._messages) + 1)):
             self._messages.pop()
         self._fail(code, details)
         self._server.cancel()
 
     def time_remaining(self) -> float:
-        """As gRPC counts it: none is left of a deadline that has passed."""
+        """Seconds until the deadline. 0 after it, as in gRPC."""
         return max(0.0, self._deadline_s - asyncio.get_running_loop().time())
 
     async def send_status(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
@@ -151,7 +151,7 @@ class SimCall:
                 self._fail(UNAVAILABLE, "connection refused")
                 return
             answer = await self._handle(_ServerContext(self))
-            if answer is not None:  # of a call with one answer
+            if answer is not None:  # of a call that is not a stream
                 await self.send(answer)
             await self._worker.link()
             self._end()
@@ -160,7 +160,7 @@ class SimCall:
 
     async def send(self, message: Any) -> None:
         await self._worker.link()
-        while len(self._messages) >= UNREAD:
+        while len(self._messages) >= MAX_UNREAD:
             self._changed.clear()
             await self._changed.wait()
         self._messages.append(message)
@@ -180,7 +180,7 @@ class SimCall:
 
 
 class SimWorker:
-    """One worker process; it also is the router's client for itself."""
+    """One worker process. It is also the client that routers use for it."""
 
     def __init__(
         self,
@@ -195,12 +195,12 @@ class SimWorker:
         self.pool = pool
         self.alive = True
         self.calls: set[SimCall] = set()
-        self.asked: list[str] = []  # keys of all calls that ever came
+        self.asked: list[str] = []  # keys of all calls so far
         self.prefilled: set[str] = set()  # keys whose KV a decode worker may fetch
         self.slow = False
-        self.slowness = 1.0  # of its engine
+        self.slowness = 1.0  # factor on the times of its engine
         self._cluster = cluster
-        self._running = asyncio.Event()  # not stopped by a signal
+        self._running = asyncio.Event()  # cleared while a signal stops the process
         self._running.set()
         self.engine = FakeEngine(
             Config(),
@@ -227,7 +227,7 @@ class SimWorker:
         self._lease = asyncio.create_task(self._keep_lease())
 
     async def link(self) -> None:
-        """One message's way; the process may be stopped meanwhile."""
+        """Wait as long as one message takes, and while the process is stopped."""
         await elapse(self.rng.choice((0.0, 0.0, 0.001, 0.3 if self.slow else 0.01)))
         await self._running.wait()
 
@@ -238,7 +238,7 @@ class SimWorker:
     async def _fetch(self, request: EngineRequest) -> bool:
         return await self._cluster.fetch(request, self._sleep)
 
-    # What the router calls.
+    # The router calls these.
 
     async def connected(self) -> bool:
         return self.alive
@@ -267,12 +267,12 @@ class SimWorker:
         await SimCall(self, handle, timeout_s)
 
     async def close(self) -> None:
-        """The router's channel; nothing of the worker's."""
+        """Do nothing, because the router has no channel here."""
 
-    # What faults do.
+    # Faults call these.
 
     def kill(self) -> None:
-        """As ``kill -9``: the connections break, the lease runs out, memory is gone."""
+        """As ``kill -9``: the connections break, the lease expires and the memory is lost."""
         self.alive = False
         self._lease.cancel()
         self.engine.fail()
@@ -280,19 +280,19 @@ class SimWorker:
         self.cut()
 
     def cut(self) -> None:
-        """All connections break; the process lives."""
+        """Break all connections. The process goes on."""
         for call in list(self.calls):
             call.break_(UNAVAILABLE, "connection reset")
 
     def stop(self) -> None:
-        """As SIGSTOP: connections stay, nothing moves."""
+        """As SIGSTOP: the connections stay open, but nothing runs."""
         self._running.clear()
 
     def resume(self) -> None:
         self._running.set()
 
     async def drain(self, grace_s: float) -> None:
-        """As ``worker.replica.WorkerReplica`` leaves."""
+        """Leave as ``worker.replica.WorkerReplica`` does."""
         self.record = replace(self.record, state=WorkerState.DRAINING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
@@ -323,29 +323,29 @@ class SimWorker:
 
     async def _renew(self) -> None:
         await self._running.wait()
-        with contextlib.suppress(Exception):  # the registry is away: the next one
+        with contextlib.suppress(Exception):  # the registry is away; the next renewal may succeed
             await self._cluster.registry.put(replace(self.record, load=self.engine.load()))
 
 
 class _RouterStore:
-    """The journal's store as one router sees it: a dead one writes nothing more."""
+    """The journal's store, as one router uses it. A dead router writes nothing."""
 
     def __init__(self, store: MemoryJournal, router: SimRouter) -> None:
         self._store = store
         self._router = router
 
     async def write(self, changes: Sequence[Change]) -> list[Written]:
-        await self._way()
+        await self._link()
         return await self._store.write(changes)
 
     async def take(self, request_id: str, writer: str) -> Stored | Written:
-        await self._way()
+        await self._link()
         return await self._store.take(request_id, writer)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because nothing is open."""
 
-    async def _way(self) -> None:
+    async def _link(self) -> None:
         slow = self._router.cluster.store_slow
         await elapse(self._router.rng.choice((0.0, 0.001, 0.01, 0.2 if slow else 0.01)))
         if not self._router.alive:
@@ -359,7 +359,7 @@ class SimRouter:
         self.rng = cluster.rng
         self.cluster = cluster
         self.alive = True
-        self.calls: set[asyncio.Task[None]] = set()  # of clients
+        self.calls: set[asyncio.Task[None]] = set()  # running calls of clients
         clock = cluster.clock
         codec = cluster.codec
         self.ledger = PlacementLedger(
@@ -411,7 +411,7 @@ class SimRouter:
         await self.workers.stop()
 
     async def kill(self) -> None:
-        """As ``kill -9``: clients and workers see their connections break."""
+        """As ``kill -9``: the connections to clients and workers break."""
         self.alive = False
         for call in self.calls:
             call.cancel()
@@ -419,11 +419,11 @@ class SimRouter:
 
 
 class SimCluster:
-    """``async with``: routers over workers that ``add`` makes, in a virtual loop.
+    """Routers and workers in a ``VirtualLoop``. ``async with`` starts one router and stops all.
 
     Args:
-        limits: each router's admission.
-        placement: likewise.
+        limits: of each router's admission.
+        placement: of each router's placement.
     """
 
     def __init__(
@@ -441,8 +441,8 @@ class SimCluster:
         self.registry = MemoryRegistry(lease_s=LEASE_S, clock=self.clock)
         self.journal = MemoryJournal(lease_s=LEASE_S, clock=self.clock)
         self.store_slow = False
-        self.transfer_s = 0.0  # of a prompt's KV, once it is computed
-        self.workers: dict[str, SimWorker] = {}  # those that are gone, too
+        self.transfer_s = 0.0  # how long a prompt's KV takes once it is computed
+        self.workers: dict[str, SimWorker] = {}  # includes dead ones
         self.routers: list[SimRouter] = []
         self._numbers = 0
 
@@ -468,7 +468,7 @@ class SimCluster:
         self.routers.append(router)
 
     def standing_tasks(self) -> set[asyncio.Task[Any]]:
-        """What runs as long as the processes do."""
+        """Return the tasks that run as long as their process."""
         tasks = {worker._lease for worker in self.workers.values()}
         for router in self.living_routers():
             tasks |= {task for task in (router.workers._poller, router.journal._writer) if task}
@@ -484,7 +484,8 @@ class SimCluster:
         limit: int = 8,
         kv_blocks: int = KV_BLOCKS,
     ) -> SimWorker:
-        """A new worker, ready at its first lease; a random one unless its latency is told."""
+        """Start a worker, which is ready with its first lease. It takes ``limit`` requests at once.
+        Without a ``latency``, both are random."""
         self._numbers += 1
         name = f"{pool}-{self._numbers}"
         if latency is None:
@@ -501,7 +502,7 @@ class SimCluster:
         )
 
     def living(self, pool: Pool | None = None) -> list[SimWorker]:
-        """Workers that run and take requests."""
+        """Return the workers that run and take requests."""
         return [
             worker
             for worker in self.workers.values()
@@ -511,7 +512,7 @@ class SimCluster:
         ]
 
     async def fetch(self, request: EngineRequest, wait: Callable[[float], Awaitable[None]]) -> bool:
-        """A decode worker's KV: True once the prefill worker has it, False if that never will."""
+        """Wait until the prefill worker has a decode worker's KV. False if it never will."""
         assert isinstance(request.kv, KvReceive)
         source = next(
             worker
@@ -534,33 +535,34 @@ def _key(key: worker_pb2.TransferKey) -> str:
 
 
 class SimClient:
-    """One application request; the router's side of its call, too.
+    """One request of an application. It is also the router's context of the call.
 
     Args:
-        living: the routers that live.
-        timeout_s: the request's deadline.
-        write_s: how long the client takes to read one response.
+        living: returns the living routers.
+        timeout_s: from the start of a call to its deadline.
+        read_s: how long the client takes to read one response.
     """
 
     def __init__(
         self, request: inference_pb2.GenerateRequest, clock: Callable[[], float],
-        living: Callable[[], list[SimRouter]], timeout_s: float, write_s: float = 0.0,
+        living: Callable[[], list[SimRouter]], timeout_s: float, read_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.request = request
         self._clock = clock
         self._living = living
         self.timeout_s = timeout_s
-        self._write_s = write_s
+        self._read_s = read_s
         self.responses: list[inference_pb2.GenerateResponse] = []
-        self.statuses: list[tuple[grpc.StatusCode, str]] = []  # how it ended; OK included
-        self.resumes = False
+        self.statuses: list[tuple[grpc.StatusCode, str]] = []  # (code, reason) of each call
+        self.resumes = False  # whether the next call is Resume
         self.deadline_s = 0.0
         self.began_s = 0.0
-        self.first_s = 0.0  # the first response; 0: none came
+        self.first_s = 0.0  # time of the first response; 0: none has come
         self.ended_s = 0.0
 
     async def call(self, router: SimRouter) -> None:
-        """Until the router, or its death, has ended the call. Cancel it as a client cancels."""
+        """Call a router, and return when the router or its death ends the call. Cancel this task to
+        cancel the call."""
         task = asyncio.current_task()
         assert task is not None
         if router not in self._living():
@@ -579,7 +581,7 @@ class SimClient:
                 await router.servicer.Generate(self.request, self)  # type: ignore[arg-type]
             self.statuses.append((grpc.StatusCode.OK, ""))
         except grpc.aio.AbortError:
-            pass  # its status is there
+            pass  # ``abort`` has recorded the status
         except asyncio.CancelledError:
             if router in self._living():
                 self.statuses.append((grpc.StatusCode.CANCELLED, ""))
@@ -593,10 +595,10 @@ class SimClient:
         return self.deadline_s - self._clock()
 
     async def send_initial_metadata(self, metadata: Any) -> None:
-        """Nobody reads it."""
+        """Do nothing, because the client does not read it."""
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
-        await elapse(self._write_s)
+        await elapse(self._read_s)
         self.first_s = self.first_s or self._clock()
         self.responses.append(response)
 

@@ -1,6 +1,6 @@
-"""What may happen to TCP connections of processes that run: they are cut, or nothing arrives.
+"""Faults of TCP connections of running processes: they are cut, or nothing arrives.
 
-Linux only, and for processes of one's own: the connections' sockets are borrowed from them.
+Linux only, and only for processes of the same user, whose sockets this module borrows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import psutil
 
-_PIDFD_GETFD = 438  # the system call, on every architecture
+_PIDFD_GETFD = 438  # number of the system call on every architecture
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _DROP_ALL = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -23,7 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One process's end of a connection."""
+    """One end of a connection, in one process."""
 
     pid: int
     fd: int
@@ -32,7 +32,7 @@ class End:
 
     @contextmanager
     def socket(self) -> Iterator[socket.socket]:
-        """The process's own socket, borrowed."""
+        """Borrow the process's socket."""
         process = os.pidfd_open(self.pid)
         try:
             fd = _libc.syscall(_PIDFD_GETFD, process, self.fd, 0)
@@ -45,7 +45,10 @@ class End:
 
 
 def ends(pid: int, *, port: int | None = None) -> list[End]:
-    """The connections of a process; with ``port``, those whose either end has it."""
+    """Return a process's ends of its connections.
+
+    ``port``: only of connections that have this port at either end.
+    """
     return [
         End(pid, each.fd, each.laddr.port, each.raddr.port)
         for each in psutil.Process(pid).net_connections("tcp")
@@ -55,15 +58,16 @@ def ends(pid: int, *, port: int | None = None) -> list[End]:
 
 
 def cut(connections: list[End]) -> None:
-    """Both sides see them end."""
+    """End the connections. Both sides notice."""
     for end in connections:
-        with suppress(OSError), end.socket() as borrowed:  # else it was closed meanwhile
+        with suppress(OSError), end.socket() as borrowed:  # the process may have closed it
             borrowed.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
 def silence(connections: list[End]) -> Iterator[None]:
-    """Nothing arrives at these ends for the block, acknowledgements included; nobody is told."""
+    """During the block, drop all packets that arrive at these ends, also acknowledgements. Neither
+    side gets an error."""
     program = struct.pack("HL", 1, ctypes.addressof(_DROP_ALL))
     _set_option(connections, _SO_ATTACH_FILTER, program)
     try:
@@ -74,5 +78,5 @@ def silence(connections: list[End]) -> Iterator[None]:
 
 def _set_option(connections: list[End], option: int, value: bytes | int) -> None:
     for end in connections:
-        with suppress(OSError), end.socket() as borrowed:  # else it was closed meanwhile
+        with suppress(OSError), end.socket() as borrowed:  # the process may have closed it
             borrowed.setsockopt(socket.SOL_SOCKET, option, value)

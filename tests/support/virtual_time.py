@@ -1,8 +1,8 @@
-"""An event loop whose time passes only when nothing is left to do, and whose order is a seed's.
+"""An event loop in virtual time, which runs tasks in an order that depends on a seed.
 
-A run is a function of its seed: waits cost no time, and of the tasks that could go on at one
-moment any may be the first (asyncio's own loop always takes the one that became ready first, so
-most orders that a busy machine produces are never seen in a test).
+Time passes only when no task can run, so waits cost no real time. Of the tasks that can run, any
+may be first. asyncio's own loop always takes the one that became ready first, so with it a test
+never sees most orders that a busy machine produces. A run is a function of its seed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class DeadlockError(Exception):
-    """Everybody waits, and for nothing that time could bring."""
+    """Every task waits for another one, so time cannot advance."""
 
 
 class _NoSelector(selectors.SelectSelector):
-    """Nothing ever comes from outside; waiting for it moves the loop's time on."""
+    """Has no files to wait for. A wait with a timeout advances the loop's time."""
 
     now_s = 0.0
 
@@ -33,7 +33,7 @@ class _NoSelector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """``time()`` starts at 0 s. The order of callbacks that are no task's is asyncio's."""
+    """``time()`` starts at 0 s. Callbacks that are not steps of a task keep asyncio's order."""
 
     def __init__(self, seed: int) -> None:
         self._clock = _NoSelector()
@@ -44,7 +44,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._clock.now_s
 
     def _run_once(self) -> None:
-        # A task has one step at a time here, so steps may change places with one another.
+        # Each task has at most one step in here, so the steps may swap places.
         ready = self._ready  # type: ignore[attr-defined]
         places = [
             place
@@ -59,7 +59,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 async def elapse(seconds: float) -> None:
-    """Wait; costs nothing, and is refused in a loop where it would."""
+    """Wait in virtual time. Fails in a loop that would really wait."""
     assert isinstance(asyncio.get_running_loop(), VirtualLoop)
     await asyncio.sleep(seconds)
 
@@ -68,7 +68,7 @@ def run_virtually(main: Coroutine[Any, Any, T], seed: int) -> T:
     """``asyncio.run`` in virtual time.
 
     Raises:
-        DeadlockError: ``main`` waits for what can never come.
+        DeadlockError: all tasks wait for each other.
     """
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(seed)) as runner:
         return runner.run(main)

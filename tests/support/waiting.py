@@ -1,4 +1,4 @@
-"""Waiting for conditions, the one place in the tests that looks again and again."""
+"""Waiting for conditions. No other module of the tests polls."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LOOK_EVERY_S = 0.02
 
 
 def wait_until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T:
-    """The first true value that ``look`` returns.
+    """Call ``look`` until it returns a true value, and return that.
 
     Raises:
-        AssertionError: there was none ``within_s`` seconds; it says ``what`` and the last value.
+        AssertionError: not within ``within_s`` seconds. It names ``what`` and the last value.
     """
     deadline_s = time.monotonic() + within_s
     while not (value := look()):
@@ -26,12 +26,12 @@ def wait_until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T
 
 
 def let_pass(seconds: float) -> None:
-    """For what lasts so long by itself, such as a fault; never for what might happen meanwhile."""
+    """Sleep, for a fault that lasts this long. Use ``wait_until`` to wait for a condition."""
     time.sleep(seconds)
 
 
 async def until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T:
-    """``wait_until`` for a test that shares its event loop with what it waits for."""
+    """``wait_until`` for a test in an event loop."""
     deadline_s = time.monotonic() + within_s
     while not (value := look()):
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what} (last: {value!r})"

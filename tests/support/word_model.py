@@ -1,4 +1,4 @@
-"""What the router needs of a model that a fake engine serves: a word for each token id."""
+"""The files of a model that a router needs when fake engines serve it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.fake import MAX_MODEL_LEN, VOCAB_SIZE
 
 
 def write_word_model(folder: Path) -> None:
-    """Put a tokeniser and a configuration into ``folder``; "w5" is token 5."""
+    """Write a tokeniser and a configuration into ``folder``. The word "w5" is token 5."""
     words = {"<unk>": 0} | {f"w{number}": number for number in range(1, VOCAB_SIZE)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

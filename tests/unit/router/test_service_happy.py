@@ -119,7 +119,7 @@ async def test_sampling_that_depends_on_output_takes_no_first_token_from_prefill
     prefill, decode = FakePrefill(), FakeDecode()
     async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
         responses = await router.generate(PROMPT, max_tokens=3, **sampling)
-    assert not prefill.requests[0].first_token
+    assert not prefill.requests[0].forwards_first_token
     assert not decode.requests[0].kv_source.forwards_first_token
     assert token_ids(responses) == answer_tokens(PROMPT, 3)
 
