@@ -1,1 +1,1 @@
-"""Measurements: print and save timings, never assert them. docs/measurements.md has results."""
+"""Benchmarks. They print and save timings and assert none. docs/measurements.md has results."""

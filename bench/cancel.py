@@ -1,17 +1,17 @@
 """How long a cancelled request still holds KV blocks.
 
-A router and two workers with real engines (P: prefill, D: decode) run in one event loop, which sees
-the reports of both engines as they come. The measured times:
+A router and two workers with real engines (P: prefill, D: decode) run in one event loop, which is
+told of every finished step of both engines. The measured times:
 
 freed     the client cancels -> neither engine has the request or one of its blocks
-step      length of the engine step that runs at the cancel; no engine ends a step early
+step      length of the engine step during which the cancel falls; a step runs to its end
 beyond    the end of that step -> freed
 
 The phases in which a request is cancelled:
 
 queued       its blocks are reserved on D while P computes another prompt
 prefilling   P has computed the first chunk
-handed over  P's token has arrived
+handed over  the client has received P's token
 decoding     the client has received BEFORE_CANCEL tokens
 """
 
@@ -46,11 +46,11 @@ from worker.replica import WorkerReplica
 
 ADD_SERVICE = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 PHASES = ("queued", "prefilling", "handed over", "decoding")
-CHUNK_TOKENS = 256  # of a prefill step
+CHUNK_TOKENS = 256  # tokens per prefill step
 PROMPT_TOKENS = 1700  # several chunks
 BEFORE_CANCEL = 20  # tokens that the client has received when it cancels a decoding request
-WAIT_S = 60.0  # for one state of an engine; far longer than a request takes
-GRACE_S = 5.0  # for the requests of a server that stops
+WAIT_S = 60.0  # longest wait for an engine to reach a state
+GRACE_S = 5.0  # time that running requests get when a server stops
 _ONE_TOKEN = inference_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 

@@ -1,7 +1,7 @@
 """What the journal costs: a cluster with fake engines runs with and without it.
 
-step      time between two responses of one stream at the client, over all streams; the fake engine
-          makes one token every 3 ms
+step      time between two responses of a stream, measured at the client, all streams pooled; the
+          fake engine makes one token every 3 ms
 cpu       CPU time of the router's process for one token, in microseconds
 """
 
@@ -28,7 +28,7 @@ from cluster.local.launch import Cluster
 from cluster.local.run_dir import read_state
 from core.config.schema import Config, load_config
 
-TOKENS = 500  # of an answer
+TOKENS = 500  # in each answer
 
 
 @contextmanager
@@ -63,11 +63,9 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 async def steps_ms(client: baton.AsyncClient, prompt_token: int) -> list[float]:
-    """Run one stream. Return the times between its responses, from the second one on."""
-    at_s = []
+    """Run one stream. Return the times between its responses, without the first."""
     stream = client.generate(token_ids=[prompt_token], temperature=0, max_tokens=TOKENS)
-    async for _ in stream:
-        at_s.append(time.perf_counter())  # noqa: PERF401 - each response has its own time
+    at_s = [time.perf_counter() async for _ in stream]
     return [1000 * (after - before) for before, after in itertools.pairwise(at_s[1:])]
 
 
@@ -98,8 +96,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = Report(args.json)
-    # Ray keeps the token of its first cluster for the life of the process, so each cluster gets a
-    # process of its own.
+    # Ray keeps the authentication token of its first cluster for the life of the process, so each
+    # cluster gets a process of its own.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as executor:
         for rows in executor.map(measure_cluster, (False, True, False, True)):

@@ -1,4 +1,4 @@
-"""What all server-side packages share: values, errors, configuration, state, RPC helpers, models.
+"""What all server-side packages share: types, errors, configuration, state, RPC helpers, models.
 
 Nothing here may import a worker, an engine, the router or Ray.
 """

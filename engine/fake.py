@@ -80,9 +80,8 @@ class FakeEngine:
         self._fetch = fetch or self._fetch_all
         self._kv = _KvBlocks(self._size.kv_blocks)
         self._prefill_turn = asyncio.Lock()  # one prompt at a time, in order of arrival
-        self._held: dict[
-            str, asyncio.Future[None]
-        ] = {}  # by transfer id; done when its blocks are free
+        # By transfer id; done when its blocks are free.
+        self._held: dict[str, asyncio.Future[None]] = {}
         self._queued_tokens = 0
         self._queued = 0
         self._running = 0

@@ -106,7 +106,7 @@ class Engine(Protocol):
         """
 
     async def release(self, transfer_id: str) -> None:
-        """Drop KV held by a finished ``KvSend`` request. Unknown keys are ignored."""
+        """Drop KV held by a finished ``KvSend`` request. Unknown ids are ignored."""
 
     def load(self) -> WorkerLoad:
         """Return the current load. Must be cheap: it is called at each lease renewal."""

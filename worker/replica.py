@@ -311,8 +311,9 @@ class WorkerReplica:
         """Stop everything that ``start`` has started, also after a failed start."""
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
-        await self._liveness.close()
         await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
+        # After the engine: until then, a health check still fails with the right error.
+        await self._liveness.close()
         tasks = [task for task in (self._lease, self._pairing) if task is not None]
         for task in tasks:
             task.cancel()

@@ -24,14 +24,15 @@ def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) 
     known = sorted(worker.id for worker in read_workers(state))
     if worker_id not in known:
         raise ConfigError(
-            f"no worker {worker_id!r} in the cluster {state.name!r}: there are {', '.join(known)}"
+            f"no worker {worker_id!r} in the cluster {state.name!r}; "
+            f"its workers: {', '.join(known)}"
         )
     asyncio.run(_request_drain(state, worker_id))
 
     def remaining(workers: Sequence[WorkerRecord]) -> str | None:
         for worker in workers:
             if worker.id == worker_id:
-                return f"{worker_id} is {worker.state}, {worker.load.running} requests run"
+                return f"{worker_id} is {worker.state}, {worker.load.running} requests still run"
         return None
 
     wait_for_workers(state, remaining, progress)

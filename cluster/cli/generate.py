@@ -101,7 +101,7 @@ def _answer(client: Client, messages: list[ChatMessage], fields: RequestFields) 
 
 
 def _show(text: str) -> None:
-    """Print text as it is to a file or pipe, with control characters replaced to a terminal."""
+    """Print text unchanged to a file or pipe; on a terminal, replace control characters."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 

@@ -13,12 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.local.run_dir import ClusterState, is_held, read_state
-from core.config.schema import Config, load_config
-from core.errors import BatonError, ConfigError
 from core.types import Pool
+
+if TYPE_CHECKING:
+    from cluster.local.run_dir import ClusterState
+    from core.config.schema import Config
+    from core.errors import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -27,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parser().parse_args(arguments)
     run: Command = options.run
+    from core.errors import BatonError, ConfigError
+
     try:
         return run(options)
     except (ConfigError, BatonError) as error:
@@ -116,6 +120,8 @@ def _say(line: str) -> None:
 
 
 def _load(options: argparse.Namespace) -> Config:
+    from core.config.schema import load_config
+
     given = {
         "cluster.name": options.name,
         "prefill.replicas": getattr(options, "prefill", None),
@@ -129,6 +135,8 @@ def _load(options: argparse.Namespace) -> Config:
 
 def _running(config: Config) -> ClusterState:
     """Return the state of the running cluster. Raises ConfigError if none has this name."""
+    from cluster.local.run_dir import is_held, read_state
+
     base, name = config.cluster.run_path, config.cluster.name
     state = read_state(base, name)
     if state is None or not is_held(base, name):
@@ -137,19 +145,24 @@ def _running(config: Config) -> ClusterState:
 
 
 def _not_running(config: Config) -> ConfigError:
+    from core.errors import ConfigError
+
     return ConfigError(
         f"no cluster named {config.cluster.name!r} is running; start one with: baton up"
     )
 
 
 def _address(options: argparse.Namespace) -> str:
+    from cluster.local.run_dir import read_state
+    from core.errors import ConfigError
+
     if options.address is not None:
         address: str = options.address
         return address
     config = _load(options)
     try:
         state = read_state(config.cluster.run_path, config.cluster.name)
-    except ConfigError:  # unreadable; the configured address may be another machine's
+    except ConfigError:  # unreadable; use the configured address, which may be another machine's
         state = None
     if state is not None:
         return state.address
@@ -186,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")
     generate.add_argument("prompt", help="the text; - reads it from standard input")
     generate.add_argument("--chat", action="store_true", help="send it as a user's chat message")
-    generate.add_argument("--json", action="store_true", help="one JSON object a response")
+    generate.add_argument("--json", action="store_true", help="print one JSON object per response")
     _sampling(generate)
 
     chat = _command(commands, "chat", _chat, "talk to the model; Ctrl-D ends")
@@ -205,7 +218,7 @@ def _command(commands: Any, name: str, run: Command, about: str) -> argparse.Arg
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--address", metavar="HOST:PORT", help="default: the cluster's, or as configured"
+        "--address", metavar="HOST:PORT", help="default: the running cluster's, else as configured"
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")

@@ -56,7 +56,7 @@ def phases_line(answer: Response | Completion) -> str:
         f"prefill {_ms(phases.prefill_ms)}",
         _kv(phases.kv),
     ]
-    if answer.usage.completion_tokens > 1:  # one token has no hand-off and no rate
+    if answer.usage.completion_tokens > 1:  # one token has no second one to measure to
         parts += [
             f"hand-off {_ms(phases.handoff_ms)}",
             f"{phases.tokens_per_s:.1f} tokens/s",
@@ -96,7 +96,7 @@ def _ms(value_ms: float) -> str:
 def printable(text: str) -> str:
     """Replace the characters that could control a terminal: model output is not trusted.
 
-    Invisible characters that scripts and emoji need (joiners, wide and unbreakable spaces) stay.
+    Invisible characters that scripts and emoji need (joiners, wide and non-breaking spaces) stay.
     """
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text
@@ -117,7 +117,7 @@ class _Stream:
 
 
 class StreamPrinter:
-    """Prints concurrent streams, token by token, into one column of lines.
+    """Prints concurrent streams, token by token; each line belongs to one stream.
 
     One stream at a time owns the current line, and its text is written as soon as it arrives.
     The text of the other streams is buffered until that line is full; then one of them gets the
@@ -126,14 +126,14 @@ class StreamPrinter:
           1.2 s  paris | The capital of France is Paris.
           3.4 s  alice | Alice was very much surprised to see the Rabbit again, and
 
-    The time is when the line's first token arrived, in seconds since the printer was created.
+    The time is when the line began to be printed, in seconds since the printer was created.
     When another stream has buffered a full line, the current line ends early, so a slow stream
     does not hold up a fast one.
 
     Args:
         clock: monotonic time in seconds.
         colour: mark the labels with ANSI colours; for terminals only.
-        width_columns: width of the text; a line ends after the first word that reaches it.
+        width_columns: width of the text; a line ends after the first word that reaches this width.
     """
 
     def __init__(

@@ -6,7 +6,8 @@
 When the pipe closes, the reaper kills every process that has the cluster's id in its
 environment, and all descendants of those processes. Then it removes the cluster's folders and
 the shared memory that its processes had open. The cluster's processes inherit the id from the
-launcher, whose own initial environment, the one that /proc shows, does not have it.
+launcher. The launcher itself is not found: /proc shows its environment as it was at its start,
+without the id.
 
 This file runs as a script with only the standard library (``python -I -S``). So it needs little
 memory, and a fault that breaks the cluster does not break the reaper.
@@ -31,7 +32,7 @@ KILL_TIMEOUT_S = 10.0  # SIGKILL works at once unless a process is stuck in a dr
 _FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # also covers removing folders and shared memory
 _POLL_S = 0.02  # a killed process is gone within milliseconds
 _WATCH_S = 1.0  # between two looks at /dev/shm while the cluster runs
-_WATCH_TRIES = 5  # calls of look without an owner after which a file is not the cluster's
+_WATCH_TRIES = 5  # after this many looks without an owner, a file is not the cluster's
 _SHM = "/dev/shm/"
 
 

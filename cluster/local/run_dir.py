@@ -49,11 +49,6 @@ class ClusterState:
     max_replicas: dict[str, int]  # by pool
     folders: tuple[str, ...]  # to remove when the cluster is gone
 
-    @property
-    def redis_url(self) -> str:
-        """The store's URL, with its password. Empty until the store has started."""
-        return self.store.url if self.store is not None else ""
-
     def launcher_lives(self) -> bool:
         """Return whether the launcher that wrote this state still runs."""
         return process_started(self.pid) == self.pid_started
@@ -81,7 +76,7 @@ class RunDir:
                 os.close(self.lock_fd)
                 raise
         except OSError as error:
-            raise ConfigError(f"cluster.local.run_dir: {base}: {error.strerror}") from None
+            raise ConfigError(f"cluster.run_dir: {base}: {error.strerror}") from None
         self._released = False
         self.scratch = self.path
         if len(os.fsencode(self.path)) > _LONGEST_SCRATCH:
@@ -187,7 +182,7 @@ def _lock(lock_file: Path, base: Path, name: str) -> int:
         try:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             if base.stat().st_uid != os.getuid():
-                raise ConfigError(f"cluster.local.run_dir: {base} belongs to another user")
+                raise ConfigError(f"cluster.run_dir: {base} belongs to another user")
             descriptor = os.open(lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             continue
@@ -200,7 +195,7 @@ def _lock(lock_file: Path, base: Path, name: str) -> int:
             if os.path.samestat(os.fstat(descriptor), lock_file.stat()):
                 return descriptor
         os.close(descriptor)
-    raise ConfigError(f"cluster.local.run_dir: {lock_file} cannot be locked")
+    raise ConfigError(f"cluster.run_dir: {lock_file} cannot be locked")
 
 
 def _held_message(base: Path, name: str) -> str:
@@ -226,7 +221,7 @@ def _clear_leftovers(base: Path, name: str) -> None:
     elif os.path.lexists(folder):
         if folder.is_symlink() or not folder.is_dir() or set(os.listdir(folder)) - _OWN_ENTRIES:
             raise ConfigError(
-                f"cluster.local.run_dir: {folder} exists and is not a cluster's; choose another "
-                "cluster.local.run_dir or cluster.name"
+                f"cluster.run_dir: {folder} exists and is not a cluster's; choose another "
+                "cluster.run_dir or cluster.name"
             )
         shutil.rmtree(folder)

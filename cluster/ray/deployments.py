@@ -5,23 +5,19 @@ Serve awaits the constructor, calls ``check_health``, and drains a replica by aw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from cluster.ray.replica import local_slot, on_this_node, prepare_process
 from core.config.schema import Config
 from core.state.orders import ROUTER, report_failure
 from core.state.store import Store
 from core.types import Pool
-from decode_worker.servicer import add_decode_service
-from prefill_worker.servicer import add_prefill_service
-from router.server import RouterServer
-from worker.replica import AddService, WorkerReplica, WorkerSettings, start_worker
+from worker.replica import WorkerReplica, WorkerSettings, start_worker
 
-_ADD_SERVICE: Mapping[Pool, AddService] = {
-    Pool.PREFILL: add_prefill_service,
-    Pool.DECODE: add_decode_service,
-}
+if TYPE_CHECKING:
+    from router.server import RouterServer
+    from worker.replica import AddService
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +32,13 @@ class Router:
     """The router's replica. The launcher drains it before Serve does.
 
     Args:
-        _handles: handles of the pools, unused. Serve deploys only what is bound to the ingress
-            deployment, so the pools must be bound to the router.
+        _handles: handles of the pools, unused. Serve deploys only its ingress deployment (this
+            router) and what is bound to it, so the pools are bound here.
     """
 
     async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
+        from router.server import RouterServer  # no worker needs its libraries
+
         config, store = settings.config, settings.store
         prepare_process(config.cluster.host)
         self._grace_s = config.cluster.stop_grace_s
@@ -73,8 +71,7 @@ class Worker:
         prepare_process(settings.config.cluster.host)
         self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
         self._worker: WorkerReplica | None = None
-        add_service = _ADD_SERVICE[settings.pool]
-        self._worker = await start_worker(settings, add_service, slot=local_slot())
+        self._worker = await start_worker(settings, _pool_service(settings.pool), slot=local_slot())
 
     async def check_health(self) -> None:
         """Raises WorkerLostError if the worker can no longer serve requests."""
@@ -84,3 +81,14 @@ class Worker:
     async def __del__(self) -> None:
         if self._worker is not None:
             await self._worker.stop(self._grace_s)
+
+
+def _pool_service(pool: Pool) -> AddService:
+    """The gRPC service of a pool; a worker imports only its own."""
+    if pool is Pool.PREFILL:
+        from prefill_worker.servicer import add_prefill_service
+
+        return add_prefill_service
+    from decode_worker.servicer import add_decode_service
+
+    return add_decode_service

@@ -25,8 +25,9 @@ def local_slot() -> int:
 def on_this_node(config: Config) -> Config:
     """Return ``config`` with the address of this node as ``cluster.host``.
 
-    ``cluster.host`` is the head's address, but Ray may place a replica on another machine, which
-    must bind and advertise its own. A loopback address stays, since there is only one machine.
+    ``cluster.host`` is the head's address, but Ray may place a replica on another machine. Such a
+    replica must bind and advertise that machine's address. A loopback address stays: there is only
+    one machine.
     """
     if is_loopback(config.cluster.host):
         return config
@@ -58,7 +59,7 @@ def _bind_internal_server(host: str) -> None:
 
 
 def _ignore_logging_errors() -> None:
-    """Drop log lines that cannot be written. Without this, a full disk would end requests.
+    """Drop log lines that cannot be written. Without this, a full disk would make requests fail.
 
     Python reports a failed log line on stderr. Serve redirects stderr to the same log, so that
     report fails as well, and the reports recurse until RecursionError.

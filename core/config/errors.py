@@ -28,7 +28,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Return the dotted path and the field of every section and value in a tree of models.
+    """Map the dotted path of every section and value in a tree of models to its field.
 
     ``NAME`` in a path stands for a section name that users choose.
     """
@@ -54,7 +54,7 @@ def _describe_one(entry: Any, model: type[BaseModel]) -> str:
     if entry["type"] == "extra_forbidden":
         return f"{location}: unknown field; {_suggestion(location, model)}"
     message = str(entry["msg"]).removeprefix("Value error, ")
-    if entry["type"] == "value_error":  # raised in the schema, with a text that names the value
+    if entry["type"] == "value_error":  # raised by the schema; its message contains the value
         return f"{location}: {message}" if location else message
     is_secret = location == "redis.url"  # may contain a password
     shown = "" if is_secret else f", not {entry['input']!r}"

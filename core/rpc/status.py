@@ -59,7 +59,7 @@ def from_rpc_error(err: grpc.aio.AioRpcError, worker_id: str) -> errors.BatonErr
     If the worker sent an ``ErrorDetail``, its reason and retry hint are kept.
     """
     kind = class_of(err.code())
-    if kind is errors.BatonError:
+    if kind is errors.BatonError or err.code() is grpc.StatusCode.OUT_OF_RANGE:
         kind = errors.InternalError
     elif kind in (errors.UnavailableError, errors.CancelledError):
         # This side did not cancel the call, so the worker is stopping.

@@ -18,7 +18,7 @@ from core.errors import ConfigError, UnavailableError
 
 Command = tuple[str | bytes | int, ...]
 
-# Enough for one process's renewals, reads and orders. More would only hide a server that hangs.
+# Enough for one process. With more, calls would pile up unnoticed on a server that hangs.
 _MAX_CONNECTIONS = 4
 
 
@@ -28,7 +28,7 @@ class RedisClient:
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``. It may contain a password.
         socket_timeout_s: bound on connecting and on each answer. A lost connection is retried
-            once, so a call takes at most about four times this bound.
+            once, so a call takes at most four times this bound: (connect + answer) * 2 tries.
 
     Raises:
         ConfigError: ``url`` is malformed.
@@ -52,7 +52,7 @@ class RedisClient:
             ) from None
 
     async def execute(self, *commands: Command) -> list[Any]:
-        """Run the commands as one transaction. Return their answers, with undecoded bytes.
+        """Run the commands as one transaction. Return their answers; strings are bytes.
 
         Commands must be safe to repeat, because a transaction runs twice if its answer is lost.
 

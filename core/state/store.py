@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from core.config.schema import Config
-from core.state.journal import RedisJournal
-from core.state.orders import Orders
-from core.state.registry import RedisRegistry
+if TYPE_CHECKING:  # the driver costs 0.1 s, and most users of this module open nothing
+    from core.config.schema import Config
+    from core.state.journal import RedisJournal
+    from core.state.orders import Orders
+    from core.state.registry import RedisRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Store:
     def of(cls, config: Config, url: str) -> Self:
         """Return the store of the configured cluster at ``url``.
 
-        ``url`` is given apart from ``config``, because it may belong to the embedded Valkey.
+        ``url`` is a separate argument, because an embedded Valkey is not in ``config``.
         """
         return cls(
             url=url,
@@ -37,6 +38,8 @@ class Store:
 
     def registry(self) -> RedisRegistry:
         """Open the registry of workers."""
+        from core.state.registry import RedisRegistry
+
         return RedisRegistry(
             self.url,
             cluster=self.cluster,
@@ -46,6 +49,8 @@ class Store:
 
     def journal(self) -> RedisJournal:
         """Open the journal of requests."""
+        from core.state.journal import RedisJournal
+
         return RedisJournal(
             self.url,
             cluster=self.cluster,
@@ -55,5 +60,7 @@ class Store:
         )
 
     def orders(self) -> Orders:
-        """Open the orders to the launcher."""
+        """Open the launcher's inbox: orders to scale, and reports of failed starts."""
+        from core.state.orders import Orders
+
         return Orders(self.url, cluster=self.cluster, socket_timeout_s=self.socket_timeout_s)

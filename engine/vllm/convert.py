@@ -27,7 +27,8 @@ _FINISH_REASONS = {
 def sampling_params(request: EngineRequest) -> SamplingParams:
     """Convert the sampling parameters of ``request`` to vLLM's, with the KV transfer's parameters.
 
-    The router has applied defaults and checked ranges. It also handles stop strings, so these are
+    Fields that are not set take vLLM's defaults, which are the documented ones. The router has
+    checked the ranges. It also handles stop strings, so these are
     left out.
     """
     given = {field.name: value for field, value in request.sampling.ListFields()}

@@ -80,7 +80,7 @@ class AdmissionGate:
         return next(iter(self._limits.classes))
 
     def check(self, request: AdmissionRequest) -> None:
-        """Refuse a request now if ``admit`` would refuse it. Cheap, and changes nothing.
+        """Refuse a request early if it is sure to be refused. ``admit`` may still refuse it later.
 
         Raises:
             CapacityError: the queue is full, or the wait would be too long.

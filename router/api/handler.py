@@ -109,7 +109,7 @@ class RequestHandler:
     """Runs the requests of one router. Belongs to one event loop.
 
     Args:
-        clock: monotonic time, seconds; deadlines are on it.
+        clock: the event loop's time, seconds; deadlines are on it.
         journal: None if requests cannot be resumed.
         phase_clock: measures durations; the event loop's clock may have milliseconds only.
     """

@@ -17,9 +17,8 @@ from core.errors import InvalidArgumentError, NotFoundError
 from router.request import TokenRequest, shown
 from router.text.codec import ChatTurn, ModelFacts
 
-# The limits that inference.proto documents.
+# The limits that inference.proto documents. They bound the work for each token.
 MAX_REQUEST_ID_CHARS = 128
-# As documented in inference.proto. They bound the work for each token.
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64

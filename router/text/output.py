@@ -26,7 +26,7 @@ class TextOutput:
     """The output text of one request, over all its attempts.
 
     Args:
-        min_tokens: stop strings that begin within this many first tokens are ignored.
+        min_tokens: stop strings that begin within the first ``min_tokens`` tokens are ignored.
     """
 
     def __init__(self, decoder: TokenDecoder, stops: tuple[str, ...], min_tokens: int) -> None:

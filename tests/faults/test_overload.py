@@ -1,4 +1,4 @@
-"""Under overload, the cluster still serves its peak rate in time. Runs in virtual time.
+"""Under overload the cluster still completes requests at its peak rate, in virtual time.
 
 ``bench.overload`` measures the same with real processes.
 """
@@ -29,10 +29,10 @@ OK = grpc.StatusCode.OK
 PROMPT_TOKENS, OUTPUT_TOKENS = 10, 20  # a request needs 8 KV blocks of 4 tokens
 LATENCY = FakeLatency(prefill_ms_per_token=2.0, decode_step_ms=5.0, transfer_ms=5.0)
 PEAK_S = 20.0  # how long the peak rate is measured
-OVERLOAD_FACTOR = 10  # offered rate over the peak rate
+OVERLOAD_FACTOR = 10  # offered rate divided by the peak rate
 OVERLOAD_S = 20.0
 AFTER_S = 10.0
-RECOVERY_S = 2.0  # after the overload; then requests must be as fast as before it
+RECOVERY_S = 2.0  # time to recover; afterwards TTFT may be twice the slowest before
 
 
 @dataclass
@@ -94,7 +94,7 @@ def ended_well(clients: list[SimClient]) -> list[SimClient]:
 
 
 def check_each(clients: list[SimClient]) -> None:
-    """Check that each request ended once, by its deadline, in all of its tokens or in a refusal."""
+    """Check that each request ended once, by its deadline: with all its tokens or refused."""
     for client in clients:
         ((code, reason),) = client.statuses
         assert client.ended_s <= client.deadline_s + 0.001
@@ -148,7 +148,7 @@ def test_overload_costs_no_goodput(
 
 
 def test_a_slower_worker_still_serves_its_peak_rate_in_time() -> None:
-    """Requests miss their deadlines at first, so no completed one shows the router the change."""
+    """At first every request misses its deadline, so none tells the router of the change."""
 
     async def run() -> None:
         limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, 30)})
@@ -159,7 +159,7 @@ def test_a_slower_worker_still_serves_its_peak_rate_in_time() -> None:
             peak = await run.closed_loop(16, PEAK_S)
             over = asyncio.create_task(run.open_loop(3 * peak, 20, 1.0))
             await elapse(10)
-            run.decode.slowness = 6.0  # an answer now takes 0.9 s
+            run.decode.slowness = 6.0  # an answer now takes about six times as long
             adapted_s = cluster.clock() + 3
             clients = await over
             check_each(clients)

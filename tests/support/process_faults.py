@@ -148,7 +148,7 @@ class JumpClock:
 
     def strike(self, cluster: LiveCluster) -> None:
         _store_pid(cluster)
-        with redis.Redis.from_url(cluster.state.redis_url) as store:
+        with redis.Redis.from_url(_store_url(cluster)) as store:
             for key in store.scan_iter():
                 if store.pttl(key) > 0:
                     store.delete(key)
@@ -346,12 +346,18 @@ def _store_pid(cluster: LiveCluster) -> int:
         log = cluster.log.read_text()
         if log.count(_STORE_IS_AWAY) > log.count(_STORE_IS_BACK):
             return False
-        with suppress(redis.RedisError), redis.Redis.from_url(cluster.state.redis_url) as store:
+        with suppress(redis.RedisError), redis.Redis.from_url(_store_url(cluster)) as store:
             return bool(store.ping())
         return False
 
     cluster.wait(answers, "the store answers")
     return _pid_of(cluster, STORE)
+
+
+def _store_url(cluster: LiveCluster) -> str:
+    store = cluster.state.store
+    assert store is not None, "a ready cluster has a store"
+    return store.url
 
 
 def _wait_until_gone(cluster: LiveCluster, worker: WorkerRecord) -> None:

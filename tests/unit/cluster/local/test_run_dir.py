@@ -32,7 +32,8 @@ def test_a_folder_that_is_not_a_clusters_is_never_removed(tmp_path: Path) -> Non
     letter.parent.mkdir()
     (letter.parent / "tmp").mkdir()
     letter.write_text("dear")
-    with pytest.raises(ConfigError, match="documents exists and is not a cluster's"):
+    message = r"^cluster\.run_dir: .*documents exists and is not a cluster's"
+    with pytest.raises(ConfigError, match=message):
         RunDir(tmp_path, "documents")
     assert letter.read_text() == "dear"
     assert not is_held(tmp_path, "documents")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from core.config.load import share_cores
 from core.config.schema import MIB, Config, load_config
 from core.errors import ConfigError
 
-DEPLOY = Path(__file__).resolve().parents[4] / "deploy"
+ROOT = Path(__file__).resolve().parents[4]
+DEPLOY = ROOT / "deploy"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -254,3 +258,39 @@ def test_the_run_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch)
 
 def test_reserved_engine_arguments_exist() -> None:
     assert RESERVED_ENGINE_ARGS.keys() <= ENGINE_ARGS
+
+
+def strings_of(file: Path) -> Iterator[str]:
+    """The string literals of a Python file, without its docstrings."""
+    tree = ast.parse(file.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ):
+            yield node.value
+
+
+def test_messages_name_fields_that_exist() -> None:
+    """What a message calls ``section.field`` is a field of the configuration."""
+    paths = {*field_paths(Config), "model.safetensors"}  # the latter is a file's name
+    sections = "|".join(Config.model_fields)
+    pattern = rf"(?<![\w.])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*(?![\w(])"
+    wrong = []
+    for folder in ("cluster", "core", "engine", "kv_transfer", "router", "worker"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for text in strings_of(file):
+                for name in re.findall(pattern, text):
+                    module = ROOT.joinpath(*name.split("."))
+                    is_module = module.with_suffix(".py").exists() or module.is_dir()
+                    if name not in paths and not is_module:
+                        wrong.append(f"{file.relative_to(ROOT)}: {name}")
+    assert not wrong

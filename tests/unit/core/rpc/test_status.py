@@ -67,6 +67,8 @@ def test_the_retry_hint_is_never_rounded_to_zero() -> None:
         (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidArgumentError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineError),
         (grpc.StatusCode.UNKNOWN, errors.InternalError),
+        (grpc.StatusCode.OUT_OF_RANGE, errors.InternalError),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.InternalError),
         (grpc.StatusCode.INTERNAL, errors.InternalError),
     ],
 )
