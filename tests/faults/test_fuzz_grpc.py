@@ -148,7 +148,13 @@ async def worker() -> AsyncIterator[Server]:
         add_decode_service(server, engine, intake)
 
     replica = WorkerReplica(
-        config, Pool.DECODE, "m", engine, MemoryRegistry(lease_s=3600), add, incarnation="i"
+        config=config,
+        pool=Pool.DECODE,
+        model="m",
+        engine=engine,
+        registry=MemoryRegistry(lease_s=3600),
+        add_service=add,
+        incarnation="i",
     )
     record = await replica.start()
     numbers = iter(range(10**6))

@@ -43,7 +43,14 @@ async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         }
     )
     model = resolve_model(config.model, print)
-    engine = VllmEngine(config, Pool.PREFILL, model, "0", "secret", uuid4().hex)
+    engine = VllmEngine(
+        config=config,
+        pool=Pool.PREFILL,
+        model=model,
+        cpu_binding="0",
+        kv_token="secret",
+        incarnation=uuid4().hex,
+    )
     try:
         await engine.start()
         yield engine

@@ -206,7 +206,14 @@ async def test_a_model_whose_kv_cannot_be_streamed_is_refused(
     folder = make_tiny_model(tmp_path / "model", layer_types=["sliding_attention"] * LAYERS)
     config = load_config(overrides={"model.path": str(folder), "model.dtype": "float32"})
     model = resolve_model(config.model, print)
-    engine = VllmEngine(config, Pool.PREFILL, model, "0", "secret", uuid4().hex)
+    engine = VllmEngine(
+        config=config,
+        pool=Pool.PREFILL,
+        model=model,
+        cpu_binding="0",
+        kv_token="secret",
+        incarnation=uuid4().hex,
+    )
     try:
         with pytest.raises(ConfigError, match=r"SlidingWindowSpec\) cannot be streamed"):
             await engine.start()

@@ -15,7 +15,9 @@ DECODE = WorkerRecord(
     address="127.0.0.1:1",
     kv_addresses=(),
     model="tiny",
-    load=WorkerLoad(0, 0, 0, 10, 10),
+    load=WorkerLoad(
+        queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=10, kv_blocks_total=10
+    ),
 )
 PREFILL = replace(
     DECODE,
@@ -37,7 +39,13 @@ async def check_put_list_remove(registry: Registry) -> None:
 
 async def check_renewal_replaces(registry: Registry) -> None:
     await registry.put(DECODE)
-    busy = replace(DECODE, state=WorkerState.DRAINING, load=WorkerLoad(1, 2, 3, 4, 5))
+    busy = replace(
+        DECODE,
+        state=WorkerState.DRAINING,
+        load=WorkerLoad(
+            queue_depth=1, running=2, queued_tokens=3, kv_blocks_free=4, kv_blocks_total=5
+        ),
+    )
     await registry.put(busy)
     assert await registry.list() == (busy,)
 

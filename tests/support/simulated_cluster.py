@@ -369,7 +369,14 @@ class SimRouter:
         self.ledger.on_room = admission.wake
         self.workers = Workers(
             cluster.registry,
-            WorkersSettings(POLL_S, 1.0, LEASE_S, 1.0, 2**20, 10.0),
+            WorkersSettings(
+                poll_s=POLL_S,
+                poll_timeout_s=1.0,
+                lost_after_s=LEASE_S,
+                connect_timeout_s=1.0,
+                max_message_bytes=2**20,
+                connection_silence_s=10.0,
+            ),
             clock,
             lambda snapshot: self.ledger.new_snapshot(frozenset(record.key for record in snapshot)),
             connect=lambda record: cluster.workers[record.id],  # type: ignore[arg-type, return-value]
@@ -390,13 +397,13 @@ class SimRouter:
         store = _RouterStore(cluster.journal, self)
         self.journal = Journal(store, JournalSettings(LEASE_S, patience_s=0.05))
         self.handler = RequestHandler(
-            codec,
-            self.dispatcher,
-            admission,
-            RequestBounds(600.0, 30.0),
-            clock,
-            self.journal,
-            clock,
+            text=codec,
+            dispatcher=self.dispatcher,
+            admission=admission,
+            bounds=RequestBounds(600.0, 30.0),
+            clock=clock,
+            journal=self.journal,
+            phase_clock=clock,
         )
         self.servicer = InferenceServicer(self.handler, clock)
 
@@ -490,7 +497,9 @@ class SimCluster:
         name = f"{pool}-{self._numbers}"
         if latency is None:
             limit, latency = self.rng.choice((2, 8)), self._random_latency()
-        worker = SimWorker(name, pool, self, latency, limit, kv_blocks)
+        worker = SimWorker(
+            name=name, pool=pool, cluster=self, latency=latency, limit=limit, kv_blocks=kv_blocks
+        )
         self.workers[name] = worker
         return worker
 

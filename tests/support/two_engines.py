@@ -111,8 +111,22 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
     config = load_config(overrides=overrides)
     model = resolve_model(config.model, print)
     names = f"{uuid4().hex}-p", f"{uuid4().hex}-d"
-    prefill = VllmEngine(config, Pool.PREFILL, model, cores[0], "secret", names[0])
-    decode = VllmEngine(config, Pool.DECODE, model, cores[1], "secret", names[1])
+    prefill = VllmEngine(
+        config=config,
+        pool=Pool.PREFILL,
+        model=model,
+        cpu_binding=cores[0],
+        kv_token="secret",
+        incarnation=names[0],
+    )
+    decode = VllmEngine(
+        config=config,
+        pool=Pool.DECODE,
+        model=model,
+        cpu_binding=cores[1],
+        kv_token="secret",
+        incarnation=names[1],
+    )
     try:
         facts = await prefill.start()
         await decode.start()

@@ -73,7 +73,7 @@ def ticking(step_s: float) -> Callable[[], float]:
 
 
 def test_json_of_a_response_before_the_last() -> None:
-    response = Response("r-1", 0, "Hi", (1, 2), ())
+    response = Response(request_id="r-1", sequence=0, text="Hi", token_ids=(1, 2), logprobs=())
     assert json.loads(response_json(response)) == {
         "request_id": "r-1",
         "sequence": 0,
@@ -159,7 +159,7 @@ def test_phases_line_reports_missing_phases(phases: Phases, shown: str) -> None:
 
 def test_an_unfinished_response_has_no_phases_line() -> None:
     with pytest.raises(ValueError, match="finished"):
-        phases_line(Response("r-1", 0, "Hi", (1,), ()))
+        phases_line(Response(request_id="r-1", sequence=0, text="Hi", token_ids=(1,), logprobs=()))
 
 
 def test_one_stream_is_written_as_it_arrives() -> None:

@@ -85,8 +85,19 @@ class FakeStore:
 
 
 def worker(pool: Pool) -> WorkerRecord:
-    load = WorkerLoad(0, 0, 0, 1, 1)
-    return WorkerRecord(f"{pool}-1", pool, WorkerState.READY, "i", "a:1", (), "m", load)
+    load = WorkerLoad(
+        queue_depth=0, running=0, queued_tokens=0, kv_blocks_free=1, kv_blocks_total=1
+    )
+    return WorkerRecord(
+        id=f"{pool}-1",
+        pool=pool,
+        state=WorkerState.READY,
+        incarnation="i",
+        address="a:1",
+        kv_addresses=(),
+        model="m",
+        load=load,
+    )
 
 
 ALL = tuple(worker(pool) for pool in Pool)
