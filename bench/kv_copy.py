@@ -18,7 +18,7 @@ import torch
 from bench.kv_stream import GEOMETRIES, MIB
 from bench.report import Report
 from kv_transfer.geometry import Rectangle, plan_pair, split_into_messages
-from kv_transfer.pages import KvPages
+from kv_transfer.kv_caches import KvPages
 
 _TOTAL_BYTES = 512 * MIB  # of the cache: more than any CPU or GPU caches
 

@@ -40,11 +40,11 @@ import torch
 
 from bench.report import Report, quantile
 from kv_transfer.geometry import KvGeometry
+from kv_transfer.kv_caches import KvPages
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
 from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair, PendingWork, host_store, join_store
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.receive.client import DecodeClient, Reservation, TransferResult
+from kv_transfer.send.server import PrefillServer, StepChunk
 
 MIB = 1 << 20
 CHUNK_TOKENS = 512  # of all prompts together, in one engine step

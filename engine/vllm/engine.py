@@ -39,8 +39,8 @@ from engine.protocol import (
 )
 from engine.vllm.log_buffers import log_buffers_kept
 from engine.vllm.sampling import LOGITS_PROCESSOR, continued
-from kv_transfer.release import RankReports, Releaser
-from kv_transfer.vllm_metrics import ReceiveReport
+from kv_transfer.rank_reports import RankReports, Releaser
+from kv_transfer.vllm.metrics import ReceiveReport
 from worker.liveness import LivenessProbe
 
 _FINISH = {
@@ -124,7 +124,7 @@ class VllmEngine:
     def _make_llm(self, reports: RankReports) -> AsyncLLM:
         arguments = engine_arguments(self._config, self._pool, self._model)
         arguments["kv_transfer_config"] = self._kv_transfer_config(reports.endpoint)
-        arguments["worker_extension_cls"] = "kv_transfer.connector.RankCalls"
+        arguments["worker_extension_cls"] = "kv_transfer.vllm.connector.RankCalls"
         try:
             return start_llm(arguments, [self._stats.logger])
         except (ValueError, TypeError, OSError) as error:
@@ -143,7 +143,7 @@ class VllmEngine:
         }
         return KVTransferConfig(
             kv_connector="BatonConnector",
-            kv_connector_module_path="kv_transfer.connector",
+            kv_connector_module_path="kv_transfer.vllm.connector",
             kv_role="kv_producer" if self._pool is Pool.PREFILL else "kv_consumer",
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=options

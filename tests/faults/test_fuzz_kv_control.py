@@ -21,8 +21,8 @@ import zmq
 
 from kv_transfer import wire
 from kv_transfer.geometry import Rectangle
-from kv_transfer.release import RankReport, RankReports, report
-from kv_transfer.send import StepChunk
+from kv_transfer.rank_reports import RankReport, RankReports, report
+from kv_transfer.send.server import StepChunk
 from tests.support.hostile import OpenFiles, Strangers, another_protocol, dice, garbage
 from tests.support.kv_faults import Stranger, kv_threads
 from tests.support.kv_stream import (

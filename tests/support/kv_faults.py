@@ -20,11 +20,11 @@ import torch
 import zmq
 
 from kv_transfer import pair, wire
+from kv_transfer.kv_caches import KvPages, PageView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages, PageView
 from kv_transfer.pair import PREFILL_RANK, Pair, host_store, join_store
-from kv_transfer.receive import DecodeClient
-from kv_transfer.send import PrefillServer
+from kv_transfer.receive.client import DecodeClient
+from kv_transfer.send.server import PrefillServer
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,

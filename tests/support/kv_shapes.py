@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from kv_transfer.geometry import KvGeometry
-from kv_transfer.pages import KvPages
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.kv_caches import KvPages
+from kv_transfer.receive.client import DecodeClient, Reservation, TransferResult
+from kv_transfer.send.server import PrefillServer, StepChunk
 from tests.support.kv_stream import OPTIONS
 from tests.support.waiting import wait_until
 

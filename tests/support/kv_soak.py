@@ -31,13 +31,15 @@ import torch
 import zmq
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from kv_transfer import pair, receive, send
+from kv_transfer import pair
 from kv_transfer.errors import PairError
+from kv_transfer.kv_caches import PageView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import PageView
-from kv_transfer.receive import DecodeClient, Reservation
-from kv_transfer.release import Releaser
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.rank_reports import Releaser
+from kv_transfer.receive import client as receive
+from kv_transfer.receive.client import DecodeClient, Reservation
+from kv_transfer.send import server as send
+from kv_transfer.send.server import PrefillServer, StepChunk
 from tests.support.kv_shapes import RankCaches, geometry_of, kv_of, ranks_of
 from tests.support.waiting import wait_until
 

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.kv_caches import PageView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import PageView
 
 LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 2, 2, 2, 2, 9
 GEOMETRY = KvGeometry("m", "float32", LAYERS, HEADS, CONTENT, 4, BLOCK_TOKENS, "HNC", True, 1, 0)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from kv_transfer.geometry import KvGeometry
+from kv_transfer.kv_caches import KvPages
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.receive.client import DecodeClient, Reservation, TransferResult
+from kv_transfer.send.server import PrefillServer, StepChunk
 from tests.support.waiting import wait_until
 
 LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 4, 2, 16, 8, 64

@@ -24,8 +24,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from core.config.schema import ModelConfig
 from core.model.resolve import resolve_model
-from kv_transfer.connector import BatonConnector, RankResults, StepPlan
-from kv_transfer.receive import TransferResult
+from kv_transfer.receive.client import TransferResult
+from kv_transfer.vllm.connector import BatonConnector, RankResults, StepPlan
 
 BLOCK_TOKENS = 16
 SAMPLED = 7  # what the made-up model always says
@@ -61,7 +61,7 @@ class SchedulerBench:
             enable_prefix_caching=True,
             kv_transfer_config=KVTransferConfig(
                 kv_connector="BatonConnector",
-                kv_connector_module_path="kv_transfer.connector",
+                kv_connector_module_path="kv_transfer.vllm.connector",
                 kv_role=pool,
                 kv_load_failure_policy="recompute",
                 kv_connector_extra_config={"incarnation": uuid4().hex},

@@ -10,8 +10,8 @@ import torch
 from vllm import _custom_ops as ops
 
 from kv_transfer.geometry import KvGeometry, Rectangle, plan_pair, sources, split_into_messages
-from kv_transfer.pages import KvPages
-from kv_transfer.vllm_cpu_packing import packed_positions
+from kv_transfer.kv_caches import KvPages
+from kv_transfer.vllm.cpu_packing import packed_positions
 from tests.support.kv_shapes import geometry_of, ranks_of
 
 pytestmark = pytest.mark.integration

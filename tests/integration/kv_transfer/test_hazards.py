@@ -40,13 +40,15 @@ import pytest
 import torch
 import zmq
 
-from kv_transfer import receive, send, side_stream, wire
+from kv_transfer import side_stream, wire
 from kv_transfer.errors import PairError
 from kv_transfer.geometry import Rectangle, split_into_messages
-from kv_transfer.pages import PageView
+from kv_transfer.kv_caches import PageView
 from kv_transfer.pair import Pair, PendingWork
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.receive import client as receive
+from kv_transfer.receive.client import DecodeClient, Reservation, TransferResult
+from kv_transfer.send import server as send
+from kv_transfer.send.server import PrefillServer, StepChunk
 from kv_transfer.session import SendSession
 from tests.support import tcp_faults
 from tests.support.kv_faults import (
@@ -789,7 +791,7 @@ def test_one_bad_peer_that_talks_without_end_stalls_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P2pNccl's one listener: somebody has always sent one more frame, and others get answers."""
-    caplog.set_level("ERROR", "kv_transfer.send")
+    caplog.set_level("ERROR", "kv_transfer.send.server")
     original = zmq.Socket.recv_multipart
 
     def one_more(control: zmq.Socket[bytes], *args: Any) -> list[bytes]:

@@ -13,8 +13,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kv_transfer.connector import full_attention
 from kv_transfer.errors import IncompatibleError
+from kv_transfer.vllm.connector import full_attention
 
 SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SHAPE)

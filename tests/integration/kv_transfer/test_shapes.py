@@ -14,7 +14,6 @@ import pytest
 import torch
 import zmq
 
-from kv_transfer import receive, send
 from kv_transfer.errors import PairError
 from kv_transfer.geometry import KvGeometry
 from kv_transfer.pair import (
@@ -26,6 +25,8 @@ from kv_transfer.pair import (
     host_store,
     join_store,
 )
+from kv_transfer.receive import client as receive
+from kv_transfer.send import server as send
 from tests.support.kv_shapes import (
     DecodeRanks,
     PrefillProcess,

@@ -16,9 +16,9 @@ import torch
 import zmq
 
 from kv_transfer import wire
-from kv_transfer.pages import PageView
-from kv_transfer.release import Releaser
-from kv_transfer.send import StepChunk
+from kv_transfer.kv_caches import PageView
+from kv_transfer.rank_reports import Releaser
+from kv_transfer.send.server import StepChunk
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,

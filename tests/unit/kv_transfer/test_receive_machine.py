@@ -16,11 +16,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from kv_transfer import receive, wire
+from kv_transfer import wire
 from kv_transfer.errors import PairError
 from kv_transfer.geometry import Rectangle, heads_of, plan_pair, sources
-from kv_transfer.pages import KvPages, PageView
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
+from kv_transfer.kv_caches import KvPages, PageView
+from kv_transfer.receive import client as receive
+from kv_transfer.receive.client import DecodeClient, Reservation, TransferResult
 from kv_transfer.session import ReceiveState, SendSession
 from tests.support.kv_stepped import (
     BLOCK_TOKENS,

@@ -14,11 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from kv_transfer import send, wire
+from kv_transfer import wire
 from kv_transfer.errors import PairError
 from kv_transfer.geometry import plan_pair
-from kv_transfer.pages import KvPages, PageView
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.kv_caches import KvPages, PageView
+from kv_transfer.send import server as send
+from kv_transfer.send.server import PrefillServer, StepChunk
 from kv_transfer.session import ReceiveSession, ReceiveState
 from tests.support.kv_stepped import (
     BLOCK_TOKENS,

@@ -47,13 +47,13 @@ from vllm.v1.request import Request, RequestStatus
 from kv_transfer.doorbell import Doorbell, DoorbellButton
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import KvGeometry
+from kv_transfer.kv_caches import KvPages
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.release import RankReport, report
-from kv_transfer.send import PrefillServer, StepChunk
-from kv_transfer.vllm_cpu_packing import packed_positions
-from kv_transfer.vllm_metrics import ConnectorMetrics, ConnectorStats, ReceiveReport
+from kv_transfer.rank_reports import RankReport, report
+from kv_transfer.receive.client import DecodeClient, Reservation, TransferResult
+from kv_transfer.send.server import PrefillServer, StepChunk
+from kv_transfer.vllm.cpu_packing import packed_positions
+from kv_transfer.vllm.metrics import ConnectorMetrics, ConnectorStats, ReceiveReport
 
 # Of an engine core that only waits for KV; a new request may have to wait for the rest of it.
 _NAP_S = 0.005

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import KvGeometry, PairPlan, Rectangle, plan_pair, sources
-from kv_transfer.pages import KvPages, PageView
+from kv_transfer.kv_caches import KvPages, PageView
 from kv_transfer.session import ReceiveSession, ReceiveState, SendSession, SendState
 from tests.support.kv_shapes import RankCaches, blocks_for, geometry_of, ranks_of
 

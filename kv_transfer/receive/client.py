@@ -33,8 +33,8 @@ from kv_transfer.errors import (
     ProtocolError,
 )
 from kv_transfer.geometry import KvGeometry, PairPlan, plan_pair, sources
+from kv_transfer.kv_caches import KvPages, PageView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages, PageView
 from kv_transfer.pair import (
     DECODE_RANK,
     Pair,

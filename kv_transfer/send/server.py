@@ -27,8 +27,8 @@ import zmq
 from kv_transfer import wire
 from kv_transfer.errors import IncompatibleError, KvTransferError, ProtocolError
 from kv_transfer.geometry import KvGeometry, PairPlan, Rectangle, plan_pair
+from kv_transfer.kv_caches import KvPages, PageView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages, PageView
 from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, backend_for, close_pair, join_store
 from kv_transfer.session import SendSession
 from kv_transfer.side_stream import after, mark, side_stream, wait_done
