@@ -39,7 +39,8 @@ from engine.protocol import (
 )
 from engine.vllm.log_buffers import log_buffers_kept
 from engine.vllm.sampling import LOGITS_PROCESSOR, continued
-from kv_transfer.rank_reports import RankReports, Releaser
+from kv_transfer.rank_reports import RankReports
+from kv_transfer.releaser import Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 from worker.liveness import LivenessProbe
 
@@ -340,7 +341,7 @@ class _Stats:
         self._usage = scheduler_stats.kv_cache_usage
         for receive in (scheduler_stats.kv_connector_stats or {}).get("receives", ()):
             report = msgspec.convert(receive, ReceiveReport)
-            future = self._reports.get(report.key)
+            future = self._reports.get(report.transfer_id)
             if future is not None and not future.done():
                 future.set_result(report)
 
@@ -376,12 +377,16 @@ def _sampling_params(request: EngineRequest) -> SamplingParams:
 def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
     match request.kv:
         case KvSend(first_token):
-            return {"baton": "send", "key": request.key, "first_token": first_token}
+            return {
+                "baton": "send",
+                "transfer_id": request.key,
+                "forwards_first_token": first_token,
+            }
         case KvReceive(incarnation, addresses, first_token):
             return {
                 "baton": "receive",
-                "key": request.key,
-                "first_token": first_token,
+                "transfer_id": request.key,
+                "forwards_first_token": first_token,
                 "incarnation": incarnation,
                 "addresses": list(addresses),
             }

@@ -1,4 +1,4 @@
-"""Which of vLLM's kinds of KV cache are streamed, and what is said of the others."""
+"""Which of vLLM's kinds of KV cache are streamed, and how others are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kv_transfer.errors import IncompatibleError
-from kv_transfer.vllm.connector import full_attention
+from kv_transfer.vllm.worker_side import full_attention
 
 SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SHAPE)
