@@ -1,7 +1,7 @@
-"""Gather and scatter of KV pages, beside a plain copy of as many bytes on the same device.
+"""Gather and scatter of block units, compared with a plain copy of as many bytes.
 
-Blocks in random order, as an engine that has run for a while hands them out. On CUDA (where there
-is a GPU) times are those of the device, and the copy is device to device.
+Blocks are in random order, as in an engine that has run for a while. With a GPU, times are those of
+the device, and the copy is device to device.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from bench.kv_stream import GEOMETRIES, MIB
+from bench.kv_case import GEOMETRIES, MIB
 from bench.report import Report
-from kv_transfer.geometry import Rectangle, plan_pair, split_into_messages
-from kv_transfer.pages import KvPages
+from kv_transfer.geometry import LayerBlockRange, plan_pair, split_into_messages
+from kv_transfer.kv_caches import KvCaches
 
-_TOTAL_BYTES = 512 * MIB  # of the cache: more than any CPU or GPU caches
+_TOTAL_BYTES = 512 * MIB  # of KV: more than the memory caches of any CPU or GPU
 
 
 def seconds(device: torch.device, run: Callable[[], None]) -> float:
-    """Of one run, on the device's own clock."""
+    """Return the seconds of one run, on the device's own clock."""
     if device.type == "cpu":
         began_s = time.perf_counter()
         run()
@@ -48,24 +48,24 @@ def measure(
         torch.full(shape, 0.5, dtype=dtype, device=device) for _ in range(geometry.num_layers)
     ]
     plan = plan_pair(geometry, geometry)
-    view = KvPages(layers).view(plan, geometry.heads)
-    everything = Rectangle(0, geometry.num_layers, 0, blocks)
-    messages = list(split_into_messages(everything, plan.max_pages(message_bytes)))
+    view = KvCaches(layers).view(plan, geometry.heads)
+    everything = LayerBlockRange(0, geometry.num_layers, 0, blocks)
+    messages = list(split_into_messages(everything, plan.max_units(message_bytes)))
     buffer = torch.empty(
-        plan.max_pages(message_bytes) * view.page_elements, dtype=dtype, device=device
+        plan.max_units(message_bytes) * view.unit_elements, dtype=dtype, device=device
     )
-    parts = [buffer[: message.num_pages * view.page_elements] for message in messages]
+    shares = [buffer[: message.num_units * view.unit_elements] for message in messages]
     ids = torch.randperm(blocks)
-    num_bytes = everything.num_pages * plan.page_bytes
+    num_bytes = everything.num_units * plan.unit_bytes
     flat = [layer.view(-1) for layer in layers]
 
     def gather() -> None:
-        for message, part in zip(messages, parts, strict=True):
-            view.gather(message, ids, part)
+        for message, share in zip(messages, shares, strict=True):
+            view.gather(message, ids, share)
 
     def scatter() -> None:
-        for message, part in zip(messages, parts, strict=True):
-            view.scatter(message, ids, part)
+        for message, share in zip(messages, shares, strict=True):
+            view.scatter(message, ids, share)
 
     def copy() -> None:
         half = flat[0].numel() // 2

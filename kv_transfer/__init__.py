@@ -1,11 +1,26 @@
 """The KV stream between a prefill and a decode worker.
 
-geometry   what a KV cache looks like; which bytes a message carries
-wire       the control messages
-session    one transfer as a state machine, without I/O
-pages      gather from and scatter into an engine's paged cache
-pair       the 2-rank process group that carries tensors
-send       the prefill side: control server, one sender thread per pair
-receive    the decode side: one thread per prefill peer
-connector  the hooks that vLLM calls; the only module that knows vLLM
+geometry      what a KV cache looks like; which bytes a message carries
+wire          the control messages
+session       one transfer as a state machine, without I/O
+kv_caches     gather from and scatter into an engine's KV caches
+side_stream   order between the stream's copies and an engine's kernels on CUDA
+pair          the 2-rank process group that carries tensors
+options       bounds of the stream
+local_rank    what a rank brings to each of its pairs
+outbox        messages that other threads hand to the thread that owns a socket
+send/         the prefill side: one control thread, one sender thread for each pair
+receive/      the decode side: one receiver thread for each pair
+doorbell      wakes an idle decode engine when KV has arrived
+rank_reports  what ranks report to their engine's front end
+releaser      how the front end makes its ranks drop KV
+vllm/         the connector that vLLM loads; the only folder that depends on vLLM
+
+Words:
+
+* A *transfer* carries one attempt's KV; its ``transfer_id`` is "request_id#attempt". It completes,
+  fails or is cancelled, and has then *ended*.
+* A *leg* is the share of a transfer between one prefill rank and one decode rank.
+* A *block unit* (short: unit) is the number of tokens in which a pair counts; see ``geometry``.
+* A vLLM *request* is finished, a *pair* is closed, blocks are released, a result is reported.
 """

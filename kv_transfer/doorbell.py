@@ -1,7 +1,7 @@
-"""Lets an engine core that has nothing to do but wait for KV sleep until some has arrived.
+"""A datagram socket on which a rank "rings" so that its idle engine core wakes when KV has arrived.
 
-vLLM asks its ranks every millisecond whether a transfer is complete, at the cost of a third of a
-core that on CPUs somebody computes on. The ring is a hint: a lost one costs one nap.
+vLLM asks its ranks every millisecond whether a transfer is complete. On CPUs that costs a third of
+a core on which the other pool computes. The ring is only a hint: a lost one costs one timeout.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import socket
 
 
 def _address(incarnation: str) -> str:
-    return f"\0baton-kv-{incarnation}"  # abstract: no file to remove
+    return f"\0baton-kv-{incarnation}"  # abstract address: there is no file to remove
 
 
 class Doorbell:
-    """The engine core's end, one for each decode worker."""
+    """The engine core's end; each decode worker has one."""
 
     def __init__(self, incarnation: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -25,8 +25,11 @@ class Doorbell:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
 
-    def nap(self, timeout_s: float) -> None:
-        """Sleep until a rank rings, or has rung since the last nap; at most ``timeout_s``."""
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a rank rings, at most ``timeout_s``.
+
+        Return at once if a rank has rung since the last wait.
+        """
         self._poll.poll(timeout_s * 1000)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -37,7 +40,7 @@ class Doorbell:
 
 
 class DoorbellButton:
-    """A rank's end; used under its owner's lock."""
+    """A rank's end. The owner calls it under its own lock."""
 
     def __init__(self, incarnation: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -45,7 +48,7 @@ class DoorbellButton:
         self._address = _address(incarnation)
 
     def ring(self) -> None:
-        """Never blocks: if nobody hears it, the nap ends by itself."""
+        """Wake the engine core. Never blocks; without a listener nothing happens."""
         with contextlib.suppress(OSError):
             self._socket.sendto(b"\0", self._address)
 

@@ -1,4 +1,4 @@
-"""Errors of the KV stream. None of them reaches an application: a failed transfer is recomputed."""
+"""Errors of the KV stream. Applications never see them: a failed transfer is recomputed."""
 
 
 class KvTransferError(Exception):
@@ -6,16 +6,16 @@ class KvTransferError(Exception):
 
 
 class ProtocolError(KvTransferError):
-    """The peer, or a caller here, did what the protocol does not allow."""
+    """The peer, or a caller in this process, broke the protocol."""
 
 
 class IncompatibleError(KvTransferError):
-    """The two caches cannot be mapped onto each other; says which fact differs."""
+    """The two caches cannot be mapped onto each other; the message names what differs."""
 
 
 class PairError(KvTransferError):
-    """The process group of a pair could not be made, or broke."""
+    """The process group of a pair could not be made, or it broke."""
 
 
 class PairClosedError(PairError):
-    """The peer closed the pair in good order; it may be made again."""
+    """The peer closed the pair on purpose; the pair may be made again."""

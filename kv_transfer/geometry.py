@@ -3,15 +3,16 @@
 A layer's cache is logically ``[blocks, kv_heads, block_tokens, content]`` (vLLM's B, H, N, C;
 ``content`` is K and V of one head and token). A request's tokens lie in blocks in order: token
 ``t`` is in the request's block ``t // block_tokens``. A tensor-parallel rank holds a range of the
-model's heads, or a copy of one where there are more ranks than heads.
+model's heads. If there are more ranks than heads, it holds a copy of one head.
 
-What travels between two ranks is planned once, when they meet (``plan_pair``): the heads that both
-hold, in *pages*. A page is the largest run of tokens of which either side's blocks are made: the
-whole block where the sizes are equal, else their greatest common divisor. A page is sent once all
-of its tokens were computed, and the last one of a prompt is sent whole.
+Two ranks plan once, when they meet, what travels between them (``plan_pair``): the heads that both
+hold, counted in *block units* (short: units). A unit is the largest run of tokens of which the
+blocks of both sides are made: a whole block if the block sizes are equal, otherwise their greatest
+common divisor. A unit is sent when all of its tokens have been computed. The last unit of a prompt
+is sent whole.
 
-A message carries a rectangle: layers ``[layer_start, layer_end)`` times the request's pages
-``[page_start, page_end)``, layer after layer.
+A message carries a ``LayerBlockRange``: layers ``[layer_start, layer_end)`` times the request's
+units ``[unit_start, unit_end)``, layer after layer.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from functools import lru_cache
 
 from kv_transfer.errors import IncompatibleError
 
-_MAX_TP = 128  # bounds what a HELLO can make us count
-# Facts that no mapping bridges.
+# Bounds the work of planning: the sizes come from the peer's HELLO.
+_MAX_TP = 128
+# No mapping exists between caches that differ in one of these.
 _MUST_AGREE = ("model", "dtype", "num_layers", "total_kv_heads", "content", "item_bytes")
 
 
@@ -50,12 +52,13 @@ class KvGeometry:
     model: str
     dtype: str
     num_layers: int
-    total_kv_heads: int  # of the model, before it is split
-    content: int  # elements per head and token: K and V
+    total_kv_heads: int  # of the model, over all ranks
+    content: int  # elements of one head and token, K and V together
     item_bytes: int
     block_tokens: int
-    layout: str  # of a block's inside; blocks of one layout and size are alike byte by byte
-    by_token: bool  # it is known where in a block a token lies
+    # Order of the elements inside a block. Blocks of equal layout and size are equal byte by byte.
+    layout: str
+    positions_known: bool  # whether we know where in a block each token lies
     tp_size: int
     tp_rank: int
 
@@ -76,9 +79,10 @@ class KvGeometry:
 
 
 def heads_of(rank: int, tp_size: int, total: int) -> HeadRange:
-    """The KV heads of a rank, as vLLM's QKVParallelLinear splits and replicates them.
+    """Return the KV heads of a rank, as vLLM's QKVParallelLinear splits and replicates them.
 
-    Raises IncompatibleError where vLLM would not start either.
+    Raises:
+        IncompatibleError: vLLM would not start with this split either.
     """
     if tp_size <= total:
         if total % tp_size:
@@ -92,11 +96,11 @@ def heads_of(rank: int, tp_size: int, total: int) -> HeadRange:
 
 
 def sources(decode_rank: int, decode_tp: int, prefill_tp: int, total: int) -> dict[int, HeadRange]:
-    """The prefill ranks that a decode rank fetches from, and which heads from each.
+    """Return the prefill ranks from which a decode rank fetches, with the heads to fetch.
 
-    Every head comes from exactly one rank; copies of a head share the decode ranks among
-    themselves. A prefill rank that nobody needs has an empty range at one decode rank, so that it
-    hears what became of each transfer.
+    Every head comes from exactly one rank. Prefill ranks that hold copies of a head divide the
+    decode ranks among themselves. A prefill rank that no decode rank needs is listed with an empty
+    range at one decode rank, so that it learns how each transfer ends.
     """
     return dict(_all_sources(decode_tp, prefill_tp, total)[decode_rank])
 
@@ -124,29 +128,30 @@ def _all_sources(
 
 @dataclass(frozen=True, slots=True)
 class PairPlan:
-    """What travels between one prefill and one decode rank; both sides compute the same one."""
+    """What travels between one prefill and one decode rank; both sides compute the same plan."""
 
-    heads: HeadRange  # empty: nothing travels, the pair only keeps both informed
-    page_tokens: int
-    whole_blocks: bool  # a page is a block, sent as it lies in memory (its heads at least)
-    page_bytes: int  # of one page in one layer
+    heads: HeadRange  # if empty, no KV travels and the pair only carries control messages
+    unit_tokens: int
+    # Whether a unit is a block whose heads are sent in memory order.
+    whole_blocks: bool
+    unit_bytes: int  # of one unit in one layer
     num_layers: int
-    decode_ranks: int  # that reserve from this prefill rank
+    num_decode_ranks: int  # decode ranks that reserve from this prefill rank
 
-    def pages_of(self, num_tokens: int) -> int:
-        """Pages that hold ``num_tokens`` tokens, the last one perhaps in part."""
-        return -(-num_tokens // self.page_tokens)
+    def units_of(self, num_tokens: int) -> int:
+        """Return how many units hold ``num_tokens`` tokens; the last one may be partly full."""
+        return -(-num_tokens // self.unit_tokens)
 
-    def max_pages(self, message_bytes: int) -> int:
-        """Pages (of all layers together) in the largest message; at least one."""
-        return max(1, message_bytes // max(1, self.page_bytes))
+    def max_units(self, message_bytes: int) -> int:
+        """Return the units of the largest message, counted over all layers; at least one."""
+        return max(1, message_bytes // max(1, self.unit_bytes))
 
 
 def plan_pair(prefill: KvGeometry, decode: KvGeometry) -> PairPlan:
     """Map a prefill rank's cache onto a decode rank's.
 
     Raises:
-        IncompatibleError: names each fact that keeps them apart.
+        IncompatibleError: the message names every difference that no mapping bridges.
     """
     differing = [
         f"{name} is {getattr(prefill, name)} in prefill and {getattr(decode, name)} in decode"
@@ -155,7 +160,7 @@ def plan_pair(prefill: KvGeometry, decode: KvGeometry) -> PairPlan:
     ]
     same_blocks = (prefill.block_tokens, prefill.layout) == (decode.block_tokens, decode.layout)
     for side, geometry in (("prefill", prefill), ("decode", decode)):
-        if not (same_blocks or geometry.by_token):
+        if not (same_blocks or geometry.positions_known):
             differing.append(
                 f"block_tokens or layout differ ({prefill.block_tokens} {prefill.layout} in "
                 f"prefill, {decode.block_tokens} {decode.layout} in decode) and {side} does not "
@@ -171,50 +176,50 @@ def plan_pair(prefill: KvGeometry, decode: KvGeometry) -> PairPlan:
     ]
     if decode.tp_rank not in readers:
         raise IncompatibleError(
-            f"decode rank {decode.tp_rank} of {decode.tp_size} has no business with prefill rank "
+            f"decode rank {decode.tp_rank} of {decode.tp_size} does not pair with prefill rank "
             f"{prefill.tp_rank} of {prefill.tp_size}"
         )
     heads = sources(decode.tp_rank, decode.tp_size, prefill.tp_size, total)[prefill.tp_rank]
-    page_tokens = math.gcd(prefill.block_tokens, decode.block_tokens)
+    unit_tokens = math.gcd(prefill.block_tokens, decode.block_tokens)
     return PairPlan(
-        heads,
-        page_tokens,
-        same_blocks,
-        page_tokens * len(heads) * prefill.content * prefill.item_bytes,
-        prefill.num_layers,
-        len(readers),
+        heads=heads,
+        unit_tokens=unit_tokens,
+        whole_blocks=same_blocks,
+        unit_bytes=unit_tokens * len(heads) * prefill.content * prefill.item_bytes,
+        num_layers=prefill.num_layers,
+        num_decode_ranks=len(readers),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Rectangle:
-    """Layers times pages of one request; both ends exclusive."""
+class LayerBlockRange:
+    """Layers ``[layer_start, layer_end)`` times units ``[unit_start, unit_end)`` of one request."""
 
     layer_start: int
     layer_end: int
-    page_start: int
-    page_end: int
+    unit_start: int
+    unit_end: int
 
     def __post_init__(self) -> None:
-        if not (0 <= self.layer_start < self.layer_end and 0 <= self.page_start < self.page_end):
-            raise ValueError(f"empty or negative rectangle: {self}")
+        if not (0 <= self.layer_start < self.layer_end and 0 <= self.unit_start < self.unit_end):
+            raise ValueError(f"empty or negative range: {self}")
 
     @property
-    def num_pages(self) -> int:
-        """Pages of all layers together."""
-        return (self.layer_end - self.layer_start) * (self.page_end - self.page_start)
+    def num_units(self) -> int:
+        """The number of units, counted over all layers."""
+        return (self.layer_end - self.layer_start) * (self.unit_end - self.unit_start)
 
 
-def split_into_messages(area: Rectangle, max_pages: int) -> Iterator[Rectangle]:
-    """Cut an area into messages of at most ``max_pages`` pages (of all layers together).
+def split_into_messages(block_range: LayerBlockRange, max_units: int) -> Iterator[LayerBlockRange]:
+    """Cut a range into messages of at most ``max_units`` units, counted over all layers.
 
-    Ordered by layer, so that each can leave while later layers are still being computed: several
-    layers together where they are small, one layer in parts where it is large.
+    The messages are ordered by layer, so that each can leave while later layers are still being
+    computed. A message has several layers if they are small, or a share of one large layer.
     """
-    per_layer = area.page_end - area.page_start
-    layers = max(1, max_pages // per_layer)
-    pages = min(per_layer, max_pages)
-    for layer in range(area.layer_start, area.layer_end, layers):
-        layer_end = min(layer + layers, area.layer_end)
-        for page in range(area.page_start, area.page_end, pages):
-            yield Rectangle(layer, layer_end, page, min(page + pages, area.page_end))
+    per_layer = block_range.unit_end - block_range.unit_start
+    layers = max(1, max_units // per_layer)
+    units = min(per_layer, max_units)
+    for layer in range(block_range.layer_start, block_range.layer_end, layers):
+        layer_end = min(layer + layers, block_range.layer_end)
+        for unit in range(block_range.unit_start, block_range.unit_end, units):
+            yield LayerBlockRange(layer, layer_end, unit, min(unit + units, block_range.unit_end))

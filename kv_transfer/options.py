@@ -13,19 +13,20 @@ class TransferOptions:
     token: str  # shared secret of the cluster; every HELLO must carry it
     message_bytes: int  # largest tensor on a pair
     staging_buffers: int  # messages in flight per pair
-    pair_timeout_s: float  # HELLO to a usable process group
-    reserve_timeout_s: float  # prefill holds KV that nobody reserves at most so long
-    prefill_timeout_s: float  # a reservation waits at most so long for its prefill to begin
-    transfer_timeout_s: float  # without progress, once KV flows
-    peer_lease_s: float  # a peer that is silent for so long is gone
-    pair_idle_s: float  # a pair without a transfer is closed after so long
+    pair_timeout_s: float  # longest time from HELLO to a usable process group
+    reserve_timeout_s: float  # longest time that prefill holds KV that nobody reserves
+    prefill_timeout_s: float  # longest time that a reservation waits for its prefill to begin
+    transfer_timeout_s: float  # longest time without progress once KV flows
+    peer_lease_s: float  # a peer that is silent for this long is gone
+    pair_idle_s: float  # a pair without a transfer for this long is closed
     max_pairs: int
-    max_pending: int  # transfers known at once, on either side
-    # Cores for the stream's threads; empty: as inherited. An engine that is bound to some cores
-    # would otherwise take turns on them with the threads that it started.
+    max_pending: int  # most transfers known at once, on either side
+    # Cores for the stream's threads. If empty, threads keep the cores that they inherit. The
+    # threads of an engine that is bound to some cores would otherwise compete for these cores
+    # with the engine.
     cores: frozenset[int] = frozenset()
 
     def bind_this_thread(self) -> None:
-        """Called first in each thread of the stream."""
+        """Bind the calling thread to ``cores``. Each thread of the stream calls this first."""
         if self.cores:
             os.sched_setaffinity(0, self.cores)

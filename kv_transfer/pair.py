@@ -1,8 +1,8 @@
 """The 2-rank process group that carries tensors between one prefill and one decode rank.
 
-Made straight from a TCPStore that the decode side hosts, never through ``init_process_group``:
-one world for all would tie every worker's life to every other's. NCCL carries CUDA caches, gloo
-carries CPU caches. Rank 0 is decode, rank 1 is prefill.
+The group is made from a TCPStore that the decode side hosts, never through ``init_process_group``:
+with one world for all workers, each worker's failure would be every other's. NCCL carries CUDA
+caches, gloo carries CPU caches. Rank 0 is decode, rank 1 is prefill.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ _TAG, _ABORT_TAG = 0, 1
 
 
 def backend_for(device: torch.device) -> str:
-    """ "nccl" for CUDA caches, "gloo" for CPU caches."""
+    """Return "nccl" for CUDA caches and "gloo" for CPU caches."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def host_store(host: str, timeout_s: float) -> TCPStore:
-    """A TCPStore server that listens on ``host`` only (its own bind would take all interfaces)."""
+    """Start a TCPStore server that listens on ``host`` only.
+
+    Without a listener of ours, torch would bind all interfaces.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.bind((host, 0))
     listener.listen(128)
@@ -53,7 +56,7 @@ def host_store(host: str, timeout_s: float) -> TCPStore:
 
 
 def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Raises PairError if the store cannot be reached in time."""
+    """Connect to a pair's store. Raises PairError if it cannot be reached in time."""
     try:
         return TCPStore(
             host,
@@ -69,10 +72,10 @@ def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
 
 
 class Pair:
-    """One process group. Used by one thread; ``abort`` may be called from any.
+    """One process group. One thread uses it; any thread may call ``abort``.
 
-    Raises PairError when the peer is gone or a wait passes its timeout; the pair is then broken
-    for good.
+    All methods raise PairError if the peer is gone or a wait exceeds its timeout. The pair cannot
+    be used after that.
     """
 
     def __init__(
@@ -96,31 +99,31 @@ class Pair:
             raise PairError(f"pair {pair_id}: {_first_line(error)}") from error
 
     def send(self, tensor: torch.Tensor) -> PendingWork:
-        """Start sending a contiguous tensor; it must stay untouched until ``wait`` returns."""
+        """Start to send a contiguous tensor; it must not change until ``wait`` returns."""
         try:
             return PendingWork(self._group.send([tensor], self._peer, _TAG), self._device)
         except RuntimeError as error:
             raise PairError(_first_line(error)) from error
 
     def receive(self, tensor: torch.Tensor) -> PendingWork:
-        """Start receiving into a contiguous tensor."""
+        """Start to receive into a contiguous tensor."""
         try:
             return PendingWork(self._group.recv([tensor], self._peer, _TAG), self._device)
         except RuntimeError as error:
             raise PairError(_first_line(error)) from error
 
     def abort(self) -> None:
-        """Begin to give the group up: pending work of other threads fails. From any thread."""
+        """Start to abort the group; pending work of other threads fails. From any thread."""
         with self._lock:
             if self._aborting is None:
-                # NCCL's abort can hang; whoever calls this must not.
+                # NCCL's abort can hang, and the caller must not hang with it.
                 self._aborting = threading.Thread(
                     target=self._group.abort, name="kv-abort", daemon=True
                 )
                 self._aborting.start()
 
-    def aborted(self, timeout_s: float) -> bool:
-        """Wait for the end of an ``abort``; False if it hangs."""
+    def wait_aborted(self, timeout_s: float) -> bool:
+        """Abort and wait for the end of it; return False if it takes longer than ``timeout_s``."""
         self.abort()
         assert self._aborting is not None
         self._aborting.join(timeout_s)
@@ -128,24 +131,24 @@ class Pair:
 
 
 def close_pair(pair: Pair | None, timeout_s: float, on_stuck: Callable[[str], None]) -> None:
-    """End a pair, at the end of the thread that used it; ``on_stuck`` if that does not work."""
-    if pair is not None and not pair.aborted(timeout_s):
+    """Abort a pair; its own thread calls this last. Call ``on_stuck`` if the abort hangs."""
+    if pair is not None and not pair.wait_aborted(timeout_s):
         reason = f"a process group could not be aborted within {timeout_s} s"
         logger.critical("%s; this worker must be replaced", reason)
         on_stuck(reason)
 
 
 class PendingWork:
-    """A send or receive under way."""
+    """A send or receive that has started."""
 
     def __init__(self, work: Any, device: torch.device) -> None:
         self._work = work
         if device.type == "cuda":
-            work.wait()  # of NCCL: puts the current stream behind the transfer, and returns
+            work.wait()  # NCCL's only queues the current stream behind the transfer
         self._event = mark(device)
 
     def wait(self, timeout_s: float) -> None:
-        """Block this thread until the bytes have moved. Raises PairError."""
+        """Block this thread until all bytes have moved. Raises PairError."""
         try:
             if self._event is None:
                 self._work.wait(timedelta(seconds=timeout_s))
@@ -156,44 +159,46 @@ class PendingWork:
 
 
 class _GlooGroup:
-    """A ProcessGroupGloo with an abort that works."""
+    """A ProcessGroupGloo whose abort works."""
 
     def __init__(self, group: Any, peer: int) -> None:
         self.send, self.recv = group.send, group.recv
         self._peer = peer
 
     def abort(self) -> None:
-        # gloo's own does nothing. But a wait that times out closes the connections of the group,
-        # and so fails whatever waits at either end.
+        # gloo's own abort does nothing. A wait that times out closes the connections of the
+        # group, and thereby fails every wait at both ends.
         with contextlib.suppress(RuntimeError):
             self.recv([torch.empty(1)], self._peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
 
 
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
-    # Both are here before either begins: gloo's own patience is shorter than ours.
+    # Meet over the store first: gloo waits for its peer for a shorter time than our timeout.
     store.set(f"here/{rank}", "yes")
     store.wait([f"here/{1 - rank}"], timeout)
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    # It waits five times as long for a first connection; the waits for messages have their own.
+    # For its first connection gloo waits five times its timeout. Waits for messages have timeouts
+    # of their own.
     options._timeout = timeout / 5
     options._threads = 1
     try:
         return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
     finally:
-        # If it failed, then the traceback holds this frame, which would hold the device; and a
-        # device that still listens leads a late call to connections that are no more: SIGSEGV.
+        # After a failure the traceback keeps this frame alive, and the frame would keep the
+        # device. A device that still listens would hand a late connection to a group that no
+        # longer exists: SIGSEGV.
         del options
 
 
 def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
     from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
 
-    # Our own deadlines give a pair up; torch's watchdog would end the whole process with it.
+    # We abort a pair after our own deadlines; torch's watchdog would end the whole process.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    # Few channels: a pair's buffers cost memory and its kernels cost SMs that decoding needs.
+    # Few channels: the buffers of a pair cost memory, and its kernels cost SMs that decoding needs.
     options.config.max_ctas = 4
     group = ProcessGroupNCCL(store, rank, 2, options)
     group.eager_connect_single_device(device)

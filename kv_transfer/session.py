@@ -4,16 +4,18 @@
 
     OFFERED ──reserve──▸ SENDING ──┐        RESERVED ──header──▸ RECEIVING ──┐header
        │                   │  ▲────┘reserve    │                   │   ▲─────┘
-       │                   │ all parts ended   │                   │
-       │ cancel, fail      ▾                   │ cancel, fail      │ end, manifest matches
-       │                 ENDED                 ▾                   ▾
+       │                   │ all legs sent     │                   │
+       │ cancel, fail      ▾                   │ cancel, fail      │ complete: the manifest matches
+       │                COMPLETE               ▾                   ▾
        └──▸ CANCELLED, FAILED ◂──┘          CANCELLED, FAILED   COMPLETE
 
-A prefill rank sends one part to each decode rank that reserves from it, a decode rank receives one
-part from each prefill rank; with the same tensor parallelism on both sides that is one part.
+A prefill rank sends one leg to each decode rank that reserves from it. A decode rank receives one
+leg from each prefill rank. With the same tensor parallelism on both sides there is one leg per
+rank.
 
-Terminal states absorb late cancels and failures: both sides may end a transfer at the same
-time. Every other event that the table does not name raises ProtocolError and changes nothing.
+A transfer that is COMPLETE, CANCELLED or FAILED has ended. It ignores later cancels and failures,
+because both sides may end a transfer at the same time. Every other event that the table does not
+name raises ProtocolError and changes nothing.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kv_transfer.errors import ProtocolError
-from kv_transfer.geometry import PairPlan, Rectangle, split_into_messages
+from kv_transfer.geometry import LayerBlockRange, PairPlan, split_into_messages
 from kv_transfer.wire import End
 
 
 class SendState(enum.Enum):
     OFFERED = "offered"
     SENDING = "sending"
-    ENDED = "ended"
+    COMPLETE = "complete"
     CANCELLED = "cancelled"
     FAILED = "failed"
 
 
 class SendEvent(enum.Enum):
     RESERVE = "reserve"
-    END = "end"
+    COMPLETE = "complete"
     CANCEL = "cancel"
     FAIL = "fail"
 
@@ -53,7 +55,7 @@ class ReceiveState(enum.Enum):
 
 class ReceiveEvent(enum.Enum):
     HEADER = "header"
-    END = "end"
+    COMPLETE = "complete"
     CANCEL = "cancel"
     FAIL = "fail"
 
@@ -64,23 +66,23 @@ SEND_TABLE: dict[tuple[SendState, SendEvent], SendState] = {
     (_S.OFFERED, _SE.CANCEL): _S.CANCELLED,
     (_S.OFFERED, _SE.FAIL): _S.FAILED,
     (_S.SENDING, _SE.RESERVE): _S.SENDING,
-    (_S.SENDING, _SE.END): _S.ENDED,
+    (_S.SENDING, _SE.COMPLETE): _S.COMPLETE,
     (_S.SENDING, _SE.CANCEL): _S.CANCELLED,
     (_S.SENDING, _SE.FAIL): _S.FAILED,
 } | {
     (state, event): state
-    for state in (_S.ENDED, _S.CANCELLED, _S.FAILED)
+    for state in (_S.COMPLETE, _S.CANCELLED, _S.FAILED)
     for event in (_SE.CANCEL, _SE.FAIL)
 }
 
 _R, _RE = ReceiveState, ReceiveEvent
 RECEIVE_TABLE: dict[tuple[ReceiveState, ReceiveEvent], ReceiveState] = {
     (_R.RESERVED, _RE.HEADER): _R.RECEIVING,
-    (_R.RESERVED, _RE.END): _R.COMPLETE,  # an empty part
+    (_R.RESERVED, _RE.COMPLETE): _R.COMPLETE,  # a leg without messages
     (_R.RESERVED, _RE.CANCEL): _R.CANCELLED,
     (_R.RESERVED, _RE.FAIL): _R.FAILED,
     (_R.RECEIVING, _RE.HEADER): _R.RECEIVING,
-    (_R.RECEIVING, _RE.END): _R.COMPLETE,
+    (_R.RECEIVING, _RE.COMPLETE): _R.COMPLETE,
     (_R.RECEIVING, _RE.CANCEL): _R.CANCELLED,
     (_R.RECEIVING, _RE.FAIL): _R.FAILED,
 } | {
@@ -89,13 +91,13 @@ RECEIVE_TABLE: dict[tuple[ReceiveState, ReceiveEvent], ReceiveState] = {
     for event in (_RE.CANCEL, _RE.FAIL)
 }
 
-SEND_TERMINAL = frozenset({_S.ENDED, _S.CANCELLED, _S.FAILED})
-RECEIVE_TERMINAL = frozenset({_R.COMPLETE, _R.CANCELLED, _R.FAILED})
+SEND_ENDED = frozenset({_S.COMPLETE, _S.CANCELLED, _S.FAILED})
+RECEIVE_ENDED = frozenset({_R.COMPLETE, _R.CANCELLED, _R.FAILED})
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """Tokens that one engine step computes, the newest one's layers not all as yet."""
+    """Tokens that one engine step computes. Only the newest chunk may lack layers."""
 
     token_start: int
     token_end: int
@@ -103,48 +105,48 @@ class _Chunk:
 
 
 @dataclass(slots=True)
-class _Part:
+class _Leg:
     """What one decode rank gets."""
 
     plan: PairPlan
-    max_pages: int  # of one message
+    max_units: int  # of one message
     token_start: int
-    messages: deque[Rectangle] = field(default_factory=deque)  # of one chunk
-    chunks_cut: int = 0  # into messages
+    messages: deque[LayerBlockRange] = field(default_factory=deque)  # of one chunk, not yet sent
+    chunks_planned: int = 0  # chunks that have been cut into messages
     in_flight: int = 0
     messages_sent: int = 0
     bytes_sent: int = 0
-    bytes_hidden: int = 0  # of those, sent before the last layer was computed
-    ended: bool = False
+    hidden_bytes_sent: int = 0  # share of bytes_sent before the last layer was computed
+    end_sent: bool = False
 
 
 class SendSession:
-    """One attempt on a prefill rank: what was computed, and what was sent to which decode rank.
+    """One transfer on a prefill rank: what was computed, and what was sent to which decode rank.
 
-    Chunks are offered in token order. They accumulate; with a reservation, the part that its rank
-    lacks is cut into messages.
+    Chunks arrive in token order and accumulate. For each reservation, the tokens that its decode
+    rank lacks are cut into messages.
     """
 
-    def __init__(self, key: str, num_tokens: int, num_layers: int) -> None:
-        self.key = key
+    def __init__(self, transfer_id: str, num_tokens: int, num_layers: int) -> None:
+        self.transfer_id = transfer_id
         self.num_tokens = num_tokens
         self.num_layers = num_layers
         self.state = SendState.OFFERED
         self._chunks: list[_Chunk] = []
-        self._parts: dict[int, _Part] = {}  # by decode rank
-        self._finished = False
-        self._first_token: int | None = None
+        self._legs: dict[int, _Leg] = {}  # by decode rank
+        self._request_finished = False
+        self._first_token_id: int | None = None
 
     @property
-    def terminal(self) -> bool:
-        return self.state in SEND_TERMINAL
+    def ended(self) -> bool:
+        return self.state in SEND_ENDED
 
     def _apply(self, event: SendEvent) -> None:
         try:
             self.state = SEND_TABLE[self.state, event]
         except KeyError:
             raise ProtocolError(
-                f"transfer {self.key}: {event.value} in state {self.state.value}"
+                f"transfer {self.transfer_id}: {event.value} in state {self.state.value}"
             ) from None
 
     def reserve(
@@ -153,29 +155,29 @@ class SendSession:
         """Decode rank ``rank`` lacks ``[token_start, token_end)`` and holds blocks for it."""
         if (
             not 0 <= token_start < token_end == self.num_tokens
-            or token_start % plan.page_tokens
-            or rank in self._parts
+            or token_start % plan.unit_tokens
+            or rank in self._legs
         ):
             raise ProtocolError(
-                f"transfer {self.key}: reservation of [{token_start}, {token_end}) by rank {rank} "
-                f"of a prompt of {self.num_tokens} tokens"
+                f"transfer {self.transfer_id}: reservation of [{token_start}, {token_end}) "
+                f"by rank {rank} of a prompt of {self.num_tokens} tokens"
             )
         self._apply(SendEvent.RESERVE)
-        self._parts[rank] = _Part(plan, plan.max_pages(message_bytes), token_start)
+        self._legs[rank] = _Leg(plan, plan.max_units(message_bytes), token_start)
 
     @property
-    def unreserved(self) -> bool:
-        """Whether some decode rank that needs a part has not reserved it."""
-        missing = all(len(self._parts) < part.plan.decode_ranks for part in self._parts.values())
-        return not self.terminal and missing
+    def awaits_reservation(self) -> bool:
+        """Whether some decode rank that needs a leg has not reserved it."""
+        missing = all(len(self._legs) < leg.plan.num_decode_ranks for leg in self._legs.values())
+        return not self.ended and missing
 
     def add_chunk(self, token_start: int, token_end: int) -> None:
-        """Tokens whose KV is written from now on, layer by layer; see ``advance``."""
+        """The engine starts to write the KV of these tokens, layer by layer; see ``advance``."""
         expected = self._chunks[-1].token_end if self._chunks else 0
         if token_start != expected or not token_start < token_end <= self.num_tokens:
             raise ProtocolError(
-                f"transfer {self.key}: chunk [{token_start}, {token_end}) after {expected} "
-                f"of {self.num_tokens} tokens"
+                f"transfer {self.transfer_id}: chunk [{token_start}, {token_end}) after "
+                f"{expected} of {self.num_tokens} tokens"
             )
         self._chunks.append(_Chunk(token_start, token_end))
 
@@ -183,10 +185,10 @@ class SendSession:
         """The first ``layers_done`` layers of the newest chunk have been written."""
         self._chunks[-1].layers_done = layers_done
 
-    def finish(self, first_token: int | None) -> None:
-        """The engine has sampled; nothing more will be computed."""
-        self._finished = True
-        self._first_token = first_token
+    def request_finished(self, first_token_id: int | None) -> None:
+        """The engine has sampled and computes nothing more for this request."""
+        self._request_finished = True
+        self._first_token_id = first_token_id
 
     def cancel(self) -> None:
         self._apply(SendEvent.CANCEL)
@@ -195,27 +197,31 @@ class SendSession:
         self._apply(SendEvent.FAIL)
 
     def ready_ranks(self) -> list[int]:
-        """Decode ranks for which ``next_message`` has one."""
+        """Return the decode ranks for which ``next_message`` has a message."""
         if self.state is not SendState.SENDING:
             return []
-        return [rank for rank, part in self._parts.items() if self._peek(part) is not None]
+        return [rank for rank, leg in self._legs.items() if self._next_ready(leg) is not None]
 
-    def next_message(self, rank: int) -> Rectangle | None:
+    def next_message(self, rank: int) -> LayerBlockRange | None:
         """Take a rank's next message whose layers are all written; it is now in flight."""
-        if self.state is not SendState.SENDING or self._peek(self._parts[rank]) is None:
+        if self.state is not SendState.SENDING or self._next_ready(self._legs[rank]) is None:
             return None
-        part = self._parts[rank]
-        part.in_flight += 1
-        return part.messages.popleft()
+        leg = self._legs[rank]
+        leg.in_flight += 1
+        return leg.messages.popleft()
 
-    def message_sent(self, rank: int, area: Rectangle, *, hidden: bool) -> None:
-        """``hidden``: the engine was still computing this prompt when its last byte left."""
-        part = self._parts[rank]
-        num_bytes = area.num_pages * part.plan.page_bytes
-        part.in_flight -= 1
-        part.messages_sent += 1
-        part.bytes_sent += num_bytes
-        part.bytes_hidden += num_bytes * hidden
+    def message_sent(self, rank: int, block_range: LayerBlockRange, *, hidden: bool) -> None:
+        """The message has left.
+
+        Args:
+            hidden: the engine was still computing this prompt when the last byte left.
+        """
+        leg = self._legs[rank]
+        num_bytes = block_range.num_units * leg.plan.unit_bytes
+        leg.in_flight -= 1
+        leg.messages_sent += 1
+        leg.bytes_sent += num_bytes
+        leg.hidden_bytes_sent += num_bytes * hidden
 
     @property
     def all_computed(self) -> bool:
@@ -225,129 +231,137 @@ class SendSession:
         newest = self._chunks[-1]
         return newest.token_end == self.num_tokens and newest.layers_done == self.num_layers
 
-    def take_end(self, rank: int) -> End | None:
-        """A rank's manifest, once, when it was sent everything and the engine has finished."""
-        part = self._parts[rank]
+    def take_manifest(self, rank: int) -> End | None:
+        """Return a rank's manifest once, when all of its leg was sent and the request is finished.
+
+        The transfer completes with its last manifest.
+        """
+        leg = self._legs[rank]
         if (
             self.state is not SendState.SENDING
-            or part.ended
-            or part.in_flight
-            or not (self._finished and self.all_computed)
-            or self._next(part) is not None  # also of a chunk whose layers are not all written
+            or leg.end_sent
+            or leg.in_flight
+            or not (self._request_finished and self.all_computed)
+            or self._next_planned(leg) is not None  # a message whose layers are not all written
         ):
             return None
-        part.ended = True
-        if sum(part.ended for part in self._parts.values()) == part.plan.decode_ranks:
-            self._apply(SendEvent.END)
+        leg.end_sent = True
+        if sum(leg.end_sent for leg in self._legs.values()) == leg.plan.num_decode_ranks:
+            self._apply(SendEvent.COMPLETE)
         return End(
-            self.key,
-            part.token_start,
-            self.num_tokens,
-            part.messages_sent,
-            part.bytes_sent,
-            part.bytes_hidden,
-            self._first_token,
+            transfer_id=self.transfer_id,
+            token_start=leg.token_start,
+            token_end=self.num_tokens,
+            messages=leg.messages_sent,
+            num_bytes=leg.bytes_sent,
+            hidden_bytes=leg.hidden_bytes_sent,
+            first_token_id=self._first_token_id,
         )
 
-    def _next(self, part: _Part) -> Rectangle | None:
-        """The next message, written or not."""
-        while not part.messages:
-            if part.chunks_cut == len(self._chunks):
+    def _next_planned(self, leg: _Leg) -> LayerBlockRange | None:
+        """Return the next message, whether its layers are written or not."""
+        while not leg.messages:
+            if leg.chunks_planned == len(self._chunks):
                 return None
-            part.messages.extend(self._cut(part, self._chunks[part.chunks_cut]))
-            part.chunks_cut += 1
-        return part.messages[0]
+            leg.messages.extend(self._messages_of(leg, self._chunks[leg.chunks_planned]))
+            leg.chunks_planned += 1
+        return leg.messages[0]
 
-    def _peek(self, part: _Part) -> Rectangle | None:
-        """The next message, if its layers are all written."""
-        area = self._next(part)
-        if area is None or area.layer_end > self._chunks[part.chunks_cut - 1].layers_done:
+    def _next_ready(self, leg: _Leg) -> LayerBlockRange | None:
+        """Return the next message if all of its layers are written."""
+        block_range = self._next_planned(leg)
+        if block_range is None:
             return None
-        return area
+        if block_range.layer_end > self._chunks[leg.chunks_planned - 1].layers_done:
+            return None
+        return block_range
 
-    def _cut(self, part: _Part, chunk: _Chunk) -> Iterator[Rectangle]:
-        """The pages that a chunk completes (and the prompt's last one in any case)."""
-        plan = part.plan
-        start = max(chunk.token_start, part.token_start) // plan.page_tokens
+    def _messages_of(self, leg: _Leg, chunk: _Chunk) -> Iterator[LayerBlockRange]:
+        """Cut the units that a chunk completes into messages.
+
+        The last chunk also completes a unit that is only partly full.
+        """
+        plan = leg.plan
+        start = max(chunk.token_start, leg.token_start) // plan.unit_tokens
         last = chunk.token_end == self.num_tokens
-        end = plan.pages_of(chunk.token_end) if last else chunk.token_end // plan.page_tokens
+        end = plan.units_of(chunk.token_end) if last else chunk.token_end // plan.unit_tokens
         if start < end and plan.heads:
-            area = Rectangle(0, plan.num_layers, start, end)
-            yield from split_into_messages(area, part.max_pages)
+            block_range = LayerBlockRange(0, plan.num_layers, start, end)
+            yield from split_into_messages(block_range, leg.max_units)
 
 
 class ReceiveSession:
-    """One part of an attempt on a decode rank: ready only when every layer of every page arrived.
+    """One leg on a decode rank. It is complete only when every layer of every unit has arrived.
 
     The plan is known when the pair is up, which may be after the reservation.
     """
 
-    def __init__(self, key: str, token_start: int, token_end: int) -> None:
-        self.key = key
+    def __init__(self, transfer_id: str, token_start: int, token_end: int) -> None:
+        self.transfer_id = transfer_id
         self.token_start = token_start
         self.token_end = token_end
         self.state = ReceiveState.RESERVED
         self.messages = 0
         self.num_bytes = 0
-        self.end_message: End | None = None
+        self.manifest: End | None = None
         self._plan: PairPlan | None = None
-        self._end_page = 0
-        # Per layer, the first page that has not arrived. Pages of a layer come in order, so this
-        # is enough to accept each exactly once.
+        self._end_unit = 0
+        # For each layer, the first unit that has not arrived. The units of a layer arrive in
+        # order, so one number per layer is enough to accept each unit exactly once.
         self._arrived: list[int] = []
 
     @property
-    def terminal(self) -> bool:
-        return self.state in RECEIVE_TERMINAL
+    def ended(self) -> bool:
+        return self.state in RECEIVE_ENDED
 
     def _apply(self, event: ReceiveEvent) -> None:
         try:
             self.state = RECEIVE_TABLE[self.state, event]
         except KeyError:
             raise ProtocolError(
-                f"transfer {self.key}: {event.value} in state {self.state.value}"
+                f"transfer {self.transfer_id}: {event.value} in state {self.state.value}"
             ) from None
 
-    def follow(self, plan: PairPlan) -> None:
-        """The pair is up: what will arrive."""
+    def set_plan(self, plan: PairPlan) -> None:
+        """The pair is up; this plan says what will arrive."""
         self._plan = plan
-        self._end_page = plan.pages_of(self.token_end)
-        first_page = self.token_start // plan.page_tokens if plan.heads else self._end_page
-        self._arrived = [first_page] * plan.num_layers
+        self._end_unit = plan.units_of(self.token_end)
+        first_unit = self.token_start // plan.unit_tokens if plan.heads else self._end_unit
+        self._arrived = [first_unit] * plan.num_layers
 
-    def header(self, area: Rectangle, num_bytes: int) -> None:
+    def accept_header(self, block_range: LayerBlockRange, num_bytes: int) -> None:
         """Check an announced message: the right size, in range, and not received before."""
-        plan = self._plan
-        if plan is None or num_bytes != area.num_pages * plan.page_bytes:
-            raise ProtocolError(f"transfer {self.key}: {num_bytes} bytes announced for {area}")
-        if area.layer_end > plan.num_layers or area.page_end > self._end_page:
-            raise ProtocolError(f"transfer {self.key}: {area} is outside the reservation")
+        plan, name = self._plan, f"transfer {self.transfer_id}"
+        if plan is None or num_bytes != block_range.num_units * plan.unit_bytes:
+            raise ProtocolError(f"{name}: {num_bytes} bytes announced for {block_range}")
+        if block_range.layer_end > plan.num_layers or block_range.unit_end > self._end_unit:
+            raise ProtocolError(f"{name}: {block_range} is outside the reservation")
         if any(
-            self._arrived[layer] != area.page_start
-            for layer in range(area.layer_start, area.layer_end)
+            self._arrived[layer] != block_range.unit_start
+            for layer in range(block_range.layer_start, block_range.layer_end)
         ):
-            raise ProtocolError(f"transfer {self.key}: {area} is out of order or repeated")
+            raise ProtocolError(f"{name}: {block_range} is out of order or repeated")
         self._apply(ReceiveEvent.HEADER)
 
-    def received(self, area: Rectangle, num_bytes: int) -> None:
+    def received(self, block_range: LayerBlockRange, num_bytes: int) -> None:
         """The announced bytes are in the reserved blocks."""
-        for layer in range(area.layer_start, area.layer_end):
-            self._arrived[layer] = area.page_end
+        for layer in range(block_range.layer_start, block_range.layer_end):
+            self._arrived[layer] = block_range.unit_end
         self.messages += 1
         self.num_bytes += num_bytes
 
-    def end(self, manifest: End) -> None:
-        """Become COMPLETE if the manifest and what arrived agree; ProtocolError otherwise."""
+    def complete(self, manifest: End) -> None:
+        """Become COMPLETE if the manifest matches what arrived; ProtocolError otherwise."""
         said = (manifest.token_start, manifest.token_end, manifest.messages, manifest.num_bytes)
         seen = (self.token_start, self.token_end, self.messages, self.num_bytes)
-        missing = [layer for layer, at in enumerate(self._arrived) if at != self._end_page]
+        missing = [layer for layer, unit in enumerate(self._arrived) if unit != self._end_unit]
         if said != seen or missing or self._plan is None:
             raise ProtocolError(
-                f"transfer {self.key}: manifest {said}, received {seen}, "
+                f"transfer {self.transfer_id}: manifest {said}, received {seen}, "
                 f"{len(missing)} layers incomplete"
             )
-        self._apply(ReceiveEvent.END)
-        self.end_message = manifest
+        self._apply(ReceiveEvent.COMPLETE)
+        self.manifest = manifest
 
     def cancel(self) -> None:
         self._apply(ReceiveEvent.CANCEL)

@@ -1,8 +1,8 @@
 """Keeps the stream's copies in order with an engine's kernels, on a CUDA stream of their own.
 
-On CUDA a kernel is only queued when its call returns. A thread that copies beside the engine
-needs to know when what it reads was written, and when it has read it; nothing here waits for
-the whole device. On CPUs a call that has returned is done, and all of this does nothing.
+On CUDA a call returns when its kernel is queued. A thread that copies beside the engine must know
+when the memory that it reads has been written, and when it has read it. Nothing here waits for the
+whole device. On CPUs a call has finished when it returns, so all functions here do nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 
 from kv_transfer.errors import PairError
 
-_POLL_S = 1e-4  # between two looks at an event; CUDA can wait for one, but without a deadline
+# Pause between two checks of an event. CUDA can wait for an event, but without a deadline.
+_POLL_S = 1e-4
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
-    """The work that the calling thread's current stream has been given up to now."""
+    """Return an event for all work queued so far on the calling thread's current stream."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -27,7 +28,7 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def wait_done(event: torch.cuda.Event | None, timeout_s: float) -> None:
-    """Block this thread until marked work is done. Raises PairError after ``timeout_s``."""
+    """Block this thread until the marked work is done. Raises PairError after ``timeout_s``."""
     if event is None:
         return
     deadline_s = time.monotonic() + timeout_s
@@ -38,14 +39,14 @@ def wait_done(event: torch.cuda.Event | None, timeout_s: float) -> None:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """While entered, the calling thread's current stream is a new one of its own."""
+    """Give the calling thread a new current stream of its own while entered."""
     if device.type != "cuda":
         return nullcontext()
     stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))
     return stream
 
 
-def after(event: torch.cuda.Event | None, device: torch.device) -> None:
-    """Queue what the current stream is given from now on behind marked work."""
+def queue_after(event: torch.cuda.Event | None, device: torch.device) -> None:
+    """Queue all later work of the current stream behind the marked work."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)

@@ -1,13 +1,13 @@
-"""The control messages between a decode worker's rank and a prefill worker's rank.
+"""The control messages between a decode worker's rank (D) and a prefill worker's rank (P).
 
-ZeroMQ frames with msgpack inside (msgspec: typed, no pickle). D is the client and opens with
-HELLO; nothing else is heard from a peer before its HELLO was accepted.
+The messages are ZeroMQ frames with msgpack inside (msgspec: typed, no pickle). D connects and opens
+with HELLO. P ignores all other messages of a peer until it has accepted its HELLO.
 
-    D ▸ P   HELLO RESERVE CANCEL PING BYE      router's worker ▸ P   RELEASE
+    D ▸ P   HELLO RESERVE CANCEL PING BYE      P's own front end ▸ P   RELEASE
     P ▸ D   WELCOME REFUSE HEADER END FAIL PONG
 
-HEADERs and the tensors that they announce travel in the same order, so a receive is only
-posted when its send is.
+HEADERs travel in the same order as the tensors that they announce, so D starts a receive only for
+a tensor that P sends.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from kv_transfer.errors import ProtocolError
-from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.geometry import KvGeometry, LayerBlockRange
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
-_SHOWN_CHARS = 120  # of what is wrong with a frame
+_SHOWN_CHARS = 120  # an error message quotes at most this much of a wrong frame
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """D asks P for a pair."""
+
     version: int
     token: str  # shared secret of the cluster
-    expected_incarnation: str  # of the prefill worker that D was told of
+    expected_incarnation: str  # the prefill worker that D was told about
     incarnation: str  # of D
     geometry: KvGeometry
     backend: str  # "gloo" or "nccl"
@@ -39,73 +41,83 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
+    """P accepts the pair. Both sides now join the store and make the process group."""
+
     pair_id: str
-    geometry: KvGeometry  # of P; each side plans the pair from both
+    geometry: KvGeometry  # of P; each side plans the pair from both geometries
 
 
 class Refuse(msgspec.Struct, tag="refuse", frozen=True):
-    """No pair, or no longer: D must open a new one."""
+    """P does not open the pair, or closes it. D must open a new pair."""
 
     pair_id: str
     reason: str
 
 
 class Reserve(msgspec.Struct, tag="reserve", frozen=True):
-    """D holds blocks for tokens ``[token_start, token_end)`` of this attempt's prompt."""
+    """D holds blocks for tokens ``[token_start, token_end)`` of this transfer's prompt."""
 
-    key: str
+    transfer_id: str
     token_start: int
     token_end: int
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
-    key: str
+    """D no longer wants this transfer."""
+
+    transfer_id: str
 
 
 class Release(msgspec.Struct, tag="release", frozen=True):
-    """From P's own front end: nobody will fetch this any more."""
+    """P's own front end says that nobody will fetch this transfer's KV."""
 
     token: str
-    key: str
+    transfer_id: str
 
 
 class Ping(msgspec.Struct, tag="ping", frozen=True):
-    pass
+    """D is alive; P answers with PONG."""
 
 
 class Pong(msgspec.Struct, tag="pong", frozen=True):
-    pass
+    """P is alive."""
 
 
 class Bye(msgspec.Struct, tag="bye", frozen=True):
-    """D gives this pair up; all of its transfers are cancelled."""
+    """D closes this pair; all of its transfers fail."""
 
 
 class Header(msgspec.Struct, tag="header", frozen=True):
-    """The next tensor on the pair is this rectangle of this transfer."""
+    """The next tensor on the pair is this block range of this transfer."""
 
-    sequence: int  # of this pair's tensors; a gap would put one transfer's KV into another's
-    key: str
-    area: Rectangle
+    # Counts the tensors of this pair. Without it, a lost HEADER would put one transfer's KV into
+    # another's blocks.
+    sequence: int
+    transfer_id: str
+    block_range: LayerBlockRange
     num_bytes: int
 
 
 class End(msgspec.Struct, tag="end", frozen=True):
-    """All was sent: the manifest that D checks against what it received."""
+    """P has sent the whole leg. This is the manifest that D checks against what it received."""
 
-    key: str
+    transfer_id: str
     token_start: int
     token_end: int
     messages: int
     num_bytes: int
-    hidden_bytes: int  # of num_bytes, sent before P had computed the last layer
-    first_token: int | None
-    tail_ms: float = 0.0  # last layer computed -> this message; 0 if that was the engine's wait
-    stall_ms: float = 0.0  # messages were ready, and all staging buffers still on their way
+    hidden_bytes: int  # share of num_bytes that was sent before P had computed the last layer
+    first_token_id: int | None  # None if D samples the first token itself
+    # Time from the last computed layer to the last sent byte; 0 if all was sent before.
+    tail_ms: float = 0.0
+    # Time that P waited for the link: messages were ready and all staging buffers were in flight.
+    stall_ms: float = 0.0
 
 
 class Fail(msgspec.Struct, tag="fail", frozen=True):
-    key: str
+    """P will not complete this transfer."""
+
+    transfer_id: str
     reason: str
 
 
@@ -137,5 +149,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        # It quotes what a stranger sent, which may be long, and lines of its own.
+        # The error quotes what a stranger sent: this may be long and contain line breaks.
         raise ProtocolError(f"not a control message: {str(error)[:_SHOWN_CHARS]!r}") from error

@@ -51,14 +51,14 @@ def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
         case KvSend(forwards_first_token):
             return {
                 "baton": "send",
-                "key": request.transfer_id,
-                "first_token": forwards_first_token,
+                "transfer_id": request.transfer_id,
+                "forwards_first_token": forwards_first_token,
             }
         case KvReceive(incarnation, addresses, forwards_first_token):
             return {
                 "baton": "receive",
-                "key": request.transfer_id,
-                "first_token": forwards_first_token,
+                "transfer_id": request.transfer_id,
+                "forwards_first_token": forwards_first_token,
                 "incarnation": incarnation,
                 "addresses": list(addresses),
             }

@@ -34,7 +34,8 @@ from engine.vllm.convert import engine_output, kv_report, sampling_params
 from engine.vllm.log_buffers import log_buffers_kept
 from engine.vllm.sampling import LOGITS_PROCESSOR
 from engine.vllm.stats import EngineStats, wait_for_report
-from kv_transfer.rank_channel import RankReports, Releaser
+from kv_transfer.rank_reports import RankReports
+from kv_transfer.releaser import Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 
 _FAULT_WAIT_S = 0.5  # for a rank's last fault report; its engine has ended already

@@ -68,7 +68,7 @@ class EngineStats:
         self._usage = scheduler_stats.kv_cache_usage
         for receive in (scheduler_stats.kv_connector_stats or {}).get("receives", ()):
             report = msgspec.convert(receive, ReceiveReport)
-            future = self._reports.get(report.key)
+            future = self._reports.get(report.transfer_id)
             if future is not None and not future.done():
                 future.set_result(report)
 

@@ -1,17 +1,17 @@
-"""The class that vLLM loads, and the calls that an engine's front end makes on each rank.
+"""The connector class that vLLM loads.
 
-vLLM makes one connector in the engine core (the scheduler side) and one in each tensor-parallel
-rank (the worker side). Each hook is forwarded to the side that this process has. A request takes
-part if ``sampling_params.extra_args["kv_transfer_params"]`` is one of
+vLLM makes one connector in the scheduler (in the engine core's process), and one in each
+tensor-parallel rank. This class forwards each hook to ``SchedulerSide`` or ``WorkerSide``. A
+request takes part if ``sampling_params.extra_args["kv_transfer_params"]`` is one of
 
-    {"baton": "send",    "key", "first_token"}
-    {"baton": "receive", "key", "first_token", "incarnation", "addresses"}
+    {"baton": "send",    "transfer_id", "forwards_first_token"}
+    {"baton": "receive", "transfer_id", "forwards_first_token", "incarnation", "addresses"}
 
 Life of a send                              Life of a receive
   schedule   chunks of this step ▸ worker     schedule   blocks reserved ▸ worker ▸ RESERVE
   forward    save_kv_layer ▸ layer_done       each step  get_transfer_results: complete or failed
-  finished   blocks stay (True) until         complete   the first token joins the prompt, so one
-             a rank releases them                        token is computed; failed: recomputed
+  finished   blocks stay (True) until         complete   P's first token joins the prompt, so one
+             take_released names them                    token is computed; failed: recomputed
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from kv_transfer.doorbell import Doorbell
+from kv_transfer.vllm.metadata import StepPlan
 from kv_transfer.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kv_transfer.vllm.scheduler_side import SchedulerSide
-from kv_transfer.vllm.step import StepPlan
 from kv_transfer.vllm.worker_side import WorkerSide
 
 
@@ -49,14 +49,14 @@ class RankCalls:
     """What the front end may call on each rank, through vLLM's ``collective_rpc``."""
 
     def kv_prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
-        """Begin to make the pairs with a prefill worker; returns at once."""
-        self._kv_rank().prewarm(tuple(addresses), incarnation)
+        """Start to make the pairs with a prefill worker; returns at once."""
+        self._worker_side().prewarm(tuple(addresses), incarnation)
 
     def kv_paired_with(self) -> list[str]:
-        """Incarnations of the other pool's workers with which all pairs of this rank are up."""
-        return sorted(self._kv_rank().paired_with())
+        """Return the incarnations of the other pool with which all pairs of this rank are up."""
+        return sorted(self._worker_side().paired_with())
 
-    def _kv_rank(self) -> WorkerSide:
+    def _worker_side(self) -> WorkerSide:
         connector = get_kv_transfer_group()
         assert isinstance(connector, BatonConnector)
         return connector.worker_side
@@ -68,129 +68,132 @@ class BatonConnector(KVConnectorBase_V1):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
-        """Called by vLLM while the engine starts: once in the engine core, once in each rank."""
+        """The scheduler and each model runner make one when the engine starts."""
         super().__init__(vllm_config, role, kv_cache_config)
         config = vllm_config.kv_transfer_config
-        self._scheduler = SchedulerSide(
+        self.scheduler_side = SchedulerSide(
             Doorbell(config.kv_connector_extra_config["incarnation"])
             if role is KVConnectorRole.SCHEDULER and config.is_kv_consumer
             else None
         )
-        self._worker = (
+        self._worker_side = (
             WorkerSide(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
         )
 
     @property
     def worker_side(self) -> WorkerSide:
-        """This rank's end of the stream. Only in a rank."""
-        assert self._worker is not None, "a worker-side hook was called on the scheduler side"
-        return self._worker
+        assert self._worker_side is not None, "a worker-side hook on the scheduler side"
+        return self._worker_side
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Called by vLLM's configuration, once, before the engine starts.
-
-        ``save_kv_layer`` must run between the layers, also with CUDA graphs.
-        """
+        """vLLM's configuration asks once. ``save_kv_layer`` must run between the layers."""
         return True
 
-    # Hooks of the scheduler side, called from the engine core's thread.
+    # ---- scheduler side: called by the scheduler, in the engine core's thread ----------------
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Called by the scheduler for a waiting request, each time that it tries to schedule it."""
-        return self._scheduler.matched_tokens(request, num_computed_tokens)
+        """The scheduler calls this each time that it tries to start a waiting request.
+
+        Returns:
+            How many tokens the prefill worker supplies, and whether they arrive asynchronously.
+        """
+        return self.scheduler_side.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """Called by the scheduler, once each time that a waiting request has got its blocks."""
-        self._scheduler.allocated(request, blocks, num_external_tokens)
+        """The scheduler calls this when it has allocated blocks for a waiting request.
+
+        A receive gets two calls: one for the tokens to receive, and one with 0 when it runs.
+        """
+        self.scheduler_side.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """Called by the scheduler, once a step, after it has scheduled; empty steps included."""
-        return self._scheduler.plan_step(scheduler_output)
+        """The scheduler calls this once at the end of each step's schedule, also an empty one."""
+        return self.scheduler_side.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Called by the scheduler with what all ranks reported, after each step."""
-        self._scheduler.step_done(connector_output)
+        """The scheduler calls this after each step, with what all ranks reported together."""
+        self.scheduler_side.step_done(connector_output)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Called by the scheduler, once a request, before its blocks are freed.
+        """The scheduler calls this once for each request, when it is finished or aborted.
 
-        True keeps the blocks until ``get_transfer_results`` names the request.
+        Returns:
+            Whether the blocks must stay until a rank releases them; no parameters.
         """
-        return self._scheduler.finished(request), None
+        return self.scheduler_side.request_finished(request), None
 
-    # Hooks of the worker side, called from the rank's engine thread.
+    # ---- worker side: called by the model runner, in the thread that computes ----------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Called by the model runner, once, when the caches are allocated."""
+        """The model runner calls this once, when it has allocated the caches."""
         self.worker_side.start(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Called by the model runner, once a step, before preempted blocks are overwritten."""
+        """The model runner calls this first in each step, before blocks are overwritten."""
         assert isinstance(kv_connector_metadata, StepPlan)
         self.worker_side.preempt(kv_connector_metadata.preempted)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Called by the model runner, once a step, before the forward pass.
+        """The model runner calls this in each step, before the forward pass.
 
-        The step begins here and not in ``start_load_kv``, which vLLM may call after the forward
-        pass. So a reservation does not wait for a decode step, nor a first token for the chunk of
-        another prompt.
+        We begin the step here, because ``start_load_kv`` runs after the forward pass. A reservation
+        need not wait for a decode step, nor the first token for a chunk of another prompt.
         """
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepPlan)
         self.worker_side.begin_step(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Called by the model runner, once a step. Nothing to do: threads of our own receive."""
+        """The model runner calls this in each step. Other threads load KV, so it does nothing."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Called by each attention layer before it runs. A request that runs has all its KV."""
+        """Each attention layer calls this. No request runs before its KV is complete."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Called by each attention layer after it has written its KV, once a step."""
+        """Each attention layer calls this in each forward pass, when its KV is written."""
         self.worker_side.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
-        """Called by the model runner, once a step, after the forward pass. Does not wait."""
+        """The model runner calls this in each step, after the forward pass."""
         self.worker_side.end_step()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Called by the model runner, once a step, after ``wait_for_save``; also in empty steps."""
+        """The model runner calls this in each step, after ``wait_for_save``."""
         return self.worker_side.take_results()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Called by the model runner, once a step, after ``get_transfer_results``."""
+        """The model runner calls this in each step, after ``get_transfer_results``."""
         return self.worker_side.take_rank_results()
 
-    # Hooks of both sides.
-
     def shutdown(self) -> None:
-        """Called by vLLM when the process ends in good order."""
-        self._scheduler.stop()
-        if self._worker is not None:
-            self._worker.stop()
+        """Scheduler and model runner each call this once, when the engine ends."""
+        self.scheduler_side.stop()
+        if self._worker_side is not None:
+            self._worker_side.stop()
+
+    # ---- statistics ---------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """Called on both sides, once a step. Only the scheduler side reports."""
-        return None if self._worker is not None else self._scheduler.take_stats()
+        """Both sides are asked after each step; only the scheduler side has statistics."""
+        return None if self._worker_side is not None else self.scheduler_side.take_stats()
 
     @classmethod
     def build_kv_connector_stats(
         cls, data: dict[str, Any] | None = None
     ) -> KVConnectorStats | None:
-        """Called by the front end, to rebuild the statistics that it received."""
+        """vLLM's logger in the front end calls this to restore the statistics of each step."""
         return ConnectorStats(data if data is not None else {"receives": []})
 
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics:
-        """Called by the front end, once, if it serves Prometheus metrics."""
+        """vLLM's Prometheus logger in the front end calls this once."""
         return ConnectorMetrics(*args)

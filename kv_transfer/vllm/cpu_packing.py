@@ -1,8 +1,8 @@
-"""Where vLLM's CPU attention kernels put each element of a block.
+"""The order in which vLLM's CPU attention kernels store the elements of a block.
 
-They pack the keys of a block across its tokens, differently for each instruction set. Rather than
-to repeat their arithmetic, we ask them: the kernel that writes the cache is given the number of
-each element, and what is found in the cache says where that element went.
+They pack the attention keys of a block across its tokens, differently for each instruction set.
+Instead of repeating their arithmetic, we ask them: the kernel that writes the cache gets the number
+of each element, and the cache then shows where that element went.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _BASE = 128  # of the digits of an element's number; exact in each floating-poin
 
 
 def packed_positions(cache: torch.Tensor, isa: str) -> torch.Tensor | None:
-    """The place of each element in one head's part of a block.
+    """Return the place of each element in one head's share of a block.
 
     Args:
         cache: a layer's, ``[blocks, kv_heads, block_tokens, 2 * head_size]``; only its shape and
@@ -22,8 +22,8 @@ def packed_positions(cache: torch.Tensor, isa: str) -> torch.Tensor | None:
         isa: vLLM's name of the kernels, such as "vec" or "amx".
 
     Returns:
-        int64 ``[block_tokens, 2 * head_size]``, K before V; None if the kernel does not keep
-        elements as they are (quantised caches).
+        int64 ``[block_tokens, 2 * head_size]``, K before V; None if the kernel changes the
+        elements (quantised caches).
     """
     if not cache.dtype.is_floating_point or cache.dtype.itemsize < 2:
         return None
@@ -35,7 +35,7 @@ def packed_positions(cache: torch.Tensor, isa: str) -> torch.Tensor | None:
     while scale < element.numel():
         digit = (element // scale % _BASE).to(cache.dtype)
         block = torch.zeros(1, 1, 2 * tokens, head_size, dtype=cache.dtype)
-        keys, values = block.chunk(2, dim=2)  # as vLLM's CPU backend splits it
+        keys, values = block.chunk(2, dim=2)  # vLLM's CPU backend splits a block in this way
         ops.cpu_attn_reshape_and_cache(
             digit[..., :head_size].contiguous(),
             digit[..., head_size:].contiguous(),

@@ -1,7 +1,8 @@
-"""Reports of receives on vLLM's own way of statistics, and as Prometheus metrics.
+"""Reports of receives, as vLLM statistics and as Prometheus metrics.
 
-The scheduler side of a decode worker makes one report a transfer; vLLM carries it to the front end
-with the first token, where it reaches the request's phases and the counters below.
+The scheduler side of a decode worker makes one report for each transfer. vLLM carries it to the
+front end together with the first token. There it reaches the request's phases and the metrics
+below.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 3
 
 
 class ReceiveReport(msgspec.Struct):
-    """How one receive ended, for the engine's front end (all ranks together)."""
+    """How one receive ended, over all ranks, for the engine's front end."""
 
-    key: str
+    transfer_id: str
     complete: bool
     first_index: int  # output position of the first token that this engine samples
     backend: str
@@ -29,7 +30,7 @@ class ReceiveReport(msgspec.Struct):
     messages: int
     tokens: int  # positions whose KV was received
     transfer_ms: float
-    hidden_bytes: int  # of num_bytes, sent while the prefill was still computing
+    hidden_bytes: int  # share of num_bytes sent while the prefill was still computing
     tail_ms: float  # the prefill's last layer -> last byte sent
     stall_ms: float  # the prefill waited for the link
     retries: int  # reservations repeated over a new pair
@@ -38,7 +39,7 @@ class ReceiveReport(msgspec.Struct):
 
 
 class ConnectorStats(KVConnectorStats):
-    """Reports of receives, on vLLM's own way of statistics to the front end."""
+    """Reports of receives in the form in which vLLM carries statistics to the front end."""
 
     data: dict[str, list[dict[str, Any]]]
 
@@ -61,9 +62,10 @@ class ConnectorStats(KVConnectorStats):
 
 
 class ConnectorMetrics(KVConnectorPromMetrics):
-    """``vllm:baton_kv_*``, where vLLM's own metrics are, with their labels.
+    """``vllm:baton_kv_*``, beside vLLM's own metrics and with their labels.
 
-    The prefix is needed: vLLM takes metrics of an earlier engine in this process away by it.
+    The prefix ``vllm:`` is needed: by it, vLLM removes the metrics of an earlier engine in the same
+    process.
     """
 
     def __init__(
@@ -84,18 +86,18 @@ class ConnectorMetrics(KVConnectorPromMetrics):
             metric = self._histogram_cls(name, text, labelnames, buckets=_SECONDS)
             return create_metric_per_engine(metric, per_engine_labelvalues)
 
-        self._transfers = counter("transfers", "KV transfers that ended, failed ones included.")
+        self._transfers = counter("transfers", "KV transfers that ended, including failed ones.")
         self._failed = counter("transfers_failed", "KV transfers that failed and were recomputed.")
         self._counts = {
             "num_bytes": counter("bytes", "Bytes of KV received."),
-            "hidden_bytes": counter("hidden_bytes", "Of them, sent while prefill was computing."),
+            "hidden_bytes": counter("hidden_bytes", "Bytes of KV sent while prefill computed."),
             "messages": counter("messages", "Messages of KV received."),
-            "retries": counter("retries", "Reservations repeated over a new process group."),
+            "retries": counter("retries", "Reservations repeated over a new pair."),
         }
         self._times = {
-            "transfer_ms": histogram("transfer", "First byte to last."),
-            "tail_ms": histogram("tail", "Prefill's last layer to the last byte sent."),
-            "stall_ms": histogram("stall", "KV was ready and waited for the link."),
+            "transfer_ms": histogram("transfer", "Time from the first to the last byte."),
+            "tail_ms": histogram("tail", "Time from prefill's last layer to the last byte."),
+            "stall_ms": histogram("stall", "Time that ready KV waited for the link."),
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

@@ -1,7 +1,4 @@
-"""The connector in the engine core: which requests send or receive KV, and how each transfer ended.
-
-Called by vLLM's scheduler, from the engine core's only thread.
-"""
+"""The connector in vLLM's scheduler: which requests send or receive KV, and with which blocks."""
 
 from __future__ import annotations
 
@@ -15,55 +12,47 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from kv_transfer.doorbell import Doorbell
-from kv_transfer.receive import Reservation, TransferResult
-from kv_transfer.send import StepChunk
+from kv_transfer.receive.records import Reservation, TransferResult
+from kv_transfer.send.records import StepChunk
+from kv_transfer.vllm.metadata import RankResults, StepPlan
 from kv_transfer.vllm.metrics import ConnectorStats, ReceiveReport
-from kv_transfer.vllm.step import Cancellation, RankResults, StepPlan
 
 # Longest sleep of an idle engine core that waits for KV. A new request may have to wait that long.
-_NAP_S = 0.005
+_IDLE_SLEEP_S = 0.005
 
 
-def kv_params(request: Request, kind: str) -> dict[str, Any] | None:
-    """The request's transfer parameters if it is of this kind ("send" or "receive")."""
+def _params(request: Request, kind: str) -> dict[str, Any] | None:
     params = request.kv_transfer_params
     return params if params is not None and params.get("baton") == kind else None
 
 
 @dataclass(slots=True)
 class _Receive:
-    """One request on a decode worker whose KV is received."""
-
     request: Request
     reserved_tokens: int
     cached_tokens: int
     pending: bool = True
     failed: bool = False
-    ranks: list[TransferResult] = field(default_factory=list)
+    rank_results: list[TransferResult] = field(default_factory=list)
     computed_tokens: int = 0
 
 
 class SchedulerSide:
-    """Knows each request's transfer, from its first schedule to its report.
-
-    Args:
-        doorbell: wakes an idle engine core; only on a decode worker.
-    """
+    """Used by the engine core's thread only. ``doorbell`` is None in a prefill worker."""
 
     def __init__(self, doorbell: Doorbell | None) -> None:
         self._doorbell = doorbell
-        self._idle = False  # the last step computed nothing
+        self._idle = False  # nothing was computed in the last step
         self._plan = StepPlan()
-        self._sends: dict[str, Request] = {}  # from their first schedule on
-        self._receives: dict[str, _Receive] = {}  # until the step that samples the first token
+        # By request id:
+        self._sends: dict[str, Request] = {}  # scheduled at least once
+        self._receives: dict[str, _Receive] = {}  # until the first step that samples
         self._reports: list[ReceiveReport] = []
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens will be received, and whether the engine should wait for them.
-
-        A transfer is used once: after a failure or a preemption the engine recomputes the tokens.
-        """
-        if kv_params(request, "receive") is None or request.request_id in self._receives:
+        """Return the tokens to receive, and whether there are any."""
+        # A transfer is used once: after a failure or a preemption the tokens are recomputed.
+        if _params(request, "receive") is None or request.request_id in self._receives:
             return 0, False
         if request.num_preemptions or request.num_output_tokens:
             return 0, False
@@ -71,17 +60,20 @@ class SchedulerSide:
         return tokens, tokens > 0
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
-        """Reserve the tokens that ``matched_tokens`` announced, now that they have blocks."""
-        if kv_params(request, "send") is not None:
+        """Plan a reservation for the ``num_external`` last tokens of the prompt, if there are any.
+
+        A request that sends is remembered from here on.
+        """
+        if _params(request, "send") is not None:
             self._sends[request.request_id] = request
-        params = kv_params(request, "receive")
+        params = _params(request, "receive")
         if params is None or num_external == 0:
             return
         start = request.num_prompt_tokens - num_external
         self._receives[request.request_id] = _Receive(request, num_external, start)
         self._plan.reservations.append(
             Reservation(
-                key=params["key"],
+                transfer_id=params["transfer_id"],
                 request_id=request.request_id,
                 addresses=tuple(params["addresses"]),
                 incarnation=params["incarnation"],
@@ -92,8 +84,11 @@ class SchedulerSide:
         )
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
-        """The plan for the ranks; a new one begins."""
-        self._nap(busy=output.total_num_scheduled_tokens > 0)
+        """Return what the ranks must know for this step. May sleep if there is only KV to wait for.
+
+        A decode request whose last token is scheduled gets its report.
+        """
+        self._sleep_until_kv_arrives(busy=output.total_num_scheduled_tokens > 0)
         for new in output.scheduled_new_reqs:
             self._scheduled(output, new.req_id, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
@@ -101,15 +96,12 @@ class SchedulerSide:
             self._scheduled(output, req_id, num_computed)
         for request in self._sends.values():
             if request.num_preemptions:
-                self._plan.preempted.append(request.kv_transfer_params["key"])
+                self._plan.preempted.append(request.kv_transfer_params["transfer_id"])
         plan, self._plan = self._plan, StepPlan()
         return plan
 
-    def _nap(self, *, busy: bool) -> None:
-        """Sleep in the second empty step in a row, while KV is on its way.
-
-        Not in the first: the engine has not yet handed out the results of the last full step.
-        """
+    def _sleep_until_kv_arrives(self, *, busy: bool) -> None:
+        """Sleep in the second empty step in a row: by then, all tokens have been handed out."""
         if (
             self._doorbell is not None
             and self._idle
@@ -117,7 +109,7 @@ class SchedulerSide:
             and not (self._plan.reservations or self._plan.cancelled)
             and any(receive.pending for receive in self._receives.values())
         ):
-            self._doorbell.nap(_NAP_S)
+            self._doorbell.wait(_IDLE_SLEEP_S)
         self._idle = not busy
 
     def _scheduled(self, output: SchedulerOutput, req_id: str, num_computed: int) -> None:
@@ -126,7 +118,7 @@ class SchedulerSide:
         if receive is not None:
             receive.computed_tokens += scheduled
             if num_computed + scheduled >= receive.request.num_tokens:
-                self._report(receive)
+                self._reports.append(_report_of(receive))
                 del self._receives[req_id]
             return
         request = self._sends.get(req_id)
@@ -136,7 +128,7 @@ class SchedulerSide:
             if num_computed < end:
                 self._plan.chunks.append(
                     StepChunk(
-                        key=request.kv_transfer_params["key"],
+                        transfer_id=request.kv_transfer_params["transfer_id"],
                         request_id=req_id,
                         block_ids=tuple(block_ids),
                         token_start=num_computed,
@@ -146,95 +138,94 @@ class SchedulerSide:
                 )
 
     def step_done(self, output: KVConnectorOutput) -> None:
-        """Note what the ranks reported with a step."""
+        """Take the ranks' results; a complete receive continues after P's first token."""
         meta = output.kv_connector_worker_meta
         if meta is not None:
             assert isinstance(meta, RankResults)
             for result in meta.results:
-                self._receives[result.request_id].ranks.append(result)
+                self._receives[result.request_id].rank_results.append(result)
         for req_id in output.finished_recving or ():
             receive = self._receives[req_id]
             receive.pending = False
-            receive.failed = not all(result.complete for result in receive.ranks)
-            if receive.request.is_finished():  # it was aborted; vLLM now frees its blocks
+            receive.failed = not all(result.complete for result in receive.rank_results)
+            if receive.request.is_finished():  # aborted meanwhile; vLLM now frees its blocks
                 del self._receives[req_id]
             elif not receive.failed:
-                self._join_first_token(receive)
+                _append_first_token(receive)
 
-    def _join_first_token(self, receive: _Receive) -> None:
-        """Append the prefill worker's first token to the prompt; its KV is still to be computed.
-
-        These are the steps of vLLM's own ``Scheduler._update_request_as_session``. The request
-        still waits for remote KV, so no model runner has seen it.
-        """
-        tokens = {result.first_token for result in receive.ranks}
-        if tokens == {None}:
-            return  # vLLM recomputes the last prompt token and samples
-        (token,) = tokens
-        request = receive.request
-        request.prompt_token_ids.append(token)
-        request._all_token_ids.append(token)
-        request.num_prompt_tokens += 1
-        request.max_tokens -= 1
-        request.update_block_hashes()
-
-    def _report(self, receive: _Receive) -> None:
-        ranks, request = receive.ranks, receive.request
-        joined = not receive.failed and ranks[0].first_token is not None
-        self._reports.append(
-            ReceiveReport(
-                key=request.kv_transfer_params["key"],
-                complete=not receive.failed,
-                first_index=1 if joined else 0,
-                backend=ranks[0].backend,
-                num_bytes=sum(result.num_bytes for result in ranks),
-                messages=sum(result.messages for result in ranks),
-                tokens=0 if receive.failed else receive.reserved_tokens,
-                transfer_ms=max(result.transfer_ms for result in ranks),
-                hidden_bytes=sum(result.hidden_bytes for result in ranks),
-                tail_ms=max(result.tail_ms for result in ranks),
-                stall_ms=max(result.stall_ms for result in ranks),
-                retries=sum(result.retries for result in ranks),
-                cached_tokens=receive.cached_tokens,
-                computed_tokens=receive.computed_tokens,
-            )
-        )
-
-    def finished(self, request: Request) -> bool:
-        """Note the end of a request; True if its blocks must stay until a rank releases them."""
+    def request_finished(self, request: Request) -> bool:
+        """Return True if the blocks must stay until a rank releases them."""
         req_id = request.request_id
-        if (params := kv_params(request, "receive")) is not None:
+        if (params := _params(request, "receive")) is not None:
             receive = self._receives.get(req_id)
             if receive is not None and not receive.pending:
                 del self._receives[req_id]
             elif receive is not None or not request.num_output_tokens:
                 # vLLM itself keeps the blocks until the pending receive is reported.
                 self._plan.cancelled.append(
-                    Cancellation(params["key"], tuple(params["addresses"]), params["incarnation"])
+                    (params["transfer_id"], tuple(params["addresses"]), params["incarnation"])
                 )
             return False
-        if (params := kv_params(request, "send")) is None:
+        if (params := _params(request, "send")) is None:
             return False
         scheduled = self._sends.pop(req_id, None) is not None
         if request.status in (
             RequestStatus.FINISHED_STOPPED,
             RequestStatus.FINISHED_LENGTH_CAPPED,
         ):
-            token = request.output_token_ids[0] if params["first_token"] else None
-            self._plan.sampled.append((params["key"], token))
+            first_token_id = request.output_token_ids[0] if params["forwards_first_token"] else None
+            self._plan.sampled.append((params["transfer_id"], first_token_id))
         else:
-            self._plan.aborted.append(params["key"])
+            self._plan.aborted.append(params["transfer_id"])
         return scheduled
 
-    def stop(self) -> None:
-        """Close the doorbell. Idempotent."""
-        if self._doorbell is not None:
-            self._doorbell.close()
-            self._doorbell = None
-
     def take_stats(self) -> ConnectorStats | None:
-        """The reports of receives since the last call; None if there are none."""
+        """Return the reports since the last call, or None if there are none."""
         if not self._reports:
             return None
         reports, self._reports = self._reports, []
         return ConnectorStats({"receives": [msgspec.to_builtins(report) for report in reports]})
+
+    def stop(self) -> None:
+        if self._doorbell is not None:
+            self._doorbell.close()
+            self._doorbell = None
+
+
+def _append_first_token(receive: _Receive) -> None:
+    """Append P's first token to the prompt; it has no KV yet, so this engine computes it.
+
+    These are the steps of vLLM's own ``Scheduler._update_request_as_session``. The request waits
+    for remote KV, so the model runner does not know it yet.
+    """
+    token_ids = {result.first_token_id for result in receive.rank_results}
+    if token_ids == {None}:
+        return  # vLLM recomputes the last prompt token and samples
+    (token_id,) = token_ids
+    request = receive.request
+    request.prompt_token_ids.append(token_id)
+    request._all_token_ids.append(token_id)
+    request.num_prompt_tokens += 1
+    request.max_tokens -= 1
+    request.update_block_hashes()
+
+
+def _report_of(receive: _Receive) -> ReceiveReport:
+    results, request = receive.rank_results, receive.request
+    joined = not receive.failed and results[0].first_token_id is not None
+    return ReceiveReport(
+        transfer_id=request.kv_transfer_params["transfer_id"],
+        complete=not receive.failed,
+        first_index=1 if joined else 0,
+        backend=results[0].backend,
+        num_bytes=sum(result.num_bytes for result in results),
+        messages=sum(result.messages for result in results),
+        tokens=0 if receive.failed else receive.reserved_tokens,
+        transfer_ms=max(result.transfer_ms for result in results),
+        hidden_bytes=sum(result.hidden_bytes for result in results),
+        tail_ms=max(result.tail_ms for result in results),
+        stall_ms=max(result.stall_ms for result in results),
+        retries=sum(result.retries for result in results),
+        cached_tokens=receive.cached_tokens,
+        computed_tokens=receive.computed_tokens,
+    )

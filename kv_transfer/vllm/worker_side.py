@@ -1,7 +1,4 @@
-"""The connector on each rank: starts the KV stream and follows the scheduler side's plans.
-
-Called by vLLM's model runner, from the rank's engine thread.
-"""
+"""The connector in one rank: starts the stream and hands it the engine's steps."""
 
 from __future__ import annotations
 
@@ -19,38 +16,18 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from kv_transfer.doorbell import DoorbellButton
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import KvGeometry
+from kv_transfer.kv_caches import KvCaches
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
-from kv_transfer.rank_channel import RankReport, report
-from kv_transfer.receive import DecodeClient, TransferResult
-from kv_transfer.send import PrefillServer
+from kv_transfer.rank_reports import RankReport, send_report
+from kv_transfer.receive.client import DecodeClient
+from kv_transfer.receive.records import TransferResult
+from kv_transfer.send.server import PrefillServer
 from kv_transfer.vllm.cpu_packing import packed_positions
-from kv_transfer.vllm.step import RankResults, StepPlan
-
-
-def full_attention(config: KVCacheConfig) -> FullAttentionSpec:
-    """The one kind of cache that all layers share.
-
-    In a model that mixes sliding and full attention, sliding layers share it, too: vLLM then keeps
-    all their tokens, unless a connector asks for something else.
-
-    Raises:
-        IncompatibleError: the model has another kind of cache, which cannot be streamed.
-    """
-    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-    if [type(spec) for spec in specs] != [FullAttentionSpec]:
-        names = ", ".join(type(spec).__name__ for spec in specs) or "none"
-        raise IncompatibleError(
-            f"this model's KV cache ({names}) cannot be streamed yet, only one FullAttentionSpec "
-            "for all layers"
-        )
-    (spec,) = specs
-    assert isinstance(spec, FullAttentionSpec)
-    return spec
+from kv_transfer.vllm.metadata import RankResults, StepPlan
 
 
 class WorkerSide:
-    """One rank's end of the KV stream: a server if it prefills, a client if it decodes."""
+    """Used by the thread that computes. A prefill rank has a server, a decode rank a client."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._vllm_config = vllm_config
@@ -65,10 +42,10 @@ class WorkerSide:
         self._tp_rank = 0
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Start the stream over this rank's caches.
+        """Start the stream of this rank, and report its address to the front end.
 
         Raises:
-            IncompatibleError: these caches cannot be streamed; the front end was told why.
+            IncompatibleError: after the front end was told why.
         """
         extra = dict(self._config.kv_connector_extra_config)
         report_to: str = extra.pop("report_to")
@@ -76,53 +53,53 @@ class WorkerSide:
         try:
             self._start(kv_caches, report_to, **extra)
         except IncompatibleError as error:
-            report(report_to, RankReport(extra["token"], self._tp_rank, fault=str(error)))
+            send_report(report_to, RankReport(extra["token"], self._tp_rank, fault=str(error)))
             raise
 
     def _start(
         self, kv_caches: dict[str, torch.Tensor], report_to: str, *, model: str, **extra: Any
     ) -> None:
         spec = full_attention(self._kv_cache_config)
-        # The parent process is not bound to the cores that this rank computes on.
+        # The parent process is not bound to the cores on which this rank computes.
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
 
         def on_stuck(reason: str) -> None:
-            report(report_to, RankReport(options.token, self._tp_rank, fault=reason))
+            send_report(report_to, RankReport(options.token, self._tp_rank, fault=reason))
 
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}
         cache = kv_caches[names[0]]
         isa = self._cpu_kernel(names[0]) if cache.device.type == "cpu" else None
         positions = None if isa is None else packed_positions(cache, isa)
-        pages = KvPages([kv_caches[name] for name in names], positions)
-        # A CPU kernel packs the keys of a block in an order of its own.
-        by_token = isa is None or positions is not None
-        geometry = self._geometry(model, spec, cache, len(names), isa, by_token)
+        caches = KvCaches([kv_caches[name] for name in names], positions)
+        # Each CPU kernel packs the attention keys of a block in an order of its own.
+        positions_known = isa is None or positions is not None
+        geometry = self._geometry(model, spec, cache, len(names), isa, positions_known)
         if self._config.is_kv_producer:
-            self._server = PrefillServer(pages, geometry, options, on_stuck=on_stuck)
+            self._server = PrefillServer(caches, geometry, options, on_stuck=on_stuck)
             address = self._server.address
-            report(report_to, RankReport(options.token, self._tp_rank, address=address))
+            send_report(report_to, RankReport(options.token, self._tp_rank, address=address))
         else:
             self._button = DoorbellButton(options.incarnation)
             self._client = DecodeClient(
-                pages, geometry, options, on_result=self._button.ring, on_stuck=on_stuck
+                caches, geometry, options, on_result=self._button.ring, on_stuck=on_stuck
             )
 
     def _cpu_kernel(self, layer_name: str) -> str:
-        """The instruction set for which vLLM's CPU kernels lay out this layer's cache."""
+        """Return the instruction set for which vLLM's CPU kernels lay out this layer's cache."""
         context = self._vllm_config.compilation_config.static_forward_context
         isa: str = context[layer_name].isa
         return isa
 
     def _geometry(
         self, model: str, spec: FullAttentionSpec, cache: torch.Tensor, num_layers: int,
-        isa: str | None, by_token: bool,
+        isa: str | None, positions_known: bool,
     ) -> KvGeometry:  # fmt: skip
         _, kv_heads, block_tokens, content = cache.shape
         if block_tokens != spec.block_size or kv_heads != spec.num_kv_heads:
             raise IncompatibleError(
-                f"KV cache of shape {tuple(cache.shape)} for blocks of {spec.block_size} tokens "
-                f"and {spec.num_kv_heads} heads"
+                f"vLLM allocated a KV cache of shape {tuple(cache.shape)} for blocks of "
+                f"{spec.block_size} tokens and {spec.num_kv_heads} heads"
             )
         layout = self._vllm_config.cache_config.get_resolved_kv_cache_layout().name
         geometry = KvGeometry(
@@ -134,62 +111,57 @@ class WorkerSide:
             item_bytes=cache.element_size(),
             block_tokens=block_tokens,
             layout=layout if isa is None else f"{layout}/{isa}",
-            by_token=by_token,
+            positions_known=positions_known,
             tp_size=self._vllm_config.parallel_config.tensor_parallel_size,
             tp_rank=self._tp_rank,
         )
         if len(geometry.heads) != kv_heads:
             raise IncompatibleError(
-                f"{kv_heads} KV heads on rank {self._tp_rank}, {len(geometry.heads)} expected"
+                f"rank {self._tp_rank} has {kv_heads} KV heads, {len(geometry.heads)} expected"
             )
         return geometry
 
-    def preempt(self, keys: Iterable[str]) -> None:
-        """Return when no sender reads the blocks of these transfers any more."""
+    def preempt(self, transfer_ids: Iterable[str]) -> None:
+        """Return when no sender reads the blocks of these requests any longer."""
         if self._server is not None:
-            self._server.preempt(keys)
+            self._server.preempt(transfer_ids)
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Carry out the scheduler side's plan before the step computes anything."""
         if self._server is not None:
-            for key, token in plan.sampled:
-                self._server.finish(key, token, computed=True)
-            for key in plan.aborted:
-                self._server.finish(key, None, computed=False)
+            for transfer_id, first_token_id in plan.sampled:
+                self._server.request_finished(transfer_id, first_token_id, computed=True)
+            for transfer_id in plan.aborted:
+                self._server.request_finished(transfer_id, None, computed=False)
             self._layers_done = 0
             self._server.begin_step(plan.chunks)
         if self._client is not None:
             for reservation in plan.reservations:
                 self._client.reserve(reservation)
-            for each in plan.cancelled:
-                self._client.cancel(each.key, each.addresses, each.incarnation)
+            for transfer_id, addresses, incarnation in plan.cancelled:
+                self._client.cancel(transfer_id, addresses, incarnation)
 
     def prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
-        """Begin to make the pairs with a prefill worker; returns at once."""
+        """See ``DecodeClient.prewarm``."""
         assert self._client is not None, "a prefill worker opens no pair"
         self._client.prewarm(addresses, incarnation)
 
     def paired_with(self) -> set[str]:
-        """Incarnations of the other pool's workers with which all pairs of this rank are up."""
+        """Return the incarnations of the other pool with which all pairs of this rank are up."""
         end = self._server if self._server is not None else self._client
         return set() if end is None else end.paired_with()
 
     def layer_done(self, layer_name: str) -> None:
-        """Note that a layer's KV is written.
-
-        Layers run in order. A layer out of order (a draft model's) is sent at the end of the step.
-        """
+        # Layers run in order. One that does not, such as a draft model's, counts at the step's end.
         if self._server is not None and self._layer_index[layer_name] == self._layers_done:
             self._layers_done += 1
             self._server.layer_done(self._layers_done)
 
     def end_step(self) -> None:
-        """Note that the forward pass is over."""
         if self._server is not None:
             self._server.end_step()
 
     def take_results(self) -> KVConnectorTransferResults:
-        """The requests whose sends or receives ended since the last call."""
+        """Return the requests whose blocks are released (prefill) or whose KV is here (decode)."""
         if self._server is not None:
             return KVConnectorTransferResults(finished_sending=self._server.take_released())
         assert self._client is not None
@@ -200,15 +172,35 @@ class WorkerSide:
         )
 
     def take_rank_results(self) -> RankResults | None:
-        """How these receives ended, for the scheduler side; call after ``take_results``."""
+        """Return the details of what ``take_results`` returned last."""
         results, self._results = self._results, []
         return RankResults(results) if results else None
 
     def stop(self) -> None:
-        """End the stream's threads. Idempotent."""
         if self._server is not None:
             self._server.stop()
         if self._client is not None:
             self._client.stop()
         if self._button is not None:
             self._button.close()
+
+
+def full_attention(config: KVCacheConfig) -> FullAttentionSpec:
+    """Return the kind of cache that all layers have.
+
+    If a model mixes sliding with full attention, its sliding layers have this kind, too: vLLM keeps
+    all their tokens for a connector that does not ask for anything else.
+
+    Raises:
+        IncompatibleError: the model has other kinds of cache.
+    """
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    if [type(spec) for spec in specs] != [FullAttentionSpec]:
+        names = ", ".join(type(spec).__name__ for spec in specs) or "none"
+        raise IncompatibleError(
+            f"this model's KV cache ({names}) cannot be streamed yet, only one FullAttentionSpec "
+            "for all layers"
+        )
+    (spec,) = specs
+    assert isinstance(spec, FullAttentionSpec)
+    return spec

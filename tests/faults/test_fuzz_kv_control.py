@@ -1,7 +1,7 @@
-"""Strangers at all that the KV stream listens on: control channels, stores, gloo, rank reports.
+"""Strangers at all ports of the KV stream: control channels, stores, gloo, rank reports.
 
-Whatever they send: transfers of others arrive bit by bit, strangers are dropped with a few lines in
-the log, and no block, thread or file is kept for them.
+For all that they send: transfers of others arrive unchanged, strangers are dropped with a few lines
+in the log, and no block, thread or file is kept for them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pytest
 import zmq
 
 from kv_transfer import wire
-from kv_transfer.geometry import Rectangle
-from kv_transfer.rank_channel import RankReport, RankReports, report
-from kv_transfer.send import StepChunk
+from kv_transfer.geometry import LayerBlockRange
+from kv_transfer.rank_reports import RankReport, RankReports, send_report
 from tests.support.hostile import OpenFiles, Strangers, another_protocol, dice, garbage
 from tests.support.kv_faults import Stranger, kv_threads
+from tests.support.kv_messages import TO_DECODE, TO_PREFILL, WRONG_TOKEN
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,
@@ -33,39 +33,42 @@ from tests.support.kv_stream import (
     Decode,
     Prefill,
     blocks_of,
+    chunk_of,
     random_caches,
     same_blocks,
     stream,
 )
 from tests.support.waiting import wait_until
 
-GOOD_AT_LEAST = 10  # transfers while a storm blows
+MIN_TRANSFERS = 10  # during a storm
 FRAMES = 600
 CONNECTIONS = 120
-MAD_MESSAGES = 40
+WRONG_MESSAGES = 40  # of a prefill worker
 MAX_LOG_LINES = 30
 HOST = "127.0.0.1"
 
 
 class GoodPair:
-    """Transfers of its own, one after the other, each checked and released."""
+    """A pair that runs correct transfers, one after another, each checked and released."""
 
     def __init__(self, prefill: Prefill, decode: Decode, rng: random.Random) -> None:
         self.prefill, self.decode = prefill, decode
         self._rng = rng
-        self._keys = (f"{decode.client.options.incarnation}-{n}#1" for n in itertools.count())
-        self.key = ""  # of the newest
+        self._transfer_ids = (
+            f"{decode.client.options.incarnation}-{n}#1" for n in itertools.count()
+        )
+        self.transfer_id = ""  # of the newest
 
     def transfer(self) -> None:
-        key = self.key = next(self._keys)
+        transfer_id = self.transfer_id = next(self._transfer_ids)
         tokens = self._rng.randrange(1, 12 * BLOCK_TOKENS)
         source, target = (self._rng.sample(range(BLOCKS), blocks_of(tokens)) for _ in "pd")
-        self.decode.reserve(self.prefill, key, target, 0, tokens)
-        self.prefill.compute(key, source, tokens)
-        self.prefill.server.finish(key, 42, computed=True)
-        assert self.decode.result(key).complete, key
+        self.decode.reserve(self.prefill, transfer_id, target, 0, tokens)
+        self.prefill.compute(transfer_id, source, tokens)
+        self.prefill.server.request_finished(transfer_id, 42, computed=True)
+        assert self.decode.result(transfer_id).complete, transfer_id
         assert same_blocks(self.prefill.caches, source, self.decode.caches, target)
-        self.prefill.wait_released(key)
+        self.prefill.wait_released(transfer_id)
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def good_pair(
     max_lines: int = MAX_LOG_LINES,
     **options: Any,
 ) -> Iterator[GoodPair]:
-    """Its transfers work after the block, too, and all that strangers had is gone."""
+    """Check at the exit that transfers still work and that strangers have left nothing behind."""
     with stream(**options) as (prefill, decode):
         pair = GoodPair(prefill, decode, rng)
         pair.transfer()
@@ -86,12 +89,12 @@ def good_pair(
         pair.transfer()
         server = prefill.server
         wait_until(lambda: kv_threads() == threads, what="strangers' threads have ended")
-        wait_until(lambda: not server._waiting, what="no stranger waits for a prefill")
+        wait_until(lambda: not server.transfers.waiting, what="no stranger waits for a prefill")
         files.wait_as_at_first()
-        assert len(server._peers) == 1
-        assert not server._transfers
-        assert not decode.client.transfers
-        assert len(server._ended_keys) <= OPTIONS.max_pending
+        assert len(server.transfers.peers) == 1
+        assert not server.transfers.by_id
+        assert not decode.client.transfers.by_id
+        assert len(server.transfers.ended_ids) <= OPTIONS.max_pending
     _assert_few_lines(caplog, max_lines)
 
 
@@ -102,12 +105,12 @@ def _assert_few_lines(caplog: pytest.LogCaptureFixture, max_lines: int = MAX_LOG
     assert not [line for line in lines if len(line) > 500 or "\n" in line]
 
 
-def storm(blow: Callable[[], None], pair: GoodPair) -> None:
-    """``blow`` in a thread of its own, and good transfers meanwhile."""
+def storm(attack: Callable[[], None], pair: GoodPair) -> None:
+    """Run ``attack`` in its own thread, and correct transfers meanwhile."""
     with ThreadPoolExecutor(1, "storm") as pool:
-        storm = pool.submit(blow)
+        storm = pool.submit(attack)
         count = 0
-        while count < GOOD_AT_LEAST or not storm.done():
+        while count < MIN_TRANSFERS or not storm.done():
             pair.transfer()
             count += 1
         storm.result()
@@ -155,7 +158,7 @@ def frames_of_noise(rng: random.Random) -> bytes:
 
 
 def store_query(rng: random.Random) -> bytes:
-    """To a TCPStore: its magic number, perhaps, and a query of which nothing is true."""
+    """A TCPStore's magic number, perhaps, and a query whose contents are wrong."""
     magic = rng.choice([b"\x00" + (0x3C85F7CE).to_bytes(4, "little"), b""])
     size = rng.choice([0, 5, 2**31, 2**63, 2**64 - 1])
     return magic + bytes([rng.randrange(32)]) + size.to_bytes(8, "little") + rng.randbytes(64)
@@ -177,10 +180,10 @@ def test_bytes_on_the_control_channel(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_bytes_on_the_store_and_on_gloo(caplog: pytest.LogCaptureFixture) -> None:
-    """Another pair can be made while the strangers are there; what they had goes with the pair."""
+    """Another pair can be made while strangers are connected; closing a pair drops them."""
     rng = dice("store")
     with stream() as (prefill, decode):
-        GoodPair(prefill, decode, rng).transfer()  # what torch opens once and keeps
+        GoodPair(prefill, decode, rng).transfer()  # torch opens some files once and keeps them
     del prefill, decode
     files = OpenFiles()
     _store_and_gloo(rng)
@@ -197,13 +200,13 @@ def _store_and_gloo(rng: random.Random) -> None:
         assert len(ports) >= 4, "two stores, and gloo on either side"
         crowds = {port: Strangers(HOST, port, random.Random(rng.random())) for port in ports}
 
-        def blow() -> None:
+        def attack() -> None:
             crowds[store].storm_here([garbage, another_protocol, store_query], CONNECTIONS)
-            for port in ports:  # gloo keeps whom it does not know until the pair ends
+            for port in ports:  # gloo keeps unknown connections until the pair is closed
                 for _ in range(20):
                     crowds[port].come_and_stay(rng.choice([garbage, another_protocol])(rng))
 
-        storm(blow, pair)
+        storm(attack, pair)
         GoodPair(prefill, other, rng).transfer()
         for strangers in crowds.values():
             strangers.leave()
@@ -228,20 +231,7 @@ def running(decode: Decode) -> Iterator[Decode]:
 
 # ---- messages ------------------------------------------------------------------------------
 
-MESSAGES: list[Any] = [
-    wire.Hello(wire.PROTOCOL_VERSION, "guess", "p1", "d", GEOMETRY, "gloo", "pair", HOST, 1234),
-    wire.Reserve("r#1", 0, 9),
-    wire.Cancel("r#1"),
-    wire.Release("guess", "r#1"),
-    wire.Ping(),
-    wire.Bye(),
-    wire.Welcome("pair", GEOMETRY),
-    wire.Refuse("pair", "because"),
-    wire.Header(0, "r#1", Rectangle(0, 2, 0, 3), 64),
-    wire.End("r#1", 0, 9, 3, 64, 32, None, 1.5, 0.5),
-    wire.Fail("r#1", "because"),
-    wire.Pong(),
-]
+MESSAGES: list[Any] = [*TO_PREFILL, *TO_DECODE]
 
 
 def hostile_value(rng: random.Random, depth: int = 0) -> Any:
@@ -255,7 +245,7 @@ def hostile_value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def hostile_message(rng: random.Random, known: dict[str, Any]) -> bytes:
-    """One of our messages with some fields that are none; ``known``: values that mean something."""
+    """Return one of our messages with some wrong fields; ``known`` are meaningful values."""
     fields = msgspec.to_builtins(rng.choice(MESSAGES))
     for name in list(fields):
         match rng.choice(["as it is", "as it is", "known", "hostile", "away"]):
@@ -278,7 +268,7 @@ def dealer(address: str) -> Iterator[zmq.Socket[bytes]]:
 
 
 def heard_all(socket: zmq.Socket[bytes]) -> None:
-    """What was said over this connection has been handled: whoever has no pair is told so."""
+    """Wait until all messages of this connection are handled: a PING without a pair is refused."""
     while socket.poll(0):
         socket.recv_multipart()
     socket.send(wire.encode(wire.Ping()))
@@ -286,7 +276,7 @@ def heard_all(socket: zmq.Socket[bytes]) -> None:
 
 
 def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
-    """Without the token nothing is heard, whatever else they know."""
+    """Without the token all messages are ignored, even if the rest of them is right."""
     rng = dice("strangers")
     with good_pair(rng, caplog) as pair:
 
@@ -298,10 +288,14 @@ def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
                     return [msgspec.msgpack.encode(hostile_value(rng))]
                 case "parts":
                     return [rng.randbytes(9)] * rng.choice([2, 3, 100])
-            known = {"key": pair.key, "expected_incarnation": "p1", "incarnation": "d1"}
+            known = {
+                "transfer_id": pair.transfer_id,
+                "expected_incarnation": "p1",
+                "incarnation": "d1",
+            }
             return [hostile_message(rng, known)]
 
-        def blow() -> None:
+        def attack() -> None:
             address = pair.prefill.server.address
             for _ in range(6):
                 with dealer(address) as socket:
@@ -311,13 +305,21 @@ def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
                             socket.recv_multipart()
                     heard_all(socket)
 
-        storm(blow, pair)
-        assert len(pair.prefill.server._peers) == 1
+        storm(attack, pair)
+        assert len(pair.prefill.server.transfers.peers) == 1
 
 
 def hello(**fields: Any) -> bytes:
     right = wire.Hello(
-        wire.PROTOCOL_VERSION, OPTIONS.token, "p1", "stranger", GEOMETRY, "gloo", "pair", HOST, 1
+        version=wire.PROTOCOL_VERSION,
+        token=OPTIONS.token,
+        expected_incarnation="p1",
+        incarnation="stranger",
+        geometry=GEOMETRY,
+        backend="gloo",
+        pair_id="pair",
+        store_host=HOST,
+        store_port=1,
     )
     return msgspec.msgpack.encode(msgspec.to_builtins(right) | fields)
 
@@ -329,7 +331,7 @@ def geometry(**fields: Any) -> dict[str, Any]:
 
 WRONG_HELLOS: dict[str, dict[str, Any]] = {
     "version": {"version": 2**63 - 1},
-    "token": {"token": "guess"},
+    "token": {"token": WRONG_TOKEN},
     "no token": {"token": ""},
     "old incarnation": {"expected_incarnation": "p0"},
     "no incarnation": {"expected_incarnation": ""},
@@ -342,7 +344,7 @@ WRONG_HELLOS: dict[str, dict[str, Any]] = {
     "rank": {"geometry": geometry(tp_rank=1)},
     "odd ranks": {"geometry": geometry(tp_size=3, tp_rank=2)},
     "negative blocks": {"geometry": geometry(block_tokens=-16)},
-    "unlike blocks": {"geometry": geometry(block_tokens=2**62, by_token=False)},
+    "unlike blocks": {"geometry": geometry(block_tokens=2**62, positions_known=False)},
     "port 0": {"store_port": 0},
     "negative port": {"store_port": -1},
     "no such port": {"store_port": 2**16},
@@ -352,101 +354,113 @@ WRONG_HELLOS: dict[str, dict[str, Any]] = {
 
 
 def test_peers_with_a_wrong_hello(caplog: pytest.LogCaptureFixture) -> None:
-    """They are told to go, or not heard at all; none becomes a peer."""
+    """They are refused or ignored; none becomes a peer."""
     rng = dice("hello")
     with good_pair(rng, caplog) as pair:
 
-        def blow() -> None:
+        def attack() -> None:
             for fields in WRONG_HELLOS.values():
                 with dealer(pair.prefill.server.address) as socket:
                     socket.send(hello(**fields))
                     for _ in range(5):
-                        socket.send(wire.encode(wire.Reserve(pair.key, 0, 9)))
-                        socket.send(wire.encode(wire.Cancel(pair.key)))
+                        socket.send(wire.encode(wire.Reserve(pair.transfer_id, 0, 9)))
+                        socket.send(wire.encode(wire.Cancel(pair.transfer_id)))
                     heard_all(socket)
 
-        storm(blow, pair)
-        assert len(pair.prefill.server._peers) == 1
+        storm(attack, pair)
+        assert len(pair.prefill.server.transfers.peers) == 1
 
 
 def test_a_peer_at_anothers_transfer(caplog: pytest.LogCaptureFixture) -> None:
-    """Even with the token: what one decode worker has reserved, no other takes or ends."""
+    """Even with the token, no decode worker takes or ends the transfer of another."""
     rng = dice("peer")
     with good_pair(rng, caplog) as pair, Stranger(pair.prefill.server.address) as stranger:
         prefill, decode, tokens = pair.prefill, pair.decode, 5 * BLOCK_TOKENS
         stranger.hello()
-        assert isinstance(stranger.hear(), wire.Welcome)
+        assert isinstance(stranger.receive(), wire.Welcome)
 
         def meddle() -> None:
             for number in range(200):
                 start, end = (rng.choice([0, 16, tokens, -1, 2**63 - 1]) for _ in "ab")
-                key = rng.choice(["mine#1", f"unknown{number % 20}", "", "x" * 300])
-                stranger.say(wire.Reserve(key, start, end))
-                stranger.say(wire.Cancel(rng.choice(["mine#1", "unknown", "x" * 300])))
-            stranger.say(wire.Ping())
-            wait_until(lambda: isinstance(stranger.hear(), wire.Pong), what="all was handled")
+                transfer_id = rng.choice(["mine#1", f"unknown{number % 20}", "", "x" * 300])
+                stranger.send(wire.Reserve(transfer_id, start, end))
+                stranger.send(wire.Cancel(rng.choice(["mine#1", "unknown", "x" * 300])))
+            stranger.send(wire.Ping())
+            wait_until(lambda: isinstance(stranger.receive(), wire.Pong), what="all was handled")
 
         source, target = list(range(5)), list(range(10, 15))
         decode.reserve(prefill, "mine#1", target, 0, tokens)
-        wait_until(lambda: "mine#1" in prefill.server._waiting, what="it is reserved")
+        wait_until(lambda: "mine#1" in prefill.server.transfers.waiting, what="it is reserved")
         meddle()
-        chunk = StepChunk("mine#1", "engine-mine#1", tuple(source), 0, tokens, tokens)
-        prefill.server.begin_step([chunk])
+        prefill.server.begin_step([chunk_of("mine#1", tuple(source), 0, tokens, tokens)])
         meddle()
-        stranger.say(wire.Bye())
-        stranger.say(wire.Cancel("mine#1"))  # as if it had crossed our answer
+        stranger.send(wire.Bye())
+        stranger.send(wire.Cancel("mine#1"))  # as if it had crossed the answer
         stranger.hello()
-        wait_until(lambda: isinstance(stranger.hear(), wire.Welcome), what="all was handled")
+        wait_until(lambda: isinstance(stranger.receive(), wire.Welcome), what="all was handled")
         prefill.server.end_step()
-        prefill.server.finish("mine#1", 42, computed=True)
+        prefill.server.request_finished("mine#1", 42, computed=True)
         assert decode.result("mine#1").complete
         assert same_blocks(prefill.caches, source, decode.caches, target)
         prefill.wait_released("mine#1")
 
 
-def to_decode(rng: random.Random, key: str) -> wire.ToDecode:
-    """What a prefill worker that lost its mind says."""
+def to_decode(rng: random.Random, transfer_id: str) -> wire.ToDecode:
+    """Return a message of a defective prefill worker."""
 
     def number() -> int:
         return rng.choice([0, 1, -1, 64, 512, 2**31, 2**63 - 1, -(2**63)])
 
-    area = Rectangle(0, rng.choice([1, 4, 2**40]), 0, rng.choice([1, 5, 2**40]))
+    block_range = LayerBlockRange(0, rng.choice([1, 4, 2**40]), 0, rng.choice([1, 5, 2**40]))
     messages: list[wire.ToDecode] = [
         wire.Welcome("pair", GEOMETRY),
         wire.Refuse(rng.choice(["pair", ""]), "because"),
-        wire.Header(rng.choice([7, number()]), key, area, rng.choice([3, 2**62, number()])),
-        wire.End(key, number(), number(), number(), number(), number(), number(), float("nan")),
-        wire.Fail(rng.choice([key, "unknown"]), "x" * 100),
+        wire.Header(
+            rng.choice([7, number()]), transfer_id, block_range, rng.choice([3, 2**62, number()])
+        ),
+        wire.End(
+            transfer_id=transfer_id,
+            token_start=number(),
+            token_end=number(),
+            messages=number(),
+            num_bytes=number(),
+            hidden_bytes=number(),
+            first_token_id=number(),
+            tail_ms=float("nan"),
+        ),
+        wire.Fail(rng.choice([transfer_id, "unknown"]), "x" * 100),
         wire.Pong(),
     ]
     return rng.choice(messages)
 
 
-def test_a_prefill_worker_that_lost_its_mind(caplog: pytest.LogCaptureFixture) -> None:
-    """It costs its own transfers only, and no block that is not theirs."""
-    rng = dice("mad prefill")
-    with good_pair(rng, caplog, max_lines=3 * MAD_MESSAGES, peer_lease_s=1.5) as pair:
-        _mad_prefill(pair, rng)
-        wait_until(lambda: len(pair.decode.client._peers) == 1, what="it is forgotten")
+def test_a_prefill_worker_that_sends_wrong_messages(caplog: pytest.LogCaptureFixture) -> None:
+    """It costs only its own transfers, and only their blocks."""
+    rng = dice("defective prefill")
+    with good_pair(rng, caplog, max_lines=3 * WRONG_MESSAGES, peer_lease_s=1.5) as pair:
+        _run_defective_prefill(pair, rng)
+        wait_until(lambda: len(pair.decode.client.transfers.peers) == 1, what="its pair is closed")
 
 
-def _mad_prefill(pair: GoodPair, rng: random.Random) -> None:
+def _run_defective_prefill(pair: GoodPair, rng: random.Random) -> None:
     decode, tokens = pair.decode, 3 * BLOCK_TOKENS
-    mad = Prefill(random_caches(5), "p2", peer_lease_s=1.5)
-    server = mad.server
+    defective = Prefill(random_caches(5), "p2", peer_lease_s=1.5)
+    server = defective.server
     try:
-        for number in range(MAD_MESSAGES):
-            key, target = f"mad{number}#1", rng.sample(range(BLOCKS), 3)
+        for number in range(WRONG_MESSAGES):
+            transfer_id, target = f"wrong{number}#1", rng.sample(range(BLOCKS), 3)
             kept = [layer.clone() for layer in decode.caches]
-            decode.reserve(mad, key, target, 0, tokens, incarnation="p2")
-            wait_until(lambda: any(peer.up for peer in [*server._peers.values()]), what="it is up")
-            with server._lock:
-                for peer in server._peers.values():
-                    server._post(peer, to_decode(rng, key))
-            mad.compute(key, [1, 2, 3], tokens)
-            server.finish(key, 42, computed=True)
-            if decode.result(key).complete:
-                assert same_blocks(mad.caches, [1, 2, 3], decode.caches, target)
+            decode.reserve(defective, transfer_id, target, 0, tokens, incarnation="p2")
+            wait_until(
+                lambda: any(peer.up for peer in [*server.transfers.peers.values()]), what="it is up"
+            )
+            with server.transfers.lock:
+                for peer in server.transfers.peers.values():
+                    server.transfers.post(peer, to_decode(rng, transfer_id))
+            defective.compute(transfer_id, [1, 2, 3], tokens)
+            server.request_finished(transfer_id, 42, computed=True)
+            if decode.result(transfer_id).complete:
+                assert same_blocks(defective.caches, [1, 2, 3], decode.caches, target)
             others = sorted(set(range(BLOCKS)) - set(target))
             assert same_blocks(kept, others, decode.caches, others)
             pair.transfer()
@@ -455,35 +469,35 @@ def _mad_prefill(pair: GoodPair, rng: random.Random) -> None:
 
 
 def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
-    """Where a prefill worker should be, somebody answers HELLO with noise."""
+    """At a prefill worker's address, another server answers HELLO with noise."""
     rng = dice("no kv")
     router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     with good_pair(rng, caplog) as pair, router:
         router.setsockopt(zmq.LINGER, 0)
         address = f"tcp://{HOST}:{router.bind_to_random_port(f'tcp://{HOST}')}"
         for number in range(20):
-            key = f"noise{number}#1"
-            pair.decode.reserve(address, key, [5], 0, 9)
+            transfer_id = f"noise{number}#1"
+            pair.decode.reserve(address, transfer_id, [5], 0, 9)
             said: Any = None
-            while not isinstance(said, wire.Hello):  # or the last one's BYE
+            while not isinstance(said, wire.Hello):  # the BYE of the last pair may come first
                 assert router.poll(10_000), "no HELLO"
                 routing_id, frame = router.recv_multipart()
                 said = wire.decode_to_prefill(frame)
             noise = rng.choice([rng.randbytes(30), hostile_message(rng, {"type": "welcome"})])
             router.send_multipart([routing_id, noise])
-            assert not pair.decode.result(key).complete
+            assert not pair.decode.result(transfer_id).complete
         pair.transfer()
 
 
 def test_reports_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
-    """A rank's word can cost the whole worker."""
+    """A report of a fault replaces the whole worker, so strangers must not send one."""
     rng = dice("reports")
     reports = RankReports(HOST, OPTIONS.token)
     strangers = Strangers(HOST, port_of(reports.endpoint), rng)
     strangers.storm_here(CONTROL_BYTES, CONNECTIONS)
-    report(reports.endpoint, RankReport("guess", 0, fault="replace it"))
-    report(reports.endpoint, RankReport("guess", 0, address="tcp://elsewhere"))
-    report(reports.endpoint, RankReport(OPTIONS.token, 7, address="tcp://no-such-rank"))
+    send_report(reports.endpoint, RankReport(WRONG_TOKEN, 0, fault="replace it"))
+    send_report(reports.endpoint, RankReport(WRONG_TOKEN, 0, address="tcp://elsewhere"))
+    send_report(reports.endpoint, RankReport(OPTIONS.token, 7, address="tcp://no-such-rank"))
     push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     with push:
         push.setsockopt(zmq.LINGER, 1000)
@@ -491,12 +505,12 @@ def test_reports_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(100):
             push.send_multipart([rng.randbytes(20)] * rng.choice([1, 1, 3]))
             push.send(msgspec.msgpack.encode(hostile_value(rng)))
-    report(reports.endpoint, RankReport(OPTIONS.token, 0, address="tcp://here"))
+    send_report(reports.endpoint, RankReport(OPTIONS.token, 0, address="tcp://here"))
     try:
         assert reports.addresses(1, 10) == ("tcp://here",)
         assert reports.fault() is None
-        report(reports.endpoint, RankReport(OPTIONS.token, 0, fault="it hangs"))
-        wait_until(lambda: reports.fault() == "it hangs", what="our own rank is heard")
+        send_report(reports.endpoint, RankReport(OPTIONS.token, 0, fault="it hangs"))
+        wait_until(lambda: reports.fault() == "it hangs", what="our own report has arrived")
     finally:
         reports.close()
         strangers.leave()

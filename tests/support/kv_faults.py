@@ -1,4 +1,4 @@
-"""Faults for the KV stream, each a named object, and workers to suffer them."""
+"""Faults for the KV stream, each a named object, and workers on which to try them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import torch
 import zmq
 
 from kv_transfer import pair, wire
+from kv_transfer.kv_caches import KvCaches, UnitView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages, PageView
 from kv_transfer.pair import PREFILL_RANK, Pair, host_store, join_store
-from kv_transfer.receive import DecodeClient
-from kv_transfer.send import PrefillServer
+from kv_transfer.receive.client import DecodeClient
+from kv_transfer.send.server import PrefillServer
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,
@@ -40,14 +40,14 @@ from tests.support.kv_stream import (
 from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
-# For a pair. Torch's store asks the name server for the name of each address to which it connects,
-# and one that does not answer costs it 5 s.
+# pair_timeout_s. Torch's store asks the name server for the name of each address to which it
+# connects, and a server that does not answer costs it 5 s.
 PATIENT_S = 15
-CHILD_TOKENS = 30 * BLOCK_TOKENS  # of "child#1", in blocks 0 to 29: dozens of messages
+CHILD_TOKENS = 30 * BLOCK_TOKENS  # "child#1" has blocks 0 to 29: dozens of messages
 
 
 class Clock:
-    """Time that can be set ahead."""
+    """A clock that can be set forward."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -57,7 +57,7 @@ class Clock:
 
 
 class Gate:
-    """Holds up the calls of one method that ``when`` picks, until it is opened."""
+    """Holds the calls of one method for which ``when`` is true, until it is opened."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Gate:
         def held(*args: Any) -> Any:
             if when(*args):
                 self.entered.set()
-                assert self._opened.wait(60), f"{name} was held up for a minute"
+                assert self._opened.wait(60), f"{name} was held for a minute"
             return original(*args)
 
         monkeypatch.setattr(owner, name, held)
@@ -82,7 +82,7 @@ class Gate:
         self._opened.set()
 
     def wait_entered(self) -> None:
-        assert self.entered.wait(10), "nobody came"
+        assert self.entered.wait(10), "no call has reached the gate"
 
     def __enter__(self) -> Gate:
         return self
@@ -92,7 +92,7 @@ class Gate:
 
 
 class HangingAborts:
-    """Groups that are made while ``on`` cannot be aborted until ``release``."""
+    """Groups that are made while ``on`` is true cannot be aborted before the exit."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = True
@@ -121,7 +121,7 @@ class _Hanging:
 
 
 class SilentPrefill:
-    """Says WELCOME, and makes its side of each group only when it is closed."""
+    """A prefill rank that sends WELCOME, and makes its side of each group only at the exit."""
 
     def __init__(self) -> None:
         self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -151,7 +151,7 @@ class SilentPrefill:
 
 
 class Stranger:
-    """Talks to a prefill rank's control server, and never makes a group."""
+    """A peer that sends control messages to a prefill rank, and never makes a group."""
 
     def __init__(self, address: str) -> None:
         self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -159,26 +159,34 @@ class Stranger:
         self._dealer.connect(address)
         self._store = host_store("127.0.0.1", 5)
 
-    def say(self, message: wire.ToPrefill) -> None:
+    def send(self, message: wire.ToPrefill) -> None:
         self._dealer.send(wire.encode(message))
 
-    def hear(self) -> wire.ToDecode:
+    def receive(self) -> wire.ToDecode:
         assert self._dealer.poll(10_000), "no answer"
         return wire.decode_to_decode(self._dealer.recv())
 
     def hello(self, token: str = OPTIONS.token) -> None:
-        hello = wire.Hello(
-            wire.PROTOCOL_VERSION, token, "p1", "stranger", GEOMETRY, "gloo", "pair",
-            "127.0.0.1", self._store.port,
-        )  # fmt: skip
-        self.say(hello)
+        self.send(
+            wire.Hello(
+                version=wire.PROTOCOL_VERSION,
+                token=token,
+                expected_incarnation="p1",
+                incarnation="stranger",
+                geometry=GEOMETRY,
+                backend="gloo",
+                pair_id="pair",
+                store_host="127.0.0.1",
+                store_port=self._store.port,
+            )
+        )
 
     def __enter__(self) -> Stranger:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._dealer.close()
-        # Whoever waits for our side of the group hears that it will not come.
+        # Closing the store ends the other side's wait for our side of the group.
         del self._store
 
 
@@ -187,7 +195,7 @@ def _options(incarnation: str, options: dict[str, Any]) -> TransferOptions:
 
 
 class PrefillEnd(Prefill):
-    """A ``Prefill`` whose rank, clock and way out are chosen."""
+    """A ``Prefill`` with a given rank, clock and ``on_stuck``."""
 
     def __init__(
         self,
@@ -203,7 +211,7 @@ class PrefillEnd(Prefill):
         shape = (BLOCKS, HEADS // tp_size, BLOCK_TOKENS, CONTENT)
         self.caches = [torch.randn(shape, generator=generator) for _ in range(LAYERS)]
         self.server = PrefillServer(
-            KvPages(self.caches),
+            KvCaches(self.caches),
             replace(GEOMETRY, tp_size=tp_size, tp_rank=tp_rank),
             _options(incarnation, options),
             clock,
@@ -213,7 +221,7 @@ class PrefillEnd(Prefill):
 
 
 class DecodeEnd(Decode):
-    """A ``Decode`` whose clock and way out are chosen."""
+    """A ``Decode`` with a given clock and ``on_stuck``."""
 
     def __init__(
         self,
@@ -225,7 +233,7 @@ class DecodeEnd(Decode):
     ) -> None:
         self.caches = random_caches(2)
         self.client = DecodeClient(
-            KvPages(self.caches),
+            KvCaches(self.caches),
             GEOMETRY,
             _options(incarnation, options),
             clock,
@@ -236,7 +244,7 @@ class DecodeEnd(Decode):
 
 @contextmanager
 def running(*ends: Prefill | Decode) -> Iterator[None]:
-    """Stops them at last, in this order."""
+    """Stop these ends at the exit, in this order."""
     try:
         yield
     finally:
@@ -253,7 +261,7 @@ def kv_threads(name: str = "kv-") -> set[threading.Thread]:
 
 @contextmanager
 def child(role: str, *args: str) -> Iterator[subprocess.Popen[str]]:
-    """A worker process that stops in the middle of a stream, as by SIGSTOP; see ``main``."""
+    """Run a worker process that stops itself (SIGSTOP) in the middle of a stream; see ``main``."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.kv_faults", role, *args],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -283,15 +291,15 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 def _stop_in(name: str, calls: int) -> None:
-    """This process stops in that call of a ``PageView``, counted from 1."""
-    original, count = getattr(PageView, name), iter(range(1, sys.maxsize))
+    """Stop this process in call number ``calls`` of a ``UnitView`` method, counted from 1."""
+    original, count = getattr(UnitView, name), iter(range(1, sys.maxsize))
 
     def stopping(*args: Any) -> None:
         if next(count) == calls:
             os.kill(os.getpid(), signal.SIGSTOP)
         original(*args)
 
-    setattr(PageView, name, stopping)
+    setattr(UnitView, name, stopping)
 
 
 def main(role: str, *args: str) -> None:
@@ -300,7 +308,7 @@ def main(role: str, *args: str) -> None:
         _stop_in("gather", 8)
         prefill = Prefill(random_caches(1))
         prefill.compute("child#1", blocks, CHILD_TOKENS)
-        prefill.server.finish("child#1", 42, computed=True)
+        prefill.server.request_finished("child#1", 42, computed=True)
         print(prefill.server.address, flush=True)
     else:
         (address,) = args

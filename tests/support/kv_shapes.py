@@ -1,7 +1,7 @@
-"""Ranks whose KV caches are of unlike shapes, for tests; also prefill ranks in a process apart.
+"""Ranks with KV caches of different shapes, for tests; also prefill ranks in their own process.
 
-What is in the caches is known for each token, head and layer (``kv_of``), and is written and read
-by plain indexing: nothing here knows of pages.
+The content of the caches is known for each token, head and layer (``kv_of``). It is written and
+read by plain indexing; no code here knows about block units.
 """
 
 from __future__ import annotations
@@ -20,21 +20,37 @@ from typing import Any
 import torch
 
 from kv_transfer.geometry import KvGeometry
-from kv_transfer.pages import KvPages
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.kv_caches import KvCaches
+from kv_transfer.receive.client import DecodeClient
+from kv_transfer.receive.records import Reservation, TransferResult
+from kv_transfer.send.records import StepChunk
+from kv_transfer.send.server import PrefillServer
 from tests.support.kv_stream import OPTIONS
 from tests.support.waiting import wait_until
 
 
 def geometry_of(
     heads: int, tp: int, block_tokens: int, layout: str = "HNC", *, layers: int = 2,
-    content: int = 4, dtype: str = "float32", by_token: bool = True,
+    content: int = 4, dtype: str = "float32", positions_known: bool = True,
 ) -> KvGeometry:  # fmt: skip
-    """Rank 0's. Layouts: "HNC", "NHC", or "HNC/7": a kernel packs a head's part of a block."""
-    item_bytes = getattr(torch, dtype).itemsize
+    """Return rank 0's geometry.
+
+    Args:
+        layout: "HNC" or "NHC"; with "/7", a kernel packs each head's share of a block in an order
+            with this seed.
+    """
     return KvGeometry(
-        "tiny", dtype, layers, heads, content, item_bytes, block_tokens, layout, by_token, tp, 0
+        model="tiny",
+        dtype=dtype,
+        num_layers=layers,
+        total_kv_heads=heads,
+        content=content,
+        item_bytes=getattr(torch, dtype).itemsize,
+        block_tokens=block_tokens,
+        layout=layout,
+        positions_known=positions_known,
+        tp_size=tp,
+        tp_rank=0,
     )
 
 
@@ -47,17 +63,18 @@ def random_kv(seed: int | str, dtype: str, *shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, generator=generator).to(getattr(torch, dtype))
 
 
-def kv_of(key: str, geometry: KvGeometry, tokens: int) -> torch.Tensor:
-    """What a model computes for a prompt: ``[layers, heads of the model, tokens, content]``."""
+def kv_of(transfer_id: str, geometry: KvGeometry, tokens: int) -> torch.Tensor:
+    """Return what a model computes for a prompt: ``[layers, all heads, tokens, content]``."""
     shape = (geometry.num_layers, geometry.total_kv_heads, tokens, geometry.content)
-    return random_kv(key, geometry.dtype, *shape)
+    return random_kv(transfer_id, geometry.dtype, *shape)
 
 
 class RankCaches:
-    """One rank's caches; they hold noise at first.
+    """One rank's caches, filled with noise.
 
     Args:
-        interleaved: the layers of a block lie side by side, else the blocks of a layer.
+        interleaved: the layers of a block are neighbours in memory; otherwise the blocks of a layer
+            are.
         offset: elements before the first block.
     """
 
@@ -85,12 +102,16 @@ class RankCaches:
             generator = torch.Generator().manual_seed(int(packing))
             places = torch.randperm(tokens * content, generator=generator)
             self._packing = places.view(tokens, content)
-        self.pages = KvPages(self.layers, self._packing if geometry.by_token else None)
+        self.kv_caches = KvCaches(self.layers, self._packing if geometry.positions_known else None)
 
     def write(
         self, layer: int, blocks: Sequence[int], start: int, end: int, kv: torch.Tensor
     ) -> None:
-        """Tokens ``[start, end)`` of a request; ``kv`` ``[heads of the rank, tokens, content]``."""
+        """Write tokens ``[start, end)`` of a request.
+
+        Args:
+            kv: ``[heads of the rank, tokens, content]``.
+        """
         cache, at = self._at(layer, blocks, start, end)
         cache[at] = kv.transpose(0, 1)
 
@@ -98,22 +119,24 @@ class RankCaches:
         cache, at = self._at(layer, blocks, start, end)
         return cache[at].transpose(0, 1)
 
-    def fill(self, key: str, blocks: Sequence[int], start: int, end: int, tokens: int) -> None:
-        """What a model computes for ``[start, end)`` of a prompt, all layers."""
+    def fill(
+        self, transfer_id: str, blocks: Sequence[int], start: int, end: int, tokens: int
+    ) -> None:
+        """Write what a model computes for ``[start, end)`` of a prompt, in all layers."""
         for layer in range(self.geometry.num_layers):
-            self.fill_layer(layer, key, blocks, start, end, tokens)
+            self.fill_layer(layer, transfer_id, blocks, start, end, tokens)
 
     def fill_layer(
-        self, layer: int, key: str, blocks: Sequence[int], start: int, end: int, tokens: int
+        self, layer: int, transfer_id: str, blocks: Sequence[int], start: int, end: int, tokens: int
     ) -> None:
         held = self.geometry.heads
-        kv = kv_of(key, self.geometry, tokens)[layer, held.start : held.end, start:end]
+        kv = kv_of(transfer_id, self.geometry, tokens)[layer, held.start : held.end, start:end]
         self.write(layer, blocks, start, end, kv)
 
     def _at(
         self, layer: int, blocks: Sequence[int], start: int, end: int
     ) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """A view of the layer, and the index that gives ``[tokens, heads, content]`` of it."""
+        """Return a view of the layer, and an index that selects ``[tokens, heads, content]``."""
         token = torch.arange(start, end)
         block = torch.tensor(blocks)[token // self.geometry.block_tokens]
         inside = token % self.geometry.block_tokens
@@ -132,42 +155,56 @@ def blocks_for(geometry: KvGeometry, tokens: int, blocks: int, rng: random.Rando
 
 
 class PrefillRanks:
-    """All prefill ranks of a worker, and the engine's calls around them."""
+    """All prefill ranks of a worker, and the engine's calls to them."""
 
     def __init__(self, geometry: KvGeometry, blocks: int, options: dict[str, Any]) -> None:
         self.caches = [RankCaches(rank, blocks) for rank in ranks_of(geometry)]
         own = replace(OPTIONS, incarnation="p1", **options)
-        self.servers = [PrefillServer(c.pages, c.geometry, own) for c in self.caches]
+        self.servers = [PrefillServer(c.kv_caches, c.geometry, own) for c in self.caches]
         self._released: list[set[str]] = [set() for _ in self.servers]
 
     def addresses(self) -> tuple[str, ...]:
         return tuple(server.address for server in self.servers)
 
     def compute(
-        self, key: str, blocks: list[int], start: int, end: int, tokens: int, cached: int = 0
+        self,
+        transfer_id: str,
+        blocks: list[int],
+        start: int,
+        end: int,
+        tokens: int,
+        cached: int = 0,
     ) -> None:
-        """One engine step. A new request's first ``cached`` tokens are prefix hits."""
+        """Run one engine step. The first ``cached`` tokens of a new request are prefix hits."""
         for caches in self.caches:
-            caches.fill(key, blocks, 0, cached, tokens)
+            caches.fill(transfer_id, blocks, 0, cached, tokens)
         first = max(start, cached)
+        chunk = StepChunk(
+            transfer_id=transfer_id,
+            request_id=transfer_id,
+            block_ids=tuple(blocks),
+            token_start=first,
+            token_end=end,
+            num_tokens=tokens,
+        )
         for server in self.servers:
-            server.begin_step([StepChunk(key, key, tuple(blocks), first, end, tokens)])
+            server.begin_step([chunk])
         for layer in range(self.caches[0].geometry.num_layers):
             for caches, server in zip(self.caches, self.servers, strict=True):
-                caches.fill_layer(layer, key, blocks, first, end, tokens)
+                caches.fill_layer(layer, transfer_id, blocks, first, end, tokens)
                 server.layer_done(layer + 1)
         for server in self.servers:
             server.end_step()
 
-    def finish(self, key: str) -> None:
+    def finish(self, transfer_id: str) -> None:
         for server in self.servers:
-            server.finish(key, 42, computed=True)
+            server.request_finished(transfer_id, 42, computed=True)
 
-    def preempt(self, key: str, rank: int) -> None:
-        self.servers[rank].preempt([key])
+    def preempt(self, transfer_id: str, rank: int) -> None:
+        self.servers[rank].preempt([transfer_id])
 
     def released(self) -> list[set[str]]:
-        """By rank: all keys whose blocks it has freed; raises if it frees some twice."""
+        """Return, by rank, all requests that were released; check that none was twice."""
         for seen, server in zip(self._released, self.servers, strict=True):
             released = server.take_released()
             assert not seen & released, f"released twice: {seen & released}"
@@ -175,12 +212,12 @@ class PrefillRanks:
         return self._released
 
     def waiting(self) -> list[int]:
-        """By rank: reservations that wait for their prefill."""
-        return [sum(map(len, server._waiting.values())) for server in self.servers]
+        """Return, by rank, how many reservations wait for their prefill."""
+        return [sum(map(len, server.transfers.waiting.values())) for server in self.servers]
 
     def peers(self) -> list[int]:
-        """By rank: decode ranks that are known."""
-        return [len(server._peers) for server in self.servers]
+        """Return, by rank, how many decode ranks are paired."""
+        return [len(server.transfers.peers) for server in self.servers]
 
     def stop(self) -> None:
         for server in self.servers:
@@ -189,7 +226,7 @@ class PrefillRanks:
 
 
 def _serve(pipe: Connection) -> None:
-    """Main of the process: calls of PrefillRanks' methods, each answered; ends at EOF."""
+    """Serve calls of PrefillRanks' methods until EOF; the main function of the process."""
     torch.set_num_threads(1)
     ranks: PrefillRanks | None = None
     while True:
@@ -207,7 +244,7 @@ def _serve(pipe: Connection) -> None:
 
 
 class PrefillProcess:
-    """PrefillRanks in another process; one set of ranks after the other."""
+    """PrefillRanks in another process, one set of ranks after another."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -223,11 +260,11 @@ class PrefillProcess:
         assert error is None, error
         return result
 
-    def wait_released(self, *keys: str) -> None:
-        """Every rank has freed the blocks of these."""
+    def wait_released(self, *transfer_ids: str) -> None:
+        """Wait until every rank has released the blocks of these transfers."""
         wait_until(
-            lambda: all(released >= set(keys) for released in self.call("released")),
-            what=f"all ranks release {keys}",
+            lambda: all(released >= set(transfer_ids) for released in self.call("released")),
+            what=f"all ranks release {transfer_ids}",
         )
 
     def close(self) -> None:
@@ -243,32 +280,42 @@ class DecodeRanks:
         self.geometry = geometry
         self.caches = [RankCaches(rank, blocks) for rank in ranks_of(geometry)]
         own = replace(OPTIONS, incarnation="d1", **options)
-        self.clients = [DecodeClient(c.pages, c.geometry, own) for c in self.caches]
+        self.clients = [DecodeClient(c.kv_caches, c.geometry, own) for c in self.caches]
         self._results: list[dict[str, TransferResult]] = [{} for _ in self.clients]
 
     def reserve(
-        self, rank: int, addresses: tuple[str, ...], key: str, blocks: list[int], start: int,
-        end: int,
+        self, rank: int, addresses: tuple[str, ...], transfer_id: str, blocks: list[int],
+        start: int, end: int,
     ) -> None:  # fmt: skip
-        own = tuple(blocks)
-        self.clients[rank].reserve(Reservation(key, key, addresses, "p1", own, start, end))
+        self.clients[rank].reserve(
+            Reservation(
+                transfer_id=transfer_id,
+                request_id=transfer_id,
+                addresses=addresses,
+                incarnation="p1",
+                block_ids=tuple(blocks),
+                token_start=start,
+                token_end=end,
+            )
+        )
 
     def take_results(self) -> list[dict[str, TransferResult]]:
-        """By rank: all results up to now; raises if there are two for one key."""
+        """Return, by rank, all results so far; check that each transfer is reported once."""
         for seen, client in zip(self._results, self.clients, strict=True):
             for result in client.take_results():
-                assert result.key not in seen, f"{result.key} was reported twice"
-                seen[result.key] = result
+                assert result.transfer_id not in seen, f"{result.transfer_id} was reported twice"
+                seen[result.transfer_id] = result
         return self._results
 
-    def result(self, key: str, rank: int) -> TransferResult:
+    def result(self, transfer_id: str, rank: int) -> TransferResult:
         wait_until(
-            lambda: key in self.take_results()[rank], what=f"transfer {key} ends on rank {rank}"
+            lambda: transfer_id in self.take_results()[rank],
+            what=f"transfer {transfer_id} ends on rank {rank}",
         )
-        return self._results[rank][key]
+        return self._results[rank][transfer_id]
 
-    def results(self, key: str) -> list[TransferResult]:
-        return [self.result(key, rank) for rank in range(len(self.clients))]
+    def results(self, transfer_id: str) -> list[TransferResult]:
+        return [self.result(transfer_id, rank) for rank in range(len(self.clients))]
 
     def stop(self) -> None:
         for client in self.clients:
@@ -277,7 +324,7 @@ class DecodeRanks:
 
 
 def _wait_for_threads() -> None:
-    """Threads that still end a process group when the interpreter does would bring it down."""
+    """Wait, because a thread that aborts a group while the interpreter exits would crash it."""
     wait_until(
         lambda: not any(thread.name.startswith("kv-") for thread in threading.enumerate()),
         what="all threads of the stream have ended",
@@ -288,12 +335,12 @@ def _wait_for_threads() -> None:
 def shapes(
     process: PrefillProcess, prefill: KvGeometry, decode: KvGeometry, blocks: int, **options: Any
 ) -> Iterator[tuple[tuple[str, ...], DecodeRanks]]:
-    """Prefill ranks in the process and decode ranks here; nothing is held by either afterwards."""
+    """Run prefill ranks in the process, decode ranks here; check that nothing stays held."""
     addresses = process.call("open", prefill, blocks, options)
     ranks = DecodeRanks(decode, blocks, options)
     try:
         yield addresses, ranks
-        assert not any(client.transfers for client in ranks.clients)
+        assert not any(client.transfers.by_id for client in ranks.clients)
     finally:
         ranks.stop()
         process.call("stop")

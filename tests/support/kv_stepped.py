@@ -1,8 +1,8 @@
-"""The live ends of the stream, their threads run one step at a time.
+"""Runs the threads of a real server or client one step at a time.
 
-The test holds the clock, the network and the threads. A thread goes on when it is told to, and
-stops again where it would wait, speak or copy, so that all else can happen in between: cancels,
-failures of other parts, evictions.
+The test controls the clock, the network and the threads. A thread runs when the test tells it to,
+and pauses where it would wait, send a message or copy. Everything else can happen in between:
+cancels, failures of other legs, evictions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,24 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from kv_transfer.geometry import KvGeometry, Rectangle
+from kv_transfer.geometry import KvGeometry, LayerBlockRange
+from kv_transfer.kv_caches import UnitView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import PageView
 
 LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 2, 2, 2, 2, 9
-GEOMETRY = KvGeometry("m", "float32", LAYERS, HEADS, CONTENT, 4, BLOCK_TOKENS, "HNC", True, 1, 0)
+GEOMETRY = KvGeometry(
+    model="m",
+    dtype="float32",
+    num_layers=LAYERS,
+    total_kv_heads=HEADS,
+    content=CONTENT,
+    item_bytes=4,
+    block_tokens=BLOCK_TOKENS,
+    layout="HNC",
+    positions_known=True,
+    tp_size=1,
+    tp_rank=0,
+)
 OPTIONS = TransferOptions(
     host="here",
     incarnation="d1",
@@ -44,36 +56,35 @@ OPTIONS = TransferOptions(
     max_pending=3,
 )
 
-
 _PAUSES = 12  # enough for a few messages
-PLACES = ["group", "said", "heard", "wait", "copy", "copy", "copy", "idle"]  # where threads pause
-
+# The places where threads pause; "copy" is drawn more often.
+PLACES = ["group", "sent", "received", "wait", "copy", "copy", "copy", "idle"]
 
 index = st.integers(0, 7)  # of a list, modulo its length
 
 
 class Stepped(threading.Thread):
-    """A thread that goes on only when told to, until it pauses or ends."""
+    """A thread that runs only when told to, until it pauses or ends."""
 
     def __init__(
         self, target: Callable[..., None], args: tuple[Any, ...] = (), name: str = "",
         daemon: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(target=target, args=args, name=name, daemon=daemon)
-        self.arguments = args
+        self.owner = getattr(target, "__self__", None)  # of the method that it runs
         self.ended = False
-        self.blocked = False  # until a condition is notified
+        self.blocked = False  # waits for a condition
         self.place = "start"
         self._may_go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
 
     def start(self) -> None:
-        """Nothing runs before the first ``go``."""
+        """Do nothing: the thread runs from the first ``go`` on."""
 
     def go(self) -> None:
         if self.ident is None:
             super().start()
         self._may_go.release()
-        assert self._stopped.acquire(timeout=10), "a thread waits where it should not"
+        assert self._stopped.acquire(timeout=10), "a thread waits at a place where it should not"
 
     def run(self) -> None:
         self._may_go.acquire()
@@ -96,7 +107,7 @@ class Stepped(threading.Thread):
             self.go_to("nowhere")
 
     def go_to(self, place: str) -> None:
-        """Go on until it pauses there, for a while."""
+        """Run until the thread pauses at this place, for at most ``_PAUSES`` pauses."""
         for _ in range(_PAUSES):
             if self.ended or self.blocked:
                 break
@@ -112,7 +123,7 @@ def pause(place: str) -> None:
 
 
 class SteppedCondition:
-    """One whose waiters go on only when notified, and when told to."""
+    """A condition whose waiters continue only when notified, and when told to."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -139,7 +150,7 @@ class SteppedCondition:
 
 
 class Poller:
-    """Returns at once, with whatever is readable when the thread goes on."""
+    """A poller that never waits: it returns what is readable when the thread continues."""
 
     def __init__(self) -> None:
         self._sources: list[Any] = []
@@ -161,7 +172,7 @@ class Poller:
 
 
 class AccidentError(Exception):
-    """What no code of ours raises, such as a copy that fails."""
+    """An exception that our code never raises, such as that of a copy that fails."""
 
 
 def random_caches() -> list[torch.Tensor]:
@@ -169,48 +180,55 @@ def random_caches() -> list[torch.Tensor]:
 
 
 def tokens_of(cache: torch.Tensor, block_ids: tuple[int, ...]) -> torch.Tensor:
-    """``[tokens, heads, content]`` of a request."""
+    """Return ``[tokens, heads, content]`` of a request."""
     return cache[list(block_ids)].transpose(1, 2).flatten(0, 1)
 
 
 class Machine(RuleBasedStateMachine):
-    """An engine's blocks, and what must not happen to them."""
+    """An engine's blocks, and checks that nobody copies them at the wrong time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
-        self.keys: list[str] = []
-        self.owners: dict[int, str] = {}  # of a block: the key for which the engine holds it
-        self.used: dict[Stepped, str] = {}  # by a thread that copies just now: the blocks of
-        self.broken: list[str] = []
+        self.transfer_ids: list[str] = []
+        self.owners: dict[int, str] = {}  # by block: the transfer for which the engine holds it
+        self.used: dict[Stepped, str] = {}  # by copying thread: the transfer that owns the blocks
+        self.broken: list[str] = []  # failed checks of other threads
         self.patch = pytest.MonkeyPatch()
 
     def fake(self, module: ModuleType, **fakes: object) -> None:
+        """Replace names in a module; exceptions that it logs count as broken."""
         for name, fake in fakes.items():
             self.patch.setattr(module, name, fake)
-        self.patch.setattr(module.logger, "exception", self.log_exception)
+        if hasattr(module, "logger"):
+            self.patch.setattr(module.logger, "exception", self.log_exception)
 
     def rank_of_this_thread(self) -> Any:
-        """The other end of the pair for which the calling thread works."""
+        """Return the peer of the pair for which the calling thread works."""
         raise NotImplementedError
 
     def slow(self, copy: Callable[..., None]) -> Callable[..., None]:
-        """Takes its time, during which the blocks must stay with their request."""
+        """Make a copy that pauses, and check that its blocks stay with their request meanwhile."""
 
         def slow_copy(
-            view: PageView, area: Rectangle, block_ids: torch.Tensor, buffer: torch.Tensor
+            view: UnitView,
+            block_range: LayerBlockRange,
+            block_ids: torch.Tensor,
+            buffer: torch.Tensor,
         ) -> None:
             thread = threading.current_thread()
             assert isinstance(thread, Stepped)
-            per_block = view._pages_per_block
-            pages = slice(area.page_start // per_block, -(-area.page_end // per_block))
-            blocks = block_ids.tolist()[pages]
+            per_block = view._units_per_block
+            units = slice(
+                block_range.unit_start // per_block, -(-block_range.unit_end // per_block)
+            )
+            blocks = block_ids.tolist()[units]
             before = {self.owners.get(block) for block in blocks}
-            self.expect(len(before) == 1 and None not in before, "a block that is not held")
+            self.expect(len(before) == 1 and None not in before, "copied blocks without an owner")
             self.used[thread] = before.pop() or ""
             try:
                 thread.pause("copy")
-                copy(view, area, block_ids, buffer)
+                copy(view, block_range, block_ids, buffer)
                 if self.rank_of_this_thread().accident:
                     raise AccidentError
             finally:
@@ -221,7 +239,7 @@ class Machine(RuleBasedStateMachine):
         return slow_copy
 
     def expect(self, true: bool, what: str) -> None:
-        """An assertion inside the code under test, which would catch and log it."""
+        """Check inside the code under test, which would catch and log an assertion."""
         if not true:
             self.broken.append("".join(traceback.format_stack()) + what)
 

@@ -13,15 +13,27 @@ from typing import Any
 import torch
 
 from kv_transfer.geometry import KvGeometry
+from kv_transfer.kv_caches import KvCaches
 from kv_transfer.options import TransferOptions
-from kv_transfer.pages import KvPages
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
-from kv_transfer.send import PrefillServer, StepChunk
+from kv_transfer.receive.client import DecodeClient
+from kv_transfer.receive.records import Reservation, TransferResult
+from kv_transfer.send.records import StepChunk
+from kv_transfer.send.server import PrefillServer
 from tests.support.waiting import wait_until
 
 LAYERS, HEADS, BLOCK_TOKENS, CONTENT, BLOCKS = 4, 2, 16, 8, 64
 GEOMETRY = KvGeometry(
-    "tiny", "float32", LAYERS, HEADS, CONTENT, 4, BLOCK_TOKENS, "LBHNC", True, 1, 0
+    model="tiny",
+    dtype="float32",
+    num_layers=LAYERS,
+    total_kv_heads=HEADS,
+    content=CONTENT,
+    item_bytes=4,
+    block_tokens=BLOCK_TOKENS,
+    layout="LBHNC",
+    positions_known=True,
+    tp_size=1,
+    tp_rank=0,
 )
 OPTIONS = TransferOptions(
     host="127.0.0.1",
@@ -29,7 +41,7 @@ OPTIONS = TransferOptions(
     token="secret",
     message_bytes=3 * GEOMETRY.block_bytes,
     staging_buffers=2,
-    pair_timeout_s=15,  # torch's store looks names up, which may take seconds
+    pair_timeout_s=15,  # torch's store looks up host names, which may take seconds
     reserve_timeout_s=30,
     prefill_timeout_s=30,
     transfer_timeout_s=30,
@@ -50,72 +62,95 @@ def random_caches(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(LAYERS)]
 
 
+def chunk_of(
+    transfer_id: str, blocks: tuple[int, ...], start: int, end: int, tokens: int
+) -> StepChunk:
+    """Tokens ``[start, end)`` of a prompt of ``tokens`` tokens."""
+    return StepChunk(
+        transfer_id=transfer_id,
+        request_id=f"engine-{transfer_id}",
+        block_ids=blocks,
+        token_start=start,
+        token_end=end,
+        num_tokens=tokens,
+    )
+
+
 class Prefill:
-    """A prefill end with an engine's calls around it."""
+    """A prefill end, and an engine's calls to it."""
 
     def __init__(self, caches: list[torch.Tensor], incarnation: str = "p1", **options: Any):
         self.caches = caches
         self.server = PrefillServer(
-            KvPages(caches), GEOMETRY, replace(OPTIONS, incarnation=incarnation, **options)
+            KvCaches(caches), GEOMETRY, replace(OPTIONS, incarnation=incarnation, **options)
         )
         self.released: set[str] = set()
 
     def compute(
-        self, key: str, block_ids: list[int], tokens: int, cached: int = 0, chunk: int = 40
+        self, transfer_id: str, block_ids: list[int], tokens: int, cached: int = 0, chunk: int = 40
     ) -> None:
-        """Engine steps until the whole prompt is computed (the caches hold random KV already)."""
+        """Run engine steps until the prompt is computed. The caches already hold random KV."""
         for start in range(cached, tokens, chunk):
             end = min(tokens, start + chunk)
             blocks = tuple(block_ids[: blocks_of(end)])
-            self.server.begin_step([StepChunk(key, f"engine-{key}", blocks, start, end, tokens)])
+            self.server.begin_step([chunk_of(transfer_id, blocks, start, end, tokens)])
             for layer in range(LAYERS):
                 self.server.layer_done(layer + 1)
             self.server.end_step()
 
-    def wait_released(self, key: str) -> None:
+    def wait_released(self, transfer_id: str) -> None:
         def released() -> bool:
             self.released |= self.server.take_released()
-            return f"engine-{key}" in self.released
+            return f"engine-{transfer_id}" in self.released
 
-        wait_until(released, what=f"blocks of {key} are released")
+        wait_until(released, what=f"blocks of {transfer_id} are released")
 
 
 class Decode:
-    """A decode end that waits for the results it is asked about."""
+    """A decode end that waits for the results that a test asks for."""
 
     def __init__(self, caches: list[torch.Tensor], incarnation: str = "d1", **options: Any):
         self.caches = caches
         self.client = DecodeClient(
-            KvPages(caches), GEOMETRY, replace(OPTIONS, incarnation=incarnation, **options)
+            KvCaches(caches), GEOMETRY, replace(OPTIONS, incarnation=incarnation, **options)
         )
         self.results: dict[str, TransferResult] = {}
 
     def reserve(
-        self, prefill: Prefill | str, key: str, block_ids: list[int], start: int, end: int,
+        self, prefill: Prefill | str, transfer_id: str, block_ids: list[int], start: int, end: int,
         incarnation: str = "p1",
     ) -> None:  # fmt: skip
         address = prefill if isinstance(prefill, str) else prefill.server.address
         self.client.reserve(
-            Reservation(key, f"engine-{key}", (address,), incarnation, tuple(block_ids), start, end)
+            Reservation(
+                transfer_id=transfer_id,
+                request_id=f"engine-{transfer_id}",
+                addresses=(address,),
+                incarnation=incarnation,
+                block_ids=tuple(block_ids),
+                token_start=start,
+                token_end=end,
+            )
         )
 
-    def cancel(self, prefill: Prefill, key: str) -> None:
-        self.client.cancel(key, (prefill.server.address,), "p1")
+    def cancel(self, prefill: Prefill, transfer_id: str) -> None:
+        self.client.cancel(transfer_id, (prefill.server.address,), "p1")
 
-    def result(self, key: str) -> TransferResult:
+    def result(self, transfer_id: str) -> TransferResult:
         def arrived() -> bool:
             for result in self.client.take_results():
-                assert result.key not in self.results, f"{result.key} was reported twice"
-                self.results[result.key] = result
-            return key in self.results
+                reported = result.transfer_id
+                assert reported not in self.results, f"{reported} was reported twice"
+                self.results[reported] = result
+            return transfer_id in self.results
 
-        wait_until(arrived, what=f"transfer {key} ends")
-        return self.results[key]
+        wait_until(arrived, what=f"transfer {transfer_id} ends")
+        return self.results[transfer_id]
 
 
 @contextmanager
 def stream(**options: Any) -> Iterator[tuple[Prefill, Decode]]:
-    """One prefill and one decode end; afterwards no thread of either is left."""
+    """Yield one prefill and one decode end; at the end, check that no thread of either is left."""
     before = set(threading.enumerate())
     prefill = Prefill(random_caches(1), **options)
     decode = Decode(random_caches(2), **options)
@@ -135,7 +170,7 @@ def same_blocks(
     source: list[torch.Tensor], source_ids: list[int], target: list[torch.Tensor],
     target_ids: list[int], first: int = 0,
 ) -> bool:  # fmt: skip
-    """Whether all layers' blocks agree from position ``first`` on."""
+    """Whether the blocks agree in all layers, from the ``first`` block of the lists on."""
     return all(
         torch.equal(a[source_ids[first:]], b[target_ids[first:]])
         for a, b in zip(source, target, strict=True)

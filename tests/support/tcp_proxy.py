@@ -1,4 +1,4 @@
-"""A TCP link with weather: connections that pass through can be slowed, held up and cut."""
+"""A TCP proxy whose connections can be slowed, held and cut."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 
 class Link:
-    """Carries connections from a port of its own to one target; for one event loop."""
+    """Carries connections from its own port to one target. One event loop uses it."""
 
     def __init__(self, target: tuple[str, int], *, once: bool = False) -> None:
-        """``once``: the first connection is the last."""
-        self.delay_s = 0.0  # each piece of data arrives so much later
+        """With ``once``, the link accepts only one connection."""
+        self.delay_s = 0.0  # added to the arrival of each piece of data
         self.bytes_per_s = float("inf")
         self._target = target
         self._once = once
-        self._calm = asyncio.Event()
-        self._calm.set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def open(self, host: str) -> int:
-        """The port that leads to the target."""
+        """Start to listen, and return the port."""
         self._server = await asyncio.start_server(self._carry, host, 0)
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -37,15 +37,15 @@ class Link:
 
     def hold(self) -> None:
         """Carry nothing from now on; connections stay open."""
-        self._calm.clear()
+        self._flowing.clear()
 
     def clear(self) -> None:
-        """Fine weather again; what was held is carried."""
+        """End all delays; data that was held arrives now."""
         self.delay_s, self.bytes_per_s = 0.0, float("inf")
-        self._calm.set()
+        self._flowing.set()
 
     def cut(self, at_most: int | None = None) -> int:
-        """Reset open connections at both ends, or some of them; returns how many."""
+        """Reset open connections at both ends, ``at_most`` this many; return how many."""
         connections = list(self._connections)[:at_most]
         for connection in connections:
             connection.cancel()
@@ -75,17 +75,17 @@ class Link:
             for end in ends:
                 _reset(end)
         except OSError:
-            pass  # nobody listens at the target
+            pass  # the target does not listen
         finally:
             self._connections.discard(this)
             for end in ends:
                 end.close()
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        """Until the source ends; then so does the target, which ends the other direction."""
+        """Copy until the source ends, then close the target, which ends the other direction."""
         with contextlib.suppress(OSError):
             while data := await source.read(_CHUNK_BYTES):
-                await self._calm.wait()
+                await self._flowing.wait()
                 if pace_s := self.delay_s + len(data) / self.bytes_per_s:
                     await time_passes(pace_s)
                 target.write(data)
@@ -101,7 +101,7 @@ def _reset(end: asyncio.StreamWriter) -> None:
 
 
 async def time_passes(seconds: float) -> None:
-    """The weather itself, and whatever else a load does at its own pace: no wait for something."""
+    """Let time pass: for delays and for a load's own pace, never to wait for a condition."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await asyncio.get_running_loop().create_future()

@@ -1,6 +1,7 @@
-"""vLLM's own scheduler with our connector's scheduler side, and a made-up model below it.
+"""vLLM's own scheduler with our connector's scheduler side, over a model that samples a constant.
 
-No engine, no process: a step is one call, so a test chooses what the ranks report and when.
+There is no engine and no process. A step is one call, so a test chooses what the ranks report, and
+when.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from core.config.schema import ModelConfig
 from core.model.resolve import resolve_model
-from kv_transfer.receive import TransferResult
+from kv_transfer.receive.records import Reservation, TransferResult
 from kv_transfer.vllm.connector import BatonConnector
-from kv_transfer.vllm.step import RankResults, StepPlan
+from kv_transfer.vllm.metadata import RankResults, StepPlan
 
 BLOCK_TOKENS = 16
-SAMPLED = 7  # what the made-up model always says
+SAMPLED = 7  # the token that the model always samples
 _HASH = get_hash_fn_by_name("sha256")
 
 
@@ -41,14 +42,16 @@ class Step:
     plan: StepPlan
     computed: dict[str, int]  # tokens by request id
     tokens: dict[str, list[int]] = field(default_factory=dict)  # sampled, by request id
-    reports: list[dict[str, Any]] = field(default_factory=list)  # beside the tokens, to the front
+    reports: list[dict[str, Any]] = field(default_factory=list)  # of receives, to the front end
 
 
 class SchedulerBench:
-    """Args:
-    pool: "kv_producer" (prefill) or "kv_consumer" (decode).
-    blocks: KV blocks of the engine, the null block included.
-    step_tokens: most tokens that one step computes.
+    """A scheduler with its connector.
+
+    Args:
+        pool: "kv_producer" (prefill) or "kv_consumer" (decode).
+        blocks: KV blocks of the engine, including the null block.
+        step_tokens: most tokens that one step computes.
     """
 
     def __init__(self, pool: str, *, blocks: int = 64, step_tokens: int = 256) -> None:
@@ -91,9 +94,19 @@ class SchedulerBench:
         return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
 
     def add(
-        self, name: str, tokens: list[int], kind: str, *, max_tokens: int = 4, first: bool = True
+        self,
+        name: str,
+        tokens: list[int],
+        kind: str,
+        *,
+        max_tokens: int = 4,
+        forwards_first_token: bool = True,
     ) -> Request:
-        params = {"baton": kind, "key": f"{name}#1", "first_token": first}
+        params = {
+            "baton": kind,
+            "transfer_id": f"{name}#1",
+            "forwards_first_token": forwards_first_token,
+        }
         if kind == "receive":
             params |= {"incarnation": "p1", "addresses": ["tcp://127.0.0.1:1"]}
         request = Request(
@@ -116,7 +129,7 @@ class SchedulerBench:
 
     def step(self, *, sent: set[str] | None = None, received: list[TransferResult] | None = None
              ) -> Step:  # fmt: skip
-        """Schedule, compute, and hand vLLM what the ranks report, as its engine core does."""
+        """Schedule, compute, and give vLLM what the ranks report, as its engine core does."""
         output = self.scheduler.schedule()
         plan = output.kv_connector_metadata
         assert isinstance(plan, StepPlan)
@@ -149,17 +162,25 @@ class SchedulerBench:
         return step
 
 
-def result_of(step: Step, *, complete: bool = True, first_token: int | None = 99) -> TransferResult:
-    """How the only reservation of a step ends."""
+def result_of(
+    step: Step, *, complete: bool = True, first_token_id: int | None = 99
+) -> TransferResult:
+    """Return a result for the only reservation of a step."""
     (reservation,) = step.plan.reservations
+    return result_for(reservation, complete=complete, first_token_id=first_token_id)
+
+
+def result_for(
+    reservation: Reservation, *, complete: bool, first_token_id: int | None = 99
+) -> TransferResult:
     return TransferResult(
-        reservation.key,
-        reservation.request_id,
-        complete,
-        first_token if complete else None,
-        "gloo",
-        1000,
-        2,
-        reservation.token_end - reservation.token_start,
-        3.0,
+        transfer_id=reservation.transfer_id,
+        request_id=reservation.request_id,
+        complete=complete,
+        first_token_id=first_token_id if complete else None,
+        backend="gloo",
+        num_bytes=1000,
+        messages=2,
+        tokens=reservation.token_end - reservation.token_start,
+        transfer_ms=3.0,
     )

@@ -1,6 +1,7 @@
-"""What the connector takes for granted about vLLM's scheduler, on vLLM's scheduler itself.
+"""What the connector assumes about vLLM's scheduler, checked on vLLM's scheduler itself.
 
-An upgrade of vLLM that breaks one of these would corrupt, leak or hang; it should fail here.
+An upgrade of vLLM that breaks an assumption would corrupt KV, leak blocks or hang. It must fail
+here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from vllm.v1.request import RequestStatus
 
-from kv_transfer.vllm.step import Cancellation
 from tests.support.vllm_scheduler import BLOCK_TOKENS, SAMPLED, SchedulerBench, result_of
 
 
@@ -43,14 +43,14 @@ def test_chunks_cover_the_prompt_once_and_in_order(bench: Make) -> None:
     prefill.add("r", prompt(150), "send", max_tokens=1)
     chunks = [chunk for _ in range(3) for chunk in prefill.step().plan.chunks]
     assert [(c.token_start, c.token_end) for c in chunks] == [(0, 64), (64, 128), (128, 150)]
-    assert {(c.key, c.request_id, c.num_tokens) for c in chunks} == {("r#1", "r", 150)}
+    assert {(c.transfer_id, c.request_id, c.num_tokens) for c in chunks} == {("r#1", "r", 150)}
     for before, after in itertools.pairwise(chunks):
         assert after.block_ids[: len(before.block_ids)] == before.block_ids, "blocks are appended"
     assert len(chunks[-1].block_ids) == 10
 
 
 def test_a_prefix_may_be_hit_in_the_very_step_that_computes_it(bench: Make) -> None:
-    """vLLM hashes a block when it is allocated. Sent before that step's layers, it is garbage."""
+    """vLLM hashes a block when it allocates it. Before that step's layers it holds no KV."""
     prefill = bench("kv_producer")
     prefill.add("a", prompt(100), "send", max_tokens=1)
     prefill.add("b", [*prompt(96), 7, 7, 7], "send", max_tokens=1)
@@ -66,7 +66,7 @@ def test_sent_blocks_stay_until_a_rank_releases_them(bench: Make) -> None:
     assert prefill.step().tokens == {"r": [SAMPLED]}
     assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
     assert prefill.blocks_used == 3
-    assert prefill.scheduler.has_requests(), "or nobody would ask the ranks again"
+    assert prefill.scheduler.has_requests(), "without steps, the ranks are not asked again"
     step = prefill.step()
     assert step.plan.sampled == [("r#1", SAMPLED)]
     assert prefill.blocks_used == 3
@@ -77,7 +77,7 @@ def test_sent_blocks_stay_until_a_rank_releases_them(bench: Make) -> None:
 
 def test_a_first_token_that_decode_samples_itself_is_not_sent(bench: Make) -> None:
     prefill = bench("kv_producer")
-    prefill.add("r", prompt(40), "send", max_tokens=1, first=False)
+    prefill.add("r", prompt(40), "send", max_tokens=1, forwards_first_token=False)
     prefill.step()
     assert prefill.step().plan.sampled == [("r#1", None)]
 
@@ -113,7 +113,9 @@ def test_a_preempted_send_is_named_and_not_streamed_again(bench: Make) -> None:
         assert len(steps) < 100, "nothing was preempted"
     assert set(steps[-1].plan.preempted) == {"b#1"}
     later = [prefill.step() for _ in range(40)]
-    assert not [c for step in [steps[-1], *later] for c in step.plan.chunks if c.key == "b#1"]
+    assert not [
+        c for step in [steps[-1], *later] for c in step.plan.chunks if c.transfer_id == "b#1"
+    ]
 
 
 # decode
@@ -129,7 +131,7 @@ def test_decode_computes_one_token_after_the_transfer(bench: Make) -> None:
     assert (reservation.token_start, reservation.token_end) == (0, 40)
     assert len(reservation.block_ids) == 3
     assert reservation.addresses == ("tcp://127.0.0.1:1",)
-    assert decode.scheduler.has_requests(), "or nobody would ask the ranks again"
+    assert decode.scheduler.has_requests(), "without steps, the ranks are not asked again"
 
     decode.step(received=[result_of(first)])
     second = decode.step()
@@ -140,16 +142,18 @@ def test_decode_computes_one_token_after_the_transfer(bench: Make) -> None:
     decode.step()
     decode.step()
     assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
-    assert list(request.all_token_ids)[40:] == [99, SAMPLED, SAMPLED, SAMPLED], "4 with P's one"
+    assert list(request.all_token_ids)[40:] == [99, SAMPLED, SAMPLED, SAMPLED], (
+        "4 including P's first token"
+    )
     decode.step()
     assert decode.blocks_used == 0
 
 
 def test_without_a_first_token_the_last_prompt_token_is_recomputed(bench: Make) -> None:
     decode = bench("kv_consumer")
-    request = decode.add("r", prompt(48), "receive", first=False)
+    request = decode.add("r", prompt(48), "receive", forwards_first_token=False)
     first = decode.step()
-    decode.step(received=[result_of(first, first_token=None)])
+    decode.step(received=[result_of(first, first_token_id=None)])
     assert decode.step().computed == {"r": 1}
     assert list(request.all_token_ids) == [*prompt(48), SAMPLED]
 
@@ -189,11 +193,11 @@ def test_blocks_of_an_aborted_receive_stay_until_it_has_ended(bench: Make, compl
     first = decode.step()
     decode.abort("r")
     assert decode.blocks_used == 3, "they may still be written"
-    assert decode.step().plan.cancelled == [Cancellation("r#1", ("tcp://127.0.0.1:1",), "p1")]
+    assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
     assert decode.blocks_used == 3
     decode.step(received=[result_of(first, complete=complete)])
     assert decode.blocks_used == 0
-    assert not decode.connector._scheduler._receives
+    assert not decode.connector.scheduler_side._receives
 
 
 def test_an_abort_between_the_transfer_and_the_first_step(bench: Make) -> None:
@@ -205,36 +209,36 @@ def test_an_abort_between_the_transfer_and_the_first_step(bench: Make) -> None:
     step = decode.step()
     assert not step.plan.cancelled, "nothing is left to cancel"
     assert decode.blocks_used == 0
-    assert not decode.connector._scheduler._receives
+    assert not decode.connector.scheduler_side._receives
 
 
-def test_an_abort_before_blocks_are_free_tells_prefill(bench: Make) -> None:
-    """V#41269: prefill holds KV for a request that decode never began."""
+def test_an_abort_before_blocks_are_free_cancels_at_prefill(bench: Make) -> None:
+    """V#41269: prefill would hold KV for a request that decode never began."""
     decode = bench("kv_consumer")
     decode.add("r", prompt(40), "receive")
     decode.abort("r")
-    assert decode.step().plan.cancelled == [Cancellation("r#1", ("tcp://127.0.0.1:1",), "p1")]
+    assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
 
 
-def test_only_an_idle_step_that_waits_for_kv_naps(
+def test_only_an_idle_step_that_waits_for_kv_sleeps(
     bench: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = bench("kv_consumer")
-    naps: list[float] = []
-    doorbell = decode.connector._scheduler._doorbell
+    sleeps: list[float] = []
+    doorbell = decode.connector.scheduler_side._doorbell
     assert doorbell is not None
-    monkeypatch.setattr(doorbell, "nap", naps.append)
+    monkeypatch.setattr(doorbell, "wait", sleeps.append)
     decode.step()
     decode.step()
-    assert not naps, "nothing to wait for"
+    assert not sleeps, "nothing to wait for"
     decode.add("r", prompt(40), "receive")
     first = decode.step()
-    assert not naps, "a reservation goes out at once"
+    assert not sleeps, "a reservation is sent at once"
     decode.step()
-    assert len(naps) == 1
+    assert len(sleeps) == 1
     decode.add("s", prompt(40, seed=1), "receive")
     decode.step(received=[result_of(first)])
-    assert len(naps) == 1
+    assert len(sleeps) == 1
     assert decode.step().computed == {"r": 1}
     decode.step()
-    assert len(naps) == 1, "r is being decoded, although s waits"
+    assert len(sleeps) == 1, "r is being decoded, although s waits"

@@ -1,4 +1,4 @@
-"""What vLLM's CPU kernels would have written is what arrives, whatever their order in a block."""
+"""KV arrives as vLLM's CPU kernels would have written it, for each order of a block."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from kv_transfer.geometry import KvGeometry, Rectangle, plan_pair, sources, split_into_messages
-from kv_transfer.pages import KvPages
+from kv_transfer.geometry import (
+    KvGeometry,
+    LayerBlockRange,
+    plan_pair,
+    sources,
+    split_into_messages,
+)
+from kv_transfer.kv_caches import KvCaches
 from kv_transfer.vllm.cpu_packing import packed_positions
 from tests.support.kv_shapes import geometry_of, ranks_of
 
 pytestmark = pytest.mark.integration
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
-TOKENS = 201  # ends inside a page of each size
+TOKENS = 201  # ends inside a unit, for all unit sizes
 BLOCKS = 16
 
 
@@ -35,10 +41,10 @@ class Rank:
         self.layers = [torch.zeros(shape, dtype=getattr(torch, own.dtype)) for _ in range(LAYERS)]
         positions = packed_positions(self.layers[0], self.isa)
         assert positions is not None
-        self.pages = KvPages(self.layers, positions)
+        self.kv_caches = KvCaches(self.layers, positions)
 
     def compute(self, kv: torch.Tensor, start: int = 0) -> None:
-        """Write tokens from ``start`` on; ``kv``: ``[layers, tokens, heads, K and V]``."""
+        """Write tokens from ``start`` on; ``kv`` is ``[layers, tokens, heads, K and V]``."""
         own = self.geometry
         token = torch.arange(start, kv.shape[1])
         block = torch.tensor(self.blocks)[token // own.block_tokens]
@@ -56,7 +62,7 @@ def ranks(isa: str, dtype: str, block_tokens: int, tp: int) -> list[Rank]:
         packed_positions(torch.zeros(1, 1, 32, 2 * HEAD_SIZE, dtype=torch.bfloat16), isa)
     except RuntimeError as error:
         if isa == "amx" and "Unsupported CPU attention configuration" in str(error):
-            pytest.skip("vLLM's kernels for this machine know no AMX")
+            pytest.skip("vLLM's kernels for this machine have no AMX")
         raise
     geometry = geometry_of(
         HEADS, tp, block_tokens, f"LBHNC/{isa}", layers=LAYERS, content=2 * HEAD_SIZE, dtype=dtype
@@ -69,12 +75,12 @@ def ranks(isa: str, dtype: str, block_tokens: int, tp: int) -> list[Rank]:
 
 
 def send(source: Rank, target: Rank, start: int) -> None:
-    """Tokens from ``start`` on, in messages of a few pages."""
+    """Copy tokens from ``start`` on, in messages of a few units."""
     plan = plan_pair(source.geometry, target.geometry)
-    views = [rank.pages.view(plan, rank.geometry.heads) for rank in (source, target)]
-    area = Rectangle(0, LAYERS, start // plan.page_tokens, plan.pages_of(TOKENS))
-    for message in split_into_messages(area, 3):
-        buffer = torch.empty(message.num_pages * views[0].page_elements, dtype=views[0].dtype)
+    views = [rank.kv_caches.view(plan, rank.geometry.heads) for rank in (source, target)]
+    block_range = LayerBlockRange(0, LAYERS, start // plan.unit_tokens, plan.units_of(TOKENS))
+    for message in split_into_messages(block_range, 3):
+        buffer = torch.empty(message.num_units * views[0].unit_elements, dtype=views[0].dtype)
         views[0].gather(message, torch.tensor(source.blocks), buffer)
         views[1].scatter(message, torch.tensor(target.blocks), buffer)
 
@@ -95,7 +101,7 @@ def test_caches_are_as_if_the_kernel_had_written_them(
     prefill_isa: str, decode_isa: str, dtype: str, prefill_tokens: int, decode_tokens: int,
     tp: tuple[int, int],
 ) -> None:  # fmt: skip
-    """One wrong element is a wrong key of one token, which no test of the text may ever notice."""
+    """A wrong element spoils one token's attention key; a test of the text may never notice."""
     prefill = ranks(prefill_isa, dtype, prefill_tokens, tp[0])
     decode = ranks(decode_isa, dtype, decode_tokens, tp[1])
     expected = ranks(decode_isa, dtype, decode_tokens, tp[1])
@@ -115,14 +121,14 @@ def test_caches_are_as_if_the_kernel_had_written_them(
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8])
 def test_quantised_caches_have_no_known_order(dtype: torch.dtype) -> None:
-    """The kernel scales what it is given, so it cannot be asked; such blocks travel whole."""
+    """The kernel scales its elements, so their order is unknown; such blocks travel whole."""
     assert packed_positions(torch.zeros(1, 1, 32, 2 * HEAD_SIZE, dtype=dtype), "vec") is None
 
 
 @pytest.mark.parametrize("head_size", [32, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_place_holds_one_element(head_size: int, dtype: torch.dtype) -> None:
-    """Also where an element's number takes three digits to write."""
+    """Also if an element's number has three digits."""
     cache = torch.zeros(1, 1, 128, 2 * head_size, dtype=dtype)
     positions = packed_positions(cache, "vec16")
     assert positions is not None

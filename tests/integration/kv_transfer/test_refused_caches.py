@@ -1,4 +1,4 @@
-"""Which of vLLM's kinds of KV cache are streamed, and what is said of the others."""
+"""Which of vLLM's kinds of KV cache are streamed, and how others are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream between workers of unlike shapes: processes, process groups, several ranks a side."""
+"""The stream between workers of different shapes, with several ranks and real process groups."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import zmq
 
-from kv_transfer import receive, send
 from kv_transfer.errors import PairError
 from kv_transfer.geometry import KvGeometry
 from kv_transfer.pair import (
@@ -26,6 +24,9 @@ from kv_transfer.pair import (
     host_store,
     join_store,
 )
+from kv_transfer.receive import receiver
+from kv_transfer.receive.control import ControlConnection
+from kv_transfer.send import sender
 from tests.support.kv_shapes import (
     DecodeRanks,
     PrefillProcess,
@@ -38,7 +39,7 @@ from tests.support.waiting import wait_until
 
 BLOCKS = 48
 LONG, TOKENS, HALF = "long#1", 301, 160
-PROMPTS = {"short#1": 3, "page#1": 32, LONG: TOKENS}  # tokens
+PROMPTS = {"short#1": 3, "unit#1": 32, LONG: TOKENS}  # numbers of tokens
 SOURCE = list(range(20))  # blocks of the long prompt
 
 
@@ -59,27 +60,30 @@ def pair_of(
     return prefill, decode
 
 
-Reserved = dict[str, tuple[list[int], int]]  # by key: blocks, first token
+Reserved = dict[str, tuple[list[int], int]]  # by transfer id: blocks, index of the first token
 
 
 def reserved_by(geometry: KvGeometry, starts: dict[str, int], rng: random.Random) -> Reserved:
     free = rng.sample(range(BLOCKS), BLOCKS)
     return {
-        key: ([free.pop() for _ in range(-(-tokens // geometry.block_tokens))], starts[key])
-        for key, tokens in PROMPTS.items()
+        transfer_id: (
+            [free.pop() for _ in range(-(-tokens // geometry.block_tokens))],
+            starts[transfer_id],
+        )
+        for transfer_id, tokens in PROMPTS.items()
     }
 
 
-def check(caches: RankCaches, reserved: Reserved, page_tokens: int) -> None:
-    """The reserved tokens are right, and nothing else was written but the rest of a last page."""
+def check(caches: RankCaches, reserved: Reserved, unit_tokens: int) -> None:
+    """Check that only the reserved tokens and the rest of the last unit were written."""
     expected = RankCaches(caches.geometry, BLOCKS)
-    for key, (blocks, start) in reserved.items():
-        tokens = PROMPTS[key]
-        expected.fill(key, blocks, start, tokens, tokens)
-        page_end = -(-tokens // page_tokens) * page_tokens
+    for transfer_id, (blocks, start) in reserved.items():
+        tokens = PROMPTS[transfer_id]
+        expected.fill(transfer_id, blocks, start, tokens, tokens)
+        unit_end = -(-tokens // unit_tokens) * unit_tokens
         for layer in range(caches.geometry.num_layers):
-            tail = caches.read(layer, blocks, tokens, page_end)
-            expected.write(layer, blocks, tokens, page_end, tail)
+            tail = caches.read(layer, blocks, tokens, unit_end)
+            expected.write(layer, blocks, tokens, unit_end, tail)
     assert torch.equal(caches.storage, expected.storage)
 
 
@@ -104,49 +108,53 @@ def check(caches: RankCaches, reserved: Reserved, page_tokens: int) -> None:
     ],
 )
 @pytest.mark.parametrize("message_bytes", [600, 100_000])
-def test_each_rank_gets_its_part(
+def test_each_rank_gets_its_leg(
     process: PrefillProcess, pair: tuple[KvGeometry, KvGeometry], message_bytes: int
 ) -> None:
-    """Several prompts at once over one set of pairs, with prefix hits on both sides."""
+    """Send several prompts at once over one set of pairs, with prefix hits on both sides."""
     prefill, decode = pair
     rng = random.Random(str(pair))
     with shapes(process, *pair, BLOCKS, message_bytes=message_bytes) as (addresses, ranks):
         starts = {
-            key: rng.randrange(tokens) // decode.block_tokens * decode.block_tokens
-            for key, tokens in PROMPTS.items()
+            transfer_id: rng.randrange(tokens) // decode.block_tokens * decode.block_tokens
+            for transfer_id, tokens in PROMPTS.items()
         }
         source = reserved_by(prefill, dict.fromkeys(PROMPTS, 0), rng)
         targets = [reserved_by(decode, starts, rng) for _ in ranks.clients]
 
-        def reserve(key: str) -> None:
+        def reserve(transfer_id: str) -> None:
             for rank, target in enumerate(targets):
-                ranks.reserve(rank, addresses, key, *target[key], PROMPTS[key])
+                ranks.reserve(
+                    rank, addresses, transfer_id, *target[transfer_id], PROMPTS[transfer_id]
+                )
 
-        reserve("page#1")
+        reserve("unit#1")
         reserve(LONG)
-        for key, tokens in PROMPTS.items():
-            blocks, middle = source[key][0], max(1, tokens // 3)
+        for transfer_id, tokens in PROMPTS.items():
+            blocks, middle = source[transfer_id][0], max(1, tokens // 3)
             cached = min(2 * prefill.block_tokens, middle - 1)
-            process.call("compute", key, blocks, 0, middle, tokens, cached)
-            process.call("compute", key, blocks, middle, tokens, tokens)
-            process.call("finish", key)
+            process.call("compute", transfer_id, blocks, 0, middle, tokens, cached)
+            process.call("compute", transfer_id, blocks, middle, tokens, tokens)
+            process.call("finish", transfer_id)
         reserve("short#1")
 
-        page_tokens = math.gcd(prefill.block_tokens, decode.block_tokens)
-        for key, tokens in PROMPTS.items():
-            slots = (-(-tokens // page_tokens) * page_tokens - starts[key]) * decode.num_layers
-            for result, caches in zip(ranks.results(key), ranks.caches, strict=True):
+        unit_tokens = math.gcd(prefill.block_tokens, decode.block_tokens)
+        for transfer_id, tokens in PROMPTS.items():
+            slots = (
+                -(-tokens // unit_tokens) * unit_tokens - starts[transfer_id]
+            ) * decode.num_layers
+            for result, caches in zip(ranks.results(transfer_id), ranks.caches, strict=True):
                 assert result.complete
-                assert result.first_token == 42
+                assert result.first_token_id == 42
                 heads = len(caches.geometry.heads)
                 assert result.num_bytes == slots * heads * decode.content * decode.item_bytes
         for caches, target in zip(ranks.caches, targets, strict=True):
-            check(caches, target, page_tokens)
+            check(caches, target, unit_tokens)
         process.wait_released(*PROMPTS)
 
 
 def begin(process: PrefillProcess, addresses: tuple[str, ...], ranks: DecodeRanks) -> None:
-    """All decode ranks have reserved, and half of the prompt is computed."""
+    """Reserve from all decode ranks, and compute half of the prompt."""
     for rank in range(len(ranks.clients)):
         ranks.reserve(rank, addresses, LONG, SOURCE, 0, TOKENS)
     process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
@@ -173,7 +181,7 @@ unlike = pytest.mark.parametrize(
 def test_a_cancel_frees_all_ranks(
     process: PrefillProcess, pair: tuple[KvGeometry, KvGeometry], computed: int
 ) -> None:
-    """As the engine does it: each decode rank cancels for itself."""
+    """Each decode rank cancels for itself, as with a real engine."""
     with shapes(process, *pair, BLOCKS) as (addresses, ranks):
         for rank in range(len(ranks.clients)):
             ranks.reserve(rank, addresses, LONG, SOURCE, 0, TOKENS)
@@ -195,13 +203,13 @@ def test_a_cancel_frees_all_ranks(
         pytest.param(pair_of(2, (2, 4)), 0, [0, 1], id="2 to 4"),
         pytest.param(pair_of(2, (4, 1)), 0, [0], id="4 to 1"),
         pytest.param(pair_of(2, (4, 1)), 1, [0], id="4 to 1, the idle one"),
-        pytest.param(pair_of(6, (3, 2)), 0, [0, 1], id="3 to 2: by way of a rank that both read"),
+        pytest.param(pair_of(6, (3, 2)), 0, [0, 1], id="3 to 2, through a rank that both read"),
     ],
 )
-def test_a_part_that_a_prefill_rank_fails(
+def test_a_leg_that_a_prefill_rank_fails(
     process: PrefillProcess, pair: tuple[KvGeometry, KvGeometry], failing: int, reached: list[int]
 ) -> None:
-    """Whoever needs it hears of it at once; the others get theirs, and nobody keeps any block."""
+    """Ranks that need the leg fail at once; other ranks complete, and all blocks are released."""
     with shapes(process, *pair, BLOCKS) as (addresses, ranks):
         begin(process, addresses, ranks)
         process.call("preempt", LONG, failing)
@@ -214,13 +222,13 @@ def test_a_part_that_a_prefill_rank_fails(
 
 
 @unlike
-def test_a_part_that_a_decode_rank_fails(
+def test_a_leg_that_a_decode_rank_fails(
     process: PrefillProcess, pair: tuple[KvGeometry, KvGeometry], caplog: pytest.LogCaptureFixture
 ) -> None:
     with shapes(process, *pair, BLOCKS) as (addresses, ranks):
         for rank in range(1, len(ranks.clients)):
             ranks.reserve(rank, addresses, LONG, SOURCE, 0, TOKENS)
-        ranks.reserve(0, addresses, LONG, SOURCE, 1, TOKENS)  # not where a page begins
+        ranks.reserve(0, addresses, LONG, SOURCE, 1, TOKENS)  # not the start of a unit
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
         assert not ranks.result(LONG, 0).complete
         end(process)
@@ -232,8 +240,8 @@ def test_a_part_that_a_decode_rank_fails(
 def test_a_decode_rank_that_never_reserves_does_not_hold_prefill_for_ever(
     process: PrefillProcess,
 ) -> None:
-    """Its pair was refused, or it knows too many transfers: prefill does not hear of that, and the
-    other decode rank got all that it needs."""
+    """Its pair was refused or it has too many transfers. Prefill does not learn of that, and the
+    other decode rank gets all that it needs."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS, reserve_timeout_s=0.1) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
@@ -242,17 +250,17 @@ def test_a_decode_rank_that_never_reserves_does_not_hold_prefill_for_ever(
         process.wait_released(LONG)
 
 
-def test_a_decode_rank_that_has_its_part_may_close_its_pair(process: PrefillProcess) -> None:
-    """To make room for another: that must not cost a slower decode rank its own part."""
+def test_a_decode_rank_that_has_its_leg_may_close_its_pair(process: PrefillProcess) -> None:
+    """It makes room for another pair; a slower decode rank must still get its own leg."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
         end(process)
         assert ranks.result(LONG, 0).complete
         client = ranks.clients[0]
-        with client.lock:
-            (peer,) = client._peers.values()
-            client.retire(peer)
+        with client.transfers.lock:
+            (peer,) = client.transfers.peers.values()
+            client.transfers.close_peer(peer)
         wait_until(lambda: process.call("peers") == [0], what="the pair is closed")
         ranks.reserve(1, addresses, LONG, SOURCE, 0, TOKENS)
         assert ranks.result(LONG, 1).complete
@@ -260,35 +268,35 @@ def test_a_decode_rank_that_has_its_part_may_close_its_pair(process: PrefillProc
 
 
 def test_a_waiting_transfer_takes_all_of_its_reservations(process: PrefillProcess) -> None:
-    """The bound counts transfers; a second rank's reservation of the same one adds none."""
+    """The bound counts transfers, not the reservations of several ranks for one transfer."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS, max_pending=1) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         wait_until(lambda: process.call("waiting") == [1], what="one rank's reservation waits")
         ranks.reserve(1, addresses, LONG, SOURCE, 0, TOKENS)
-        wait_until(lambda: process.call("waiting") == [2], what="the other's waits, too")
+        wait_until(lambda: process.call("waiting") == [2], what="both reservations wait")
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
         end(process)
         assert all(result.complete for result in ranks.results(LONG))
         process.wait_released(LONG)
 
 
-# ---- how pairs end -------------------------------------------------------------------------
+# ---- how pairs are closed ------------------------------------------------------------------
 
 
 def paired(prefill: Prefill, decode: Decode) -> None:
-    """A transfer has gone over the pair."""
+    """Complete a transfer, so that the pair is up."""
     decode.reserve(prefill, "first#1", [5], 0, 9)
     prefill.compute("first#1", [1], 9)
-    prefill.server.finish("first#1", 42, computed=True)
+    prefill.server.request_finished("first#1", 42, computed=True)
     assert decode.result("first#1").complete
 
 
 @pytest.mark.parametrize("waiting_for", [Pair.send, Pair.receive])
 @pytest.mark.parametrize("aborting", [DECODE_RANK, PREFILL_RANK])
-def test_an_abort_wakes_whoever_waits(
+def test_an_abort_ends_waits_at_both_ends(
     waiting_for: Callable[[Pair, torch.Tensor], PendingWork], aborting: int
 ) -> None:
-    """At both ends: else a thread is stuck with a silent peer until transfer_timeout_s is over."""
+    """Without this, a thread would wait for a silent peer until transfer_timeout_s."""
     store, cpu = host_store("127.0.0.1", 5), torch.device("cpu")
     with ThreadPoolExecutor() as pool:
         pairs = list(
@@ -299,7 +307,7 @@ def test_an_abort_wakes_whoever_waits(
                 (DECODE_RANK, PREFILL_RANK),
             )
         )
-        # The peer does nothing, thus this waits for ever.
+        # The peer does nothing, so this waits for ever.
         work = waiting_for(pairs[DECODE_RANK], torch.zeros(1000))
         waiting = pool.submit(work.wait, 8)
         pairs[aborting].abort()
@@ -307,12 +315,12 @@ def test_an_abort_wakes_whoever_waits(
         assert isinstance(waiting.exception(), PairError)
 
 
-@pytest.mark.parametrize("side", [send, receive])
+@pytest.mark.parametrize("side", [sender, receiver])
 def test_stop_also_ends_the_threads_of_pairs_closed_before(
     monkeypatch: pytest.MonkeyPatch, side: ModuleType
 ) -> None:
-    """A thread that is giving up its process group when the interpreter ends is killed inside
-    C++, and takes the process with it: SIGABRT instead of a clean exit."""
+    """A thread that aborts its process group while the interpreter exits is killed inside C++,
+    and the process dies of SIGABRT instead of a clean exit."""
     ending = threading.Event()
 
     def slow_close(*args: Any) -> None:
@@ -323,38 +331,42 @@ def test_stop_also_ends_the_threads_of_pairs_closed_before(
     monkeypatch.setattr(side, "close_pair", slow_close)
     with stream() as (prefill, decode):
         paired(prefill, decode)
-        with decode.client.lock:
-            (peer,) = decode.client._peers.values()
-            decode.client.retire(peer)
+        with decode.client.transfers.lock:
+            (peer,) = decode.client.transfers.peers.values()
+            decode.client.transfers.close_peer(peer)
         assert ending.wait(10)
-        wait_until(lambda: not prefill.server._peers, what="prefill has closed the pair")
+        wait_until(lambda: not prefill.server.transfers.peers, what="prefill has closed the pair")
         stopped, thread = {
-            send: (prefill.server.stop, "kv-send"),
-            receive: (decode.client.stop, "kv-receive"),
+            sender: (prefill.server.stop, "kv-send"),
+            receiver: (decode.client.stop, "kv-receive"),
         }[side]
         stopped()
         assert thread not in {each.name for each in threading.enumerate()}
 
 
-def test_the_last_words_of_a_pair_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was posted before it left, at any moment of its thread: without the CANCEL, prefill
-    keeps the blocks until a timeout."""
-    left = threading.Event()
-    flush = receive._Peer._flush
+def test_the_last_messages_of_a_pair_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All messages that were posted before the close must leave, at any point of the thread.
+
+    Without the CANCEL, prefill would keep the blocks until a timeout.
+    """
+    closed = threading.Event()
+    flush = ControlConnection.flush
 
     with stream(peer_lease_s=60) as (prefill, decode):
 
-        def leave_behind_flush(self: receive._Peer, control: zmq.Socket[bytes]) -> None:
-            flush(self, control)
-            if not left.is_set():
-                left.set()
+        def flush_then_close(connection: ControlConnection) -> None:
+            flush(connection)
+            if not closed.is_set():
+                closed.set()
                 decode.cancel(prefill, "r#1")
-                with decode.client.lock:
-                    decode.client.retire(self)
+                with decode.client.transfers.lock:
+                    decode.client.transfers.close_peer(connection._peer)
 
         paired(prefill, decode)
         decode.reserve(prefill, "r#1", [6], 0, 9)
-        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        monkeypatch.setattr(receive._Peer, "_flush", leave_behind_flush)
-        wait_until(lambda: "r#1" in prefill.server._ended_keys, what="CANCEL has arrived")
-        wait_until(lambda: not prefill.server._peers, what="BYE has arrived")
+        wait_until(
+            lambda: bool(prefill.server.transfers.waiting), what="the reservation has arrived"
+        )
+        monkeypatch.setattr(ControlConnection, "flush", flush_then_close)
+        wait_until(lambda: "r#1" in prefill.server.transfers.ended_ids, what="CANCEL has arrived")
+        wait_until(lambda: not prefill.server.transfers.peers, what="BYE has arrived")

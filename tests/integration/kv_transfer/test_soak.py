@@ -1,10 +1,11 @@
-"""Two prefill and two decode workers, some thousand transfers, and all that can go wrong at once.
+"""Two prefill and two decode workers, some thousand transfers, and all kinds of faults at once.
 
-The load, the faults and the checks are apart: ``_Soak.transfer`` is what a router and two engines
-do, ``_Soak.fault`` what a data centre does, and what must hold in spite of it is checked by the
-workers (``tests.support.kv_soak``) and in the end.
+Load, faults and checks are separate: ``_Soak.transfer`` does what a router and two engines do, and
+``_Soak.fault`` injects a fault. The workers (``tests.support.kv_soak``) check results while they
+run, and the test checks the state at the end.
 
-BATON_SOAK_TRANSFERS and BATON_SOAK_SEED set the length and repeat a run's dice (not its timing).
+BATON_SOAK_TRANSFERS sets the length of a run. BATON_SOAK_SEED repeats the random choices of a run,
+but not its timing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from torch.distributed import Store
 
 from kv_transfer.errors import PairError
 from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair, host_store, join_store
-from tests.support import kv_soak
-from tests.support.kv_soak import (
+from tests.support.kv_soak import OPTIONS
+from tests.support.kv_soak_links import LINK_HOST, ForwardingStore
+from tests.support.kv_soak_messages import (
+    MAX_PACKET_BYTES,
     Abort,
     Cancel,
     Compute,
@@ -49,8 +52,9 @@ from tests.support.kv_soak import (
     Reserve,
     Result,
     Spec,
-    StoreBehind,
     Wrong,
+    packet,
+    report_in,
 )
 from tests.support.tcp_proxy import Link, time_passes
 from tests.support.waiting import until, wait_until
@@ -58,24 +62,24 @@ from tests.support.waiting import until, wait_until
 TRANSFERS = int(os.environ.get("BATON_SOAK_TRANSFERS", "2000"))
 SEED = int(os.environ.get("BATON_SOAK_SEED", random.SystemRandom().randrange(10**6)))
 BLOCKS = 256
-# Unlike in tensor parallelism, block size and layout.
+# The workers differ in tensor parallelism, block size and layout.
 SHAPES = {
     "p0": ("prefill", 1, 16, "HNC"),
     "p1": ("prefill", 2, 16, "HNC/7"),
     "d0": ("decode", 1, 16, "HNC"),
     "d1": ("decode", 2, 24, "NHC"),
 }
-# The others outlive them all, so that what leaks a little with each lost peer adds up.
-MORTAL = ("p1", "d0")
+# Only these are killed. The others live through the whole run, so that small leaks add up.
+KILLABLE = ("p1", "d0")
 AT_ONCE = 16
-TRANSFERS_A_FAULT = 14
+TRANSFERS_PER_FAULT = 14
 UNWANTED = ("cancelled", "not fetched", "not computed")
-ENDS_WITHIN_S = 8.5  # all timeouts one after the other, and the longest pause
+ENDS_WITHIN_S = 8.5  # all timeouts one after another, plus the longest pause
 MAX_GROWTH_BYTES = 8 * 2**20
 
 
 class _Process:
-    """A worker process and what it owes: prefill a release, decode a report, for each key."""
+    """A worker process, and the transfers for which it owes a release (prefill) or a report."""
 
     def __init__(self, spec: Spec, link: socket.socket, ready: Ready, wrong: list[str]) -> None:
         self.spec = spec
@@ -95,12 +99,12 @@ class _Process:
         return self._process.num_threads(), self._process.num_fds()
 
     async def as_at_first(self) -> None:
-        """Waits until its pairs have closed and left nothing behind."""
+        """Wait until its pairs have closed and its threads and files are as many as at first."""
         try:
             await until(
                 lambda: self.threads_and_files() == self._at_first,
                 what=f"{self.spec.incarnation} has {self._at_first} threads and files again",
-                within_s=kv_soak.OPTIONS.pair_idle_s + 5,
+                within_s=OPTIONS.pair_idle_s + 5,
             )
         except AssertionError as error:
             self.signal(signal.SIGUSR1)
@@ -112,36 +116,38 @@ class _Process:
         return int(memory.rss - memory.shared)
 
     def order(self, order: Order) -> None:
-        """Tell it; a process that is gone hears nothing."""
+        """Send an order, unless the process is gone."""
         if self.gone.is_set():
             return
         if isinstance(order, Compute | Reserve):
-            self.owed.add(order.key)
+            self.owed.add(order.transfer_id)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._link.send(kv_soak.packet(order))
+            self._link.send(packet(order))
 
-    def hear(self, kind: type[Report], key: str = "") -> asyncio.Future[Report | None]:
-        """Its report of this kind about this key; None if it is gone first."""
+    def next_report(
+        self, kind: type[Report], transfer_id: str = ""
+    ) -> asyncio.Future[Report | None]:
+        """Return a future for its report about a transfer; None if the process is gone first."""
         future: asyncio.Future[Report | None] = asyncio.get_running_loop().create_future()
         if self.gone.is_set():
             future.set_result(None)
         else:
-            self._awaited[kind, key] = future
+            self._awaited[kind, transfer_id] = future
         return future
 
     def signal(self, number: int) -> None:
         os.kill(self.ready.pid, number)
 
     async def free_blocks(self) -> int:
-        """As many as it can give to requests, and those that hold D's prefix hits."""
-        answer = self.hear(Free)
+        """Return the number of its free blocks, including those that hold D's prefix hits."""
+        answer = self.next_report(Free)
         self.order(Count())
         free = await answer
         assert isinstance(free, Free)
         return free.blocks
 
     async def end(self) -> None:
-        """Its link closes, and it says goodbye and ends."""
+        """Close its link, and wait until it has stopped in good order."""
         self.may_end = True
         self._link.shutdown(socket.SHUT_WR)
         await self.gone.wait()
@@ -155,37 +161,37 @@ class _Process:
     async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionResetError):
-            while data := await loop.sock_recv(self._link, kv_soak.MAX_PACKET_BYTES):
-                self._heard(kv_soak.report_in(data))
+            while data := await loop.sock_recv(self._link, MAX_PACKET_BYTES):
+                self._take_report(report_in(data))
         self.gone.set()
         if not self.may_end:
             self._wrong.append(f"{self.spec.incarnation} ended by itself")
         self._link.close()
-        for kind, key in list(self._awaited):
-            self._answer(kind, key, None)
+        for kind, transfer_id in list(self._awaited):
+            self._answer(kind, transfer_id, None)
 
-    def _heard(self, report: Report) -> None:
+    def _take_report(self, report: Report) -> None:
         if isinstance(report, Wrong):
             self._wrong.append(f"{self.spec.incarnation}: {report.what}")
             return
-        key = getattr(report, "key", "")
+        transfer_id = getattr(report, "transfer_id", "")
         if isinstance(report, Result | Released):
-            if key not in self.owed:
+            if transfer_id not in self.owed:
                 self._wrong.append(f"{self.spec.incarnation}: a second {report}")
-            self.owed.discard(key)
-        self._answer(type(report), key, report)
+            self.owed.discard(transfer_id)
+        self._answer(type(report), transfer_id, report)
 
-    def _answer(self, kind: type[Report], key: str, report: Report | None) -> None:
-        future = self._awaited.pop((kind, key), None)
+    def _answer(self, kind: type[Report], transfer_id: str, report: Report | None) -> None:
+        future = self._awaited.pop((kind, transfer_id), None)
         if future is not None and not future.done():
             future.set_result(report)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One transfer as the dice want it."""
+    """One random transfer."""
 
-    key: str
+    transfer_id: str
     prefill: str
     decode: str
     tokens: int
@@ -193,7 +199,7 @@ class _Plan:
     cached_on_d: int
     chunk: int
     compute_after_s: float = 0.0
-    reserve_after_s: float | None = None  # None: when it was computed
+    reserve_after_s: float | None = None  # None: when the prompt has been computed
     computed: bool = True
     fetched: bool = True
     on_prefill: Abort | Release | Preempt | None = None
@@ -206,14 +212,21 @@ class _Plan:
         prefill, decode = dice.choice(["p0", "p1"]), dice.choice(["d0", "d1"])
         _, _, block_tokens, _ = SHAPES[decode]
         hits = min(tokens - 1, 100)
-        key = f"r{number}"
-        interruptions: list[Abort | Release | Preempt] = [Abort(key), Release(key), Preempt()]
+        transfer_id = f"r{number}"
+        interruptions: list[Abort | Release | Preempt] = [
+            Abort(transfer_id),
+            Release(transfer_id),
+            Preempt(),
+        ]
         rare, early = dice.random(), dice.random() * 0.05
         compute_after_s, reserve_after_s = dice.choice([(early, 0.0), (0.0, early), (0.0, None)])
         if rare < 0.01:
-            reserve_after_s = early  # it will never be computed
+            reserve_after_s = early  # the prompt is never computed
         return _Plan(
-            key, prefill, decode, tokens,
+            transfer_id=transfer_id,
+            prefill=prefill,
+            decode=decode,
+            tokens=tokens,
             cached_on_p=dice.choice([0, dice.randint(0, hits // 16) * 16]),
             cached_on_d=dice.choice([0, dice.randint(0, hits // block_tokens) * block_tokens]),
             chunk=dice.randint(8, 100),
@@ -224,7 +237,7 @@ class _Plan:
             on_prefill=dice.choice(interruptions) if 0.03 < rare < 0.12 else None,
             on_prefill_after_s=dice.random() * 0.03,
             cancel_after_s=dice.random() * 0.06 if rare > 0.90 else None,
-        )  # fmt: skip
+        )
 
 
 class _Soak:
@@ -242,7 +255,7 @@ class _Soak:
     # ---- processes and links -------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._router = await asyncio.start_server(self._route, kv_soak.LINK_HOST, 0)
+        self._router = await asyncio.start_server(self._route, LINK_HOST, 0)
         for name in SHAPES:
             await self.start(name)
         return self
@@ -252,18 +265,24 @@ class _Soak:
         role, tp_size, block_tokens, layout = SHAPES[name]
         self._number += 1
         spec = Spec(
-            role, f"{name}-{self._number}", tp_size, block_tokens, layout, BLOCKS,
-            self._router.sockets[0].getsockname()[1], self._number,
-        )  # fmt: skip
+            role=role,
+            incarnation=f"{name}-{self._number}",
+            tp_size=tp_size,
+            block_tokens=block_tokens,
+            layout=layout,
+            blocks=BLOCKS,
+            router_port=self._router.sockets[0].getsockname()[1],
+            seed=self._number,
+        )
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with contextlib.ExitStack() as failed:
             failed.enter_context(ours)
             with its:
-                socket.send_fds(self._nursery, [kv_soak.packet(spec)], [its.fileno()])
-            data = await asyncio.get_running_loop().sock_recv(ours, kv_soak.MAX_PACKET_BYTES)
+                socket.send_fds(self._nursery, [packet(spec)], [its.fileno()])
+            data = await asyncio.get_running_loop().sock_recv(ours, MAX_PACKET_BYTES)
             assert data, f"{spec.incarnation} did not start"
-            ready = kv_soak.report_in(data)
+            ready = report_in(data)
             assert isinstance(ready, Ready), ready
             failed.pop_all()
         process = _Process(spec, ours, ready, self.wrong)
@@ -274,12 +293,12 @@ class _Soak:
 
     async def _control_link(self, address: str) -> str:
         host, port = address.removeprefix("tcp://").split(":")
-        return f"tcp://{kv_soak.LINK_HOST}:{await self._link('control', host, int(port))}"
+        return f"tcp://{LINK_HOST}:{await self._link('control', host, int(port))}"
 
     async def _link(self, kind: str, host: str, port: int) -> int:
         link = Link((host, port), once=kind != "control")
         self.links[kind].append(link)
-        return await link.open(kv_soak.LINK_HOST)
+        return await link.open(LINK_HOST)
 
     async def _route(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         kind, host, port = (await reader.readline()).decode().split()
@@ -297,11 +316,11 @@ class _Soak:
     # ---- load ----------------------------------------------------------------------------
 
     async def transfer(self, plan: _Plan) -> None:
-        """Takes a place in ``room``, which is free again when decode is done with it."""
+        """Run one transfer. The caller has taken a place in ``room``; decode's end frees it."""
         async with asyncio.TaskGroup() as sides:
             try:
                 prefill, decode = await self._alive(plan.prefill), await self._alive(plan.decode)
-                computed = prefill.hear(Computed, plan.key)
+                computed = prefill.next_report(Computed, plan.transfer_id)
                 sides.create_task(self._prefill(plan, prefill))
                 await self._decode(plan, prefill, decode, computed)
             finally:
@@ -316,8 +335,8 @@ class _Soak:
             self.counts["not computed"] += 1
             return
         await time_passes(plan.compute_after_s)
-        released = prefill.hear(Released, plan.key)
-        prefill.order(Compute(plan.key, plan.tokens, plan.cached_on_p, plan.chunk))
+        released = prefill.next_report(Released, plan.transfer_id)
+        prefill.order(Compute(plan.transfer_id, plan.tokens, plan.cached_on_p, plan.chunk))
         if plan.on_prefill is not None:
             await time_passes(plan.on_prefill_after_s)
             prefill.order(plan.on_prefill)
@@ -335,11 +354,11 @@ class _Soak:
             self.counts["not fetched"] += 1
             return
         where = prefill.addresses, prefill.spec.incarnation
-        reported = decode.hear(Result, plan.key)
-        decode.order(Reserve(plan.key, *where, plan.tokens, plan.cached_on_d))
+        reported = decode.next_report(Result, plan.transfer_id)
+        decode.order(Reserve(plan.transfer_id, *where, plan.tokens, plan.cached_on_d))
         if plan.cancel_after_s is not None:
             await time_passes(plan.cancel_after_s)
-            decode.order(Cancel(plan.key, *where))
+            decode.order(Cancel(plan.transfer_id, *where))
         result = await self._in_time(reported, decode, f"no report of {plan}")
         assert isinstance(result, Result | None)
         if result is None:
@@ -353,7 +372,7 @@ class _Soak:
     async def _in_time(
         self, report: asyncio.Future[Report | None], process: _Process, what: str
     ) -> Report | None:
-        """Several times the sum of the timeouts."""
+        """Wait for a report; a missing one counts as wrong."""
         try:
             async with asyncio.timeout(ENDS_WITHIN_S):
                 return await report
@@ -370,14 +389,14 @@ class _Soak:
         await fault(dice)
 
     async def _kill(self, dice: random.Random) -> None:
-        name = dice.choice(MORTAL)
+        name = dice.choice(KILLABLE)
         async with self._changing[name]:
             await self.workers[name].kill()
             await self.start(name)
         self.counts["kills"] += 1
 
     async def _pause(self, dice: random.Random) -> None:
-        name, lease_s = dice.choice(sorted(SHAPES)), kv_soak.OPTIONS.peer_lease_s
+        name, lease_s = dice.choice(sorted(SHAPES)), OPTIONS.peer_lease_s
         async with self._changing[name]:
             self.workers[name].signal(signal.SIGSTOP)
             await time_passes(lease_s * dice.choice([0.2, 0.5, 1.5]))
@@ -404,17 +423,18 @@ class _Soak:
     async def _hold(self, dice: random.Random) -> None:
         if (link := self._some_link(dice)) is not None:
             link.hold()
-            await time_passes(kv_soak.OPTIONS.peer_lease_s * dice.choice([0.3, 2]))
+            await time_passes(OPTIONS.peer_lease_s * dice.choice([0.3, 2]))
             link.clear()
             self.counts["held links"] += 1
 
 
 @contextlib.contextmanager
 def _nursery(log: Path) -> Iterator[socket.socket]:
-    """The process that all workers are forked from; what they log goes to a file."""
+    """Run the process from which all workers are forked; they log to a file."""
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",  # a fork must have one thread
-        # torch's stores look addresses up backwards; a lost answer would cost 5 s.
+        # The process that forks must have one thread.
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+        # torch's stores look up the names of addresses; a lost answer would cost 5 s.
         "RES_OPTIONS": "timeout:1 attempts:1",
     }  # fmt: skip
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -431,45 +451,45 @@ def _nursery(log: Path) -> Iterator[socket.socket]:
 
 
 async def _load(soak: _Soak, transfers: int) -> int:
-    """All transfers, with faults; returns by how many bytes an immortal has grown, at most."""
+    """Run all transfers with faults; return the growth in bytes of the workers that live on."""
     dice = random.Random(SEED)
-    immortal = [soak.workers[name] for name in SHAPES if name not in MORTAL]
+    survivors = [soak.workers[name] for name in SHAPES if name not in KILLABLE]
     at_first: list[int] = []
     async with asyncio.TaskGroup() as group:
         for number in range(transfers):
             await soak.room.acquire()
             assert not soak.wrong, soak.wrong
-            if number == transfers // 4:  # all is warm
-                at_first = [process.own_bytes() for process in immortal]
+            if number == transfers // 4:  # after warm-up
+                at_first = [process.own_bytes() for process in survivors]
             group.create_task(soak.transfer(_Plan.cast(number, dice)))
-            if dice.random() < 1 / TRANSFERS_A_FAULT:
+            if dice.random() < 1 / TRANSFERS_PER_FAULT:
                 group.create_task(soak.fault(random.Random(dice.random())))
-    now = [process.own_bytes() for process in immortal]
+    now = [process.own_bytes() for process in survivors]
     return max(after - before for before, after in zip(at_first, now, strict=True))
 
 
-async def _settled(soak: _Soak) -> None:
-    """Nothing is owed, and blocks, threads and files are as they were at first."""
+async def _check_settled(soak: _Soak) -> None:
+    """Check that nothing is owed, and that blocks, threads and files are as at first."""
     for name, process in soak.workers.items():
         await until(
             lambda process=process: not process.owed,  # type: ignore[misc]
-            what=f"{name} owes nothing, though its pairs are up",
-            within_s=kv_soak.OPTIONS.pair_idle_s - 1,
+            what=f"{name} owes nothing while its pairs are up",
+            within_s=OPTIONS.pair_idle_s - 1,
         )
         assert await process.free_blocks() == BLOCKS, name
     for process in soak.workers.values():
         await process.as_at_first()
 
 
-class _DiesBeforeItConnects(StoreBehind):
-    """A pair's store for an end that publishes its address, and is gone when it should call."""
+class _StoreOfDyingPeer(ForwardingStore):
+    """The store of an end that publishes its address and dies before it connects."""
 
     def get(self, key: str) -> bytes:
         raise PairError(f"dead before it could read {key}")
 
 
-def test_a_peer_that_dies_while_the_pair_is_made_is_given_up_in_time() -> None:
-    """Gloo waits five times its timeout for a first connection; prefill's KV is held meanwhile."""
+def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
+    """Gloo waits five timeouts for a first connection, and prefill holds its KV meanwhile."""
     host, cpu = "127.0.0.1", torch.device("cpu")
     store = host_store(host, timeout_s=15)
     failed = []
@@ -480,23 +500,24 @@ def test_a_peer_that_dies_while_the_pair_is_made_is_given_up_in_time() -> None:
         except PairError:
             failed.append(rank)
 
-    dying, mine = _DiesBeforeItConnects(store), join_store(host, store.port, timeout_s=15)
-    # The greater address calls the other.
+    dying, mine = _StoreOfDyingPeer(store), join_store(host, store.port, timeout_s=15)
+    # The end with the greater address connects to the other.
     decode = threading.Thread(target=make, args=(dying, DECODE_RANK, "127.0.0.2"))
     prefill = threading.Thread(target=make, args=(mine, PREFILL_RANK, host))
     decode.start()
     prefill.start()
     try:
         wait_until(lambda: failed == [DECODE_RANK], what="decode is dead")
-        wait_until(lambda: PREFILL_RANK in failed, what="prefill gave it up", within_s=3)
+        wait_until(lambda: PREFILL_RANK in failed, what="prefill has aborted the pair", within_s=3)
     finally:
         decode.join()
         prefill.join()
 
 
-def test_a_peer_that_calls_after_it_was_given_up_does_no_harm() -> None:
-    """Gloo would put the connection into a pair that is no more: SIGSEGV, of a whole engine."""
-    script = "from tests.support import kv_soak; kv_soak.give_up_and_be_called()"
+def test_a_late_connection_to_an_aborted_pair_does_no_harm() -> None:
+    """Gloo would hand the connection to a pair that no longer exists: SIGSEGV of the engine."""
+    call = "abort_and_accept_late_connection"
+    script = f"from tests.support.kv_soak_links import {call}; {call}()"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "Connect timeout" in run.stdout, run.stderr
     assert run.returncode == 0
@@ -510,17 +531,25 @@ async def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             grown_bytes = await _load(soak, TRANSFERS)
             with capsys.disabled():
                 print(f"\nsoak {SEED}: {dict(soak.counts)}, grown by {grown_bytes} bytes")
-            await _settled(soak)
+            await _check_settled(soak)
             assert grown_bytes < MAX_GROWTH_BYTES
             complete = soak.counts["complete"]
             wanted = TRANSFERS - sum(soak.counts[why] for why in UNWANTED)
-            assert complete >= wanted / 2, "else this says little"
+            assert complete >= wanted / 2, "otherwise the run shows little"
             for prefill, decode in itertools.product(("p0", "p1"), ("d0", "d1")):
-                plan = _Plan(f"{prefill} {decode}", prefill, decode, 100, 16, 48, 40)
+                plan = _Plan(
+                    transfer_id=f"{prefill} {decode}",
+                    prefill=prefill,
+                    decode=decode,
+                    tokens=100,
+                    cached_on_p=16,
+                    cached_on_d=48,
+                    chunk=40,
+                )
                 await soak.room.acquire()
                 await soak.transfer(plan)
             assert soak.counts["complete"] == complete + 4
             for process in soak.workers.values():
-                async with asyncio.timeout(kv_soak.OPTIONS.pair_timeout_s * 2):
+                async with asyncio.timeout(OPTIONS.pair_timeout_s * 2):
                     await process.end()
             assert not soak.wrong, soak.wrong

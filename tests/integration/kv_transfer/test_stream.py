@@ -1,4 +1,4 @@
-"""The stream between two real ends: ZeroMQ control, a gloo process group, threads."""
+"""The stream between two real ends: ZeroMQ control messages, a gloo process group, threads."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import torch
 import zmq
 
 from kv_transfer import wire
-from kv_transfer.pages import PageView
-from kv_transfer.rank_channel import Releaser
-from kv_transfer.send import StepChunk
+from kv_transfer.kv_caches import UnitView
+from kv_transfer.releaser import Releaser
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,
@@ -28,6 +27,7 @@ from tests.support.kv_stream import (
     Decode,
     Prefill,
     blocks_of,
+    chunk_of,
     random_caches,
     same_blocks,
     stream,
@@ -63,14 +63,14 @@ def test_exactly_the_lacking_blocks_arrive(
         if reserve == "before":
             decode.reserve(prefill, "r#1", target, cached_on_d, tokens)
         prefill.compute("r#1", source, tokens, cached=cached_on_p)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         if reserve == "after":
             decode.reserve(prefill, "r#1", target, cached_on_d, tokens)
         result = decode.result("r#1")
 
         lacking = blocks_of(tokens) - cached_on_d // BLOCK_TOKENS
         assert result.complete
-        assert result.first_token == 42
+        assert result.first_token_id == 42
         assert result.backend == "gloo"
         assert result.num_bytes == lacking * LAYERS * GEOMETRY.block_bytes
         first = cached_on_d // BLOCK_TOKENS
@@ -85,50 +85,52 @@ def test_many_transfers_at_once_over_one_pair() -> None:
     with stream() as (prefill, decode):
         tokens = {f"r{i}#1": rng.randrange(1, 130) for i in range(40)}
         free = list(range(BLOCKS))
-        for key, count in tokens.items():
+        for transfer_id, count in tokens.items():
             source = rng.sample(range(BLOCKS), blocks_of(count))
             target = rng.sample(free, blocks_of(count))
-            decode.reserve(prefill, key, target, 0, count)
-            prefill.compute(key, source, count)
-            prefill.server.finish(key, None, computed=True)
-            assert decode.result(key).complete
+            decode.reserve(prefill, transfer_id, target, 0, count)
+            prefill.compute(transfer_id, source, count)
+            prefill.server.request_finished(transfer_id, None, computed=True)
+            assert decode.result(transfer_id).complete
             assert same_blocks(prefill.caches, source, decode.caches, target)
-        for key in tokens:
-            prefill.wait_released(key)
+        for transfer_id in tokens:
+            prefill.wait_released(transfer_id)
 
 
 def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
-    """V#46283, V#50425: decode gives up, and prefill's blocks must come back."""
+    """V#46283, V#50425: decode cancels, and prefill must release its blocks."""
     rng = random.Random(2)
     with stream() as (prefill, decode):
         for moment in ("before the prefill", "during", "after"):
-            key = f"{moment}#1"
+            transfer_id = f"{moment}#1"
             source, target = blocks_for(100, rng), blocks_for(100, rng)
-            decode.reserve(prefill, key, target, 0, 100)
+            decode.reserve(prefill, transfer_id, target, 0, 100)
             if moment == "before the prefill":
-                decode.cancel(prefill, key)
-                assert not decode.result(key).complete
-            prefill.compute(key, source, 64)
+                decode.cancel(prefill, transfer_id)
+                assert not decode.result(transfer_id).complete
+            prefill.compute(transfer_id, source, 64)
             if moment == "during":
-                decode.cancel(prefill, key)
-                assert not decode.result(key).complete
-            prefill.server.finish(key, 42, computed=False)
+                decode.cancel(prefill, transfer_id)
+                assert not decode.result(transfer_id).complete
+            prefill.server.request_finished(transfer_id, 42, computed=False)
             if moment == "after":
-                assert not decode.result(key).complete
-            prefill.wait_released(key)
-        assert not decode.client.transfers
+                assert not decode.result(transfer_id).complete
+            prefill.wait_released(transfer_id)
+        assert not decode.client.transfers.by_id
 
 
 def test_released_before_the_first_step_frees_what_the_step_took() -> None:
-    """A release overtakes the engine: the step that takes the blocks is planned already."""
+    """The release arrives after the step that takes the blocks was planned."""
     with stream() as (prefill, decode):
         owner = Releaser((prefill.server.address,), OPTIONS.token)
         try:
             owner.release("r#1")
-            wait_until(lambda: "r#1" in prefill.server._ended_keys, what="the release has arrived")
+            wait_until(
+                lambda: "r#1" in prefill.server.transfers.ended_ids, what="the release has arrived"
+            )
             decode.reserve(prefill, "r#1", [5, 6], 0, 20)
             prefill.compute("r#1", [1, 2], 20)
-            prefill.server.finish("r#1", 42, computed=True)
+            prefill.server.request_finished("r#1", 42, computed=True)
             prefill.wait_released("r#1")
             assert not decode.result("r#1").complete
         finally:
@@ -136,20 +138,22 @@ def test_released_before_the_first_step_frees_what_the_step_took() -> None:
 
 
 def test_prefix_hits_wait_for_the_layers_of_the_step_that_found_them() -> None:
-    """vLLM hits blocks that another request of the same step is only about to compute."""
+    """vLLM also reports hits on blocks that another request of the same step computes."""
     with stream() as (prefill, decode):
         blocks, target = [1, 2, 3], [11, 12, 13]
         decode.reserve(prefill, "r#1", target, 0, 40)
-        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        prefill.server.begin_step([StepChunk("r#1", "engine-r#1", (1, 2, 3), 32, 40, 40)])
         wait_until(
-            lambda: all(peer.pair is not None for peer in prefill.server._peers.values()),
+            lambda: bool(prefill.server.transfers.waiting), what="the reservation has arrived"
+        )
+        prefill.server.begin_step([chunk_of("r#1", (1, 2, 3), 32, 40, 40)])
+        wait_until(
+            lambda: all(peer.pair is not None for peer in prefill.server.transfers.peers.values()),
             what="the pair is made",
         )
-        (part,) = decode.client.transfers["r#1"].parts.values()
-        session = part.session
+        (leg,) = decode.client.transfers.by_id["r#1"].legs.values()
+        session = leg.session
         for layer in range(LAYERS):
-            assert prefill.server._transfers["r#1"].session.next_message(0) is None
+            assert prefill.server.transfers.by_id["r#1"].session.next_message(0) is None
             prefill.caches[layer][blocks] += 1  # the step computes the layer
             prefill.server.layer_done(layer + 1)
             wait_until(
@@ -157,7 +161,7 @@ def test_prefix_hits_wait_for_the_layers_of_the_step_that_found_them() -> None:
                 what="the layer has arrived",
             )
         prefill.server.end_step()
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         assert decode.result("r#1").complete
         assert same_blocks(prefill.caches, blocks, decode.caches, target)
 
@@ -166,7 +170,7 @@ def test_cancel_without_a_reservation_frees_prefill() -> None:
     """V#41269: decode rejects the request before it reserves anything."""
     with stream() as (prefill, decode):
         prefill.compute("r#1", [1, 2], 20)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         decode.cancel(prefill, "r#1")
         prefill.wait_released("r#1")
 
@@ -174,13 +178,13 @@ def test_cancel_without_a_reservation_frees_prefill() -> None:
 def test_release_by_the_front_end_needs_the_token() -> None:
     with stream() as (prefill, _):
         prefill.compute("r#1", [1, 2], 20)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         stranger = Releaser((prefill.server.address,), "guess")
         owner = Releaser((prefill.server.address,), OPTIONS.token)
         try:
             stranger.release("r#1")
             prefill.compute("other#1", [3], 10)
-            prefill.server.finish("other#1", 42, computed=True)
+            prefill.server.request_finished("other#1", 42, computed=True)
             owner.release("other#1")
             prefill.wait_released("other#1")
             assert "engine-r#1" not in prefill.released
@@ -194,19 +198,19 @@ def test_release_by_the_front_end_needs_the_token() -> None:
 def test_kv_that_nobody_reserves_is_dropped_in_time() -> None:
     with stream(reserve_timeout_s=0.1) as (prefill, decode):
         prefill.compute("r#1", [1, 2], 20)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         prefill.wait_released("r#1")
         decode.reserve(prefill, "r#1", [5, 6], 0, 20)
-        assert not decode.result("r#1").complete, "a late reservation fails, it does not hang"
+        assert not decode.result("r#1").complete, "a late reservation must fail, not hang"
 
 
 def test_a_reservation_for_an_aborted_prefill_fails_at_once() -> None:
-    """S#36033: every promised part is answered, with FAIL if need be."""
+    """S#36033: every reservation is answered, if necessary with FAIL."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 0, 20)
-        prefill.server.finish("r#1", None, computed=False)
+        prefill.server.request_finished("r#1", None, computed=False)
         assert not decode.result("r#1").complete
-        prefill.server.finish("s#1", None, computed=False)
+        prefill.server.request_finished("s#1", None, computed=False)
         decode.reserve(prefill, "s#1", [5, 6], 0, 20)
         assert not decode.result("s#1").complete
 
@@ -217,40 +221,43 @@ def test_preemption_fails_the_transfer_and_stops_reading() -> None:
         prefill.compute("r#1", [1, 2, 3], 40)
         prefill.server.preempt(["r#1"])
         assert not decode.result("r#1").complete
-        prefill.compute("r#1", [9, 10, 11, 12], 60)  # recomputed in other blocks: not streamed
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.compute("r#1", [9, 10, 11, 12], 60)  # recomputed in other blocks, not streamed
+        prefill.server.request_finished("r#1", 42, computed=True)
         prefill.wait_released("r#1")
 
 
-def test_a_restarted_prefill_worker_is_not_taken_for_the_old_one() -> None:
-    """V#49238: the address is the same, the process is another."""
+def test_a_restarted_prefill_worker_is_told_from_the_old_one() -> None:
+    """V#49238: another process has the same address."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5], 0, 9, incarnation="p0")
         assert not decode.result("r#1").complete
         decode.reserve(prefill, "s#1", [5], 0, 9, incarnation="p1")
         prefill.compute("s#1", [1], 9)
-        prefill.server.finish("s#1", 42, computed=True)
-        assert decode.result("s#1").complete, "the refused pair must not spoil the next one"
+        prefill.server.request_finished("s#1", 42, computed=True)
+        assert decode.result("s#1").complete, "a refused pair must not affect the next one"
 
 
 def test_unlike_caches_are_refused_with_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
     with stream() as (prefill, decode):
-        decode.client.geometry = replace(GEOMETRY, content=16)
+        receivers = decode.client.receivers
+        receivers.rank = replace(receivers.rank, geometry=replace(GEOMETRY, content=16))
         decode.reserve(prefill, "r#1", [5], 0, 9)
         assert not decode.result("r#1").complete
     assert "content is 8 in prefill and 16 in decode" in caplog.text
 
 
-def test_a_wrong_token_is_not_heard(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hello_with_a_wrong_token_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     with stream() as (prefill, decode):
-        decode.client.options = replace(decode.client.options, token="guess", pair_timeout_s=0.5)
+        receivers = decode.client.receivers
+        options = replace(receivers.rank.options, token="guess", pair_timeout_s=0.5)
+        receivers.rank = replace(receivers.rank, options=options)
         decode.reserve(prefill, "r#1", [5], 0, 9)
         assert not decode.result("r#1").complete
-        assert not prefill.server._peers
+        assert not prefill.server.transfers.peers
     assert "wrong cluster token" in caplog.text
 
 
-def test_random_bytes_on_the_control_channel_disturb_nobody() -> None:
+def test_random_bytes_on_the_control_channel_do_no_harm() -> None:
     rng = random.Random(3)
     stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     with stream() as (prefill, decode), stranger:
@@ -263,12 +270,12 @@ def test_random_bytes_on_the_control_channel_disturb_nobody() -> None:
             stranger.send(wire.encode(wire.Reserve("r#1", 0, 9)))
         decode.reserve(prefill, "r#1", [5], 0, 9)
         prefill.compute("r#1", [1], 9)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         assert decode.result("r#1").complete
 
 
 def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
-    """S#12779, DESIGN invariant 6: a dead peer costs its own transfers only."""
+    """S#12779, DESIGN invariant 6: a dead peer costs only its own transfers."""
     victim = subprocess.Popen(
         [sys.executable, "-m", "tests.support.kv_stream"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -280,14 +287,16 @@ def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
         with stream() as (prefill, decode):
             decode.reserve(address, "doomed#1", [5], 0, 9)
             wait_until(
-                lambda: any(peer._pair is not None for peer in decode.client._peers.values()),
+                lambda: any(
+                    peer.pair is not None for peer in decode.client.transfers.peers.values()
+                ),
                 what="the pair with the victim is made",
             )
             victim.send_signal(signal.SIGKILL)
             assert not decode.result("doomed#1").complete
             decode.reserve(prefill, "r#1", [6], 0, 9)
             prefill.compute("r#1", [1], 9)
-            prefill.server.finish("r#1", 42, computed=True)
+            prefill.server.request_finished("r#1", 42, computed=True)
             assert decode.result("r#1").complete
     finally:
         victim.kill()
@@ -299,12 +308,14 @@ def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
 def test_death_of_decode_frees_prefill() -> None:
     with stream(peer_lease_s=1.5) as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 0, 20)
-        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        with decode.client.lock:
-            (peer,) = decode.client._peers.values()
-            decode.client.retire(peer)  # what a peer sees of a process that ends: BYE, silence
+        wait_until(
+            lambda: bool(prefill.server.transfers.waiting), what="the reservation has arrived"
+        )
+        with decode.client.transfers.lock:
+            (peer,) = decode.client.transfers.peers.values()
+            decode.client.transfers.close_peer(peer)  # a process that ends: BYE, then silence
         prefill.compute("r#1", [1, 2], 20)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         decode.cancel(prefill, "r#1")
         prefill.wait_released("r#1")
 
@@ -321,7 +332,7 @@ def test_a_second_prefill_and_decode_pair_up_while_the_first_work() -> None:
             ]:
                 decode.reserve(prefill, name, [5], 0, 9)
                 prefill.compute(name, [1], 9)
-                prefill.server.finish(name, 42, computed=True)
+                prefill.server.request_finished(name, 42, computed=True)
                 assert decode.result(name).complete
                 assert same_blocks(prefill.caches, [1], decode.caches, [5])
         finally:
@@ -329,35 +340,37 @@ def test_a_second_prefill_and_decode_pair_up_while_the_first_work() -> None:
             p2.server.stop()
 
 
-def test_a_peer_that_was_given_up_is_told_and_comes_back() -> None:
-    """Else its next requests would wait for its lease to run out."""
+def test_a_peer_whose_pair_was_closed_is_told_and_pairs_again() -> None:
+    """Without the notice, its next requests would wait until its lease expires."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5], 0, 9)
-        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        (peer,) = prefill.server._peers.values()
-        with prefill.server._lock:
-            prefill.server._close_peer(peer, "given up")
+        wait_until(
+            lambda: bool(prefill.server.transfers.waiting), what="the reservation has arrived"
+        )
+        (peer,) = prefill.server.transfers.peers.values()
+        with prefill.server.transfers.lock:
+            prefill.server.transfers.close_peer(peer, "closed by the test")
         prefill.compute("r#1", [1], 9)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         result = decode.result("r#1")
-        assert result.complete, "nothing had come yet, so it is reserved over a new pair"
+        assert result.complete, "nothing had arrived, so it is reserved over a new pair"
         assert result.retries == 1
 
 
 def test_a_stream_longer_than_the_lease_keeps_its_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages that never stop coming must not keep the receiver from its PING."""
-    scatter = PageView.scatter
+    """A long run of messages must not delay the receiver's PING."""
+    scatter = UnitView.scatter
 
-    def slow_scatter(self: PageView, *args: Any) -> None:
+    def slow_scatter(self: UnitView, *args: Any) -> None:
         threading.Event().wait(0.05)
         scatter(self, *args)
 
-    monkeypatch.setattr(PageView, "scatter", slow_scatter)
+    monkeypatch.setattr(UnitView, "scatter", slow_scatter)
     with stream(peer_lease_s=1.5) as (prefill, decode):
         tokens = 40 * BLOCK_TOKENS  # in 56 messages
         decode.reserve(prefill, "r#1", list(range(20, 60)), 0, tokens)
         prefill.compute("r#1", list(range(40)), tokens)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         assert decode.result("r#1").complete
 
 
@@ -368,20 +381,22 @@ def test_more_transfers_than_the_bound_are_failed_not_queued() -> None:
         assert not decode.result("r3#1").complete
         assert not decode.result("r2#1").complete
         prefill.compute("r0#1", [1], 9)
-        prefill.server.finish("r0#1", 42, computed=True)
+        prefill.server.request_finished("r0#1", 42, computed=True)
         assert decode.result("r0#1").complete
 
 
 def test_a_message_that_was_not_reserved_fails_the_transfer() -> None:
-    """V#48633: blocks of one range must never land in another."""
+    """V#48633: blocks of one range must never be written to another."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 16, 20)
-        wait_until(lambda: bool(prefill.server._waiting), what="the reservation has arrived")
-        with prefill.server._lock:  # the peer believes that D lacks everything
-            prefill.server._waiting["r#1"][0].token_start = 0
+        wait_until(
+            lambda: bool(prefill.server.transfers.waiting), what="the reservation has arrived"
+        )
+        with prefill.server.transfers.lock:  # now P believes that D lacks everything
+            prefill.server.transfers.waiting["r#1"][0].token_start = 0
         before = [layer[5].clone() for layer in decode.caches]
         prefill.compute("r#1", [1, 2], 20)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         assert not decode.result("r#1").complete
         assert all(
             torch.equal(layer[5], kept) for layer, kept in zip(decode.caches, before, strict=True)
@@ -389,7 +404,7 @@ def test_a_message_that_was_not_reserved_fails_the_transfer() -> None:
 
 
 def test_no_pickle_on_the_wire() -> None:
-    """CVE-2025-47277: a pickled frame is only a malformed frame."""
+    """CVE-2025-47277: a pickled frame is refused as malformed."""
     import pickle
 
     with pytest.raises(Exception, match="not a control message"):
@@ -403,7 +418,7 @@ def test_everything_listens_on_loopback() -> None:
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5], 0, 9)
         prefill.compute("r#1", [1], 9)
-        prefill.server.finish("r#1", 42, computed=True)
+        prefill.server.request_finished("r#1", 42, computed=True)
         assert decode.result("r#1").complete
         listening = [
             c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"

@@ -1,4 +1,4 @@
-"""The nap of an engine core that only waits for KV."""
+"""The sleep of an engine core that only waits for KV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from kv_transfer.doorbell import Doorbell, DoorbellButton
 
-LONG_S = 30.0  # a nap that nobody ends would fail the test by its own time limit
+LONG_S = 30.0  # longer than the time limit of these tests
 
 
 @pytest.fixture
@@ -20,26 +20,26 @@ def name() -> str:
 
 
 @pytest.mark.timeout(10)
-def test_a_ring_ends_the_nap(name: str) -> None:
+def test_a_ring_ends_the_wait(name: str) -> None:
     with closing(Doorbell(name)) as bell, closing(DoorbellButton(name)) as button:
         thread = threading.Timer(0.02, button.ring)
         thread.start()
-        bell.nap(LONG_S)
+        bell.wait(LONG_S)
         thread.join()
 
 
 @pytest.mark.timeout(10)
-def test_rings_before_the_nap_count_once(name: str) -> None:
+def test_rings_before_the_wait_count_once(name: str) -> None:
     with closing(Doorbell(name)) as bell, closing(DoorbellButton(name)) as button:
-        for _ in range(5000):  # more than the socket holds: none of them blocks
+        for _ in range(5000):  # more than the socket holds; none of them may block
             button.ring()
-        bell.nap(LONG_S)
+        bell.wait(LONG_S)
         began_s = time.monotonic()
-        bell.nap(0.05)
+        bell.wait(0.05)
         assert time.monotonic() - began_s >= 0.05
 
 
-def test_ringing_where_nobody_listens_is_harmless(name: str) -> None:
+def test_ringing_without_a_listener_is_harmless(name: str) -> None:
     with closing(DoorbellButton(name)) as button:
         button.ring()
         Doorbell(name).close()

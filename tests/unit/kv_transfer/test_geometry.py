@@ -1,4 +1,4 @@
-"""Which rank sends what to which: every head once, every page once, within the size bound."""
+"""Which rank sends what to which rank: every head and unit once, within the size bound."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import (
     HeadRange,
     KvGeometry,
-    Rectangle,
+    LayerBlockRange,
     heads_of,
     plan_pair,
     sources,
     split_into_messages,
 )
 
-GEOMETRY = KvGeometry("tiny", "bfloat16", 30, 3, 128, 2, 128, "LBHNC", True, 1, 0)
+GEOMETRY = KvGeometry(
+    model="tiny",
+    dtype="bfloat16",
+    num_layers=30,
+    total_kv_heads=3,
+    content=128,
+    item_bytes=2,
+    block_tokens=128,
+    layout="LBHNC",
+    positions_known=True,
+    tp_size=1,
+    tp_rank=0,
+)
 
 
 def test_block_bytes_of_smollm2() -> None:
@@ -41,7 +53,7 @@ def test_block_bytes_of_smollm2() -> None:
     ],
 )
 def test_heads_of_each_rank(tp_size: int, total: int, ranks: list[tuple[int, int]]) -> None:
-    """As vLLM loads its weights: neighbours hold copies."""
+    """Neighbours hold copies of a head, as vLLM loads its weights."""
     assert [heads_of(rank, tp_size, total) for rank in range(tp_size)] == [
         HeadRange(*heads) for heads in ranks
     ]
@@ -68,7 +80,7 @@ def test_heads_that_vllm_would_not_split_are_refused(tp_size: int, total: int) -
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(change: dict[str, int]) -> None:
-    """A HELLO brings one; sizes of zero would be divided by."""
+    """A HELLO brings a geometry, and we divide by its sizes."""
     with pytest.raises(ValueError, match="no such KV cache"):
         replace(GEOMETRY, **change)  # type: ignore[arg-type]
 
@@ -79,7 +91,7 @@ def tp_sizes(total: int) -> st.SearchStrategy[int]:
 
 @settings(deadline=None)
 @given(data=st.data(), total=st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
-def test_every_head_comes_from_one_rank_and_every_rank_hears_of_each_transfer(
+def test_every_head_comes_from_one_rank_and_every_rank_learns_of_each_transfer(
     data: st.DataObject, total: int
 ) -> None:
     prefill_tp, decode_tp = data.draw(tp_sizes(total)), data.draw(tp_sizes(total))
@@ -94,7 +106,7 @@ def test_every_head_comes_from_one_rank_and_every_rank_hears_of_each_transfer(
             got += range(heads.start, heads.end)
         lacking = heads_of(decode_rank, decode_tp, total)
         assert sorted(got) == list(range(lacking.start, lacking.end))
-    assert all(readers.values()), "a rank that nobody tells would hold its blocks for ever"
+    assert all(readers.values()), "a rank that is never told would hold its blocks for ever"
     copies = max(1, prefill_tp // total)
     for first in range(0, prefill_tp, copies):
         loads = [with_heads[rank] for rank in range(first, first + copies)]
@@ -106,17 +118,17 @@ def test_every_head_comes_from_one_rank_and_every_rank_hears_of_each_transfer(
             decode = replace(GEOMETRY, total_kv_heads=total, tp_size=decode_tp, tp_rank=decode_rank)
             if decode_rank in served:
                 plan = plan_pair(prefill, decode)
-                assert plan.decode_ranks == len(served)
+                assert plan.num_decode_ranks == len(served)
                 assert (
                     plan.heads == sources(decode_rank, decode_tp, prefill_tp, total)[prefill_rank]
                 )
             else:
-                with pytest.raises(IncompatibleError, match="has no business with"):
+                with pytest.raises(IncompatibleError, match="does not pair with"):
                     plan_pair(prefill, decode)
 
 
 def test_planning_for_many_ranks_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A HELLO names the size of its worker, and the engine waits while we plan for it."""
+    """A HELLO names the size of its worker, and the engine waits for the lock while we plan."""
     counted = 0
 
     def counting(rank: int, tp_size: int, total: int) -> HeadRange:
@@ -126,35 +138,35 @@ def test_planning_for_many_ranks_is_not_quadratic(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(geometry, "heads_of", counting)
     plan_pair(replace(GEOMETRY, tp_size=3), replace(GEOMETRY, tp_size=96))
-    assert counted <= 3 * 3 * 96, "a few for each pair of ranks"
+    assert counted <= 3 * 3 * 96, "more than a few for each pair of ranks"
 
 
-def test_equal_blocks_travel_whole_and_unlike_ones_in_common_pages() -> None:
+def test_equal_blocks_travel_whole_and_unlike_ones_in_common_units() -> None:
     plan = plan_pair(GEOMETRY, GEOMETRY)
     assert plan.whole_blocks
-    assert plan.page_tokens == 128
-    assert plan.page_bytes == GEOMETRY.block_bytes
+    assert plan.unit_tokens == 128
+    assert plan.unit_bytes == GEOMETRY.block_bytes
 
     plan = plan_pair(replace(GEOMETRY, block_tokens=48), replace(GEOMETRY, block_tokens=32))
     assert not plan.whole_blocks
-    assert plan.page_tokens == 16
-    assert plan.page_bytes == 16 * 3 * 128 * 2
-    assert [plan.pages_of(tokens) for tokens in (1, 16, 17, 48)] == [1, 1, 2, 3]
+    assert plan.unit_tokens == 16
+    assert plan.unit_bytes == 16 * 3 * 128 * 2
+    assert [plan.units_of(tokens) for tokens in (1, 16, 17, 48)] == [1, 1, 2, 3]
 
     plan = plan_pair(GEOMETRY, replace(GEOMETRY, layout="LBNHC"))
-    assert not plan.whole_blocks, "the same number of tokens, but elsewhere"
+    assert not plan.whole_blocks, "the same number of tokens, but in another order"
 
 
-def test_the_size_bound_counts_pages_and_one_always_fits() -> None:
+def test_the_size_bound_counts_units_and_one_always_fits() -> None:
     plan = plan_pair(GEOMETRY, GEOMETRY)
-    pages = [plan.max_pages(n * plan.page_bytes + extra) for n, extra in [(0, 1), (1, 0), (3, -1)]]
-    assert pages == [1, 1, 2]
+    units = [plan.max_units(n * plan.unit_bytes + extra) for n, extra in [(0, 1), (1, 0), (3, -1)]]
+    assert units == [1, 1, 2]
     idle = plan_pair(
         replace(GEOMETRY, tp_size=6, tp_rank=1), replace(GEOMETRY, tp_size=3, tp_rank=1)
     )
     assert not idle.heads
-    assert idle.page_bytes == 0
-    assert idle.max_pages(100) >= 1
+    assert idle.unit_bytes == 0
+    assert idle.max_units(100) >= 1
 
 
 @pytest.mark.parametrize(
@@ -174,8 +186,8 @@ def test_facts_that_no_mapping_bridges_are_named(change: dict[str, object], sent
     assert str(caught.value) == f"KV caches cannot be mapped: {sentence}"
 
 
-def test_all_that_differs_is_named_at_once() -> None:
-    other = replace(GEOMETRY, model="other", content=64, block_tokens=16, by_token=False)
+def test_all_differences_are_named_together() -> None:
+    other = replace(GEOMETRY, model="other", content=64, block_tokens=16, positions_known=False)
     with pytest.raises(IncompatibleError) as caught:
         plan_pair(GEOMETRY, other)
     for fact in ("model is", "content is", "decode does not know where in a block a token lies"):
@@ -188,7 +200,7 @@ def test_only_equal_blocks_travel_if_a_side_does_not_know_its_tokens(
     side: str, change: dict[str, object]
 ) -> None:
     both = {"prefill": GEOMETRY, "decode": replace(GEOMETRY, **change)}  # type: ignore[arg-type]
-    both[side] = replace(both[side], by_token=False)
+    both[side] = replace(both[side], positions_known=False)
     with pytest.raises(IncompatibleError, match=f"and {side} does not know where in a block"):
         plan_pair(**both)
     assert plan_pair(both[side], both[side]).whole_blocks
@@ -197,31 +209,31 @@ def test_only_equal_blocks_travel_if_a_side_does_not_know_its_tokens(
 @given(
     layer_start=st.integers(0, 5),
     layers=st.integers(1, 40),
-    page_start=st.integers(0, 5),
-    pages=st.integers(1, 40),
-    max_pages=st.integers(1, 200),
+    unit_start=st.integers(0, 5),
+    units=st.integers(1, 40),
+    max_units=st.integers(1, 200),
 )
-def test_messages_cover_an_area_exactly_once(
-    layer_start: int, layers: int, page_start: int, pages: int, max_pages: int
+def test_messages_cover_a_range_exactly_once(
+    layer_start: int, layers: int, unit_start: int, units: int, max_units: int
 ) -> None:
-    area = Rectangle(layer_start, layer_start + layers, page_start, page_start + pages)
+    block_range = LayerBlockRange(layer_start, layer_start + layers, unit_start, unit_start + units)
     seen: dict[tuple[int, int], int] = {}
     last_layer_end = 0
-    for message in split_into_messages(area, max_pages):
-        assert message.num_pages <= max_pages
+    for message in split_into_messages(block_range, max_units):
+        assert message.num_units <= max_units
         assert message.layer_end >= last_layer_end, "a later message must not need fewer layers"
         last_layer_end = message.layer_end
         for layer in range(message.layer_start, message.layer_end):
-            for page in range(message.page_start, message.page_end):
-                seen[layer, page] = seen.get((layer, page), 0) + 1
+            for unit in range(message.unit_start, message.unit_end):
+                seen[layer, unit] = seen.get((layer, unit), 0) + 1
     assert seen == {
-        (layer, page): 1
+        (layer, unit): 1
         for layer in range(layer_start, layer_start + layers)
-        for page in range(page_start, page_start + pages)
+        for unit in range(unit_start, unit_start + units)
     }
 
 
 @pytest.mark.parametrize("corners", [(0, 0, 0, 1), (1, 1, 0, 1), (0, 1, 2, 1), (-1, 1, 0, 1)])
-def test_empty_and_negative_rectangles_are_refused(corners: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match="rectangle"):
-        Rectangle(*corners)
+def test_empty_and_negative_ranges_are_refused(corners: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="empty or negative range"):
+        LayerBlockRange(*corners)

@@ -1,11 +1,11 @@
-"""When blocks go back to the decode engine: a real ``DecodeClient``, one step at a time."""
+"""When the decode engine gets its blocks back: a real ``DecodeClient``, one step at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +16,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from kv_transfer import receive, wire
+from kv_transfer import wire
 from kv_transfer.errors import PairError
-from kv_transfer.geometry import Rectangle, heads_of, plan_pair, sources
-from kv_transfer.pages import KvPages, PageView
-from kv_transfer.receive import DecodeClient, Reservation, TransferResult
+from kv_transfer.geometry import LayerBlockRange, heads_of, plan_pair, sources
+from kv_transfer.kv_caches import KvCaches, UnitView
+from kv_transfer.receive import client, control, receiver
+from kv_transfer.receive.receiver import Receiver
+from kv_transfer.receive.records import Leg, Peer, Reservation, TransferResult
 from kv_transfer.session import ReceiveState, SendSession
 from tests.support.kv_stepped import (
     BLOCK_TOKENS,
@@ -41,14 +43,14 @@ from tests.support.kv_stepped import (
 
 
 class PrefillRank:
-    """What a decode rank has a pair with: control socket, process group, an honest prefill."""
+    """A correct prefill rank: the peer's control socket and its process group."""
 
     def __init__(self, machine: DecodeMachine, tp_rank: int, tp_size: int) -> None:
         self.geometry = replace(GEOMETRY, tp_rank=tp_rank, tp_size=tp_size)
         self.plan = plan_pair(self.geometry, GEOMETRY)
         held = heads_of(tp_rank, tp_size, HEADS)
-        parts = [cache[:, held.start : held.end].contiguous() for cache in machine.prefill]
-        self._view = KvPages(parts).view(self.plan, held)
+        own = [cache[:, held.start : held.end].contiguous() for cache in machine.prefill]
+        self._view = KvCaches(own).view(self.plan, held)
         self._machine = machine
         self.pair_id: str | None = None
         self.inbox: deque[wire.ToDecode] = deque()  # of the decode rank
@@ -56,36 +58,39 @@ class PrefillRank:
         self.sends: dict[str, SendSession] = {}
         self.sent: dict[str, tuple[int, int]] = {}  # messages and bytes
         self.announced = 0
-        self.ended: set[str] = set()
-        self.left = False
+        self.end_sent: set[str] = set()
+        self.said_bye = False  # the decode rank
         self.lost = False  # the connection
-        self.accident = False  # at the next copy
+        self.accident = False  # the next copy fails
 
-    def speak(self, key: str) -> None:
-        """The next message of a transfer."""
-        send = self.sends[key]
-        if (area := send.next_message(0)) is not None:
-            self.announce(key, area, area.num_pages * self.plan.page_bytes)
-            send.message_sent(0, area, hidden=False)
-            messages, num_bytes = self.sent[key]
-            self.sent[key] = messages + 1, num_bytes + area.num_pages * self.plan.page_bytes
-        elif (end := send.take_end(0)) is not None:
-            self.ended.add(key)
+    def send_next(self, transfer_id: str) -> None:
+        """Send the next message of a transfer."""
+        send = self.sends[transfer_id]
+        if (block_range := send.next_message(0)) is not None:
+            self.announce(transfer_id, block_range, block_range.num_units * self.plan.unit_bytes)
+            send.message_sent(0, block_range, hidden=False)
+            messages, num_bytes = self.sent[transfer_id]
+            self.sent[transfer_id] = (
+                messages + 1,
+                num_bytes + block_range.num_units * self.plan.unit_bytes,
+            )
+        elif (end := send.take_manifest(0)) is not None:
+            self.end_sent.add(transfer_id)
             self.inbox.append(end)
 
-    def announce(self, key: str, area: Rectangle, num_bytes: int) -> None:
-        """The right bytes where there are any."""
-        self.inbox.append(wire.Header(self.announced, key, area, num_bytes))
+    def announce(self, transfer_id: str, block_range: LayerBlockRange, num_bytes: int) -> None:
+        """Announce a message and send it, with the right KV if the range exists."""
+        self.inbox.append(wire.Header(self.announced, transfer_id, block_range, num_bytes))
         self.announced += 1
-        blocks = torch.tensor(self._machine.sources.get(key, ()))
+        blocks = torch.tensor(self._machine.sources.get(transfer_id, ()))
         tensor = torch.full((max(0, num_bytes) // 4,), torch.nan)
         if (
-            num_bytes == area.num_pages * self.plan.page_bytes > 0
-            and key in self.sends
-            and area.layer_end <= LAYERS
-            and area.page_end <= len(blocks)
+            num_bytes == block_range.num_units * self.plan.unit_bytes > 0
+            and transfer_id in self.sends
+            and block_range.layer_end <= LAYERS
+            and block_range.unit_end <= len(blocks)
         ):
-            self._view.gather(area, blocks, tensor)
+            self._view.gather(block_range, blocks, tensor)
         self.tensors.append(tensor)
 
     # as the control socket
@@ -96,27 +101,27 @@ class PrefillRank:
             case wire.Hello():
                 self.pair_id = message.pair_id
             case wire.Reserve():
-                self._machine.expect(message.key not in self.sends, "reserved twice over a pair")
-                self._machine.check_reservation(message.key, self)
-                send = SendSession(message.key, message.token_end, LAYERS)
+                self._machine.expect(message.transfer_id not in self.sends, "a second RESERVE")
+                self._machine.check_reservation(message.transfer_id, self)
+                send = SendSession(message.transfer_id, message.token_end, LAYERS)
                 start, end = message.token_start, message.token_end
                 send.reserve(0, self.plan, OPTIONS.message_bytes, start, end)
                 send.add_chunk(0, end)
                 send.advance(LAYERS)
-                send.finish(7)
-                self.sends[message.key], self.sent[message.key] = send, (0, 0)
-            case wire.Cancel() if message.key in self.sends:
-                self.sends[message.key].cancel()
+                send.request_finished(7)
+                self.sends[message.transfer_id], self.sent[message.transfer_id] = send, (0, 0)
+            case wire.Cancel() if message.transfer_id in self.sends:
+                self.sends[message.transfer_id].cancel()
             case wire.Bye():
-                self._machine.expect(not self.left, "said goodbye twice")
-                self.left = True
+                self._machine.expect(not self.said_bye, "a second BYE")
+                self.said_bye = True
             case wire.Ping() if not self._machine.silent:
                 self.inbox.append(wire.Pong())
-        pause("said")
+        pause("sent")
 
     def recv(self) -> bytes:
         frame = wire.encode(self.inbox.popleft())
-        pause("heard")
+        pause("received")
         return frame
 
     def readable(self) -> bool:
@@ -130,12 +135,12 @@ class PrefillRank:
     def abort(self) -> None:
         self.lost = True
 
-    def aborted(self, timeout_s: float) -> bool:
+    def wait_aborted(self, timeout_s: float) -> bool:
         return True
 
 
 class Work:
-    """A receive that is under way. Its bytes come as early as they can, at any rate."""
+    """A receive that has started; its bytes arrive at once."""
 
     def __init__(self, rank: PrefillRank, tensor: torch.Tensor) -> None:
         self._rank = rank
@@ -158,24 +163,20 @@ class Monitor:
         return self._rank.lost
 
 
-class HeldPeer(receive._Peer):
-    """The real one, but for its control socket."""
+@dataclass(slots=True, eq=False)
+class HeldPeer:
+    """A peer of the client, its thread, and the prefill rank behind it."""
 
-    rank: PrefillRank
+    peer: Peer
     thread: Stepped
-
-    def _connect(self, stack: contextlib.ExitStack) -> Any:
-        control: Any = self.rank
-        stack.callback(self._goodbye, control)
-        pause("start")
-        return control, Monitor(self.rank)
+    rank: PrefillRank
 
     @property
     def alive(self) -> bool:
         return self.thread.is_alive()
 
 
-WORKERS = {"p1": 1, "p2": 2, "p4": 4}  # prefill workers with so many ranks
+WORKERS = {"p1": 1, "p2": 2, "p4": 4}  # prefill workers and their numbers of ranks
 
 
 def addresses_of(worker: str) -> tuple[str, ...]:
@@ -185,39 +186,50 @@ def addresses_of(worker: str) -> tuple[str, ...]:
 class DecodeMachine(Machine):
     def __init__(self) -> None:
         super().__init__()
-        self.silent = False  # the prefill workers
-        self.trouble = False  # of any kind but a cancel
+        self.silent = False  # the prefill workers do not answer
+        self.trouble = False  # something other than a cancel has gone wrong
         self.cancelled: set[str] = set()
-        self.parts: dict[str, dict[str, receive._Part]] = {}  # by key and address
+        self.legs: dict[str, dict[str, Leg]] = {}  # by transfer id and control address
         self.peers: list[HeldPeer] = []
-        self.held: dict[str, Reservation] = {}  # not reported as yet
-        self.workers: dict[str, tuple[tuple[str, ...], str]] = {}  # by key
+        self.held: dict[str, Reservation] = {}  # not yet reported
+        self.workers: dict[str, tuple[tuple[str, ...], str]] = {}  # by transfer id
         self.sources: dict[str, tuple[int, ...]] = {}
         self.prefill, self.caches = random_caches(), random_caches()
+        self.fake(client, host_store=lambda *_: SimpleNamespace(port=1))
         self.fake(
-            receive,
-            threading=SimpleNamespace(Thread=Stepped, Lock=threading.Lock),
+            receiver,
+            Receiver=self.make_receiver,
+            threading=SimpleNamespace(Thread=Stepped),
+            Pair=self.make_pair,
+            join_store=lambda *_: None,
+        )
+        self.fake(
+            control,
             zmq=SimpleNamespace(
                 Poller=Poller, POLLIN=zmq.POLLIN, NOBLOCK=zmq.NOBLOCK, ZMQError=zmq.ZMQError
             ),
-            _Peer=self.make_peer,
-            Pair=self.make_pair,
-            host_store=lambda *_: SimpleNamespace(port=1),
-            join_store=lambda *_: None,
+            _connect=self.connect,
         )
-        self.patch.setattr(PageView, "scatter", self.slow(PageView.scatter))
-        pages = KvPages(self.caches)
-        self.client = DecodeClient(pages, GEOMETRY, OPTIONS, lambda: self.now_s)
+        self.patch.setattr(UnitView, "scatter", self.slow(UnitView.scatter))
+        kv_caches = KvCaches(self.caches)
+        self.client = client.DecodeClient(kv_caches, GEOMETRY, OPTIONS, lambda: self.now_s)
 
-    def make_peer(self, client: DecodeClient, address: str, incarnation: str) -> HeldPeer:
-        worker, _, tp_rank = address.partition("/")
-        peer = HeldPeer(client, address, incarnation)
-        peer.rank = PrefillRank(self, int(tp_rank), WORKERS[worker])
-        self.peers.append(peer)
-        return peer
+    def make_receiver(self, peer: Peer, *args: Any) -> Receiver:
+        made = Receiver(peer, *args)
+        assert isinstance(made.thread, Stepped)
+        worker, _, tp_rank = peer.address.partition("/")
+        rank = PrefillRank(self, int(tp_rank), WORKERS[worker])
+        self.peers.append(HeldPeer(peer, made.thread, rank))
+        return made
 
-    def rank_of(self, peer: receive._Peer) -> PrefillRank:
-        return next(held.rank for held in self.peers if held is peer)
+    def connect(self, _address: str, stack: contextlib.ExitStack) -> Any:
+        rank: Any = self.rank_of_this_thread()
+        stack.callback(control.say_bye, rank)
+        pause("start")
+        return rank, Monitor(rank)
+
+    def rank_of(self, peer: Peer) -> PrefillRank:
+        return next(held.rank for held in self.peers if held.peer is peer)
 
     def rank_of_this_thread(self) -> PrefillRank:
         return next(p.rank for p in self.peers if p.thread is threading.current_thread())
@@ -230,9 +242,9 @@ class DecodeMachine(Machine):
         return rank
 
     def peer(self, which: int, *, up: bool = False) -> HeldPeer | None:
-        """From the busiest on."""
-        peers = [p for p in self.peers if p.alive and (p.plan is not None or not up)]
-        peers.sort(key=self.client.busy)
+        """Return some live peer; 0 is a busy one if there is any."""
+        peers = [p for p in self.peers if p.alive and (p.peer.plan is not None or not up)]
+        peers.sort(key=lambda held: self.client.transfers.is_busy(held.peer))
         return peers[-1 - which % len(peers)] if peers else None
 
     # ---- the engine ----------------------------------------------------------------------
@@ -249,36 +261,45 @@ class DecodeMachine(Machine):
         free = [block for block in range(BLOCKS) if block not in self.owners][:blocks]
         if len(free) < blocks or (len(self.held) == OPTIONS.max_pending and not too_many):
             return
-        key = f"r{len(self.keys)}#1"
+        transfer_id = f"r{len(self.transfer_ids)}#1"
         addresses, start = addresses_of(worker), min(first, blocks - 1) * BLOCK_TOKENS
         end = blocks * BLOCK_TOKENS - short
-        self.held[key] = Reservation(
-            key, f"engine-{key}", addresses, incarnation, tuple(free), start, end
+        self.held[transfer_id] = Reservation(
+            transfer_id=transfer_id,
+            request_id=f"engine-{transfer_id}",
+            addresses=addresses,
+            incarnation=incarnation,
+            block_ids=tuple(free),
+            token_start=start,
+            token_end=end,
         )
-        self.owners |= dict.fromkeys(free, key)
-        self.sources[key] = tuple((len(self.keys) + block) % BLOCKS for block in range(blocks))
-        self.workers[key] = addresses, incarnation
-        self.keys.append(key)
-        self.client.reserve(self.held[key])
-        if key in self.client.transfers:
-            self.parts[key] = self.client.transfers[key].parts
+        self.owners |= dict.fromkeys(free, transfer_id)
+        self.sources[transfer_id] = tuple(
+            (len(self.transfer_ids) + block) % BLOCKS for block in range(blocks)
+        )
+        self.workers[transfer_id] = addresses, incarnation
+        self.transfer_ids.append(transfer_id)
+        self.client.reserve(self.held[transfer_id])
+        if transfer_id in self.client.transfers.by_id:
+            self.legs[transfer_id] = self.client.transfers.by_id[transfer_id].legs
         if welcome:
             self.meet()
 
     def meet(self) -> None:
-        """All pairs are made."""
-        while starting := [peer for peer in self.peers if peer.alive and peer.plan is None]:
+        """Let all pairs come up."""
+        while starting := [peer for peer in self.peers if peer.alive and peer.peer.plan is None]:
             starting[0].thread.go()
             self.welcome(starting[0])
 
     @rule(which=index)
     def cancel(self, which: int) -> None:
-        """Preferably what is being written; also what has ended, which D may not have heard."""
-        if self.keys:
-            keys = [*self.used.values(), *self.held] if which % 2 else self.keys
-            key = self.keys[-1] if not keys else keys[which // 2 % len(keys)]
-            self.cancelled.add(key)
-            self.client.cancel(key, *self.workers[key])
+        """Cancel a transfer: one that is being written, or any other, also an ended one."""
+        if self.transfer_ids:
+            transfer_ids = [*self.used.values(), *self.held] if which % 2 else self.transfer_ids
+            transfer_ids = transfer_ids or self.transfer_ids[-1:]
+            transfer_id = transfer_ids[which // 2 % len(transfer_ids)]
+            self.cancelled.add(transfer_id)
+            self.client.cancel(transfer_id, *self.workers[transfer_id])
 
     @rule(worker=st.sampled_from(sorted(WORKERS)))
     def prewarm(self, worker: str) -> None:
@@ -311,34 +332,34 @@ class DecodeMachine(Machine):
 
     def to_send(self) -> list[tuple[HeldPeer, str]]:
         return [
-            (peer, key)
+            (peer, transfer_id)
             for peer in self.peers
-            for key, send in peer.rank.sends.items()
-            if peer.alive and not send.terminal
+            for transfer_id, send in peer.rank.sends.items()
+            if peer.alive and not send.ended
         ]
 
     @rule(
         which=index, worker=st.sampled_from(sorted(WORKERS)), messages=st.integers(1, 4),
         place=st.sampled_from(PLACES), then=st.sampled_from(["", "", "cancel", "fail"]),
     )  # fmt: skip
-    def speak(self, which: int, worker: str, messages: int, place: str, then: str) -> None:
-        """A prefill rank sends, its peer goes on to somewhere in the middle of it, and then?"""
+    def send_next(self, which: int, worker: str, messages: int, place: str, then: str) -> None:
+        """Let a prefill rank send and its peer run up to some place; then perhaps end it early."""
         if not self.to_send():
             self.reserve(worker, "a", 2, 0, 0, welcome=True, too_many=False)
             self.all_go_to("idle")
         if not (possible := self.to_send()):
             return
-        peer, some_key = possible[which % len(possible)]
+        peer, some_id = possible[which % len(possible)]
         for _ in range(messages):
-            peer.rank.speak(some_key)
+            peer.rank.send_next(some_id)
         peer.thread.go_to(place)
         if then == "cancel":
             self.cancel(1)
-        if then == "fail" and not self.peaceful:  # say the other ranks
+        if then == "fail" and not self.peaceful:  # from the other ranks
             self.trouble = True
             for other in self.peers:
-                if other is not peer and some_key in other.rank.sends:
-                    other.rank.inbox.append(wire.Fail(some_key, "for no reason"))
+                if other is not peer and some_id in other.rank.sends:
+                    other.rank.inbox.append(wire.Fail(some_id, "for no reason"))
                     other.thread.go_to("nowhere")
 
     def all_go_to(self, place: str) -> None:
@@ -348,12 +369,12 @@ class DecodeMachine(Machine):
 
     @rule(rounds=st.integers(1, 3))
     def all_goes_well(self, rounds: int) -> None:
-        """Pairs are made, and what was reserved is sent."""
+        """Let pairs come up, and send what was reserved."""
         for peer in rounds * self.peers:
             self.welcome(peer)
-            for key in peer.rank.sends:
+            for transfer_id in peer.rank.sends:
                 for _ in range(4):
-                    peer.rank.speak(key)
+                    peer.rank.send_next(transfer_id)
             peer.thread.go_to("nowhere")
 
     @precondition(lambda self: not self.peaceful)
@@ -366,7 +387,7 @@ class DecodeMachine(Machine):
             self.trouble = True
             if how == "refuse":
                 peer.rank.inbox.append(wire.Refuse("", "another pair needed the room"))
-            if how == "header":  # dropped, and its tensor comes all the same
+            if how == "header":  # headers are lost, but their tensors arrive
                 peer.rank.inbox = deque(
                     m for m in peer.rank.inbox if not isinstance(m, wire.Header)
                 )
@@ -376,38 +397,45 @@ class DecodeMachine(Machine):
 
     @precondition(lambda self: not self.peaceful)
     @rule(
-        which=index, key=index, layer=st.integers(0, LAYERS), page=st.integers(0, 2),
+        which=index, number=index, layer=st.integers(0, LAYERS), unit=st.integers(0, 2),
         more=st.sampled_from([0, 0, 0, 1, 4, -4]),
     )  # fmt: skip
-    def announce_what_was_not_asked_for(
-        self, which: int, key: int, layer: int, page: int, more: int
-    ) -> None:
+    def announce_unasked(self, which: int, number: int, layer: int, unit: int, more: int) -> None:
         if (peer := self.peer(which, up=True)) is not None:
             self.trouble = True
-            area = Rectangle(layer, layer + 1, page, page + 1)
-            some_key = self.key_known_to(peer, key)
-            peer.rank.announce(some_key, area, peer.rank.plan.page_bytes + more)
+            block_range = LayerBlockRange(layer, layer + 1, unit, unit + 1)
+            some_id = self.id_known_to(peer, number)
+            peer.rank.announce(some_id, block_range, peer.rank.plan.unit_bytes + more)
 
     @precondition(lambda self: not self.peaceful)
-    @rule(which=index, key=index, fail=st.booleans())
-    def end_early(self, which: int, key: int, fail: bool) -> None:
-        """FAIL, or an END that names what was sent up to now."""
+    @rule(which=index, number=index, fail=st.booleans())
+    def end_early(self, which: int, number: int, fail: bool) -> None:
+        """Send FAIL, or an END with a manifest of what was sent so far."""
         if (peer := self.peer(which, up=True)) is None:
             return
         self.trouble = True
-        some_key = self.key_known_to(peer, key)
+        some_id = self.id_known_to(peer, number)
         if fail:
-            peer.rank.inbox.append(wire.Fail(some_key, "for no reason"))
-        elif (send := peer.rank.sends.get(some_key)) is not None:
-            messages, num_bytes = peer.rank.sent[some_key]
-            start, end = send._parts[0].token_start, send.num_tokens
-            peer.rank.ended.add(some_key)
-            peer.rank.inbox.append(wire.End(some_key, start, end, messages, num_bytes, 0, 7))
+            peer.rank.inbox.append(wire.Fail(some_id, "for no reason"))
+        elif (send := peer.rank.sends.get(some_id)) is not None:
+            messages, num_bytes = peer.rank.sent[some_id]
+            peer.rank.end_sent.add(some_id)
+            peer.rank.inbox.append(
+                wire.End(
+                    transfer_id=some_id,
+                    token_start=send._legs[0].token_start,
+                    token_end=send.num_tokens,
+                    messages=messages,
+                    num_bytes=num_bytes,
+                    hidden_bytes=0,
+                    first_token_id=7,
+                )
+            )
 
-    def key_known_to(self, peer: HeldPeer, key: int) -> str:
-        """What was reserved over this pair, from the newest on, and what was not."""
-        keys = ["unknown", *self.keys[-2:], *peer.rank.sends]
-        return keys[-1 - key % len(keys)]
+    def id_known_to(self, peer: HeldPeer, number: int) -> str:
+        """Return a transfer of this pair (0 is the newest), or one that it does not have."""
+        transfer_ids = ["unknown", *self.transfer_ids[-2:], *peer.rank.sends]
+        return transfer_ids[-1 - number % len(transfer_ids)]
 
     # ---- what always holds ---------------------------------------------------------------
 
@@ -415,51 +443,55 @@ class DecodeMachine(Machine):
     def each_reservation_is_reported_once_when_nobody_writes(self) -> None:
         for result in self.client.take_results():
             self.reported(result)
-        assert set(self.client.transfers) == set(self.held), "reported or under way, never neither"
+        assert set(self.client.transfers.by_id) == set(self.held), "neither reported nor known"
 
     def reported(self, result: TransferResult) -> None:
-        reservation = self.held.pop(result.key)  # KeyError: a second time
-        parts = self.parts.get(result.key, {})  # none: it was refused at once
-        states = [part.session.state for part in parts.values()]
-        assert all(part.session.terminal and not part.scattering for part in parts.values())
-        assert result.key not in self.used.values(), "its blocks are being written"
-        assert result.retries <= len(parts)
+        reservation = self.held.pop(result.transfer_id)  # KeyError: a second time
+        legs = self.legs.get(result.transfer_id, {})  # empty if it was refused at once
+        states = [leg.session.state for leg in legs.values()]
+        assert all(leg.session.ended and not leg.scattering for leg in legs.values())
+        assert result.transfer_id not in self.used.values(), "its blocks are being written"
+        assert result.retries <= len(legs)
         for block in reservation.block_ids:
             del self.owners[block]
         assert result.complete == (set(states) == {ReceiveState.COMPLETE})
         if not result.complete:
-            assert self.trouble or result.key in self.cancelled or not parts, "for no reason"
+            assert self.trouble or result.transfer_id in self.cancelled or not legs, (
+                "failed for no reason"
+            )
             return
         ranks = sources(0, 1, len(reservation.addresses), HEADS)
-        assert set(parts) == {reservation.addresses[rank] for rank in ranks}
-        assert all(result.key in self.rank_of(part.peer).ended for part in parts.values())
-        assert result.first_token == 7
+        assert set(legs) == {reservation.addresses[rank] for rank in ranks}
+        assert all(result.transfer_id in self.rank_of(leg.peer).end_sent for leg in legs.values())
+        assert result.first_token_id == 7
         start, end = reservation.token_start, reservation.token_end
         for cache, source in zip(self.caches, self.prefill, strict=True):
             got = tokens_of(cache, reservation.block_ids)[start:end]
-            assert torch.equal(got, tokens_of(source, self.sources[result.key])[start:end])
+            assert torch.equal(got, tokens_of(source, self.sources[result.transfer_id])[start:end])
 
-    def check_reservation(self, key: str, rank: PrefillRank) -> None:
-        """Called when a RESERVE is said."""
-        states = [p.session.state for p in self.parts[key].values() if self.rank_of(p.peer) is rank]
+    def check_reservation(self, transfer_id: str, rank: PrefillRank) -> None:
+        """Check a RESERVE when it is sent."""
+        states = [
+            p.session.state for p in self.legs[transfer_id].values() if self.rank_of(p.peer) is rank
+        ]
         started = {ReceiveState.RECEIVING, ReceiveState.COMPLETE}
-        self.expect(not started & set(states), "reserved again what has begun to arrive")
+        self.expect(not started & set(states), "reserved again although messages have arrived")
 
     @invariant()
     def peers_are_bounded_and_serve_what_was_reserved_from_them(self) -> None:
-        known = list(self.client._peers.values())
+        known = list(self.client.transfers.peers.values())
         assert len(known) <= OPTIONS.max_pairs
-        assert set(known) == {p for p in self.peers if p.alive and not p._stopping}
-        for transfer in self.client.transfers.values():
-            for part in transfer.parts.values():
-                assert part.session.terminal or part.peer in known, "nobody will end this part"
+        assert set(known) == {p.peer for p in self.peers if p.alive and not p.peer.closing}
+        for transfer in self.client.transfers.by_id.values():
+            for leg in transfer.legs.values():
+                assert leg.session.ended or leg.peer in known, "no receiver will end this leg"
 
     @initialize(ending=st.sampled_from(["calm", "silence", "stop"]), peaceful=st.booleans())
     def begin(self, ending: str, peaceful: bool) -> None:
         self.ending, self.peaceful = ending, peaceful
 
     def teardown(self) -> None:
-        """However it ends, nothing is left."""
+        """Check that nothing is left, for each kind of ending."""
         try:
             if self.ending == "calm":
                 self.all_goes_well(8)
@@ -474,10 +506,10 @@ class DecodeMachine(Machine):
                 self.client.stop()
             self.each_reservation_is_reported_once_when_nobody_writes()
             self.nothing_is_broken()
-            assert not self.held, "neither reported nor under way"
+            assert not self.held, "not reported"
             self.client.stop()
-            assert all(peer.rank.left and not peer.alive for peer in self.peers)
-            assert not self.client._peers
+            assert all(peer.rank.said_bye and not peer.alive for peer in self.peers)
+            assert not self.client.transfers.peers
         finally:
             self.patch.undo()
 
@@ -485,7 +517,7 @@ class DecodeMachine(Machine):
 @pytest.mark.parametrize(
     ("refusals", "messages", "complete"), [(1, 0, True), (2, 0, False), (1, 1, False)]
 )
-def test_a_reservation_is_made_again_once_and_only_if_nothing_has_come(
+def test_a_reservation_is_repeated_once_and_only_if_nothing_has_arrived(
     refusals: int, messages: int, complete: bool
 ) -> None:
     machine = DecodeMachine()
@@ -493,34 +525,34 @@ def test_a_reservation_is_made_again_once_and_only_if_nothing_has_come(
     machine.reserve("p1", "a", 3, 0, 0, welcome=True, too_many=False)
     for _ in range(refusals):
         machine.all_go_to("idle")
-        for peer, key in machine.to_send() * messages:
-            peer.rank.speak(key)
+        for peer, transfer_id in machine.to_send() * messages:
+            peer.rank.send_next(transfer_id)
         machine.lose(0, "refuse", "nowhere")
         machine.meet()
     machine.all_goes_well(2)
-    (result,) = machine.client._results
+    (result,) = machine.client.transfers._results
     assert (result.complete, result.retries) == (complete, 0 if messages else 1)
     machine.teardown()
 
 
-def test_a_restarted_prefill_worker_has_no_say_about_what_its_successor_sends() -> None:
+def test_a_restarted_prefill_worker_cannot_fail_a_transfer_of_its_successor() -> None:
     machine = DecodeMachine()
     machine.begin(ending="silence", peaceful=False)
     for incarnation in "ba":
         machine.reserve("p1", incarnation, 1, 0, 0, welcome=True, too_many=False)
     machine.peers[0].rank.inbox.append(wire.Fail("r1#1", "restarted"))
     machine.all_goes_well(3)
-    assert [result.complete for result in machine.client._results] == [True, True]
+    assert [result.complete for result in machine.client.transfers._results] == [True, True]
     machine.teardown()
 
 
 def test_a_client_that_stops_makes_no_new_pair() -> None:
-    """It was asked to give a pair up, which else it would make again, and stops at that moment."""
+    """It stops at the moment when a closed pair would be made again."""
     machine = DecodeMachine()
     machine.begin(ending="stop", peaceful=False)
     machine.reserve("p1", "a", 1, 0, 0, welcome=True, too_many=False)
     machine.all_go_to("idle")
-    machine.lose(0, "refuse", "heard")
+    machine.lose(0, "refuse", "received")
     machine.teardown()
 
 

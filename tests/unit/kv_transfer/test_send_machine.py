@@ -1,10 +1,9 @@
-"""When blocks go back to the prefill engine: a real ``PrefillServer``, one step at a time."""
+"""When the prefill engine gets its blocks back: a real ``PrefillServer``, one step at a time."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +13,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from kv_transfer import send, wire
+from kv_transfer import wire
 from kv_transfer.errors import PairError
-from kv_transfer.geometry import plan_pair
-from kv_transfer.pages import KvPages, PageView
-from kv_transfer.send import PrefillServer, StepChunk
-from kv_transfer.session import ReceiveSession, ReceiveState
+from kv_transfer.kv_caches import KvCaches, UnitView
+from kv_transfer.send import control, sender, transfers
+from kv_transfer.send.records import Peer, StepChunk
+from kv_transfer.send.sender import Sender
+from kv_transfer.send.server import PrefillServer
+from kv_transfer.session import ReceiveState
+from tests.support.kv_decode_rank import DECODE_RANKS, DecodeRank, Prompt, Router
 from tests.support.kv_stepped import (
     BLOCK_TOKENS,
     BLOCKS,
@@ -35,168 +37,10 @@ from tests.support.kv_stepped import (
     SteppedCondition,
     index,
     pause,
-    tokens_of,
 )
 
-PREFILL_BLOCK_TOKENS = 2 * BLOCK_TOKENS  # a page is half of a block there
-AHEAD = [0, -1, 0, -1, -2, 1, 2, 3]  # of the engine, with a reservation
-DECODE_RANKS = {"a": (1, 0), "b0": (2, 0), "b1": (2, 1)}  # of two workers: tp_size, tp_rank
-
-
-@dataclass(slots=True)
-class Prompt:
-    """A request of the prefill engine."""
-
-    key: str
-    worker: str  # that decodes it
-    tokens: int
-    truth: list[torch.Tensor]  # by layer, [tokens, heads, content]
-    block_ids: tuple[int, ...] = ()
-    computed: int = 0
-    preempted: bool = False
-    finished: bool = False
-    spoilt: bool = False  # preempted once, or not reserved by all decode ranks
-
-
-@dataclass(slots=True)
-class Part:
-    """What a decode rank reserved from the prefill rank, with blocks of its own."""
-
-    session: ReceiveSession
-    caches: list[torch.Tensor]
-    view: PageView
-    told: bool = False  # what became of it
-
-
-class DecodeRank:
-    """What a prefill rank has a pair with: process group, an honest decode rank behind it."""
-
-    def __init__(self, machine: PrefillMachine, name: str) -> None:
-        self._machine = machine
-        self.name = name
-        self.routing_id = f"{name}/{len(machine.ranks)}".encode()
-        tp_size, tp_rank = DECODE_RANKS[name]
-        self.geometry = replace(GEOMETRY, tp_size=tp_size, tp_rank=tp_rank)
-        self.plan = plan_pair(machine.geometry, self.geometry)
-        self.parts: dict[str, Part] = {}
-        self.welcome = self.closed = self.lost = self.accident = False
-        self._headers: deque[wire.Header] = deque()
-        self._tensors: deque[torch.Tensor] = deque()
-        self._heard = 0
-
-    def say(self, message: wire.ToPrefill) -> None:
-        self._machine.router.inbox.append([self.routing_id, wire.encode(message)])
-
-    def reserve(self, prompt: Prompt, start: int) -> None:
-        blocks = -(-prompt.tokens // BLOCK_TOKENS)
-        shape = (blocks, len(self.geometry.heads), BLOCK_TOKENS, CONTENT)
-        caches = [torch.zeros(shape) for _ in range(LAYERS)]
-        session = ReceiveSession(prompt.key, start, prompt.tokens)
-        session.follow(self.plan)
-        view = KvPages(caches).view(self.plan, self.geometry.heads)
-        self.parts[prompt.key] = Part(session, caches, view)
-        self.say(wire.Reserve(prompt.key, start, prompt.tokens))
-
-    def hear(self, message: wire.ToDecode) -> None:
-        match message:
-            case wire.Welcome():
-                self.welcome = True
-            case wire.Refuse():
-                self.closed = True
-            case wire.Header():
-                self._machine.expect(message.sequence == self._heard, "a header is missing")
-                self._heard += 1
-                self._headers.append(message)
-                self._match()
-            case wire.Fail():
-                part = self.parts[message.key]
-                part.told = True
-                part.session.fail()
-            case wire.End():
-                self._end(message)
-
-    def _match(self) -> None:
-        """Each message with the tensor that it announced."""
-        while self._headers and self._tensors:
-            header, tensor = self._headers.popleft(), self._tensors.popleft()
-            part = self.parts[header.key]
-            self._machine.expect(header.num_bytes == tensor.nbytes, "of another size")
-            if not part.session.terminal:
-                part.session.header(header.area, header.num_bytes)
-                part.view.scatter(header.area, torch.arange(len(part.caches[0])), tensor)
-                part.session.received(header.area, header.num_bytes)
-
-    def _end(self, end: wire.End) -> None:
-        part, prompt = self.parts[end.key], self._machine.prompts[end.key]
-        self._machine.expect(not part.told, "a second END, or one after FAIL")
-        part.told = True
-        if part.session.terminal:
-            return
-        part.session.end(end)
-        self._machine.expect(end.first_token == 7, "another first token")
-        heads, first = self.plan.heads, self.geometry.heads.start
-        for cache, truth in zip(part.caches, prompt.truth, strict=True):
-            got = tokens_of(cache, tuple(range(len(cache))))[
-                part.session.token_start : prompt.tokens
-            ]
-            got = got[:, heads.start - first : heads.end - first]
-            want = truth[part.session.token_start :, heads.start : heads.end]
-            self._machine.expect(torch.equal(got, want), "not what was computed")
-
-    # as the process group
-
-    def send(self, tensor: torch.Tensor) -> Sending:
-        return Sending(self, tensor)
-
-    def abort(self) -> None:
-        self.lost = True
-
-    def aborted(self, timeout_s: float) -> bool:
-        return True
-
-    def take(self, tensor: torch.Tensor) -> None:
-        self._tensors.append(tensor.clone())
-        self._match()
-
-
-class Sending:
-    """A send that is under way. Its bytes leave as late as they can."""
-
-    def __init__(self, rank: DecodeRank, tensor: torch.Tensor) -> None:
-        self._rank, self._tensor = rank, tensor
-
-    def wait(self, timeout_s: float) -> None:
-        pause("wait")
-        if self._rank.lost:
-            raise PairError("connection lost")
-        self._rank.take(self._tensor)
-
-
-class Router:
-    """The control server's socket."""
-
-    def __init__(self, ranks: dict[bytes, DecodeRank]) -> None:
-        self._ranks = ranks
-        self.inbox: deque[list[bytes]] = deque()
-
-    def recv_multipart(self, _flags: int) -> list[bytes]:
-        if not self.inbox:
-            raise zmq.Again
-        return self.inbox.popleft()
-
-    def send_multipart(self, frames: list[bytes]) -> None:
-        if frames[0] in self._ranks:
-            self._ranks[frames[0]].hear(wire.decode_to_decode(frames[1]))
-
-    def readable(self) -> bool:
-        return bool(self.inbox)
-
-    def bind_to_random_port(self, _address: str) -> int:
-        return 1
-
-    def setsockopt(self, *_: object) -> None: ...
-
-    def close(self, linger: int) -> None: ...
+PREFILL_BLOCK_TOKENS = 2 * BLOCK_TOKENS  # a unit is half of a block there
+AHEAD = [0, -1, 0, -1, -2, 1, 2, 3]  # prompts by which a reservation is ahead of the engine
 
 
 class PrefillMachine(Machine):
@@ -205,7 +49,7 @@ class PrefillMachine(Machine):
         ending=st.sampled_from(["calm", "calm", "silence", "stop"]),
     )  # fmt: skip
     def begin(self, idle: bool, peaceful: bool, ending: str) -> None:
-        """``idle``: a second copy of a head, which no decode rank fetches anything from."""
+        """With ``idle``, the rank holds a second copy of a head, from which no rank fetches."""
         self.ending, self.peaceful = ending, peaceful
         self.geometry = replace(
             GEOMETRY,
@@ -216,37 +60,43 @@ class PrefillMachine(Machine):
         shape = (BLOCKS, len(self.geometry.heads), PREFILL_BLOCK_TOKENS, CONTENT)
         self.caches = [torch.full(shape, torch.nan) for _ in range(LAYERS)]
         self.prompts: dict[str, Prompt] = {}
-        self.held: set[str] = set()  # scheduled, and not released as yet
+        self.held: set[str] = set()  # scheduled and not yet released
         self.step: list[tuple[Prompt, int, int]] = []  # prompts and their tokens
         self.layers_done = 0
         self.preempting: tuple[Stepped, Prompt] | None = None
-        self.ranks: dict[bytes, DecodeRank] = {}
-        self.open: dict[str, DecodeRank] = {}  # by name
+        self.open: dict[str, DecodeRank] = {}  # the newest one of each name
         self.threads: list[Stepped] = []
-        self.router = Router(self.ranks)
+        self.router = Router()
+        self.ranks = self.router.ranks
         context = SimpleNamespace(instance=lambda: SimpleNamespace(socket=lambda _: self.router))
         self.fake(
-            send,
-            threading=SimpleNamespace(
-                Thread=self.make_thread, Lock=threading.Lock, Condition=SteppedCondition
-            ),
+            transfers,
+            threading=SimpleNamespace(Lock=threading.Lock, Condition=SteppedCondition),
+        )
+        self.fake(
+            control,
+            threading=SimpleNamespace(Thread=self.make_thread),
             zmq=SimpleNamespace(**vars(zmq) | {"Poller": Poller, "Context": context}),
+        )
+        self.fake(
+            sender,
+            threading=SimpleNamespace(Thread=self.make_thread),
             Pair=self.make_pair,
             join_store=lambda *_: None,
         )
-        self.patch.setattr(PageView, "gather", self.slow(PageView.gather))
+        self.patch.setattr(UnitView, "gather", self.slow(UnitView.gather))
         options = replace(OPTIONS, incarnation="p1", max_pairs=2)
-        pages = KvPages(self.caches)
-        self.server = PrefillServer(pages, self.geometry, options, lambda: self.now_s)
-        close_peer = self.server._close_peer
+        kv_caches = KvCaches(self.caches)
+        self.server = PrefillServer(kv_caches, self.geometry, options, lambda: self.now_s)
+        close_peer = self.server.transfers.close_peer
 
-        def close_idle_peer(peer: send._Peer, reason: str) -> None:
-            waiting = [w.peer for some in self.server._waiting.values() for w in some]
-            idle = not peer.keys and peer not in waiting
-            self.expect(idle or "room" not in reason, "the room of a peer that needs it")
+        def close_idle_peer(peer: Peer, reason: str) -> None:
+            waiting = [w.peer for some in self.server.transfers.waiting.values() for w in some]
+            idle = not peer.transfer_ids and peer not in waiting
+            self.expect(idle or "room" not in reason, "a busy peer was closed to make room")
             close_peer(peer, reason)
 
-        self.patch.setattr(self.server, "_close_peer", close_idle_peer)
+        self.patch.setattr(self.server.transfers, "close_peer", close_idle_peer)
         (self.control_thread,) = self.threads
 
     def make_thread(self, **kwargs: Any) -> Stepped:
@@ -263,24 +113,30 @@ class PrefillMachine(Machine):
     def rank_of_this_thread(self) -> DecodeRank:
         thread = threading.current_thread()
         assert isinstance(thread, Stepped)
-        (peer,) = thread.arguments
-        return self.ranks[peer.routing_id]
+        assert isinstance(thread.owner, Sender)
+        return self.ranks[thread.owner.peer.routing_id]
 
     # ---- the engine ----------------------------------------------------------------------
 
     def prompt(self, number: int) -> Prompt:
-        """One that the engine knows, or will know."""
-        key = f"r{number}#1"
-        if key not in self.prompts:
+        """Return a prompt that the engine knows or will know."""
+        transfer_id = f"r{number}#1"
+        if transfer_id not in self.prompts:
             tokens = 1 + 7 * number % 11
             truth = [torch.randn(tokens, HEADS, CONTENT) for _ in range(LAYERS)]
-            self.prompts[key] = Prompt(key, "a" if number % 2 else "b", tokens, truth)
-        return self.prompts[key]
+            self.prompts[transfer_id] = Prompt(
+                transfer_id, "a" if number % 2 else "b", tokens, truth
+            )
+        return self.prompts[transfer_id]
 
     def under_way(self) -> list[Prompt]:
-        """From those that are being read on."""
-        prompts = [self.prompts[key] for key in self.keys if not self.prompts[key].finished]
-        return sorted(prompts, key=lambda prompt: prompt.key not in self.used.values())
+        """Return the prompts that are not finished, first those whose blocks are being read."""
+        prompts = [
+            self.prompts[transfer_id]
+            for transfer_id in self.transfer_ids
+            if not self.prompts[transfer_id].finished
+        ]
+        return sorted(prompts, key=lambda prompt: prompt.transfer_id not in self.used.values())
 
     @precondition(lambda self: self.preempting is None)
     @rule(new=st.booleans(), cached=st.booleans(), tokens=st.integers(1, 9))
@@ -289,13 +145,13 @@ class PrefillMachine(Machine):
         begun = [p for p in self.under_way() if not p.preempted and p.computed < p.tokens][:1]
         starts = [prompt.computed for prompt in begun]
         free = [block for block in range(BLOCKS) if block not in self.owners]
-        prompt = self.prompt(len(self.keys))
+        prompt = self.prompt(len(self.transfer_ids))
         blocks = -(-prompt.tokens // PREFILL_BLOCK_TOKENS)
         if new and len(free) >= blocks:
             prompt.block_ids = tuple(free[:blocks])
-            self.owners |= dict.fromkeys(prompt.block_ids, prompt.key)
-            self.keys.append(prompt.key)
-            self.held.add(prompt.key)
+            self.owners |= dict.fromkeys(prompt.block_ids, prompt.transfer_id)
+            self.transfer_ids.append(prompt.transfer_id)
+            self.held.add(prompt.transfer_id)
             begun.append(prompt)
             hit = cached and prompt.tokens > PREFILL_BLOCK_TOKENS
             starts.append(PREFILL_BLOCK_TOKENS if hit else 0)
@@ -303,17 +159,24 @@ class PrefillMachine(Machine):
         self.layers_done = 0
         for prompt, start in zip(begun, starts, strict=True):
             end = min(start + tokens, prompt.tokens)
-            # What another request of this step is only about to compute counts as cached.
+            # Tokens that another request computes in this same step count as cached.
             self.step.append((prompt, prompt.computed, end))
-            taken = prompt.block_ids[: -(-end // PREFILL_BLOCK_TOKENS)]
-            request_id = f"engine-{prompt.key}"
-            chunks.append(StepChunk(prompt.key, request_id, taken, start, end, prompt.tokens))
+            chunks.append(
+                StepChunk(
+                    transfer_id=prompt.transfer_id,
+                    request_id=f"engine-{prompt.transfer_id}",
+                    block_ids=prompt.block_ids[: -(-end // PREFILL_BLOCK_TOKENS)],
+                    token_start=start,
+                    token_end=end,
+                    num_tokens=prompt.tokens,
+                )
+            )
         self.server.begin_step(chunks)
 
     @precondition(lambda self: self.preempting is None)
     @rule(new=st.booleans(), cached=st.booleans())
     def prefill(self, new: bool, cached: bool) -> None:
-        """From the first step to the sampled token."""
+        """Run a new prompt from the first step to the sampled token."""
         self.begin_step(new, cached, tokens=11)
         self.end_step()
         for which in range(len(self.under_way())):
@@ -351,25 +214,27 @@ class PrefillMachine(Machine):
             sampled = prompt.preempted or prompt.computed == prompt.tokens
             if sampled or (abort and not self.peaceful):
                 prompt.finished = True
-                self.server.finish(prompt.key, 7 if sampled else None, computed=sampled)
+                self.server.request_finished(
+                    prompt.transfer_id, 7 if sampled else None, computed=sampled
+                )
 
     @precondition(lambda self: not (self.preempting or self.peaceful))
     @rule()
     def abort_before_the_first_step(self) -> None:
         self.end_step()
-        prompt = self.prompt(len(self.keys))
+        prompt = self.prompt(len(self.transfer_ids))
         prompt.finished = True
-        self.keys.append(prompt.key)
-        self.server.finish(prompt.key, None, computed=False)
+        self.transfer_ids.append(prompt.transfer_id)
+        self.server.request_finished(prompt.transfer_id, None, computed=False)
 
     @precondition(lambda self: self.preempting is None)
     @rule(which=index)
     def preempt(self, which: int) -> None:
-        """Preferably what is being read."""
+        """Preempt a prompt, preferably one whose blocks are being read."""
         self.end_step()
         if prompts := [prompt for prompt in self.under_way() if not prompt.preempted]:
             prompt = prompts[which % len(prompts)]
-            self.preempting = Stepped(self.server.preempt, args=([prompt.key],)), prompt
+            self.preempting = Stepped(self.server.preempt, args=([prompt.transfer_id],)), prompt
 
     @invariant()
     def preempted_blocks_are_read_no_more(self) -> None:
@@ -378,21 +243,21 @@ class PrefillMachine(Machine):
         thread, prompt = self.preempting
         thread.go_to("asleep")
         if thread.ended:
-            assert prompt.key not in self.used.values()
+            assert prompt.transfer_id not in self.used.values()
             prompt.preempted = prompt.spoilt = True
             self.preempting = None
             self.free(prompt)
         else:
-            assert prompt.key in self.used.values(), "waits for nothing"
+            assert prompt.transfer_id in self.used.values(), "it waits although no sender reads"
 
     @invariant()
     def blocks_are_released_once_when_nobody_reads(self) -> None:
         for request_id in self.server.take_released():
-            key = request_id.removeprefix("engine-")
-            self.held.remove(key)  # KeyError: a second time
-            assert self.prompts[key].finished
-            assert key not in self.used.values(), "its blocks are being read"
-            self.free(self.prompts[key])
+            transfer_id = request_id.removeprefix("engine-")
+            self.held.remove(transfer_id)  # KeyError: a second time
+            assert self.prompts[transfer_id].finished
+            assert transfer_id not in self.used.values(), "its blocks are being read"
+            self.free(self.prompts[transfer_id])
 
     def free(self, prompt: Prompt) -> None:
         for block in prompt.block_ids:
@@ -410,13 +275,22 @@ class PrefillMachine(Machine):
     )  # fmt: skip
     def hello(self, name: str, wrong: str, at_once: bool) -> None:
         if self.geometry.tp_size > 1 and name == "b0":
-            return  # has no business with the second copy of a head
-        rank = DecodeRank(self, name)
-        self.ranks[rank.routing_id] = rank
+            return  # it does not pair with the second copy of a head
+        rank = DecodeRank(name, self.geometry, self.router, self.expect)
         geometry = replace(rank.geometry, model="other" if wrong == "model" else GEOMETRY.model)
-        token = "guess" if wrong == "token" else OPTIONS.token
-        version = wire.PROTOCOL_VERSION
-        rank.say(wire.Hello(version, token, "p1", name, geometry, "gloo", "", "", 0))
+        rank.post(
+            wire.Hello(
+                version=wire.PROTOCOL_VERSION,
+                token="guess" if wrong == "token" else OPTIONS.token,
+                expected_incarnation="p1",
+                incarnation=name[0],  # the ranks of one worker have the same
+                geometry=geometry,
+                backend="gloo",
+                pair_id="",
+                store_host="",
+                store_port=1,
+            )
+        )
         if not wrong:
             self.open[name] = rank
         if at_once:
@@ -428,8 +302,8 @@ class PrefillMachine(Machine):
 
     @rule(number=index, first=st.integers(0, 2), all_ranks=st.sampled_from([True, True, False]))
     def reserve(self, number: int, first: int, all_ranks: bool) -> None:
-        """The newest ones, and the next; each is for the ranks of one of the two workers."""
-        prompt = self.prompt(max(0, len(self.keys) + AHEAD[number]))
+        """Reserve a recent or coming prompt for the ranks of its decode worker."""
+        prompt = self.prompt(max(0, len(self.transfer_ids) + AHEAD[number]))
         start = min(first, (prompt.tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
         names = [name for name in DECODE_RANKS if name.startswith(prompt.worker)]
         prompt.spoilt |= not all_ranks
@@ -437,33 +311,33 @@ class PrefillMachine(Machine):
             if name not in self.open or self.open[name].closed:
                 self.hello(name, wrong="", at_once=True)
             rank = self.open.get(name)
-            again = any(prompt.key in r.parts for r in self.ranks.values() if r.name == name)
+            again = any(prompt.transfer_id in r.legs for r in self.ranks.values() if r.name == name)
             if rank is not None and rank.welcome and not again:
                 rank.reserve(prompt, start)
-            elif rank is None or prompt.key not in rank.parts:
+            elif rank is None or prompt.transfer_id not in rank.legs:
                 prompt.spoilt = True
 
     @precondition(lambda self: not self.peaceful)
     @rule(which=index, number=index)
     def cancel(self, which: int, number: int) -> None:
-        if (rank := self.rank(which)) is not None and self.keys:
-            key = self.some_key(number)
-            if key in rank.parts:
-                rank.parts[key].session.cancel()
-            rank.say(wire.Cancel(key))
+        if (rank := self.rank(which)) is not None and self.transfer_ids:
+            transfer_id = self.some_id(number)
+            if transfer_id in rank.legs:
+                rank.legs[transfer_id].session.cancel()
+            rank.post(wire.Cancel(transfer_id))
             self.control()
 
-    def some_key(self, number: int) -> str:
-        """Preferably what is being read."""
-        keys = list(self.used.values()) if number % 2 else []
-        keys = keys or self.keys
-        return keys[-1 - number // 2 % len(keys)]
+    def some_id(self, number: int) -> str:
+        """Return a transfer, preferably one whose blocks are being read."""
+        transfer_ids = list(self.used.values()) if number % 2 else []
+        transfer_ids = transfer_ids or self.transfer_ids
+        return transfer_ids[-1 - number // 2 % len(transfer_ids)]
 
     @rule(number=index, owner=st.booleans())
     def release(self, number: int, owner: bool) -> None:
-        if self.keys:
+        if self.transfer_ids:
             token = OPTIONS.token if owner and not self.peaceful else "guess"
-            message = wire.Release(token, self.some_key(number))
+            message = wire.Release(token, self.some_id(number))
             self.router.inbox.append([b"front end", wire.encode(message)])
             self.control()
 
@@ -472,7 +346,7 @@ class PrefillMachine(Machine):
     def lose(self, which: int, how: str, sure: bool) -> None:
         if sure and (rank := self.rank(which)) is not None:
             if how == "bye":
-                rank.say(wire.Bye())
+                rank.post(wire.Bye())
                 self.control()
             rank.closed |= how == "bye"
             rank.lost |= how == "lose"
@@ -483,13 +357,13 @@ class PrefillMachine(Machine):
     def wait(self, seconds: int, silent: bool) -> None:
         for rank in self.open.values():
             if rank.welcome and not (rank.closed or silent):
-                rank.say(wire.Ping())
+                rank.post(wire.Ping())
         self.control()
         self.now_s += seconds
 
     @rule()
     def control(self) -> None:
-        """The server hears what was said to it, and says what it has to."""
+        """Let the control thread handle its messages and send what is posted."""
         self.control_thread.go_to("idle")
 
     @rule(which=index, place=st.sampled_from([*PLACES, "asleep"]))
@@ -508,7 +382,7 @@ class PrefillMachine(Machine):
         self, number: int, cached: bool, tokens: int, layers: int, which: int, place: str,
         then: str,
     ) -> None:  # fmt: skip
-        """Straight to somewhere in the middle of a step that is streamed, and what comes there."""
+        """Run to some place in the middle of a streamed step, and then perhaps end it early."""
         self.reserve(number, 0, all_ranks=True)
         self.control()
         self.begin_step(number == 0, cached, tokens)
@@ -538,23 +412,28 @@ class PrefillMachine(Machine):
     @invariant()
     def bounds(self) -> None:
         server = self.server
-        assert len(server._peers) <= 2
-        assert len(server._ended_keys) <= OPTIONS.max_pending
-        assert len(server._waiting) <= OPTIONS.max_pending
-        waiting = [w.peer for reservations in server._waiting.values() for w in reservations]
-        assert {peer.routing_id for peer in waiting} <= set(server._peers)
-        assert all(set(peer.keys) <= set(server._transfers) for peer in server._peers.values())
-        assert sum(t.gathering for t in server._transfers.values()) == len(self.used)
+        assert len(server.transfers.peers) <= 2
+        assert len(server.transfers.ended_ids) <= OPTIONS.max_pending
+        assert len(server.transfers.waiting) <= OPTIONS.max_pending
+        waiting = [
+            w.peer for reservations in server.transfers.waiting.values() for w in reservations
+        ]
+        assert {peer.routing_id for peer in waiting} <= set(server.transfers.peers)
+        assert all(
+            set(peer.transfer_ids) <= set(server.transfers.by_id)
+            for peer in server.transfers.peers.values()
+        )
+        assert sum(t.gathering for t in server.transfers.by_id.values()) == len(self.used)
 
     @invariant()
     def no_sender_sleeps_while_there_is_something_to_send(self) -> None:
-        for transfer in self.server._transfers.values():
+        threads = {t.owner.peer: t for t in self.threads if isinstance(t.owner, Sender)}
+        for transfer in self.server.transfers.by_id.values():
             for rank in transfer.session.ready_ranks():
-                thread = transfer.peers[rank].thread
-                assert not (isinstance(thread, Stepped) and thread.blocked)
+                assert not threads[transfer.peers[rank]].blocked
 
     def teardown(self) -> None:
-        """However it ends, all blocks come back, and every decode rank is told."""
+        """Check for each ending that all blocks are released and that every decode rank is told."""
         try:
             self.end_step()
             if self.ending != "stop":
@@ -579,24 +458,36 @@ class PrefillMachine(Machine):
             self.wait(0 if turn < 8 else 16, silent=self.ending == "silence")
             self.blocks_are_released_once_when_nobody_reads()
             self.bounds()
-        assert not self.held, "blocks that the engine does not get back"
-        assert not self.server._transfers
-        assert not self.server._waiting
-        assert not any(peer.keys for peer in self.server._peers.values())
-        assert not self.server._peers or self.ending != "silence"
+        assert not self.held, "blocks were not released"
+        assert not self.server.transfers.by_id
+        assert not self.server.transfers.waiting
+        assert not any(peer.transfer_ids for peer in self.server.transfers.peers.values())
+        assert not self.server.transfers.peers or self.ending != "silence"
         for rank in self.ranks.values():
-            for key, part in rank.parts.items():
-                assert part.told or rank.closed or part.session.terminal
-                prompt = self.prompts[key]
+            for transfer_id, leg in rank.legs.items():
+                assert leg.told or rank.closed or leg.session.ended
+                prompt = self.prompts[transfer_id]
                 if self.peaceful and prompt.finished and not (prompt.spoilt or rank.closed):
-                    assert part.session.state is ReceiveState.COMPLETE
+                    assert leg.session.state is ReceiveState.COMPLETE
 
 
 def test_a_server_that_stops_makes_no_new_pair() -> None:
-    """Its control thread still finds a HELLO."""
+    """A HELLO is still waiting for its control thread."""
     machine = PrefillMachine()
     machine.begin(idle=False, peaceful=False, ending="stop")
     machine.hello("a", wrong="", at_once=False)
+    machine.teardown()
+
+
+def test_without_faults_all_legs_complete() -> None:
+    """The machine would find nothing if its decode ranks never got as far as a reservation."""
+    machine = PrefillMachine()
+    machine.begin(idle=False, peaceful=True, ending="calm")
+    machine.reserve(0, 0, all_ranks=True)
+    machine.prefill(new=True, cached=False)
+    machine.all_goes_well(3)
+    legs = [leg for rank in machine.ranks.values() for leg in rank.legs.values()]
+    assert [leg.session.state for leg in legs] == [ReceiveState.COMPLETE] * 2
     machine.teardown()
 
 

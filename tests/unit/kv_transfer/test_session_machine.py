@@ -1,8 +1,8 @@
 """Both sides of a transfer over a network that reorders, loses, repeats, delays and lies.
 
-The sessions are real and so are the bytes: each KV element is a number that names its attempt,
-layer, token and head. What may happen is drawn; what must follow is computed here a second time,
-from sets of pages, and compared.
+The sessions are real. Each KV element is a tuple that names its transfer, layer, token and head.
+Hypothesis draws what happens. The test computes the expected state a second time, from sets of
+units, and compares it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,33 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kv_transfer.errors import ProtocolError
-from kv_transfer.geometry import HeadRange, PairPlan, Rectangle
+from kv_transfer.geometry import HeadRange, LayerBlockRange, PairPlan
 from kv_transfer.session import ReceiveSession, ReceiveState, SendSession, SendState
 from kv_transfer.wire import Cancel, End, Fail, Header, Reserve
 
 LAYERS = 3
-PAGE = 2  # tokens
+UNIT_TOKENS = 2
 Message = Reserve | Cancel | Header | End | Fail
-Element = tuple[str, int, int, int]  # key, layer, token, head
-Cell = tuple[int, int]  # layer and page
+Element = tuple[str, int, int, int]  # transfer_id, layer, token, head
+Cell = tuple[int, int]  # layer and unit
 
 
 def plan_of(rank: int, ranks: int, *, idle: bool) -> PairPlan:
     """Each decode rank has one head of its own, or none."""
     heads = HeadRange(0, 0) if idle else HeadRange(rank, rank + 1)
-    return PairPlan(heads, PAGE, True, PAGE * 4 * len(heads), LAYERS, ranks)
+    return PairPlan(
+        heads=heads,
+        unit_tokens=UNIT_TOKENS,
+        whole_blocks=True,
+        unit_bytes=UNIT_TOKENS * 4 * len(heads),
+        num_layers=LAYERS,
+        num_decode_ranks=ranks,
+    )
 
 
 @dataclass(slots=True)
 class Receiver:
-    """What should be so in one decode rank's session."""
+    """One decode rank's session, and its expected state."""
 
     session: ReceiveSession
     arrived: set[Cell] = field(default_factory=set)
@@ -48,46 +55,51 @@ class Receiver:
 
 @dataclass(slots=True)
 class Attempt:
-    """One key: P's session, a receiver for each decode rank, and what should be so in them."""
+    """One transfer: P's session, a receiver for each decode rank, and the expected state."""
 
-    key: str
+    transfer_id: str
     num_tokens: int
     starts: list[int]  # by decode rank: the first token that it lacks
     plans: list[PairPlan]
-    max_pages: int
+    max_units: int
     send: SendSession
     receivers: list[Receiver]
     written: set[tuple[int, int]] = field(default_factory=set)  # layer and token
     chunk: range = range(0)
     chunk_layers: int = LAYERS
-    finished: bool = False
+    request_finished: bool = False
     reserved: set[int] = field(default_factory=set)
     sent: dict[int, list[Cell]] = field(default_factory=dict)
-    bytes_hidden: dict[int, int] = field(default_factory=dict)
-    in_flight: list[tuple[int, Rectangle]] = field(default_factory=list)
-    ended: set[int] = field(default_factory=set)
+    hidden_bytes: dict[int, int] = field(default_factory=dict)
+    in_flight: list[tuple[int, LayerBlockRange]] = field(default_factory=list)
+    end_sent: set[int] = field(default_factory=set)  # decode ranks
 
     @property
     def computed(self) -> bool:
         return len(self.written) == LAYERS * self.num_tokens
 
     def lacking(self, rank: int) -> set[Cell]:
-        """All that a decode rank is to receive."""
-        first, end = self.starts[rank] // PAGE, -(-self.num_tokens // PAGE)
+        """Return everything that a decode rank must receive."""
+        first, end = self.starts[rank] // UNIT_TOKENS, -(-self.num_tokens // UNIT_TOKENS)
         return set(product(range(LAYERS), range(first, end))) if self.plans[rank].heads else set()
 
-    def page(self, rank: int, cell: Cell) -> list[Element]:
-        tokens = range(cell[1] * PAGE, min(cell[1] * PAGE + PAGE, self.num_tokens))
-        return [(self.key, cell[0], token, self.plans[rank].heads.start) for token in tokens]
+    def elements(self, rank: int, cell: Cell) -> list[Element]:
+        """Return the content of a unit in one layer."""
+        tokens = range(
+            cell[1] * UNIT_TOKENS, min(cell[1] * UNIT_TOKENS + UNIT_TOKENS, self.num_tokens)
+        )
+        return [
+            (self.transfer_id, cell[0], token, self.plans[rank].heads.start) for token in tokens
+        ]
 
 
-def cells_of(area: Rectangle) -> list[Cell]:
-    layers = range(area.layer_start, area.layer_end)
-    return list(product(layers, range(area.page_start, area.page_end)))
+def cells_of(block_range: LayerBlockRange) -> list[Cell]:
+    layers = range(block_range.layer_start, block_range.layer_end)
+    return list(product(layers, range(block_range.unit_start, block_range.unit_end)))
 
 
 def event(session: SendSession | ReceiveSession, call: Callable[[], None], allowed: bool) -> bool:
-    """An event is accepted if it is allowed; else it is refused and changes nothing."""
+    """Check that an event is accepted if it is allowed, and otherwise refused without effect."""
     before = copy.deepcopy(vars(session))
     if allowed:
         call()
@@ -104,7 +116,7 @@ class Mail:
     message: Message
 
 
-which = st.sampled_from([-1, -1, -1, -2])  # an attempt: the newest, sometimes the one before
+which = st.sampled_from([-1, -1, -1, -2])  # the newest attempt, sometimes the one before
 ranks = st.integers(0, 2)
 small = st.integers(-1, 6)
 
@@ -116,37 +128,46 @@ class SessionMachine(RuleBasedStateMachine):
     def begin(self, num_tokens: int, idle: list[bool]) -> None:
         self.num_tokens = num_tokens
         self.plans = [plan_of(rank, len(idle), idle=idle[rank]) for rank in range(len(idle))]
-        # Each attempt writes into the same blocks, so a late message of an old one would show.
+        # All attempts write into the same blocks, so a late message of an old one would show.
         self.blocks: list[dict[Cell, list[Element]]] = [{} for _ in idle]
         self.mail: list[Mail] = []
         self.attempts: list[Attempt] = []
-        self.last_words: dict[int, SendState | ReceiveState] = {}
+        self.end_states: dict[int, SendState | ReceiveState] = {}
         self.next_attempt([0, 0, 0], 4)
 
     @rule(
-        first_pages=st.lists(st.integers(0, 3), min_size=3, max_size=3), max_pages=st.integers(1, 9)
+        first_units=st.lists(st.integers(0, 3), min_size=3, max_size=3), max_units=st.integers(1, 9)
     )
-    def next_attempt(self, first_pages: list[int], max_pages: int) -> None:
-        """D gives up, and the request is tried again; P may still be at the old attempt."""
+    def next_attempt(self, first_units: list[int], max_units: int) -> None:
+        """D cancels, and the request is tried again; P may still work on the old attempt."""
         if self.attempts:
             for receiver in self.attempts[-1].receivers:
                 receiver.session.cancel()
-        last_page = (self.num_tokens - 1) // PAGE
-        starts = [min(page, last_page) * PAGE for page in first_pages[: len(self.plans)]]
-        key = f"r#{len(self.attempts)}"
-        receivers = [Receiver(ReceiveSession(key, start, self.num_tokens)) for start in starts]
+        last_unit = (self.num_tokens - 1) // UNIT_TOKENS
+        starts = [min(unit, last_unit) * UNIT_TOKENS for unit in first_units[: len(self.plans)]]
+        transfer_id = f"r#{len(self.attempts)}"
+        receivers = [
+            Receiver(ReceiveSession(transfer_id, start, self.num_tokens)) for start in starts
+        ]
         for receiver, plan in zip(receivers, self.plans, strict=True):
-            receiver.session.follow(plan)
-        send = SendSession(key, self.num_tokens, LAYERS)
+            receiver.session.set_plan(plan)
         self.attempts.append(
-            Attempt(key, self.num_tokens, starts, self.plans, max_pages, send, receivers)
+            Attempt(
+                transfer_id=transfer_id,
+                num_tokens=self.num_tokens,
+                starts=starts,
+                plans=self.plans,
+                max_units=max_units,
+                send=SendSession(transfer_id, self.num_tokens, LAYERS),
+                receivers=receivers,
+            )
         )
 
     def attempt(self, index: int) -> Attempt:
         return self.attempts[max(index, -len(self.attempts))]
 
     def some(self, index: int, rank: int) -> tuple[Attempt, int]:
-        """An attempt and a rank that it has."""
+        """Return an attempt, and a decode rank that exists."""
         return self.attempt(index), rank % len(self.plans)
 
     def post(self, rank: int, message: Message) -> None:
@@ -156,7 +177,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=which, tokens=st.integers(1, 7), layers=st.integers(1, LAYERS))
     def compute(self, index: int, tokens: int, layers: int) -> None:
-        """The next layers of a chunk, or the next chunk once all its layers are written."""
+        """Write the next layers of a chunk, or begin the next chunk if all layers are written."""
         attempt = self.attempt(index)
         if attempt.chunk_layers < LAYERS:
             attempt.chunk_layers = min(attempt.chunk_layers + layers, LAYERS)
@@ -168,7 +189,7 @@ class SessionMachine(RuleBasedStateMachine):
             attempt.send.add_chunk(attempt.chunk.start, end)
 
     @rule(index=which, start=small, tokens=small)
-    def a_chunk_that_does_not_follow(self, index: int, start: int, tokens: int) -> None:
+    def chunk_out_of_order(self, index: int, start: int, tokens: int) -> None:
         attempt = self.attempt(index)
         end = start + tokens
         if start != attempt.chunk.stop or not start < end <= attempt.num_tokens:
@@ -177,51 +198,57 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(index=which)
     def finish(self, index: int) -> None:
         attempt = self.attempt(index)
-        attempt.finished = True
-        attempt.send.finish(7)
+        attempt.request_finished = True
+        attempt.send.request_finished(7)
 
     @rule(index=which)
     def gather(self, index: int) -> None:
-        """A message for each decode rank for which there is one."""
+        """Send the next ready message to each decode rank."""
         attempt = self.attempt(index)
         ready = attempt.send.ready_ranks()
         for rank in attempt.reserved:
-            area = attempt.send.next_message(rank)
-            assert (area is not None) == (rank in ready)
-            if area is not None:
-                self.send(attempt, rank, area)
+            block_range = attempt.send.next_message(rank)
+            assert (block_range is not None) == (rank in ready)
+            if block_range is not None:
+                self.send(attempt, rank, block_range)
 
-    def send(self, attempt: Attempt, rank: int, area: Rectangle) -> None:
+    def send(self, attempt: Attempt, rank: int, block_range: LayerBlockRange) -> None:
         assert attempt.send.state is SendState.SENDING
-        assert area.num_pages <= attempt.max_pages
-        cells = cells_of(area)
-        assert not set(cells) & set(attempt.sent[rank]), "a page is sent once"
-        assert set(cells) <= attempt.lacking(rank), "only what was reserved is sent"
+        assert block_range.num_units <= attempt.max_units
+        cells = cells_of(block_range)
+        assert not set(cells) & set(attempt.sent[rank]), "a unit was sent twice"
+        assert set(cells) <= attempt.lacking(rank), "a unit was sent that was not reserved"
         tokens = {
-            (layer, token) for cell in cells for _, layer, token, _ in attempt.page(rank, cell)
+            (layer, token) for cell in cells for _, layer, token, _ in attempt.elements(rank, cell)
         }
-        assert tokens <= attempt.written, "nothing is sent that was not computed"
+        assert tokens <= attempt.written, "a unit was sent before it was computed"
         attempt.sent[rank] += cells
-        attempt.in_flight.append((rank, area))
+        attempt.in_flight.append((rank, block_range))
         self.post(
-            rank, Header(0, attempt.key, area, area.num_pages * attempt.plans[rank].page_bytes)
+            rank,
+            Header(
+                0,
+                attempt.transfer_id,
+                block_range,
+                block_range.num_units * attempt.plans[rank].unit_bytes,
+            ),
         )
 
     @rule(index=which, which_message=st.integers(0, 3), hidden=st.booleans())
     def message_sent(self, index: int, which_message: int, hidden: bool) -> None:
         attempt = self.attempt(index)
         if attempt.in_flight:
-            rank, area = attempt.in_flight.pop(which_message % len(attempt.in_flight))
-            attempt.send.message_sent(rank, area, hidden=hidden)
+            rank, block_range = attempt.in_flight.pop(which_message % len(attempt.in_flight))
+            attempt.send.message_sent(rank, block_range, hidden=hidden)
             if hidden:
-                num_bytes = area.num_pages * attempt.plans[rank].page_bytes
-                attempt.bytes_hidden[rank] += num_bytes
+                num_bytes = block_range.num_units * attempt.plans[rank].unit_bytes
+                attempt.hidden_bytes[rank] += num_bytes
 
     def end_is_due(self, attempt: Attempt, rank: int) -> bool:
         return (
             attempt.send.state is SendState.SENDING
-            and rank not in attempt.ended
-            and attempt.finished
+            and rank not in attempt.end_sent
+            and attempt.request_finished
             and attempt.computed
             and set(attempt.sent[rank]) == attempt.lacking(rank)
             and all(flying != rank for flying, _ in attempt.in_flight)
@@ -232,47 +259,47 @@ class SessionMachine(RuleBasedStateMachine):
         attempt, rank = self.some(index, rank)
         if rank not in attempt.reserved or not self.end_is_due(attempt, rank):
             return
-        manifest = attempt.send.take_end(rank)
+        manifest = attempt.send.take_manifest(rank)
         assert manifest is not None
-        attempt.ended.add(rank)
-        assert manifest.num_bytes == len(attempt.sent[rank]) * attempt.plans[rank].page_bytes
-        assert manifest.hidden_bytes == attempt.bytes_hidden[rank]
-        assert manifest.first_token == 7
+        attempt.end_sent.add(rank)
+        assert manifest.num_bytes == len(attempt.sent[rank]) * attempt.plans[rank].unit_bytes
+        assert manifest.hidden_bytes == attempt.hidden_bytes[rank]
+        assert manifest.first_token_id == 7
         self.post(rank, manifest)
-        all_ended = len(attempt.ended) == len(attempt.plans)
-        assert (attempt.send.state is SendState.ENDED) == all_ended
+        all_sent = len(attempt.end_sent) == len(attempt.plans)
+        assert (attempt.send.state is SendState.COMPLETE) == all_sent
 
     @invariant()
     def no_manifest_before_all_was_computed_and_sent_nor_twice(self) -> None:
         for attempt in self.attempts:
             for rank in attempt.reserved:
                 if not self.end_is_due(attempt, rank):
-                    assert attempt.send.take_end(rank) is None
+                    assert attempt.send.take_manifest(rank) is None
 
     @rule(
         index=which,
         rank=ranks,
-        who=st.sampled_from(["P", "D"]),
+        side=st.sampled_from(["P", "D"]),
         cancel=st.booleans(),
         sure=st.booleans(),
     )
-    def give_up(self, index: int, rank: int, who: str, cancel: bool, sure: bool) -> None:
+    def end_early(self, index: int, rank: int, side: str, cancel: bool, sure: bool) -> None:
         attempt, rank = self.some(index, rank)
         if not sure:
             return
-        session = attempt.send if who == "P" else attempt.receivers[rank].session
+        session = attempt.send if side == "P" else attempt.receivers[rank].session
         event(session, session.cancel if cancel else session.fail, allowed=True)
-        if who == "D":
-            self.post(rank, Cancel(attempt.key))
-        for rank in attempt.reserved if who == "P" else ():
-            self.post(rank, Fail(attempt.key, "given up"))
+        if side == "D":
+            self.post(rank, Cancel(attempt.transfer_id))
+        for rank in attempt.reserved if side == "P" else ():
+            self.post(rank, Fail(attempt.transfer_id, "no longer wanted"))
 
     # ---- the decode side -----------------------------------------------------------------
 
     @rule(index=which, rank=ranks, at_once=st.booleans())
     def reserve(self, index: int, rank: int, at_once: bool) -> None:
         attempt, rank = self.some(index, rank)
-        self.post(rank, Reserve(attempt.key, attempt.starts[rank], attempt.num_tokens))
+        self.post(rank, Reserve(attempt.transfer_id, attempt.starts[rank], attempt.num_tokens))
         if at_once:
             self.receive(self.mail.pop())
 
@@ -280,9 +307,11 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=which, rank=ranks, stages=st.integers(1, 5))
     def all_goes_well(self, index: int, rank: int, stages: int) -> None:
-        """Straight on to where things get interesting."""
+        """Run a leg up to a stage without faults."""
         attempt, rank = self.some(index, rank)
-        self.receive(Mail(rank, Reserve(attempt.key, attempt.starts[rank], attempt.num_tokens)))
+        self.receive(
+            Mail(rank, Reserve(attempt.transfer_id, attempt.starts[rank], attempt.num_tokens))
+        )
         if rank in attempt.reserved:
             while not attempt.computed:
                 self.compute(index, 7, LAYERS)
@@ -300,7 +329,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 5), again=st.booleans())
     def deliver(self, index: int, again: bool) -> None:
-        """Any message, the first one in half of all cases; one that comes again stays."""
+        """Deliver some message, in half of all cases the first; with ``again``, it stays queued."""
         if self.mail:
             at = index // 2 % len(self.mail)
             self.receive(self.mail[at] if again else self.mail.pop(at))
@@ -317,43 +346,53 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(
         index=which, rank=ranks, layer=st.integers(0, LAYERS), layers=st.integers(1, 2),
-        ahead=st.sampled_from([-1, 0, 0, 1]), pages=st.integers(1, 3),
+        ahead=st.sampled_from([-1, 0, 0, 1]), units=st.integers(1, 3),
         more=st.sampled_from([-1, 0, 0, 1]),
     )  # fmt: skip
     def forge_header(
-        self, index: int, rank: int, layer: int, layers: int, ahead: int, pages: int, more: int
+        self, index: int, rank: int, layer: int, layers: int, ahead: int, units: int, more: int
     ) -> None:
-        """In its place, or beside it."""
+        """Deliver a wrong header, near the expected position."""
         attempt, rank = self.some(index, rank)
         arrived = sum(cell[0] == layer for cell in attempt.receivers[rank].arrived)
-        page = max(0, attempt.starts[rank] // PAGE + arrived + ahead)
-        area = Rectangle(layer, layer + layers, page, page + pages)
-        num_bytes = area.num_pages * attempt.plans[rank].page_bytes + more
-        self.receive(Mail(rank, Header(0, attempt.key, area, num_bytes)))
+        unit = max(0, attempt.starts[rank] // UNIT_TOKENS + arrived + ahead)
+        block_range = LayerBlockRange(layer, layer + layers, unit, unit + units)
+        num_bytes = block_range.num_units * attempt.plans[rank].unit_bytes + more
+        self.receive(Mail(rank, Header(0, attempt.transfer_id, block_range, num_bytes)))
 
     @rule(
         index=which, rank=ranks, more=st.sampled_from([-2, 0, 2]),
         name=st.sampled_from(["token_start", "token_end", "messages", "num_bytes"]),
     )  # fmt: skip
     def forge_end(self, index: int, rank: int, name: str, more: int) -> None:
-        """It agrees with what has arrived, perhaps but for one field."""
+        """Deliver a manifest for what has arrived, with one field changed or none."""
         attempt, rank = self.some(index, rank)
         receiver, start = attempt.receivers[rank], attempt.starts[rank]
         messages, num_bytes = receiver.messages, receiver.num_bytes
-        end = End(attempt.key, start, attempt.num_tokens, messages, num_bytes, 0, 7)
+        end = End(
+            transfer_id=attempt.transfer_id,
+            token_start=start,
+            token_end=attempt.num_tokens,
+            messages=messages,
+            num_bytes=num_bytes,
+            hidden_bytes=0,
+            first_token_id=7,
+        )
         end = msgspec.structs.replace(end, **{name: getattr(end, name) + more})
         self.receive(Mail(rank, end))
 
     @rule(index=which, rank=ranks, start=small, end=small)
     def forge_reserve(self, index: int, rank: int, start: int, end: int) -> None:
         attempt, rank = self.some(index, rank)
-        if start % PAGE or not 0 <= start < end == attempt.num_tokens:
-            self.receive(Mail(rank, Reserve(attempt.key, start, end)))
+        if start % UNIT_TOKENS or not 0 <= start < end == attempt.num_tokens:
+            self.receive(Mail(rank, Reserve(attempt.transfer_id, start, end)))
 
     def receive(self, mail: Mail) -> None:
-        """Both sides find the session by the key, as the live ones do."""
+        """Deliver a message. The session is found by transfer id, as in a live worker."""
         rank, message = mail.rank, mail.message
-        (attempt,) = (attempt for attempt in self.attempts if attempt.key == message.key)
+        (attempt,) = (
+            attempt for attempt in self.attempts if attempt.transfer_id == message.transfer_id
+        )
         send, receiver = attempt.send, attempt.receivers[rank]
         match message:
             case Reserve():
@@ -366,8 +405,8 @@ class SessionMachine(RuleBasedStateMachine):
                 said = (message.token_start, message.token_end, message.messages, message.num_bytes)
                 event(
                     receiver.session,
-                    lambda: receiver.session.end(message),
-                    allowed=not receiver.session.terminal
+                    lambda: receiver.session.complete(message),
+                    allowed=not receiver.session.ended
                     and receiver.arrived == attempt.lacking(rank)
                     and said
                     == (
@@ -382,7 +421,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def reserved(self, attempt: Attempt, rank: int, message: Reserve) -> None:
         start, end, plan = message.token_start, message.token_end, attempt.plans[rank]
-        message_bytes = attempt.max_pages * plan.page_bytes
+        message_bytes = attempt.max_units * plan.unit_bytes
         if event(
             attempt.send,
             lambda: attempt.send.reserve(rank, plan, message_bytes, start, end),
@@ -391,25 +430,26 @@ class SessionMachine(RuleBasedStateMachine):
             and (start, end) == (attempt.starts[rank], attempt.num_tokens),
         ):
             attempt.reserved.add(rank)
-            attempt.sent[rank], attempt.bytes_hidden[rank] = [], 0
+            attempt.sent[rank], attempt.hidden_bytes[rank] = [], 0
 
     def announced(self, attempt: Attempt, rank: int, header: Header) -> None:
-        receiver, area, cells = attempt.receivers[rank], header.area, cells_of(header.area)
+        receiver, block_range = attempt.receivers[rank], header.block_range
+        cells = cells_of(block_range)
         before = {
-            (layer, page)
-            for layer in range(area.layer_start, area.layer_end)
-            for page in range(attempt.starts[rank] // PAGE, area.page_start)
+            (layer, unit)
+            for layer in range(block_range.layer_start, block_range.layer_end)
+            for unit in range(attempt.starts[rank] // UNIT_TOKENS, block_range.unit_start)
         }
         if event(
             receiver.session,
-            lambda: receiver.session.header(area, header.num_bytes),
-            allowed=not receiver.session.terminal
-            and header.num_bytes == len(cells) * attempt.plans[rank].page_bytes
+            lambda: receiver.session.accept_header(block_range, header.num_bytes),
+            allowed=not receiver.session.ended
+            and header.num_bytes == len(cells) * attempt.plans[rank].unit_bytes
             and set(cells) <= attempt.lacking(rank) - receiver.arrived
             and before <= receiver.arrived,
         ):
-            self.blocks[rank] |= {cell: attempt.page(rank, cell) for cell in cells}
-            receiver.session.received(area, header.num_bytes)
+            self.blocks[rank] |= {cell: attempt.elements(rank, cell) for cell in cells}
+            receiver.session.received(block_range, header.num_bytes)
             receiver.arrived |= set(cells)
             receiver.messages += 1
             receiver.num_bytes += header.num_bytes
@@ -417,29 +457,29 @@ class SessionMachine(RuleBasedStateMachine):
     # ---- what always holds ---------------------------------------------------------------
 
     @invariant()
-    def complete_means_every_page_is_there_and_right(self) -> None:
+    def complete_means_that_every_unit_has_arrived(self) -> None:
         attempt = self.attempts[-1]
         for rank, receiver in enumerate(attempt.receivers):
             if receiver.session.state is ReceiveState.COMPLETE:
                 for cell in attempt.lacking(rank):
-                    assert self.blocks[rank].get(cell) == attempt.page(rank, cell)
+                    assert self.blocks[rank].get(cell) == attempt.elements(rank, cell)
 
     @invariant()
-    def terminal_is_terminal(self) -> None:
+    def an_ended_session_stays_as_it_is(self) -> None:
         for attempt in self.attempts:
             sessions: list[SendSession | ReceiveSession] = [attempt.send]
             sessions += [receiver.session for receiver in attempt.receivers]
             for session in sessions:
-                if session.terminal:
-                    assert self.last_words.setdefault(id(session), session.state) is session.state
+                if session.ended:
+                    assert self.end_states.setdefault(id(session), session.state) is session.state
 
     def teardown(self) -> None:
-        """Whatever happened, what P did not give up can still be sent to its end."""
+        """Check that transfers that P has not ended can still be completed."""
         for index in range(-len(self.attempts), 0):
             for rank in self.attempts[index].reserved:
                 self.all_goes_well(index, rank, 4)
-            if not self.attempts[index].send.terminal:
-                assert self.attempts[index].ended == self.attempts[index].reserved
+            if not self.attempts[index].send.ended:
+                assert self.attempts[index].end_sent == self.attempts[index].reserved
 
 
 TestSessionMachine = SessionMachine.TestCase

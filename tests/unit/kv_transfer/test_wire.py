@@ -1,4 +1,4 @@
-"""Control frames: what we send decodes to itself, everything else is refused."""
+"""Control frames: our messages survive encoding, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -8,25 +8,7 @@ from hypothesis import strategies as st
 
 from kv_transfer import wire
 from kv_transfer.errors import ProtocolError
-from kv_transfer.geometry import KvGeometry, Rectangle
-
-GEOMETRY = KvGeometry("tiny", "float32", 2, 1, 2, 4, 4, "LBHNC", True, 1, 0)
-TO_PREFILL: list[wire.ToPrefill] = [
-    wire.Hello(1, "token", "p", "d", GEOMETRY, "gloo", "pair", "127.0.0.1", 1234),
-    wire.Reserve("r#1", 0, 9),
-    wire.Cancel("r#1"),
-    wire.Release("token", "r#1"),
-    wire.Ping(),
-    wire.Bye(),
-]
-TO_DECODE: list[wire.ToDecode] = [
-    wire.Welcome("pair", GEOMETRY),
-    wire.Refuse("pair", "because"),
-    wire.Header(0, "r#1", Rectangle(0, 2, 0, 3), 64),
-    wire.End("r#1", 0, 9, 3, 64, 32, None, 1.5, 0.5),
-    wire.Fail("r#1", "because"),
-    wire.Pong(),
-]
+from tests.support.kv_messages import TO_DECODE, TO_PREFILL
 
 
 def test_messages_survive_the_wire() -> None:

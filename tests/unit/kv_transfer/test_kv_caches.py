@@ -1,4 +1,4 @@
-"""What is gathered on a prefill rank and scattered on a decode rank: each slot once, no others."""
+"""Gathering on a prefill rank and scattering on a decode rank: each slot once, and no other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.errors import IncompatibleError
-from kv_transfer.geometry import KvGeometry, PairPlan, Rectangle, plan_pair, sources
-from kv_transfer.pages import KvPages, PageView
+from kv_transfer.geometry import KvGeometry, LayerBlockRange, PairPlan, plan_pair, sources
+from kv_transfer.kv_caches import KvCaches, UnitView
 from kv_transfer.session import ReceiveSession, ReceiveState, SendSession, SendState
 from tests.support.kv_shapes import RankCaches, blocks_for, geometry_of, ranks_of
 
 BLOCKS = 40
-KEY = "r#1"
+TRANSFER_ID = "r#1"
 
 
 def tp_sizes(heads: int) -> list[int]:
@@ -47,20 +47,20 @@ def unlike_pairs(draw: st.DrawFn) -> tuple[KvGeometry, KvGeometry]:
     prefill, decode = side(), side()
     if draw(st.booleans(), label="equal blocks"):
         alike = replace(decode, block_tokens=prefill.block_tokens, layout=prefill.layout)
-        # Nobody needs to know where in a block a token lies.
-        prefill = replace(prefill, by_token=draw(st.booleans()))
-        decode = replace(alike, by_token=draw(st.booleans()))
+        # Equal blocks travel whole, so no side needs to know the positions in a block.
+        prefill = replace(prefill, positions_known=draw(st.booleans()))
+        decode = replace(alike, positions_known=draw(st.booleans()))
     return prefill, decode
 
 
 @dataclass
-class Part:
-    """What goes from one prefill to one decode rank."""
+class Leg:
+    """What one prefill rank sends to one decode rank."""
 
     plan: PairPlan
-    source: PageView
-    target: PageView
-    counter: PageView
+    source: UnitView
+    target: UnitView
+    counter: UnitView
     session: ReceiveSession
 
 
@@ -72,41 +72,43 @@ class Decode:
             return RankCaches(geometry, BLOCKS, interleaved=interleaved, offset=offset)
 
         self.caches, self.expected, self.required, self.allowed = (caches() for _ in range(4))
-        self._mark = caches()
+        self._counts = caches()
         self.blocks = blocks
         self.writes = torch.zeros(self.caches.storage.shape, dtype=torch.int64)
 
-    def part(self, plan: PairPlan, source: PageView, start: int, tokens: int) -> Part:
+    def leg(self, plan: PairPlan, source: UnitView, start: int, tokens: int) -> Leg:
         held = self.caches.geometry.heads
-        session = ReceiveSession(KEY, start, tokens)
-        session.follow(plan)
-        target, counter = (c.pages.view(plan, held) for c in (self.caches, self._mark))
-        return Part(plan, source, target, counter, session)
+        session = ReceiveSession(TRANSFER_ID, start, tokens)
+        session.set_plan(plan)
+        target, counter = (c.kv_caches.view(plan, held) for c in (self.caches, self._counts))
+        return Leg(plan, source, target, counter, session)
 
-    def receive(self, part: Part, area: Rectangle, message: torch.Tensor) -> None:
-        part.session.header(area, message.nbytes)
+    def receive(self, leg: Leg, block_range: LayerBlockRange, message: torch.Tensor) -> None:
+        leg.session.accept_header(block_range, message.nbytes)
         block_ids = torch.tensor(self.blocks)
-        part.target.scatter(area, block_ids, message)
-        self._mark.storage.zero_()
-        part.counter.scatter(area, block_ids, torch.ones_like(message))
-        self.writes += self._mark.storage.long()
-        part.session.received(area, message.nbytes)
+        leg.target.scatter(block_range, block_ids, message)
+        self._counts.storage.zero_()
+        leg.counter.scatter(block_range, block_ids, torch.ones_like(message))
+        self.writes += self._counts.storage.long()
+        leg.session.received(block_range, message.nbytes)
 
-    def check(self, start: int, tokens: int, last_page_end: int) -> None:
-        """Each slot of ``[start, tokens)`` was written once, and right; no other was, but for what
-        the prompt leaves free of its last page."""
+    def check(self, start: int, tokens: int, last_unit_end: int) -> None:
+        """Check that each slot of ``[start, tokens)`` was written once, with the right KV.
+
+        No other slot may be written, except those after the prompt's end in its last unit.
+        """
         self.required.storage.zero_()
         self.allowed.storage.zero_()
         heads, content = len(self.caches.geometry.heads), self.caches.geometry.content
         for layer in range(self.caches.geometry.num_layers):
             ones = torch.ones(
-                heads, last_page_end - start, content, dtype=self.caches.storage.dtype
+                heads, last_unit_end - start, content, dtype=self.caches.storage.dtype
             )
             self.required.write(layer, self.blocks, start, tokens, ones[:, : tokens - start])
-            self.allowed.write(layer, self.blocks, start, last_page_end, ones)
-            tail = self.caches.read(layer, self.blocks, tokens, last_page_end)
-            self.expected.write(layer, self.blocks, tokens, last_page_end, tail)
-        self.expected.fill(KEY, self.blocks, start, tokens, tokens)
+            self.allowed.write(layer, self.blocks, start, last_unit_end, ones)
+            tail = self.caches.read(layer, self.blocks, tokens, last_unit_end)
+            self.expected.write(layer, self.blocks, tokens, last_unit_end, tail)
+        self.expected.fill(TRANSFER_ID, self.blocks, start, tokens, tokens)
         assert torch.all(self.writes >= self.required.storage.long())
         assert torch.all(self.writes <= self.allowed.storage.long())
         assert torch.equal(self.caches.storage, self.expected.storage)
@@ -124,9 +126,10 @@ def test_d_gets_each_slot_that_it_lacks_once(
     data: st.DataObject, pair: tuple[KvGeometry, KvGeometry], tokens: int, message_bytes: int,
     seed: int,
 ) -> None:  # fmt: skip
-    """Shapes, prefix hits, chunks, the moments of the reservations and their order are arbitrary.
+    """Shapes, prefix hits, chunks, and the times and order of the reservations are arbitrary.
 
-    The prefill writes each layer just before it says so, thus nothing may leave any earlier.
+    The prefill writes each layer just before it reports it, so a message that leaves too early
+    would be wrong.
     """
     rng = random.Random(seed)
     geometry, decode_geometry = pair
@@ -145,13 +148,13 @@ def test_d_gets_each_slot_that_it_lacks_once(
         for rank in ranks_of(geometry)
     ]
     blocks = blocks_for(geometry, tokens, BLOCKS, rng)
-    sends = [SendSession(KEY, tokens, geometry.num_layers) for _ in prefills]
+    sends = [SendSession(TRANSFER_ID, tokens, geometry.num_layers) for _ in prefills]
     interleaved, offset = data.draw(in_memory, label="decode memory")
     decodes = [
         Decode(rank, blocks_for(rank, tokens, BLOCKS, rng), interleaved, offset)
         for rank in ranks_of(decode_geometry)
     ]
-    parts: dict[tuple[int, int], Part] = {}
+    legs: dict[tuple[int, int], Leg] = {}
     reserve_at = [data.draw(st.integers(0, len(cuts)), label="reserved") for _ in decodes]
 
     def reserve(rank: int) -> None:
@@ -159,25 +162,25 @@ def test_d_gets_each_slot_that_it_lacks_once(
         for source in sources(rank, mine.tp_size, geometry.tp_size, mine.total_kv_heads):
             caches = prefills[source]
             plan = plan_pair(caches.geometry, mine)
-            view = caches.pages.view(plan, caches.geometry.heads)
-            parts[source, rank] = decodes[rank].part(plan, view, start, tokens)
+            view = caches.kv_caches.view(plan, caches.geometry.heads)
+            legs[source, rank] = decodes[rank].leg(plan, view, start, tokens)
             sends[source].reserve(rank, plan, message_bytes, start, tokens)
 
     def pump() -> None:
         ready = [(source, rank) for source, send in enumerate(sends) for rank in send.ready_ranks()]
         rng.shuffle(ready)
         for source, rank in ready:
-            part = parts[source, rank]
-            while (area := sends[source].next_message(rank)) is not None:
-                elements = area.num_pages * part.source.page_elements
-                message = torch.empty(elements, dtype=part.source.dtype)
-                assert message.nbytes <= max(message_bytes, part.plan.page_bytes)
-                part.source.gather(area, torch.tensor(blocks), message)
-                decodes[rank].receive(part, area, message)
-                sends[source].message_sent(rank, area, hidden=True)
+            leg = legs[source, rank]
+            while (block_range := sends[source].next_message(rank)) is not None:
+                elements = block_range.num_units * leg.source.unit_elements
+                message = torch.empty(elements, dtype=leg.source.dtype)
+                assert message.nbytes <= max(message_bytes, leg.plan.unit_bytes)
+                leg.source.gather(block_range, torch.tensor(blocks), message)
+                decodes[rank].receive(leg, block_range, message)
+                sends[source].message_sent(rank, block_range, hidden=True)
 
     for caches in prefills:
-        caches.fill(KEY, blocks, 0, cached, tokens)
+        caches.fill(TRANSFER_ID, blocks, 0, cached, tokens)
     done = 0
     for index, end in enumerate(cuts):
         for rank in [rank for rank, at in enumerate(reserve_at) if at == index]:
@@ -186,43 +189,47 @@ def test_d_gets_each_slot_that_it_lacks_once(
             send.add_chunk(done, end)
         for layer in range(geometry.num_layers):
             for caches, send in zip(prefills, sends, strict=True):
-                caches.fill_layer(layer, KEY, blocks, max(done, cached), end, tokens)
+                caches.fill_layer(layer, TRANSFER_ID, blocks, max(done, cached), end, tokens)
                 send.advance(layer + 1)
             pump()
         done = end
     for send in sends:
-        send.finish(7)
+        send.request_finished(7)
     for rank in [rank for rank, at in enumerate(reserve_at) if at == len(cuts)]:
         reserve(rank)
     pump()
 
-    for (source, rank), part in parts.items():
-        assert sends[source].state is SendState.SENDING, "until all its decode ranks have their end"
-        manifest = sends[source].take_end(rank)
+    for (source, rank), leg in legs.items():
+        assert sends[source].state is SendState.SENDING, "not all manifests are taken"
+        manifest = sends[source].take_manifest(rank)
         assert manifest is not None
-        part.session.end(manifest)
-        assert part.session.state is ReceiveState.COMPLETE
-    assert all(send.state is SendState.ENDED for send in sends)
-    page_tokens = parts[min(parts)].plan.page_tokens
+        leg.session.complete(manifest)
+        assert leg.session.state is ReceiveState.COMPLETE
+    assert all(send.state is SendState.COMPLETE for send in sends)
+    unit_tokens = legs[min(legs)].plan.unit_tokens
     for decode in decodes:
-        decode.check(start, tokens, -(-tokens // page_tokens) * page_tokens)
+        decode.check(start, tokens, -(-tokens // unit_tokens) * unit_tokens)
 
 
-def move(source: RankCaches, target: RankCaches, area: Rectangle, ids: list[int]) -> torch.Tensor:
-    """Move a rectangle into the same blocks of another cache; returns the message."""
+def move(
+    source: RankCaches, target: RankCaches, block_range: LayerBlockRange, ids: list[int]
+) -> torch.Tensor:
+    """Copy a range into the same blocks of another cache, and return the message."""
     plan = plan_pair(source.geometry, target.geometry)
     block_ids = torch.tensor(ids)
-    views = [caches.pages.view(plan, caches.geometry.heads) for caches in (source, target)]
-    message = torch.empty(area.num_pages * views[0].page_elements, dtype=source.storage.dtype)
-    views[0].gather(area, block_ids, message)
-    views[1].scatter(area, block_ids, message)
+    views = [caches.kv_caches.view(plan, caches.geometry.heads) for caches in (source, target)]
+    message = torch.empty(
+        block_range.num_units * views[0].unit_elements, dtype=source.storage.dtype
+    )
+    views[0].gather(block_range, block_ids, message)
+    views[1].scatter(block_range, block_ids, message)
     return message
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2", "bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["HNC", "NHC"])
 def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> None:
-    """Such are moved element by element, and torch cannot do that for each type."""
+    """Such blocks are copied element by element, which torch cannot do for every type."""
     source, target = (
         RankCaches(
             geometry_of(1, 1, tokens, layout, content=3, dtype=dtype), 4, offset=1, interleaved=True
@@ -233,7 +240,7 @@ def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> 
         bits = torch.arange(caches.storage.nbytes, dtype=torch.int32) * (3 + index)
         caches.storage.view(torch.uint8).copy_(bits % 251)
     before = target.storage.clone()
-    move(source, target, Rectangle(0, 2, 0, 2), [1, 3])
+    move(source, target, LayerBlockRange(0, 2, 0, 2), [1, 3])
     for layer in range(2):
         got, sent = (c.read(layer, [1, 3], 0, 6).contiguous() for c in (target, source))
         assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
@@ -243,12 +250,12 @@ def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> 
 
 @pytest.mark.parametrize("layout", ["HNC", "NHC"])
 def test_heads_that_begin_at_no_multiple_of_their_number(layout: str) -> None:
-    """Two heads of three, from the second on, where blocks lie a multiple of two heads apart."""
+    """Two of three heads, from the second on, in blocks that are a multiple of two heads apart."""
     source, target = (
         RankCaches(replace(geometry_of(6, tp, 4, layout), tp_rank=rank), 3, interleaved=True)
         for tp, rank in ((2, 1), (3, 2))
     )
-    move(source, target, Rectangle(0, 2, 0, 2), [2, 1])
+    move(source, target, LayerBlockRange(0, 2, 0, 2), [2, 1])
     for layer in range(2):
         got, sent = (caches.read(layer, [2, 1], 0, 8) for caches in (target, source))
         assert torch.equal(got, sent[1:])
@@ -257,7 +264,7 @@ def test_heads_that_begin_at_no_multiple_of_their_number(layout: str) -> None:
 @pytest.mark.parametrize("content", [3, 8])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bfloat16", "float32", "float64"])
 def test_any_bits_survive(dtype: str, content: int) -> None:
-    """Blocks of quantised caches may read as signalling NaNs; a move must not quieten them."""
+    """Blocks of quantised caches may look like signalling NaNs; a copy must not change them."""
     source, target = (
         RankCaches(geometry_of(1, 1, tokens, content=content, dtype=dtype), 2) for tokens in (1, 3)
     )
@@ -266,33 +273,33 @@ def test_any_bits_survive(dtype: str, content: int) -> None:
     for size in (8, source.geometry.item_bytes):
         if source.storage.nbytes % size == 0:
             source.storage.view(torch.uint8).view(word[size]).fill_(signalling[size])
-            move(source, target, Rectangle(0, 2, 0, 1), [1])
+            move(source, target, LayerBlockRange(0, 2, 0, 1), [1])
             got, sent = (caches.read(0, [1], 0, 1).contiguous() for caches in (target, source))
             assert torch.equal(got.view(torch.uint8), sent.view(torch.uint8))
 
 
 def test_a_whole_block_travels_as_it_lies() -> None:
-    """One run of bytes a block, whatever a kernel means by them: no other order is as fast."""
+    """A block is one run of bytes in memory order; no other order is as fast."""
     for layout in ("HNC", "NHC", "HNC/1"):
-        caches = RankCaches(geometry_of(2, 1, 4, layout, by_token=False), 3)
-        message = move(caches, caches, Rectangle(0, 1, 1, 3), [1, 2, 0])
+        caches = RankCaches(geometry_of(2, 1, 4, layout, positions_known=False), 3)
+        message = move(caches, caches, LayerBlockRange(0, 1, 1, 3), [1, 2, 0])
         lie = caches.storage.view(2, 3, -1)[0, [2, 0]]
         assert torch.equal(message, lie.flatten())
 
 
 def test_a_copy_takes_one_thread() -> None:
-    """torch would use a team for each thread that copies, on the cores of the engine."""
-    caches = KvPages([torch.zeros(512, 8, 16, 128) for _ in range(2)])
+    """torch would use a team of threads for each copy, on the cores of the engine."""
+    caches = KvCaches([torch.zeros(512, 8, 16, 128) for _ in range(2)])
     geometry = geometry_of(8, 1, 16, content=128)
     view = caches.view(plan_pair(geometry, geometry), geometry.heads)
-    area, block_ids = Rectangle(0, 2, 0, 500), torch.arange(511, 11, -1)
+    block_range, block_ids = LayerBlockRange(0, 2, 0, 500), torch.arange(511, 11, -1)
     (buffer,) = view.staging(1000, 1)
     threads: list[int] = []
 
     def copy() -> None:
         threads.append(psutil.Process().num_threads())
-        view.gather(area, block_ids, buffer)
-        view.scatter(area, block_ids, buffer)
+        view.gather(block_range, block_ids, buffer)
+        view.scatter(block_range, block_ids, buffer)
         threads.append(psutil.Process().num_threads())
 
     was = torch.get_num_threads()
@@ -310,16 +317,16 @@ def test_a_copy_takes_one_thread() -> None:
 def test_a_block_outside_of_the_cache_is_an_error() -> None:
     caches = RankCaches(geometry_of(2, 1, 4), 3)
     with pytest.raises(IndexError, match="block 3 of 3"):
-        move(caches, caches, Rectangle(0, 1, 0, 2), [2, 3])
+        move(caches, caches, LayerBlockRange(0, 1, 0, 2), [2, 3])
 
 
-def test_caches_that_do_not_lie_block_by_block_are_refused() -> None:
+def test_caches_whose_blocks_are_not_contiguous_are_refused() -> None:
     apart = torch.zeros(9, 2, 4, 12)[..., ::2]
     with pytest.raises(IncompatibleError, match="not contiguous"):
-        KvPages([apart])
+        KvCaches([apart])
     heads_outside = torch.zeros(2, 9, 4, 6).transpose(0, 1)
     with pytest.raises(IncompatibleError, match="not contiguous"):
-        KvPages([heads_outside])
+        KvCaches([heads_outside])
 
 
 @pytest.mark.parametrize(
@@ -333,9 +340,9 @@ def test_caches_that_do_not_lie_block_by_block_are_refused() -> None:
     ],
 )
 def test_layers_of_unlike_shape_or_type_are_refused(other: torch.Tensor) -> None:
-    """All layers are indexed alike."""
+    """All layers are indexed in the same way."""
     one = torch.zeros(2, 1, 4, 2)
-    KvPages([one, one.clone()])
+    KvCaches([one, one.clone()])
     for layers in ([one, other], [other, one]):
         with pytest.raises(IncompatibleError, match="unlike"):
-            KvPages(layers)
+            KvCaches(layers)

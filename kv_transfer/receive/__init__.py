@@ -1,0 +1,21 @@
+"""The decode side of the KV stream: one receiver thread for each pair.
+
+    engine thread               receiver thread of a pair
+    client.py: DecodeClient     receiver.py: Receiver, over control.py: ControlConnection
+      reserve, cancel,            HELLO ▸ WELCOME ▸ process group ▸ RESERVE …
+      prewarm, take_results       HEADER ▸ receive ▸ scatter ▸ … ▸ END
+            │                         │      ▲                        ▲
+            ▼                         ▼      │ the peer's outbox      │ pair.receive
+    ┌───────────────────────────────────────────────────────────────────────┐
+    │ transfers.py: ReceiveTransfers, the state that all threads share      │
+    └───────────────────────────────────────────────────────────────────────┘
+
+One lock, ``ReceiveTransfers.lock``, guards all state, and every method of ReceiveTransfers needs
+it. Nothing that waits for a peer runs while it is held. Each receiver owns its control socket;
+other threads post to its peer's outbox. A peer that is slow or dies costs only its own transfers.
+
+Only receiver threads write incoming KV into blocks. A receiver copies a message from its staging
+buffer only if the leg has not ended, and marks the leg as ``scattering`` during the copy. A
+transfer is reported to the engine when all of its legs have ended and none is scattering, so a
+block is never written after the report.
+"""

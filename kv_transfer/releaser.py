@@ -1,0 +1,31 @@
+"""How an engine's front end makes its own ranks drop KV that nobody will fetch."""
+
+from __future__ import annotations
+
+import zmq
+
+from kv_transfer import wire
+
+
+class Releaser:
+    """Connections to the control servers of all ranks. One thread only."""
+
+    def __init__(self, addresses: tuple[str, ...], token: str) -> None:
+        self._token = token
+        self._sockets: list[zmq.Socket[bytes]] = []
+        for address in addresses:
+            dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.setsockopt(zmq.IPV6, "[" in address)
+            dealer.connect(address)
+            self._sockets.append(dealer)
+
+    def release(self, transfer_id: str) -> None:
+        """Queue the message; never blocks (ZeroMQ's own bound of 1,000 messages applies)."""
+        frame = wire.encode(wire.Release(self._token, transfer_id))
+        for dealer in self._sockets:
+            dealer.send(frame, zmq.NOBLOCK)
+
+    def close(self) -> None:
+        for dealer in self._sockets:
+            dealer.close()

@@ -1,0 +1,20 @@
+"""The prefill side of the KV stream: a control thread, and one sender thread for each pair.
+
+    engine thread               control thread              sender thread of a pair
+    server.py: PrefillServer    control.py: ControlServer   sender.py: Sender
+      begin_step, layer_done,     HELLO: starts a sender      next_message ▸ post HEADER ▸
+      end_step, preempt,          RESERVE, CANCEL, BYE        gather ▸ send ▸ … ▸ post END
+      request_finished            RELEASE, PING               sleeps on its peer's ``wake``
+            │                         │      ▲                        │          │
+            ▼                         ▼      │ outbox                 ▼          ▼
+    ┌───────────────────────────────────────────────────────────────────────┐  pair.send
+    │ transfers.py: SendTransfers, the state that all threads share         │
+    └───────────────────────────────────────────────────────────────────────┘
+
+One lock, ``SendTransfers.lock``, guards all state. Every method of SendTransfers needs it, except
+``post``. Nothing that waits for a peer runs while it is held, so the engine's step never waits for
+a peer. Only ``preempt`` waits for a sender, for the length of one gather, and releases the lock
+meanwhile. A sender sleeps until its pair has a whole message to send.
+
+Other threads never use the control thread's socket: they post to the outbox.
+"""

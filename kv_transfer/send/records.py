@@ -1,0 +1,72 @@
+"""What the prefill side knows of a step's chunks, of transfers, reservations and peers.
+
+``SendTransfers.lock`` guards all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from kv_transfer import wire
+from kv_transfer.geometry import PairPlan
+from kv_transfer.pair import Pair
+from kv_transfer.session import SendSession
+
+
+@dataclass(frozen=True, slots=True)
+class StepChunk:
+    """Tokens ``[token_start, token_end)`` of a request that one engine step computes."""
+
+    transfer_id: str
+    request_id: str  # the engine's
+    block_ids: tuple[int, ...]  # all blocks of the request up to token_end
+    token_start: int
+    token_end: int
+    num_tokens: int  # of the prompt
+
+
+@dataclass(slots=True)
+class Transfer:
+    session: SendSession
+    request_id: str
+    block_ids: torch.Tensor
+    since_s: float  # when it was opened; later, when the request finished
+    peers: dict[int, Peer] = field(default_factory=dict)  # by decode rank
+    gathering: int = 0  # senders that read its blocks now
+    request_finished: bool = False
+    computed_at_s: float | None = None  # when all layers of all tokens were computed
+    last_sent_s: float = 0.0  # to any decode rank
+    stall_s: float = 0.0
+
+
+@dataclass(slots=True)
+class WaitingReservation:
+    """A reservation whose prefill has not begun."""
+
+    peer: Peer
+    token_start: int
+    token_end: int
+    since_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """A decode rank, and this rank's pair with it."""
+
+    routing_id: bytes
+    hello: wire.Hello
+    plan: PairPlan
+    wake: threading.Condition  # over the lock; notified when a message may be ready
+    last_heard_s: float
+    last_used_s: float
+    up: bool = False
+    closed: bool = False
+    pair: Pair | None = None  # stays None if the plan carries nothing
+    transfer_ids: dict[str, None] = field(default_factory=dict)  # in order of reservation
+
+    @property
+    def rank(self) -> int:
+        return self.hello.geometry.tp_rank

@@ -1,0 +1,40 @@
+"""What the scheduler side and the worker side of the connector tell each other in each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kv_transfer.receive.records import Reservation, TransferResult
+from kv_transfer.send.records import StepChunk
+
+
+@dataclass(slots=True)
+class StepPlan(KVConnectorMetadata):
+    """What the scheduler side tells every rank for one engine step; requests by transfer id."""
+
+    # prefill
+    chunks: list[StepChunk] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    # Finished requests: transfer id, and the first token's id if it is forwarded.
+    sampled: list[tuple[str, int | None]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    # decode
+    reservations: list[Reservation] = field(default_factory=list)
+    # Transfer id, control addresses and incarnation of the prefill worker.
+    cancelled: list[tuple[str, tuple[str, ...], str]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RankResults(KVConnectorWorkerMetadata):
+    """Results that some ranks have reported since the last step."""
+
+    results: list[TransferResult]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankResults:
+        assert isinstance(other, RankResults)
+        return RankResults(self.results + other.results)
