@@ -15,7 +15,7 @@ it. Nothing that waits for a peer runs while it is held. Each receiver owns its 
 other threads post to its peer's outbox. A peer that is slow or dies costs only its own transfers.
 
 Only receiver threads write incoming KV into blocks. A receiver copies a message from its staging
-buffer only if the leg has not ended, and marks the leg as ``scattering`` during the copy. A transfer
-is reported to the engine when all of its legs have ended and none is scattering, so a block is never
-written after the report.
+buffer only if the leg has not ended, and marks the leg as ``scattering`` during the copy. A
+transfer is reported to the engine when all of its legs have ended and none is scattering, so a
+block is never written after the report.
 """
