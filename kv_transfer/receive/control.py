@@ -92,7 +92,7 @@ class ControlConnection:
 
 @contextlib.contextmanager
 def control_connection(peer: Peer) -> Iterator[ControlConnection]:
-    """Connect to a peer; say BYE and disconnect at the end."""
+    """Connect to a peer; send BYE and disconnect at the exit."""
     with contextlib.ExitStack() as stack:
         yield ControlConnection(peer, *_connect(peer.address, stack))
 
@@ -103,7 +103,7 @@ def _connect(
     """Return the control socket and its monitor."""
     control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     stack.callback(control.close)
-    stack.callback(say_bye, control)
+    stack.callback(send_bye, control)
     control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave
     control.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
     control.setsockopt(zmq.IPV6, "[" in address)
@@ -114,7 +114,7 @@ def _connect(
     return control, monitor
 
 
-def say_bye(control: zmq.Socket[bytes]) -> None:
+def send_bye(control: zmq.Socket[bytes]) -> None:
     """Tell the peer that the pair closes, also after an error.
 
     Without BYE the peer would only notice when the lease has expired.

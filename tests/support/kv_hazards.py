@@ -14,8 +14,8 @@ Other tests cover these hazards:
     no notice if a prefill fails before it     test_stream: a_reservation_for_an_aborted_prefill,
     begins (S#36033)                           preemption_fails_the_transfer
     failed transfers are recomputed            test_connector_scheduler: recomputed_from_the_start
-    a drain waits for unsent KV (D#13559)      test_connector_scheduler: sent_blocks_stay_until_a_
-                                               rank_releases_them
+    a drain ends when all KV is acknowledged   test_connector_scheduler: sent_blocks_stay_until_a_
+    (D#13559)                                  rank_releases_them
     a sleeping engine (V#41180)                test_connector_scheduler, while nothing is aborted
     a pickled frame (CVE-2025-47277)           test_stream: no_pickle_on_the_wire
 """

@@ -224,7 +224,7 @@ class DecodeMachine(Machine):
 
     def connect(self, _address: str, stack: contextlib.ExitStack) -> Any:
         rank: Any = self.rank_of_this_thread()
-        stack.callback(control.say_bye, rank)
+        stack.callback(control.send_bye, rank)
         pause("start")
         return rank, Monitor(rank)
 

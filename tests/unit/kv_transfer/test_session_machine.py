@@ -26,7 +26,7 @@ from kv_transfer.wire import Cancel, End, Fail, Header, Reserve
 LAYERS = 3
 UNIT_TOKENS = 2
 Message = Reserve | Cancel | Header | End | Fail
-Element = tuple[str, int, int, int]  # transfer_id, layer, token, head
+Element = tuple[str, int, int, int]  # transfer id, layer, token, head
 Cell = tuple[int, int]  # layer and unit
 
 
