@@ -1,6 +1,6 @@
 """The KV stream by itself, between two processes: how fast, how well hidden, what it costs.
 
-A prefill process, bound to core 0, computes synthetic prompts: for each layer of each chunk of 512
+A prefill process, bound to core 0, computes simulated prompts: for each layer of each chunk of 512
 tokens some matrix products, then the hooks that vLLM would call. A decode process reserves and
 receives, with one client and one cache for each pair.
 
@@ -13,7 +13,7 @@ receives, with one client and one cache for each pair.
     tail_ms           last layer computed -> manifest complete at decode
     handoff_ms        first token sampled -> the decode engine's thread has the result
 
-For SmolLM2 and one pair, vLLM replaces the synthetic prefill (unless ``--no-engines`` is given).
+For SmolLM2 and one pair, vLLM replaces the simulated prefill (unless ``--no-engines`` is given).
 There ``handoff_ms`` is P's first token -> D's second, minus one decode step. The slowdown, the
 hidden share and the tail are those of the real engines; see ``bench.prefill``.
 """
@@ -49,7 +49,7 @@ def memcpy_s(case: Case) -> float:
 
 
 def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure a case with a synthetic prefill."""
+    """Measure a case with a simulated prefill."""
     side = DecodeSide(case)
     try:
         bulk_s, raw_s, copy_s = [], [], []
@@ -97,7 +97,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "handoff_ms_p50": round(statistics.median(handoff_ms), 2),
         "handoff_ms_p99": round(quantile(handoff_ms, 0.99), 2),
         "rounds": len(streamed_s),
-        "prefill": "synthetic",
+        "prefill": "simulated",
     }
 
 
