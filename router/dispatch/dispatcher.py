@@ -32,6 +32,7 @@ from router.dispatch.retry import Retries, RetryLimits
 from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
+    LOCAL_PREFILL,
     RETRY_AFTER_S,
     LocalPrefill,
     Placement,
@@ -62,11 +63,15 @@ class DispatchCounters:
 
     placements: Counter[str] = field(default_factory=Counter)  # by the reason of the placement
     failovers: int = 0
-    local_prefills: int = 0
     first_tokens_forwarded: int = 0
     first_tokens_differed: int = 0
     kv_recomputed: int = 0
     releases_dropped: int = 0
+
+    @property
+    def local_prefills(self) -> int:
+        """Attempts whose decode worker prefilled."""
+        return self.placements[LOCAL_PREFILL]
 
 
 @dataclass(slots=True)
@@ -317,8 +322,7 @@ class Dispatcher:
             placement.decode.id if placement.decode else "-",
         )
         self.counters.first_tokens_forwarded += plan.forwards_first_token
-        if plan.placement.prefill is None:
-            self.counters.local_prefills += 1
+        if placement.prefill is None:
             logger.warning(
                 "request %s: prefilled by the decode worker", plan.transfer_key.request_id
             )
