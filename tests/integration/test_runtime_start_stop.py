@@ -186,7 +186,11 @@ def test_a_cluster_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, mo
     broken.mkdir()
     (broken / "config.json").write_text((model / "config.json").read_text())
     cluster = start(tmp_path, broken, "broken")
-    assert cluster.launcher.wait(START_S) == 1
+    try:
+        cluster.wait(lambda: cluster.launcher.poll() is not None, START_S)
+    finally:
+        cluster.kill()
+    assert cluster.launcher.returncode == 1
     output = cluster.log.read_text()
     assert "Traceback" not in output
     errors = [line for line in output.splitlines() if line.startswith("baton: ")]

@@ -45,13 +45,17 @@ class End:
 
 
 def ends(pid: int, *, port: int | None = None) -> list[End]:
-    """Return a process's ends of its connections.
+    """Return a process's ends of its connections. A process that has ended has none.
 
     ``port``: only of connections that have this port at either end.
     """
+    try:
+        connections = psutil.Process(pid).net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return []
     return [
         End(pid, each.fd, each.laddr.port, each.raddr.port)
-        for each in psutil.Process(pid).net_connections("tcp")
+        for each in connections
         if each.status == psutil.CONN_ESTABLISHED
         and port in (None, each.laddr.port, each.raddr.port)
     ]
