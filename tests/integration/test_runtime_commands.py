@@ -22,7 +22,7 @@ from tests.support.fake_engine_cluster import (
     write_config,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.mark.usefixtures("one_of_each")

@@ -20,7 +20,7 @@ from core.types import Pool
 from engine.fake import next_tokens
 from tests.support.fake_engine_cluster import PROMPT, FakeEngineCluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 def test_a_stream_goes_on_when_its_router_is_killed(cluster: FakeEngineCluster) -> None:

@@ -10,7 +10,7 @@ import pytest
 from engine.fake import next_tokens
 from tests.support.fake_engine_cluster import PROMPT, FakeEngineCluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.mark.usefixtures("one_of_each")

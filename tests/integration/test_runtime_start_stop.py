@@ -34,7 +34,7 @@ from tests.support.fake_engine_cluster import (
 )
 from tests.support.live_cluster import RAYLET, processes_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.mark.ends_cluster
@@ -187,7 +187,7 @@ def test_a_cluster_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, mo
     (broken / "config.json").write_text((model / "config.json").read_text())
     cluster = start(tmp_path, broken, "broken")
     try:
-        cluster.wait(lambda: cluster.launcher.poll() is not None, START_S)
+        cluster.wait(lambda: cluster.launcher.poll() is not None, START_S + GONE_S)
     finally:
         cluster.kill()
     assert cluster.launcher.returncode == 1

@@ -17,7 +17,9 @@ from cluster.local import reaper
 from cluster.local.run_dir import ClusterState, read_state
 from tests.support import waiting
 
-START_S = 60.0  # Ray, Serve and the router's tokeniser take about 10 s
+# A start takes about 10 s. Ray waits 60 s for a worker process to register
+# (worker_register_timeout_seconds) before it starts another one.
+START_S = 120.0
 GONE_S = 15.0  # the longest that a cluster may take to end and remove everything
 PROMPT = [5, 6, 7]
 
