@@ -63,10 +63,10 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
         ("grpc.max_receive_message_length", max_message_bytes),
         # A web proxy in the environment must not receive calls to the cluster.
         ("grpc.enable_http_proxy", 0),
-        # A backend that starts before its cluster then connects within seconds, not minutes.
+        # Without this bound, a backend that starts before its cluster may connect minutes late.
         ("grpc.max_reconnect_backoff_ms", 2000),
-        # If the router's host vanishes, nothing closes the connection. These pings detect it, so
-        # that the stream is resumed.
+        # If the router's host vanishes, nothing closes the connection. These pings detect the
+        # failure, so the client can resume the stream.
         ("grpc.keepalive_time_ms", 5000),
         ("grpc.keepalive_timeout_ms", 5000),
         ("grpc.http2.max_pings_without_data", 0),
@@ -179,11 +179,12 @@ class Resumption:
         """Return how long to wait before the next ``Resume``, in seconds.
 
         Args:
-            received: number of responses so far. A stream without any is not resumed: the caller
-                loses nothing by sending the request again.
+            received: number of responses so far. A stream without a response is not resumed: the
+                caller loses nothing by sending the request again.
 
         Raises:
-            BatonError: the stream cannot be resumed. This is the error that broke it first.
+            BatonError: the stream cannot be resumed. The error is the one that first broke the
+                stream.
         """
         if self._interruption is None:
             if error.reason not in _RESUMABLE_REASONS or not received or self._timeout_s <= 0:

@@ -68,8 +68,8 @@ class AsyncClient:
         """Send a request and return the stream of its responses, for ``async for``.
 
         Give exactly one input: ``prompt``, ``messages=[ChatMessage(...)]`` or ``token_ids``.
-        Leaving the loop early, an exception in its body, cancelling the reading task or
-        ``aclose()`` cancels the request.
+        ``aclose()``, deleting the stream or cancelling the task that reads it cancels the request.
+        A loop directly over this call deletes the stream as soon as the loop ends.
 
         Raises:
             InvalidArgumentError: the request cannot be sent as it is. Every other ``BatonError``
@@ -171,7 +171,7 @@ class AsyncResponseStream(AsyncIterator[Response]):
 
     @property
     def request_id(self) -> str:
-        """The request's id. If the router mints it, it is empty until the first response."""
+        """The request's id. If the router mints it, the value is empty until the first response."""
         return self._reader.request_id
 
     async def __anext__(self) -> Response:
@@ -193,7 +193,7 @@ class AsyncResponseStream(AsyncIterator[Response]):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # grpc.aio also raises this if the stream or the client was closed in the meantime.
+            # grpc.aio also raises asyncio.CancelledError if the stream or the client was closed.
             raise CancelledError("the stream was closed", request_id=self.request_id) from None
         except BaseException:  # a broken stream
             self._call.cancel()

@@ -81,7 +81,8 @@ class Client:
         """Send a request and return the stream of its responses.
 
         Give exactly one input: ``prompt``, ``messages=[ChatMessage(...)]`` or ``token_ids``.
-        Leaving the loop early, an exception in its body or ``close()`` cancels the request.
+        ``close()`` or deleting the stream cancels the request. A loop directly over this call
+        deletes the stream as soon as the loop ends.
 
         Raises:
             InvalidArgumentError: the request cannot be sent as it is. Every other ``BatonError``
@@ -166,7 +167,7 @@ class ResponseStream(Iterator[Response]):
 
     @property
     def request_id(self) -> str:
-        """The request's id. If the router mints it, it is empty until the first response."""
+        """The request's id. If the router mints it, the value is empty until the first response."""
         return self._reader.request_id
 
     def __next__(self) -> Response:

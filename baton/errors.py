@@ -1,7 +1,8 @@
-"""The one tree of errors, by whose fault they are, and its mapping to gRPC status codes.
+"""The tree of all errors, and its mapping to gRPC status codes.
 
-The server raises the same classes (``core.errors`` adds what only a server needs), so that a client
-raises what the router meant. The typed detail travels in trailing metadata as an ``ErrorDetail``.
+The class of an error says who is at fault. The server raises the same classes; ``core.errors`` adds
+classes that only servers use. A client raises the class that matches the status code from the
+router. The typed detail travels in trailing metadata as an ``ErrorDetail``.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ class BatonError(Exception):
 
     Attributes:
         message: one sentence for a person.
-        code: gRPC status of the call, or the fitting one if the call never reached the router.
+        code: gRPC status of the call. If no call failed, the status that fits the error.
         reason: stable upper-case word for programs, such as ``PROMPT_TOO_LONG``.
-        retry_after_s: when trying again may help; ``None`` if the router names no time.
-        request_id: of the request that failed; empty if the router had not named it yet.
+        retry_after_s: seconds after which a retry may succeed; ``None`` if the router names no
+            time.
+        request_id: id of the request that failed; empty if it is not known yet.
     """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
-    default_reason: ClassVar[str] = ""  # empty: the name of the code
+    default_reason: ClassVar[str] = ""  # if empty, the reason is the name of the code
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class DeadlineError(BatonError):
 
 
 class CancelledError(BatonError):
-    """The call was cancelled, here or by the router."""
+    """The call was cancelled, by this client or by the router."""
 
     default_code = grpc.StatusCode.CANCELLED
 
@@ -133,7 +135,7 @@ def from_status(
     """The error for a call to ``address`` that ended with this status."""
     detail = read_detail(trailing_metadata)
     if detail is None and code is grpc.StatusCode.UNAVAILABLE:
-        # Baton's router always sends a detail: this status is the transport's own.
+        # Baton's router always sends a detail, so this status comes from the transport.
         message = f"no connection to a Baton router at {address}: {details}"
         return UnavailableError(message, reason="CONNECTION_FAILED", request_id=request_id)
     if (
@@ -141,7 +143,7 @@ def from_status(
         and code is grpc.StatusCode.RESOURCE_EXHAUSTED
         and "larger than max" in details
     ):
-        # gRPC's own refusal of a message, which no waiting will make smaller.
+        # gRPC itself refused the message. A later retry does not help.
         return InvalidArgumentError(
             details, code=code, reason="MESSAGE_TOO_LARGE", request_id=request_id
         )

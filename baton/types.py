@@ -16,7 +16,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. ``None`` takes the router's default, shown in brackets below."""
+    """How tokens are chosen. ``None`` means the router's default, which is in brackets below."""
 
     temperature: float | None = None  # [1]; in [0, 2], 0 is greedy
     top_p: float | None = None  # [1]; in (0, 1]
@@ -64,7 +64,7 @@ class RequestFields(SamplingFields, total=False):
     sampling: SamplingParams | None  # keyword arguments override its fields
     request_id: str | None  # unique among requests in flight; the router mints one for None
     model: str | None  # served name; None selects the cluster's model
-    service_class: str | None  # the router's queue; None selects the first one
+    service_class: str | None  # names a queue of the router; None selects the first one
 
 
 class FinishReason(enum.StrEnum):
@@ -96,7 +96,8 @@ class TokenLogprobs:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
-    cached_prompt_tokens: int  # found in the prefill worker's prefix cache
+    # Found in the prefix cache of the prefill worker; if none took part, of the decode worker.
+    cached_prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class KvReport:
     computed_tokens: int  # positions that the decode engine computed itself
     hidden_bytes: int  # the part of bytes that was sent while prefill was computing
     tail_ms: float  # prefill's last layer -> last byte sent; 0 if all bytes were hidden
-    stall_ms: float  # how long KV that was ready waited for the link
+    stall_ms: float  # how long prefill waited because all its buffers were in flight
     retries: int  # reservations repeated over a new process group
 
 
@@ -121,15 +122,15 @@ class KvReport:
 class Phases:
     """How the time of one request was spent, measured by the router."""
 
-    queue_ms: float  # accepted -> dispatched
-    prefill_ms: float  # dispatched -> first token at the router
+    queue_ms: float  # accepted -> first dispatch
+    prefill_ms: float  # first dispatch -> first token at the router
     ttft_ms: float  # accepted -> first token handed to the stream
     handoff_ms: float  # first token -> second token
     decode_ms: float  # second token -> last token
     tokens_per_s: float  # tokens after the first / (handoff + decode)
     kv: KvReport | None
-    prefill_worker: str  # empty if the decode worker prefilled
-    decode_worker: str
+    prefill_worker: str  # empty if no prefill worker took part
+    decode_worker: str  # empty if no decode worker took part
     attempts: int  # dispatches; 1 if nothing failed
 
 

@@ -1,11 +1,12 @@
 """How long a cancelled request still holds KV blocks.
 
-A router and two workers with real engines (P: prefill, D: decode) run in one event loop, which is
-told of every finished step of both engines. The measured times:
+A router and two workers with real engines (P: prefill, D: decode) run in one event loop. Each
+engine reports every finished step to this loop. The measured times:
 
 freed     the client cancels -> neither engine has the request or one of its blocks
-step      length of the engine step during which the cancel falls; a step runs to its end
-beyond    the end of that step -> freed
+step      length of the engine step during which the client cancels; a step is not interrupted. The
+          engine is P in the first two phases below and D in the last two
+beyond    the end of that step -> freed; 0 if the request is freed before
 
 The phases in which a request is cancelled:
 
@@ -55,7 +56,7 @@ _ONE_TOKEN = inference_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eo
 
 
 class EngineWatch:
-    """Records when one engine reported a step, and tells what the engine holds."""
+    """Records when one engine reported a step, and whether the engine holds requests."""
 
     def __init__(self, engine: VllmEngine) -> None:
         self.engine = engine
@@ -96,7 +97,7 @@ class CancelledRequest:
 
 
 class CancelBench:
-    """Cancels one request at a time. In the phase "queued", a second one keeps P busy."""
+    """Cancels one request at a time. In the phase "queued", another request keeps P busy."""
 
     def __init__(
         self, client: baton.AsyncClient, prefill: EngineWatch, decode: EngineWatch
@@ -149,7 +150,7 @@ class CancelBench:
 
     @contextlib.asynccontextmanager
     async def _busy_prefill(self) -> AsyncIterator[None]:
-        """Let P compute another prompt during the body; afterwards wait until it is done."""
+        """Let P compute another prompt during the body, and wait until that prompt is done."""
 
         async def compute() -> None:
             prompt = tuple(fresh_prompt(PROMPT_TOKENS, self._rng))

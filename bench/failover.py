@@ -1,15 +1,15 @@
 """How long a stream stops when its decode worker is killed (kill -9).
 
-One stream runs on one of two decode workers. Each round kills its worker; the next round waits
-until another worker has replaced the killed one.
+In each round, one stream runs on one of two decode workers, and this worker is killed. The next
+round begins when another worker has replaced the killed one.
 
-next token    kill -> the next token at the client
+next token    kill -> the first token of the second attempt at the client
 break         kill -> the kernel has ended the process and closes its connections; the benchmark
               sees this on a connection of its own
-notice        break -> the router begins another attempt, by its log (to the millisecond)
-resume        the attempt begins -> the next token: the prefill worker reads the prompt and the
-              tokens so far, their KV is sent to the other decode worker, and that worker makes its
-              first step
+notice        break -> the router logs that the attempt failed and begins the second one; the log's
+              times have milliseconds
+resume        the second attempt begins -> its first token at the client: the prefill worker
+              computes the prompt and the tokens so far, and the router forwards its first token
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the journal costs: a cluster with fake engines runs with and without it.
 
-step      time between two responses of a stream, measured at the client, all streams pooled; the
+step      time between two responses of a stream, measured at the client, over all streams; the
           fake engine makes one token every 3 ms
 cpu       CPU time of the router's process for one token, in microseconds
 """
@@ -33,7 +33,7 @@ TOKENS = 500  # in each answer
 
 @contextmanager
 def cluster(*, journal: bool) -> Iterator[tuple[str, psutil.Process]]:
-    """Run a cluster with fake engines. Yields the router's address and process."""
+    """Run a cluster with fake engines. Yield the router's address and process."""
     fake = {"engine_kind": "fake"}
     config = load_config(
         overrides={
@@ -63,7 +63,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 async def steps_ms(client: baton.AsyncClient, prompt_token: int) -> list[float]:
-    """Run one stream. Return the times between its responses, without the first."""
+    """Run one stream. Return the times between its responses, from the second on."""
     stream = client.generate(token_ids=[prompt_token], temperature=0, max_tokens=TOKENS)
     at_s = [time.perf_counter() async for _ in stream]
     return [1000 * (after - before) for before, after in itertools.pairwise(at_s[1:])]

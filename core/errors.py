@@ -1,6 +1,6 @@
 """The errors of the server side: the classes of ``baton.errors``, and those that only servers use.
 
-Every failure that a caller may see is a ``BatonError``. Server code imports all errors from here.
+Every failure of a call is reported as a ``BatonError``. Server code imports all errors from here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = [
     "WorkerUnreachableError",
 ]
 
-# Reasons that callers act on. The request can continue on another worker, or on another router.
+# Values of ``BatonError.reason`` after which the caller continues the request on another worker or
+# at another router.
 WORKER_DRAINING = "WORKER_DRAINING"
 ROUTER_DRAINING = "ROUTER_DRAINING"
 
@@ -46,8 +47,8 @@ class WorkerLostError(UnavailableError):
 
 
 class WorkerUnreachableError(WorkerLostError):
-    """The worker could not be connected to, so nothing was sent to it."""
+    """No connection to the worker could be made, so nothing was sent to it."""
 
 
 class ConfigError(Exception):
-    """The configuration is wrong. The message names the field and what to write instead."""
+    """The user can correct the cause, often a configuration field. The message says how."""

@@ -1,8 +1,8 @@
 """A deterministic engine with a latency model, for tests of everything around an engine.
 
 Each token is a pure function of all tokens before it. So every worker continues a request in the
-same way, and a test can compute the expected answer. Time passes only in the ``sleep`` that is
-passed in. The engine counts KV blocks but computes no KV.
+same way, and a test can compute the expected answer. The engine spends time only in the ``sleep``
+that it is given. It counts KV blocks but computes no KV.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.protocol import (
     check_prompt,
 )
 
-VOCAB_SIZE = 1024  # any size serves
+VOCAB_SIZE = 1024  # any size works
 MAX_MODEL_LEN = 8192  # tokens; used if the configuration sets no length
 MAX_LOGPROBS = 20  # vLLM's default
 _FIRST_TOKEN_ID = 3  # lower ids are special in most vocabularies
@@ -38,7 +38,7 @@ class FakeLatency:
 
     prefill_ms_per_token: float = 0.2
     decode_step_ms: float = 3.0
-    transfer_ms: float = 5.0  # the prefill worker holds its blocks for a whole transfer
+    transfer_ms: float = 5.0  # also how long a prefill engine holds blocks after its token
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class FakeSize:
 
 
 class FakeEngine:
-    """Implements ``engine.protocol.Engine`` as the module says.
+    """Implements ``engine.protocol.Engine``; the module's docstring says how.
 
     Args:
         sleep: waits for the given number of seconds.
-        clock: seconds on any monotonic scale.
-        fetch: waits for a request's KV. Returns False if the KV will not arrive, and then the
-            engine computes the prompt. By default the KV arrives after ``transfer_ms``.
+        clock: returns seconds on any monotonic scale.
+        fetch: waits for a request's KV. Returns False if the KV will not arrive; the engine then
+            computes the prompt. By default, the KV arrives after ``transfer_ms``.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FakeEngine:
         self._fetch = fetch or self._fetch_all
         self._kv = _KvBlocks(self._size.kv_blocks)
         self._prefill_turn = asyncio.Lock()  # one prompt at a time, in order of arrival
-        # By transfer id; done when its blocks are free.
+        # Prompts whose KV is held, by transfer id. When a future is done, the blocks are free.
         self._held: dict[str, asyncio.Future[None]] = {}
         self._queued_tokens = 0
         self._queued = 0
@@ -188,7 +188,7 @@ class FakeEngine:
             await self.release(transfer_id)
 
     def fail(self, message: str = "the engine died") -> None:
-        """Simulate a dead engine: all requests, current and later, raise WorkerLostError."""
+        """Simulate a dead engine: all current and later requests raise WorkerLostError."""
         self._failure = message
         self._kv.wake()
 
@@ -199,7 +199,7 @@ class FakeEngine:
     async def _take_blocks(self, blocks: int, tokens: int) -> None:
         """Wait in the queue until ``blocks`` are free, then count the request as running.
 
-        ``tokens`` is the length of the prompt, which counts as queued until then.
+        ``tokens`` is the length of the prompt. It counts as queued during the wait.
         """
         self._queued += 1
         self._queued_tokens += tokens
@@ -211,7 +211,7 @@ class FakeEngine:
         self._running += 1
 
     async def _prompt(self, request: EngineRequest) -> tuple[inference_pb2.KvReport, float]:
-        """Compute or receive the prompt's KV. Return the report and the time of the first step."""
+        """Compute or receive the prompt's KV. Return the report and when the first step began."""
         tokens = len(request.token_ids)
         began_s = self._clock()
         if isinstance(request.kv, KvReceive) and await self._fetch(request):
@@ -282,7 +282,7 @@ class _KvBlocks:
 def next_tokens(token_ids: Iterable[int], count: int) -> tuple[int, ...]:
     """Return the ``count`` tokens that a fake engine generates after ``token_ids``.
 
-    Stop tokens are not considered.
+    Stop tokens are ignored.
     """
     state = _hash(token_ids)
     tokens = []
@@ -293,7 +293,7 @@ def next_tokens(token_ids: Iterable[int], count: int) -> tuple[int, ...]:
 
 
 def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
-    """Raise InvalidArgumentError for parameters that vLLM refuses, too."""
+    """Raise InvalidArgumentError for parameters that vLLM also refuses."""
     if sampling.HasField("max_tokens") and sampling.max_tokens < max(1, sampling.min_tokens):
         raise InvalidArgumentError(
             f"max_tokens is {sampling.max_tokens}, but must be at least 1 and at least min_tokens, "

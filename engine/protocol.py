@@ -21,14 +21,15 @@ class EngineFacts:
 
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int
-    kv_addresses: tuple[str, ...]  # KV control channels, one per TP rank; empty if it has none
+    # Addresses of the KV control servers, one per TP rank. Empty if the engine has none.
+    kv_addresses: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KvSend:
     """Tells the engine to hold the prompt's KV for a decode worker.
 
-    The decode worker reserves it under the request's transfer id.
+    The decode worker reserves this KV under the request's transfer id.
     """
 
     forwards_first_token: bool  # whether the sampled token travels with the KV
@@ -61,12 +62,14 @@ class EngineOutput:
     ``kv`` is None and the last three fields are 0 in all outputs but the first.
     """
 
-    first_index: int  # output position of token_ids[0]; 1 if token 0 came with the KV
+    # Position of token_ids[0] in the output of this attempt. The first output begins at 1 if
+    # token 0 came with the KV, else at 0.
+    first_index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[inference_pb2.TokenLogprobs, ...]  # one per token; empty if not requested
     finish_reason: inference_pb2.FinishReason  # UNSPECIFIED if more outputs follow
     kv: inference_pb2.KvReport | None
-    cached_tokens: int  # prompt positions found in this engine's own prefix cache
+    cached_tokens: int  # prompt positions found in the prefix cache or received from prefill
     queue_ms: float  # from acceptance to the first step
     prefill_ms: float  # from the first step to the first token
 
@@ -85,7 +88,7 @@ class Engine(Protocol):
         """Stream the output of one request.
 
         Closing the iterator (or cancelling the task that reads it) aborts the request and
-        frees its KV blocks on both sides of a transfer.
+        frees its KV blocks. For a ``KvReceive`` request, the prefill worker also drops the KV.
 
         Raises:
             InvalidArgumentError: the engine cannot serve this request.
@@ -96,7 +99,7 @@ class Engine(Protocol):
         """Make KV pairs with workers of the other pool before a request needs them.
 
         A decode worker begins to make the pairs. A prefill worker only checks which pairs exist.
-        Neither waits for a pair.
+        The call does not wait until a pair exists.
 
         Args:
             others: KV control addresses of the other workers, by incarnation.
@@ -106,7 +109,7 @@ class Engine(Protocol):
         """
 
     async def release(self, transfer_id: str) -> None:
-        """Drop KV held by a finished ``KvSend`` request. Unknown ids are ignored."""
+        """Drop the KV held for a ``KvSend`` request. An unknown id is not an error."""
 
     def load(self) -> WorkerLoad:
         """Return the current load. Must be cheap: it is called at each lease renewal."""
@@ -115,7 +118,7 @@ class Engine(Protocol):
         """Raise WorkerLostError if the engine can no longer serve requests."""
 
     async def ping(self) -> None:
-        """Return when the engine's own loop has answered, which it does between two steps.
+        """Return when the engine's own loop has answered. It answers between two steps.
 
         Raises:
             WorkerLostError: the engine died.
@@ -129,9 +132,10 @@ class Engine(Protocol):
 
 
 def check_prompt(request: EngineRequest, max_model_len: int) -> None:
-    """Raise InvalidArgumentError unless the prompt has a token and leaves room for one more.
+    """Raise InvalidArgumentError if the prompt's length or ``tokens_so_far`` is out of range.
 
-    ``max_model_len`` is in tokens.
+    The prompt needs at least one token, and must leave room for one output token within
+    ``max_model_len`` tokens.
     """
     tokens = len(request.token_ids)
     if not 1 <= tokens < max_model_len:

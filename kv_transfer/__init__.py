@@ -4,9 +4,9 @@ geometry      what a KV cache looks like; which bytes a message carries
 wire          the control messages
 session       one transfer as a state machine, without I/O
 kv_caches     gather from and scatter into an engine's KV caches
-side_stream   order between the stream's copies and an engine's kernels on CUDA
+side_stream   keeps the KV stream's copies in order with an engine's kernels on CUDA
 pair          the 2-rank process group that carries tensors
-options       bounds of the stream
+options       settings of the KV stream
 local_rank    what a rank brings to each of its pairs
 outbox        messages that other threads hand to the thread that owns a socket
 send/         the prefill side: one control thread, one sender thread for each pair
@@ -18,9 +18,10 @@ vllm/         the connector that vLLM loads; the only folder that depends on vLL
 
 Words:
 
-* A *transfer* carries one attempt's KV; its ``transfer_id`` is "request_id#attempt". It completes,
-  fails or is cancelled, and has then *ended*.
+* A *transfer* carries one attempt's KV; its ``transfer_id`` is "request_id#attempt". It has *ended*
+  when it has completed, failed or been cancelled.
 * A *leg* is the share of a transfer between one prefill rank and one decode rank.
-* A *block unit* (short: unit) is the number of tokens in which a pair counts; see ``geometry``.
-* A vLLM *request* is finished, a *pair* is closed, blocks are released, a result is reported.
+* A *block unit* (short: unit) is the smallest run of tokens that a pair sends; see ``geometry``.
+* Only transfers and legs are said to have ended. A vLLM *request* is finished, a *pair* is closed,
+  blocks are released, and a result is reported.
 """

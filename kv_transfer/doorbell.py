@@ -1,7 +1,9 @@
 """A datagram socket on which a rank "rings" so that its idle engine core wakes when KV has arrived.
 
-vLLM asks its ranks every millisecond whether a transfer is complete. On CPUs that costs a third of
-a core on which the other pool computes. The ring is only a hint: a lost one costs one timeout.
+An engine core that only waits for KV asks its ranks every millisecond whether a transfer is
+complete. On CPUs this costs a third of a core on which the other pool computes. With the doorbell,
+the engine core sleeps instead. A ring is only a hint: if one is lost, the engine core wakes at its
+timeout.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Doorbell:
 
 
 class DoorbellButton:
-    """A rank's end. The owner calls it under its own lock."""
+    """A rank's end. One thread at a time may use it."""
 
     def __init__(self, incarnation: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -48,7 +50,7 @@ class DoorbellButton:
         self._address = _address(incarnation)
 
     def ring(self) -> None:
-        """Wake the engine core. Never blocks; without a listener nothing happens."""
+        """Wake the engine core. Never blocks. Has no effect if there is no listener."""
         with contextlib.suppress(OSError):
             self._socket.sendto(b"\0", self._address)
 

@@ -1,4 +1,7 @@
-"""Errors of the KV stream. Applications never see them: a failed transfer is recomputed."""
+"""Errors of the KV stream.
+
+Applications never see them: if a transfer fails, the decode worker recomputes the prompt.
+"""
 
 
 class KvTransferError(Exception):
@@ -10,12 +13,12 @@ class ProtocolError(KvTransferError):
 
 
 class IncompatibleError(KvTransferError):
-    """The two caches cannot be mapped onto each other; the message names what differs."""
+    """Two ranks cannot pair, or a rank's cache cannot be streamed. The message says why."""
 
 
 class PairError(KvTransferError):
-    """The process group of a pair could not be made, or it broke."""
+    """A pair could not be made, or it broke."""
 
 
 class PairClosedError(PairError):
-    """The peer closed the pair on purpose; the pair may be made again."""
+    """The peer announced that it closed the pair. The pair may be made again."""

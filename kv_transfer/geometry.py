@@ -5,11 +5,11 @@ A layer's cache is logically ``[blocks, kv_heads, block_tokens, content]`` (vLLM
 ``t`` is in the request's block ``t // block_tokens``. A tensor-parallel rank holds a range of the
 model's heads. If there are more ranks than heads, it holds a copy of one head.
 
-Two ranks plan once, when they meet, what travels between them (``plan_pair``): the heads that both
-hold, counted in *block units* (short: units). A unit is the largest run of tokens of which the
-blocks of both sides are made: a whole block if the block sizes are equal, otherwise their greatest
-common divisor. A unit is sent when all of its tokens have been computed. The last unit of a prompt
-is sent whole.
+When two ranks meet, they plan once what travels between them (``plan_pair``): which heads, and how
+many tokens form a *block unit* (short: unit). The size of a unit is the greatest common divisor of
+the two block sizes, so the blocks of both sides consist of whole units. A unit is sent after all of
+its tokens have been computed. The last unit of a prompt is sent whole, even if the prompt fills
+only a part of it.
 
 A message carries a ``LayerBlockRange``: layers ``[layer_start, layer_end)`` times the request's
 units ``[unit_start, unit_end)``, layer after layer.
@@ -24,7 +24,7 @@ from functools import lru_cache
 
 from kv_transfer.errors import IncompatibleError
 
-# Bounds the work of planning: the sizes come from the peer's HELLO.
+# Bounds the work of planning, because the peer's HELLO may contain any TP size.
 _MAX_TP = 128
 # No mapping exists between caches that differ in one of these.
 _MUST_AGREE = ("model", "dtype", "num_layers", "total_kv_heads", "content", "item_bytes")
@@ -56,7 +56,8 @@ class KvGeometry:
     content: int  # elements of one head and token, K and V together
     item_bytes: int
     block_tokens: int
-    # Order of the elements inside a block. Blocks of equal layout and size are equal byte by byte.
+    # Order of the elements inside a block. If two caches have the same layout and block size, a
+    # block with the same KV has the same bytes in both.
     layout: str
     positions_known: bool  # whether we know where in a block each token lies
     tp_size: int
@@ -82,7 +83,7 @@ def heads_of(rank: int, tp_size: int, total: int) -> HeadRange:
     """Return the KV heads of a rank, as vLLM's QKVParallelLinear splits and replicates them.
 
     Raises:
-        IncompatibleError: vLLM would not start with this split either.
+        IncompatibleError: the heads cannot be divided evenly. vLLM does not start then, either.
     """
     if tp_size <= total:
         if total % tp_size:
@@ -132,7 +133,8 @@ class PairPlan:
 
     heads: HeadRange  # if empty, no KV travels and the pair only carries control messages
     unit_tokens: int
-    # Whether a unit is a block whose heads are sent in memory order.
+    # Whether both sides have the same layout and block size. A unit is then one block, and its
+    # elements are sent in memory order.
     whole_blocks: bool
     unit_bytes: int  # of one unit in one layer
     num_layers: int
@@ -143,7 +145,7 @@ class PairPlan:
         return -(-num_tokens // self.unit_tokens)
 
     def max_units(self, message_bytes: int) -> int:
-        """Return the units of the largest message, counted over all layers; at least one."""
+        """Return how many units a message may have, counted over all layers. At least one."""
         return max(1, message_bytes // max(1, self.unit_bytes))
 
 
@@ -151,7 +153,8 @@ def plan_pair(prefill: KvGeometry, decode: KvGeometry) -> PairPlan:
     """Map a prefill rank's cache onto a decode rank's.
 
     Raises:
-        IncompatibleError: the message names every difference that no mapping bridges.
+        IncompatibleError: the caches differ too much (the message names every such difference),
+            or these two ranks do not pair.
     """
     differing = [
         f"{name} is {getattr(prefill, name)} in prefill and {getattr(decode, name)} in decode"
@@ -213,8 +216,8 @@ class LayerBlockRange:
 def split_into_messages(block_range: LayerBlockRange, max_units: int) -> Iterator[LayerBlockRange]:
     """Cut a range into messages of at most ``max_units`` units, counted over all layers.
 
-    The messages are ordered by layer, so that each can leave while later layers are still being
-    computed. A message has several layers if they are small, or a share of one large layer.
+    The messages are ordered by layer, so that each can leave while the engine computes later
+    layers. A message has several layers if the layers are small, and a part of one layer if not.
     """
     per_layer = block_range.unit_end - block_range.unit_start
     layers = max(1, max_units // per_layer)

@@ -1,14 +1,13 @@
 """Gather from and scatter into an engine's KV caches.
 
 Each layer's cache is a tensor ``[blocks, kv_heads, block_tokens, content]`` whose strides give its
-layout. A ``UnitView`` shows these caches as one pair's plan needs them: units of some of the heads,
-with their elements in an order on which both sides agree. This order becomes a list of rows. A row
-is the longest run of elements that is contiguous in memory everywhere, so one ``index_select`` per
-layer gathers a message. A whole block is one row; single tokens of a packed CPU block are many
-short rows.
+layout. A ``UnitView`` gives access to the heads and units of one pair's plan, with the elements of
+a unit in the same order on both sides. It cuts each unit into rows. All rows have the same length,
+and each row is contiguous in memory, so one ``index_select`` per layer gathers a message. A whole
+block is one row. A single token of a packed CPU block is many short rows.
 
-On CPUs NumPy copies the rows. torch would start a team of threads for each thread that copies, on
-the cores on which the engine computes, and it is slower for most row sizes.
+On CPUs NumPy copies the rows. torch starts a team of threads for each thread that copies, and the
+teams compete with the engine for its cores. torch is also slower for most row sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from kv_transfer.geometry import HeadRange, LayerBlockRange, PairPlan
 
 _Rows = npt.NDArray[np.int64]
 
-# The type with which rows are copied, by its size in bytes. The bits are moved unchanged.
+# The types as which rows are copied, by their size in bytes. A copy does not change the bits.
 _WORDS = {8: torch.float64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -36,13 +35,13 @@ class KvCaches:
     another request during ``gather`` and ``scatter``.
 
     Args:
-        positions: int64 ``[block_tokens, content]``, or None. The place of each element within
-            one head's share of a block, if the attention kernel packs the elements in another
-            order than the strides say.
+        positions: int64 ``[block_tokens, content]``, the place of each element within one
+            head's share of a block. None if the strides give the place. A CPU attention kernel
+            may pack the elements in another order.
 
     Raises:
-        IncompatibleError: the layers differ in shape, strides or dtype, or a block is not
-            contiguous.
+        IncompatibleError: the layers differ in shape, strides or dtype, are not 4-D, or have
+            blocks that are not contiguous.
     """
 
     def __init__(
@@ -56,8 +55,9 @@ class KvCaches:
                 or layer.stride() != first.stride()
             ):
                 raise IncompatibleError(
-                    "KV caches of unlike shape or type per layer cannot be streamed: "
-                    f"{tuple(first.shape)} {first.dtype} and {tuple(layer.shape)} {layer.dtype}"
+                    "KV caches must be 4-D, with the same shape, type and strides in all layers: "
+                    f"{tuple(first.shape)} {first.dtype} {first.stride()} and "
+                    f"{tuple(layer.shape)} {layer.dtype} {layer.stride()}"
                 )
         _, heads, tokens, content = first.shape
         # A block is one run of bytes in memory order, with heads or tokens as the outer dimension.
@@ -96,7 +96,7 @@ class UnitView:
     """Units in one rank's caches.
 
     Args:
-        layers: of equal shape and strides, ``[blocks, ...]``.
+        layers: the caches ``[blocks, ...]`` of all layers, of equal shape and strides.
         elements: int64 ``[units of a block, elements of a unit]``: the place in a block of each
             element of a unit, in the order of the wire.
     """
@@ -113,7 +113,7 @@ class UnitView:
         self._run_words = run * first.element_size() // word_bytes
         block_elements = first[0].numel()
         rows = ((first.shape[0] - 1) * first.stride(0) + block_elements) // run
-        # NumPy copies rows of one word faster if they are a vector.
+        # NumPy copies rows of one word faster if the array is 1-D.
         shape = (rows,) if self._run_words == 1 else (rows, self._run_words)
         self._layers = [
             layer.as_strided((rows * run,), (1,)).view(word).view(shape) for layer in layers
@@ -140,8 +140,8 @@ class UnitView:
         rows = self._rows_of(block_range, block_ids)
         if self.device.type == "cpu":
             for layer, share in self._by_layer(block_range, out):
-                # With any other mode NumPy fills a buffer of its own first. No index is clipped:
-                # ``_rows_of`` has checked them.
+                # With the default mode, NumPy fills a buffer of its own before ``out``. "clip"
+                # clips no index, because ``_rows_of`` has checked the block ids.
                 np.take(layer.numpy(), rows, axis=0, out=share.numpy(), mode="clip")
             return
         index = torch.from_numpy(rows).to(self.device)
@@ -151,7 +151,7 @@ class UnitView:
     def scatter(
         self, block_range: LayerBlockRange, block_ids: torch.Tensor, source: torch.Tensor
     ) -> None:
-        """Copy a message into a request's blocks; arguments as in ``gather``."""
+        """Copy the message ``source`` into a request's blocks. See ``gather`` for the arguments."""
         rows = self._rows_of(block_range, block_ids)
         if self.device.type == "cpu":
             for layer, share in self._by_layer(block_range, source):
@@ -185,9 +185,9 @@ class UnitView:
 
 
 def _run_length(elements: torch.Tensor, block_stride: int) -> int:
-    """Return the length of the longest run into which all units can be cut.
+    """Return the greatest run length into which all units can be cut.
 
-    Each run is contiguous in memory and starts at a multiple of its length from its block's start.
+    Each run is contiguous in memory. Its offset in its block is a multiple of the run length.
     """
     places = elements.flatten()
     breaks = (places.diff() != 1).nonzero().flatten() + 1  # indices at which a new run begins

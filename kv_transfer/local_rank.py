@@ -18,6 +18,6 @@ class LocalRank:
     geometry: KvGeometry
     options: TransferOptions
     clock: Callable[[], float]  # monotonic, seconds
-    # Called from any thread if a process group cannot be aborted. This process should then be
-    # replaced. The argument is the reason.
+    # Any thread may call this, with the reason, if it cannot abort a process group. The worker
+    # should then be replaced.
     on_stuck: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""Bounds of the KV stream on one worker; the values come from the cluster's configuration."""
+"""Settings of the KV stream on one worker. The bounds come from the cluster's configuration."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from dataclasses import dataclass
 class TransferOptions:
     host: str  # address to bind and to advertise
     incarnation: str  # of this worker, new at each process start
-    token: str  # shared secret of the cluster; every HELLO must carry it
-    message_bytes: int  # largest tensor on a pair
-    staging_buffers: int  # messages in flight per pair
-    pair_timeout_s: float  # longest time from HELLO to a usable process group
-    reserve_timeout_s: float  # longest time that prefill holds KV that nobody reserves
+    token: str  # shared secret of the cluster; every HELLO and RELEASE must carry it
+    message_bytes: int  # largest message on a pair, unless a single unit is larger
+    staging_buffers: int  # most messages in flight per pair, on each side
+    pair_timeout_s: float  # longest time for each step of making a pair, and for an abort
+    reserve_timeout_s: float  # longest time that prefill holds computed KV that nobody reserves
     prefill_timeout_s: float  # longest time that a reservation waits for its prefill to begin
     transfer_timeout_s: float  # longest time without progress once KV flows
-    peer_lease_s: float  # a peer that is silent for this long is gone
+    peer_lease_s: float  # a peer that is silent for this long counts as dead
     pair_idle_s: float  # a pair without a transfer for this long is closed
-    max_pairs: int
-    max_pending: int  # most transfers known at once, on either side
-    # Cores for the stream's threads. If empty, threads keep the cores that they inherit. The
-    # threads of an engine that is bound to some cores would otherwise compete for these cores
+    max_pairs: int  # of one rank
+    # On decode: most transfers at once. On prefill: most transfers with a waiting reservation, and
+    # most ids of ended transfers to remember.
+    max_pending: int
+    # Cores for the stream's threads. If empty, the threads inherit the cores of the thread that
+    # starts them. If that thread is bound to the engine's cores, the stream's threads then compete
     # with the engine.
     cores: frozenset[int] = frozenset()
 

@@ -1,7 +1,7 @@
 """Messages that any thread may post for the one thread that owns a ZeroMQ socket.
 
 A ZeroMQ socket belongs to one thread. Other threads append to the outbox and write one byte to a
-socket pair, on which the owner's poller listens.
+socket pair. The owner's poller watches the socket pair.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Outbox(Generic[T]):
 
     def wake(self) -> None:
         """Wake the owner. From any thread; never blocks."""
-        # A full socket means that the owner is awake, a closed one that it has ended.
+        # If the socket is full, the owner has a wake-up to read. If it is closed, the owner ended.
         with contextlib.suppress(OSError):
             self._writer.send(b"\0")
 
@@ -51,6 +51,6 @@ class Outbox(Generic[T]):
         return len(self._messages)
 
     def close(self) -> None:
-        """The owner ends; later posts are dropped with the outbox."""
+        """The owner calls this when it ends. Later posts are never sent."""
         self._reader.close()
         self._writer.close()

@@ -1,8 +1,8 @@
 """The 2-rank process group that carries tensors between one prefill and one decode rank.
 
 The group is made from a TCPStore that the decode side hosts, never through ``init_process_group``:
-with one world for all workers, each worker's failure would be every other's. NCCL carries CUDA
-caches, gloo carries CPU caches. Rank 0 is decode, rank 1 is prefill.
+that function makes one world for all workers, and the failure of one worker would fail all others.
+NCCL carries CUDA caches, gloo carries CPU caches. Rank 0 is decode, rank 1 is prefill.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
 class Pair:
     """One process group. One thread uses it; any thread may call ``abort``.
 
-    All methods raise PairError if the peer is gone or a wait exceeds its timeout. The pair cannot
-    be used after that.
+    The constructor, ``send``, ``receive`` and ``PendingWork.wait`` raise PairError if the peer is
+    gone or a timeout expires. The pair cannot be used after a PairError.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Pair:
             raise PairError(f"pair {pair_id}: {_first_line(error)}") from error
 
     def send(self, tensor: torch.Tensor) -> PendingWork:
-        """Start to send a contiguous tensor; it must not change until ``wait`` returns."""
+        """Start to send a contiguous tensor. Do not change it before the work's ``wait`` ends."""
         try:
             return PendingWork(self._group.send([tensor], self._peer, _TAG), self._device)
         except RuntimeError as error:
@@ -113,7 +113,7 @@ class Pair:
             raise PairError(_first_line(error)) from error
 
     def abort(self) -> None:
-        """Start to abort the group; pending work of other threads fails. From any thread."""
+        """Start to abort the group. Its pending work fails. Any thread may call this."""
         with self._lock:
             if self._aborting is None:
                 # NCCL's abort can hang, and the caller must not hang with it.
@@ -123,7 +123,7 @@ class Pair:
                 self._aborting.start()
 
     def wait_aborted(self, timeout_s: float) -> bool:
-        """Abort and wait for the end of it; return False if it takes longer than ``timeout_s``."""
+        """Abort the group and wait. Return False if the abort takes longer than ``timeout_s``."""
         self.abort()
         assert self._aborting is not None
         self._aborting.join(timeout_s)
@@ -131,7 +131,10 @@ class Pair:
 
 
 def close_pair(pair: Pair | None, timeout_s: float, on_stuck: Callable[[str], None]) -> None:
-    """Abort a pair; its own thread calls this last. Call ``on_stuck`` if the abort hangs."""
+    """Abort a pair. Call ``on_stuck`` if the abort hangs.
+
+    The pair's sender or receiver thread calls this as its last action.
+    """
     if pair is not None and not pair.wait_aborted(timeout_s):
         reason = f"a process group could not be aborted within {timeout_s} s"
         logger.critical("%s; this worker must be replaced", reason)
@@ -144,7 +147,7 @@ class PendingWork:
     def __init__(self, work: Any, device: torch.device) -> None:
         self._work = work
         if device.type == "cuda":
-            work.wait()  # NCCL's only queues the current stream behind the transfer
+            work.wait()  # returns at once: NCCL only makes the current stream wait
         self._event = mark(device)
 
     def wait(self, timeout_s: float) -> None:
@@ -173,20 +176,20 @@ class _GlooGroup:
 
 
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
-    # Meet over the store first: gloo waits for its peer for a shorter time than our timeout.
+    # The ranks meet at the store first, because gloo waits there for less than ``timeout``.
     store.set(f"here/{rank}", "yes")
     store.wait([f"here/{1 - rank}"], timeout)
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    # For its first connection gloo waits five times its timeout. Waits for messages have timeouts
-    # of their own.
+    # For its first connection, gloo waits for five times this timeout. Each wait for a message has
+    # a timeout of its own.
     options._timeout = timeout / 5
     options._threads = 1
     try:
         return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
     finally:
-        # After a failure the traceback keeps this frame alive, and the frame would keep the
-        # device. A device that still listens would hand a late connection to a group that no
+        # After a failure the traceback keeps this frame alive, and without this line the frame
+        # keeps the device. A device that still listens hands a late connection to a group that no
         # longer exists: SIGSEGV.
         del options
 
@@ -194,7 +197,7 @@ def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
 def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
     from torch.distributed import ProcessGroupNCCL  # absent from CPU builds
 
-    # We abort a pair after our own deadlines; torch's watchdog would end the whole process.
+    # We abort a pair at our own deadlines. torch's watchdog would end the whole process instead.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout

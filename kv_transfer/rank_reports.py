@@ -1,6 +1,6 @@
-"""Reports of an engine's ranks to the engine's front end, beside the engine itself.
+"""Reports of an engine's ranks to the engine's front end, over a socket that vLLM does not know.
 
-A rank reports the address of its control server, or why it cannot serve.
+A prefill rank reports the address of its control server. Any rank reports why it cannot serve.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _FRAMES_AT_A_TIME = 64
 class RankReport(msgspec.Struct, frozen=True):
     """Either an address or a fault."""
 
-    token: str  # shared secret of the cluster; a stranger's fault would cost the worker
+    token: str  # shared secret of the cluster; a stranger must not report a fault
     rank: int
     address: str = ""
     fault: str = ""  # why this rank cannot serve, or cannot serve any longer
 
 
 def send_report(endpoint: str, report: RankReport) -> None:
-    """Send a report to the front end; a rank may call this from any thread."""
+    """Send a report to the front end. Any thread of a rank may call this."""
     push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     with push:
         push.setsockopt(zmq.LINGER, 10_000)  # ms; the front end listens before any rank starts
@@ -43,8 +43,8 @@ def send_report(endpoint: str, report: RankReport) -> None:
 class RankReports:
     """Receives the reports of all ranks. One thread at a time may use it.
 
-    The front end opens it before it makes the engine; ``endpoint`` goes to the ranks in the
-    connector's configuration. Reports without ``token`` are dropped.
+    The front end opens it before it makes the engine, and passes ``endpoint`` to the ranks in the
+    connector's configuration. Reports with a wrong token are dropped.
     """
 
     def __init__(self, host: str, token: str) -> None:
@@ -80,8 +80,11 @@ class RankReports:
         return tuple(found[rank] for rank in range(ranks))
 
     def fault(self, timeout_s: float = 0) -> str | None:
-        """Return a fault that a rank has reported since the last call, or None."""
-        for _ in range(_FRAMES_AT_A_TIME):  # a stranger that never stops must not hold us up
+        """Return the next fault that a rank has reported, or None. Each fault is returned once.
+
+        Waits at most ``timeout_s`` for each report.
+        """
+        for _ in range(_FRAMES_AT_A_TIME):  # a stranger that never stops must not block the caller
             if not self._pull.poll(int(timeout_s * 1000)):
                 break
             report = self._receive()

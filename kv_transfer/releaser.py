@@ -8,7 +8,7 @@ from kv_transfer import wire
 
 
 class Releaser:
-    """Connections to the control servers of all ranks. One thread only."""
+    """Connections to the control servers of all ranks. Only one thread may use it."""
 
     def __init__(self, addresses: tuple[str, ...], token: str) -> None:
         self._token = token
@@ -21,7 +21,11 @@ class Releaser:
             self._sockets.append(dealer)
 
     def release(self, transfer_id: str) -> None:
-        """Queue the message; never blocks (ZeroMQ's own bound of 1,000 messages applies)."""
+        """Tell all ranks to drop the KV of a transfer. Never blocks.
+
+        Raises:
+            zmq.Again: 1,000 messages (ZeroMQ's default bound) are queued for one rank.
+        """
         frame = wire.encode(wire.Release(self._token, transfer_id))
         for dealer in self._sockets:
             dealer.send(frame, zmq.NOBLOCK)

@@ -1,21 +1,23 @@
 """One transfer as a state machine on each side. No sockets, threads or clocks.
 
-    one prefill rank                        one decode rank, for each prefill rank
+    Prefill rank: a transfer
 
-    OFFERED ──reserve──▸ SENDING ──┐        RESERVED ──header──▸ RECEIVING ──┐header
-       │                   │  ▲────┘reserve    │                   │   ▲─────┘
-       │                   │ all legs sent     │                   │
-       │ cancel, fail      ▾                   │ cancel, fail      │ complete: the manifest matches
-       │                COMPLETE               ▾                   ▾
-       └──▸ CANCELLED, FAILED ◂──┘          CANCELLED, FAILED   COMPLETE
+    OFFERED ──reserve──▸ SENDING (more reserves) ──all legs sent──▸ COMPLETE
+       └────────────────────┴──cancel, fail──▸ CANCELLED, FAILED
+
+    Decode rank: one leg of a transfer
+
+       ┌──────────────manifest of a leg without messages──────────────────▾
+    RESERVED ──header──▸ RECEIVING (more headers) ──manifest matches──▸ COMPLETE
+       └────────────────────┴──cancel, fail──▸ CANCELLED, FAILED
 
 A prefill rank sends one leg to each decode rank that reserves from it. A decode rank receives one
-leg from each prefill rank. With the same tensor parallelism on both sides there is one leg per
-rank.
+leg from each prefill rank from which it reserves. If both sides have the same tensor parallelism,
+each rank has one leg.
 
-A transfer that is COMPLETE, CANCELLED or FAILED has ended. It ignores later cancels and failures,
-because both sides may end a transfer at the same time. Every other event that the table does not
-name raises ProtocolError and changes nothing.
+A session that is COMPLETE, CANCELLED or FAILED has ended. It ignores later cancels and failures,
+because both sides may end a transfer at the same time. An event that SEND_TABLE or RECEIVE_TABLE
+does not allow in the current state raises ProtocolError and changes nothing.
 """
 
 from __future__ import annotations
@@ -97,7 +99,10 @@ RECEIVE_ENDED = frozenset({_R.COMPLETE, _R.CANCELLED, _R.FAILED})
 
 @dataclass(slots=True)
 class _Chunk:
-    """Tokens that one engine step computes. Only the newest chunk may lack layers."""
+    """Tokens of one engine step; the first chunk includes the prefix hits.
+
+    Only the newest chunk may have layers that are not written yet.
+    """
 
     token_start: int
     token_end: int
@@ -106,17 +111,17 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Leg:
-    """What one decode rank gets."""
+    """What one decode rank gets, and how much of it was sent."""
 
     plan: PairPlan
-    max_units: int  # of one message
+    max_units: int  # most units in one message
     token_start: int
-    messages: deque[LayerBlockRange] = field(default_factory=deque)  # of one chunk, not yet sent
+    messages: deque[LayerBlockRange] = field(default_factory=deque)  # of one chunk, not yet taken
     chunks_planned: int = 0  # chunks that have been cut into messages
     in_flight: int = 0
     messages_sent: int = 0
     bytes_sent: int = 0
-    hidden_bytes_sent: int = 0  # share of bytes_sent before the last layer was computed
+    hidden_bytes_sent: int = 0  # part of bytes_sent, sent before all layers were computed
     end_sent: bool = False
 
 
@@ -203,7 +208,7 @@ class SendSession:
         return [rank for rank, leg in self._legs.items() if self._next_ready(leg) is not None]
 
     def next_message(self, rank: int) -> LayerBlockRange | None:
-        """Take a rank's next message whose layers are all written; it is now in flight."""
+        """Take a rank's next message if all of its layers are written. It is then in flight."""
         if self.state is not SendState.SENDING or self._next_ready(self._legs[rank]) is None:
             return None
         leg = self._legs[rank]
@@ -214,7 +219,7 @@ class SendSession:
         """The message has left.
 
         Args:
-            hidden: the engine was still computing this prompt when the last byte left.
+            hidden: the engine was still computing this prompt when the message's last byte left.
         """
         leg = self._legs[rank]
         num_bytes = block_range.num_units * leg.plan.unit_bytes
@@ -232,9 +237,9 @@ class SendSession:
         return newest.token_end == self.num_tokens and newest.layers_done == self.num_layers
 
     def take_manifest(self, rank: int) -> End | None:
-        """Return a rank's manifest once, when all of its leg was sent and the request is finished.
+        """Return a rank's manifest if its whole leg is sent and the request is finished.
 
-        The transfer completes with its last manifest.
+        Each manifest is returned once. The last manifest completes the transfer.
         """
         leg = self._legs[rank]
         if (
@@ -242,7 +247,7 @@ class SendSession:
             or leg.end_sent
             or leg.in_flight
             or not (self._request_finished and self.all_computed)
-            or self._next_planned(leg) is not None  # a message whose layers are not all written
+            or self._next_planned(leg) is not None  # a message is not sent yet
         ):
             return None
         leg.end_sent = True
@@ -279,7 +284,7 @@ class SendSession:
     def _messages_of(self, leg: _Leg, chunk: _Chunk) -> Iterator[LayerBlockRange]:
         """Cut the units that a chunk completes into messages.
 
-        The last chunk also completes a unit that is only partly full.
+        The messages of the prompt's last chunk include the last unit, even if it is partly full.
         """
         plan = leg.plan
         start = max(chunk.token_start, leg.token_start) // plan.unit_tokens
@@ -330,7 +335,7 @@ class ReceiveSession:
         self._arrived = [first_unit] * plan.num_layers
 
     def accept_header(self, block_range: LayerBlockRange, num_bytes: int) -> None:
-        """Check an announced message: the right size, in range, and not received before."""
+        """Raise ProtocolError if a message has a wrong size or range, or does not come next."""
         plan, name = self._plan, f"transfer {self.transfer_id}"
         if plan is None or num_bytes != block_range.num_units * plan.unit_bytes:
             raise ProtocolError(f"{name}: {num_bytes} bytes announced for {block_range}")
@@ -351,7 +356,7 @@ class ReceiveSession:
         self.num_bytes += num_bytes
 
     def complete(self, manifest: End) -> None:
-        """Become COMPLETE if the manifest matches what arrived; ProtocolError otherwise."""
+        """Become COMPLETE if the manifest matches what arrived; raise ProtocolError otherwise."""
         said = (manifest.token_start, manifest.token_end, manifest.messages, manifest.num_bytes)
         seen = (self.token_start, self.token_end, self.messages, self.num_bytes)
         missing = [layer for layer, unit in enumerate(self._arrived) if unit != self._end_unit]

@@ -1,8 +1,9 @@
-"""Keeps the stream's copies in order with an engine's kernels, on a CUDA stream of their own.
+"""CUDA streams and events that order KV copies after the engine's kernels.
 
-On CUDA a call returns when its kernel is queued. A thread that copies beside the engine must know
-when the memory that it reads has been written, and when it has read it. Nothing here waits for the
-whole device. On CPUs a call has finished when it returns, so all functions here do nothing.
+A CUDA call returns when its kernel is queued, not when the kernel is done. A thread that copies KV
+beside the engine therefore needs to know two times: when the engine has written the KV, and when
+the thread's own copy is done. No function here waits for the whole device. On CPUs a call returns
+when its work is done, so all functions here do nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from kv_transfer.errors import PairError
 
-# Pause between two checks of an event. CUDA can wait for an event, but without a deadline.
+# Pause between two checks of an event. CUDA's own wait for an event has no deadline.
 _POLL_S = 1e-4
 
 
@@ -39,7 +40,7 @@ def wait_done(event: torch.cuda.Event | None, timeout_s: float) -> None:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """Give the calling thread a new current stream of its own while entered."""
+    """Make a new CUDA stream the calling thread's current stream during the ``with`` block."""
     if device.type != "cuda":
         return nullcontext()
     stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))
@@ -47,6 +48,6 @@ def side_stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def queue_after(event: torch.cuda.Event | None, device: torch.device) -> None:
-    """Queue all later work of the current stream behind the marked work."""
+    """Make all later work of the calling thread's current stream run after the marked work."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)

@@ -1,13 +1,13 @@
 """The control messages between a decode worker's rank (D) and a prefill worker's rank (P).
 
-The messages are ZeroMQ frames with msgpack inside (msgspec: typed, no pickle). D connects and opens
-with HELLO. P ignores all other messages of a peer until it has accepted its HELLO.
+The messages are ZeroMQ frames with msgpack inside (msgspec: typed, no pickle). D connects and sends
+HELLO first. P answers other messages of D with REFUSE if it has not accepted a HELLO from D.
 
     D ▸ P   HELLO RESERVE CANCEL PING BYE      P's own front end ▸ P   RELEASE
     P ▸ D   WELCOME REFUSE HEADER END FAIL PONG
 
-HEADERs travel in the same order as the tensors that they announce, so D starts a receive only for
-a tensor that P sends.
+HEADERs travel in the same order as the tensors that they announce. D starts a receive only when it
+has a HEADER, so each receive matches the tensor that P sends next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
-_SHOWN_CHARS = 120  # an error message quotes at most this much of a wrong frame
+_SHOWN_CHARS = 120  # an error message quotes at most this much of the decoder's error
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -31,13 +31,13 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
     version: int
     token: str  # shared secret of the cluster
-    expected_incarnation: str  # the prefill worker that D was told about
+    expected_incarnation: str  # of the prefill worker that D wants to reach
     incarnation: str  # of D
     geometry: KvGeometry
     backend: str  # "gloo" or "nccl"
-    pair_id: str  # prefix of the pair in D's TCPStore
+    pair_id: str  # prefix of the pair's keys in D's TCPStore
     store_host: str
-    store_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # torch takes no other
+    store_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # torch accepts no other port
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
@@ -48,14 +48,14 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
 
 
 class Refuse(msgspec.Struct, tag="refuse", frozen=True):
-    """P does not open the pair, or closes it. D must open a new pair."""
+    """P does not open the pair, or closes it. Later transfers need a new pair."""
 
     pair_id: str
     reason: str
 
 
 class Reserve(msgspec.Struct, tag="reserve", frozen=True):
-    """D holds blocks for tokens ``[token_start, token_end)`` of this transfer's prompt."""
+    """D holds blocks for tokens ``[token_start, token_end)`` and asks P for their KV."""
 
     transfer_id: str
     token_start: int
@@ -106,11 +106,11 @@ class End(msgspec.Struct, tag="end", frozen=True):
     token_end: int
     messages: int
     num_bytes: int
-    hidden_bytes: int  # share of num_bytes that was sent before P had computed the last layer
+    hidden_bytes: int  # part of num_bytes, sent before P had computed all layers
     first_token_id: int | None  # None if D samples the first token itself
-    # Time from the last computed layer to the last sent byte; 0 if all was sent before.
+    # Time from the last computed layer to the last sent byte; 0 if all bytes were sent before.
     tail_ms: float = 0.0
-    # Time that P waited for the link: messages were ready and all staging buffers were in flight.
+    # Time that P waited for the link, because all staging buffers were in flight.
     stall_ms: float = 0.0
 
 
@@ -149,5 +149,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        # The error quotes what a stranger sent: this may be long and contain line breaks.
+        # The error quotes the frame, which may be long and contain line breaks.
         raise ProtocolError(f"not a control message: {str(error)[:_SHOWN_CHARS]!r}") from error

@@ -43,7 +43,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
     async def _first_token(self, request: EngineRequest) -> EngineOutput:
         """Return the first output of the engine's stream.
 
-        Reads the stream to its end, because closing it earlier would drop the KV blocks.
+        Reads the stream to its end. Closing the stream earlier aborts the request, which drops its
+        KV blocks.
 
         Raises InternalError if the engine samples no token.
         """
@@ -88,6 +89,6 @@ def _response(
     if output.logprobs:
         response.logprobs.CopyFrom(output.logprobs[0])
     if output.finish_reason == inference_pb2.FINISH_REASON_STOP or request.sampling.max_tokens == 1:
-        # Otherwise the engine stopped only because _engine_request set max_tokens to 1.
+        # In all other cases the engine stopped only because _engine_request set max_tokens to 1.
         response.finish_reason = output.finish_reason
     return response

@@ -27,7 +27,8 @@ class PhaseClock:
     def dispatched(self) -> None:
         """Note that an attempt was sent to workers.
 
-        Only the first one ends the queue phase. Later ones count as prefill or hand-off.
+        Only the first attempt ends the queue phase. The time of a later attempt counts as prefill,
+        hand-off or decode, depending on how many tokens have arrived.
         """
         if self._dispatched_s is None:
             self._dispatched_s = self._clock()
@@ -50,7 +51,7 @@ class PhaseClock:
 
     @property
     def first_s(self) -> float | None:
-        """Seconds from dispatch to the first token, or until now without a token.
+        """Seconds from dispatch to the first token, or until now if no token has arrived.
 
         None if the request was not dispatched.
         """
@@ -66,7 +67,7 @@ class PhaseClock:
         return _between(self._first_s, self._last_s) / (self._tokens - 1)
 
     def report(self) -> inference_pb2.Phases:
-        """The phases so far, in ms. Phases that were not reached are 0."""
+        """The phases so far, in ms, and the token rate. Phases that were not reached are 0."""
         written_s = self._first_written_s
         written_s = self._clock() if written_s is None else written_s
         return inference_pb2.Phases(

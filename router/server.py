@@ -1,4 +1,4 @@
-"""The router's gRPC server: builds the router's parts and serves inference, health, reflection."""
+"""The router's gRPC server: builds the router's parts; serves inference, health and reflection."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RouterServer:
         """Start to serve and return the port.
 
         Raises:
-            ConfigError: the port cannot be used, or the model has no tokeniser.
+            ConfigError: the port cannot be used, or the model's tokeniser cannot be loaded.
         """
         text = self._text
         if text is None:
@@ -128,7 +128,8 @@ class RouterServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, give running ones ``grace_s`` to end, and end the rest. Idempotent.
 
-        Clients of ended requests get ROUTER_DRAINING and resume at another router.
+        Clients of ended requests get ROUTER_DRAINING. If there is a journal, they can resume at
+        another router.
         """
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
@@ -139,12 +140,12 @@ class RouterServer:
                     async with asyncio.timeout(grace_s):
                         await self.handler.drained()
                 self.handler.send_away()
-            # The calls that are still open were ended above, or they are not requests: health
-            # watches, and calls whose message never came. The second stop shortens the grace.
+            # The calls that are still open are requests that were just ended, health watches, and
+            # calls whose message never came. This second stop shortens the grace of the first.
             await server.stop(_STATUS_S)
             await stopping
         if self.handler is not None:
-            await self.handler.drained()  # cancelled calls still have to end their work on workers
+            await self.handler.drained()  # ended requests still have to end their calls to workers
         if self._dispatcher is not None:
             await self._dispatcher.close()
         if self._journal is not None:

@@ -10,17 +10,17 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, TextIO
 
-TICK_S: Final = 1.0  # a dot a second
-_TICKS_PER_NUMBER: Final = 5  # every fifth dot is a number
+TICK_S: Final = 1.0  # one dot per second
+_TICKS_PER_NUMBER: Final = 5  # every fifth tick prints the seconds instead of a dot
 _ELAPSED_TIME: Final = re.compile(r",? \(?\d+ s\)?$")  # " (12 s)" or ", 12 s"
 
 
 class Progress:
-    """Prints one line per step: its name, a dot for each second, and how long it took.
+    """Prints one line per step: its name, a dot for each second, and its duration.
 
         starting the workers ....5....10....15.. 17.3 s
 
-    A step lasts until the next ``step`` or ``done``. The methods are thread-safe.
+    A step lasts until the next call of ``step`` or ``done``. The methods are thread-safe.
     """
 
     def __init__(self, out: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,8 +36,8 @@ class Progress:
     def step(self, message: str) -> None:
         """End the running step and begin the next one.
 
-        An elapsed time at the end of ``message`` is removed, because this class shows the time
-        itself. A message that equals the running step's changes nothing.
+        If ``message`` ends with an elapsed time, that time is removed, because this class shows the
+        time itself. If ``message`` is the same as that of the running step, the call has no effect.
         """
         message = _ELAPSED_TIME.sub("", message)
         with self._lock:
@@ -87,6 +87,6 @@ class Progress:
             self._step = None
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # a closed output must not stop the work that is reported
+        with suppress(OSError):  # a closed pipe must not stop the work itself
             self._out.write(text)
             self._out.flush()

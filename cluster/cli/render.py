@@ -13,13 +13,13 @@ from baton.types import Completion, KvOutcome, KvReport, Phases, Response, Usage
 
 _COLOURS: Final = ("36", "33", "35", "32")  # ANSI: cyan, yellow, magenta, green
 _MIB: Final = 1024 * 1024
-# These characters reorder the text around them, so that a line can be made to mislead its reader.
+# These characters reorder the text around them. So they can make a line mislead its reader.
 _BIDI_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _DEL_AND_C1: Final = re.compile(r"[\x7f-\x9f]")
 
 
 def response_json(response: Response) -> str:
-    """Return one response as one line of JSON, without the keys that have no value yet.
+    """Return one response as one line of JSON, without the keys that have no value.
 
     All control characters are escaped, so the line cannot control a terminal.
     """
@@ -56,7 +56,7 @@ def phases_line(answer: Response | Completion) -> str:
         f"prefill {_ms(phases.prefill_ms)}",
         _kv(phases.kv),
     ]
-    if answer.usage.completion_tokens > 1:  # one token has no second one to measure to
+    if answer.usage.completion_tokens > 1:  # the hand-off ends with the second token
         parts += [
             f"hand-off {_ms(phases.handoff_ms)}",
             f"{phases.tokens_per_s:.1f} tokens/s",
@@ -94,7 +94,7 @@ def _ms(value_ms: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace the characters that could control a terminal: model output is not trusted.
+    """Replace the characters that could control a terminal, because model output is not trusted.
 
     Invisible characters that scripts and emoji need (joiners, wide and non-breaking spaces) stay.
     """
@@ -120,13 +120,13 @@ class StreamPrinter:
     """Prints concurrent streams, token by token; each line belongs to one stream.
 
     One stream at a time owns the current line, and its text is written as soon as it arrives.
-    The text of the other streams is buffered until that line is full; then one of them gets the
-    next line:
+    The text of the other streams is buffered until that line ends. Then the next stream with text
+    gets the next line:
 
           1.2 s  paris | The capital of France is Paris.
           3.4 s  alice | Alice was very much surprised to see the Rabbit again, and
 
-    The time is when the line began to be printed, in seconds since the printer was created.
+    Each line starts with the time at which it began, in seconds since the printer was created.
     When another stream has buffered a full line, the current line ends early, so a slow stream
     does not hold up a fast one.
 
@@ -179,7 +179,7 @@ class StreamPrinter:
         self._out.flush()
 
     def _next_owner(self) -> _Stream | None:
-        """Return the next stream, in round-robin order, with pending text other than spaces."""
+        """Return the next stream, in round-robin order, that has more than whitespace to print."""
         labels = list(self._streams)
         turn = labels.index(self._last_owner) + 1 if self._last_owner else 0
         for label in labels[turn:] + labels[:turn]:

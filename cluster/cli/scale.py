@@ -1,4 +1,4 @@
-"""``baton scale``: asks the launcher to change the number of workers, and waits for them."""
+"""``baton scale``: asks the launcher to change the number of workers, and waits for the change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from core.types import Pool, WorkerRecord, WorkerState
 def scale(
     state: ClusterState, targets: Mapping[Pool, int], progress: Callable[[str], None]
 ) -> None:
-    """Ask the launcher for the numbers of workers in ``targets``. Return when they are ready.
+    """Ask the launcher for the numbers of workers in ``targets``.
+
+    Return when each of these pools has exactly its number of ready workers.
 
     Raises:
         ConfigError: a number is out of its pool's bounds, or the cluster is not ready.
-        UnavailableError: the workers are not ready within ``cluster.start_timeout_s``, or the
+        UnavailableError: the numbers are not reached within ``cluster.start_timeout_s``, or the
             registry does not answer.
     """
     if state.phase != "ready":

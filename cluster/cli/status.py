@@ -1,6 +1,6 @@
 """``baton status``: reads the workers that hold a lease, and formats them.
 
-``baton scale`` and ``baton drain`` wait here for a change in them.
+``baton scale`` and ``baton drain`` use ``wait_for_workers`` to wait until the workers change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
     """Return the workers that hold a lease.
 
     Raises:
-        UnavailableError: the registry does not answer, or the cluster has none yet.
+        UnavailableError: the registry does not answer, or the cluster has no registry yet.
     """
 
     async def read() -> tuple[WorkerRecord, ...]:
@@ -52,8 +52,8 @@ def wait_for_workers(
     """Poll the workers until ``remaining`` returns None.
 
     Args:
-        remaining: describes for the user what is still missing; None if nothing is.
-        progress: called with each description.
+        remaining: returns what is still missing, as text for the user. None if nothing is missing.
+        progress: called with each text that ``remaining`` returns.
 
     Raises:
         UnavailableError: something is missing after ``cluster.start_timeout_s``, or the
@@ -84,7 +84,7 @@ async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
 
 
 def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
-    """Return one JSON object: the cluster's fields, and ``workers`` as a list of flat objects."""
+    """Return one JSON object: fields of the cluster, and ``workers`` as a list of flat objects."""
     return json.dumps(
         {
             "name": state.name,

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from cluster.local.signals import StopSignal
 
 _ROUTER_SHARE: Final = 0.8  # of the grace period; the rest is for workers and engines
-_LATE_S: Final = 1.0  # extra time for a Ray call that still runs: an abandoned one logs errors
+_LATE_S: Final = 1.0  # extra time for a Ray call that still runs: an abandoned call logs errors
 _MIN_STEP_S: Final = 0.1  # a step that starts late still gets this long
 _POLL_S: Final = 0.05  # how soon a second signal is noticed
 
@@ -40,11 +40,11 @@ class Drainer:
         self.has_abandoned_call = False  # a thread may still be inside a call of the runtime
 
     def drain(self, runtime: Drainable, grace_s: float, signal: StopSignal) -> None:
-        """Let the router's requests end, and then the workers.
+        """Let the router finish its requests, then let the workers end.
 
-        The router goes first, so that no worker leaves while a request still needs it. A step
-        that fails is reported, and the next one runs. When ``signal`` says hurry, or about one
-        second after ``grace_s``, calls that still run are abandoned.
+        The router drains first, because its requests still need the workers. If a step fails,
+        the error is reported and the next step runs. Calls that still run are abandoned when
+        ``signal`` says hurry, or about one second after ``grace_s``.
         """
         deadline_s = time.monotonic() + grace_s
 
@@ -60,7 +60,7 @@ class Drainer:
     def _run(self, step: Callable[[], object], deadline_s: float, signal: StopSignal) -> None:
         """Run ``step`` in a thread until it ends, the deadline passes or ``signal`` says hurry.
 
-        The step bounds its own time, except for a Ray call that hangs.
+        The step bounds its own time, unless a Ray call hangs.
         """
         errors: list[Exception] = []
 

@@ -30,37 +30,39 @@ def cluster_environment(
         "TMPDIR": str(scratch / "tmp"),
         "VLLM_RPC_BASE_PATH": str(scratch / "tmp"),  # sockets between vLLM's processes
         "VLLM_NO_USAGE_STATS": "1",
-        # In TMPDIR, PyTorch's cache would be lost, and every start would compile again.
+        # PyTorch's default is in TMPDIR, which is removed, so every start would compile again.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
         # At more verbose levels, gRPC logs what any peer sends in a GOAWAY, unescaped.
         "GRPC_VERBOSITY": "ERROR",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        # A late call from one of Serve's threads must not start a new Ray after this one ended.
+        # A late call from one of Serve's threads must not start a new Ray after this Ray ended.
         "RAY_ENABLE_AUTO_CONNECT": "0",
-        # Ray runs code for anyone who can reach its ports. The token limits that to this cluster.
+        # Without a token, Ray runs code for anyone who can reach its ports. Only processes of this
+        # cluster have the token.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # If the launcher's parent is process 1, Ray assumes that the raylet died, and ends the
-        # launcher without a message. This prevents it; the launcher itself watches the raylet.
+        # Without this, Ray takes the launcher's parent for the raylet. If the parent is process 1,
+        # Ray assumes that the raylet died, and ends the launcher without a message. The launcher
+        # itself watches the raylet.
         "RAY_RAYLET_PID": str(os.getpid()),
-        # Ray's own metrics are not collected, and sampling them costs CPU time that engines need.
+        # Baton does not use Ray's own metrics. Sampling them costs CPU time that engines need.
         "RAY_enable_metrics_collection": "0",
         "RAY_event_stats": "0",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         # A worker that fails its health check has nothing left to drain.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        # Two event loops in one process share gRPC's only queue and would wake each other up
-        # with every token.
+        # With user code in a separate thread, a process has two event loops. They share the one
+        # completion queue of grpc.aio and would wake each other up with every token.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Ray lowers its workers' priority below its daemons'. Here the workers carry the tokens.
+        # Ray gives its workers a lower priority than its daemons. Here the workers do the serving.
         "RAY_worker_niceness": "0",
     }
     if is_loopback(host):
-        # Despite its name, this keeps Ray from replacing 127.0.0.1 by an address that other
-        # machines can reach.
+        # Despite its name, this variable keeps Ray from replacing 127.0.0.1 by an address that
+        # other machines can reach.
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if model_is_local:
         variables["HF_HUB_OFFLINE"] = "1"
@@ -75,7 +77,7 @@ _FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_TMPDIR", "RA
 def applied(variables: Mapping[str, str]) -> Iterator[None]:
     """Set ``variables`` in this process's environment during the ``with`` block.
 
-    At the end the environment is restored exactly, also without the variables that Ray added.
+    At the end, the environment is exactly as before. Variables that Ray added are removed.
     """
     before = dict(os.environ)
     for name in _FOREIGN:

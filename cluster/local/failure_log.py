@@ -1,4 +1,4 @@
-"""Saves the ends of the workers' logs when a cluster fails, because its run folder is removed."""
+"""Saves the ends of the workers' logs when a start fails, because the run folder is removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def keep_logs(name: str, logs: Sequence[Path]) -> Path:
     """Copy the last lines of each log (200 at most) into one file and return its path.
 
     The file is $XDG_STATE_HOME/baton/<name>-failure.log (default ~/.local/state/baton). The next
-    failure of a cluster of this name replaces it.
+    failure of a cluster of this name replaces the file.
 
     Raises:
         OSError: the file cannot be written, or a log cannot be read.

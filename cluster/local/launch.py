@@ -3,7 +3,7 @@
     run folder (reserves the name) ▸ reaper ▸ model ▸ Valkey ▸ Ray ▸ Serve ▸ router and workers
 
 Cheap checks come first. Once the reaper runs, no process, port or folder of the cluster outlives
-this process by more than some seconds, even if this process is killed.
+this process by more than a few seconds, even if this process is killed.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Cluster:
 
     Call ``start`` and ``stop`` from the main thread. A process can start only one cluster in
     its life, because Ray keeps the settings that its first start read from the environment.
-    As a context manager (sync or async, both blocking), the cluster is started and stopped, and
-    a signal during the start raises KeyboardInterrupt.
+    ``with`` and ``async with`` start the cluster on entry and stop it on exit. Both block the
+    thread. A signal during the start then raises KeyboardInterrupt.
 
     Args:
         progress: called with a description of each step.
-        signal: polled during each wait; by default it never comes.
+        signal: polled during each wait; by default it never comes. A ``with`` block ignores it.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Cluster:
     def start(self) -> None:
         """Start everything. Return when the router serves and all workers are ready.
 
-        If an exception is raised, everything is stopped first.
+        If a step fails, everything is stopped before the exception is raised.
 
         Raises:
             ConfigError: the user can correct the cause.
-            BatonError: a part does not start, or is not ready in ``cluster.start_timeout_s``.
+            BatonError: a part does not start, or is not ready within ``cluster.start_timeout_s``.
             StartInterruptedError: the stop signal came.
         """
         try:
@@ -122,7 +122,7 @@ class Cluster:
         self._wanted[pool] = replicas
 
     def wait_ready(self) -> None:
-        """Wait until the router serves and the wanted number of workers is ready.
+        """Wait until the router serves and at least the wanted number of workers is ready.
 
         Raises:
             ConfigError, BatonError, StartInterruptedError: as ``start``.
@@ -136,7 +136,7 @@ class Cluster:
                     return
                 self._check_failures()
                 waiting_for = describe_missing(count_ready(self.workers()), self._wanted)
-            except UnavailableError as error:  # the store may answer the next time
+            except UnavailableError as error:  # the store may answer at the next poll
                 waiting_for = str(error)
                 if self._valkey is not None:
                     self._valkey.ensure_running()
@@ -149,10 +149,10 @@ class Cluster:
             time.sleep(_POLL_S)
 
     def watch(self, say: Callable[[str], None]) -> None:
-        """Keep the cluster running and carry out orders, until the stop signal comes.
+        """Keep the cluster running and carry out scale orders, until the stop signal comes.
 
-        Restarts an embedded Valkey that died. A registry that does not answer is reported once,
-        and running requests continue.
+        Restarts an embedded Valkey that died. If the registry does not answer, this is reported
+        once, and running requests continue.
 
         Args:
             say: called with one line for each event.
@@ -181,11 +181,11 @@ class Cluster:
             time.sleep(_POLL_S)
 
     def stop(self, *, graceful: bool = True) -> None:
-        """Stop everything. Idempotent. Parts that have ended already are no error.
+        """Stop everything. Idempotent. A part that has already ended causes no error.
 
         Args:
             graceful: let running requests end, for at most ``cluster.stop_grace_s``, or until
-                the signal says hurry. If False, they are ended at once.
+                the signal says hurry. If False, running requests are ended at once.
         """
         try:
             if self._run is not None:
@@ -213,7 +213,7 @@ class Cluster:
         self.stop()
 
     async def __aenter__(self) -> Self:
-        """As ``with``. Blocks the event loop."""
+        """Do the same as ``with``. This blocks the event loop."""
         return self.__enter__()
 
     async def __aexit__(self, *_: object) -> None:
@@ -274,14 +274,15 @@ class Cluster:
                 f"redis.url: workers of a cluster named {cluster.name!r} are registered there; "
                 "choose another cluster.name, or wait until their leases end"
             )
-        # Drop what an earlier cluster of this name left: its failures and unread orders.
+        # Drop the unread failures and orders that an earlier cluster of this name left.
         self._await(orders.take_failures())
         self._await(orders.take_scale())
         return store
 
     def _start_ray(self, run: RunDir, model: ResolvedModel, store: Store) -> None:
         self._progress("starting Ray")
-        # Ray takes seconds to import, and reads its settings from the environment, set by now.
+        # Imported only here, because the import takes seconds, and because Ray then reads its
+        # settings from the environment, which is set by now.
         from cluster.ray.app import build_app
         from cluster.ray.head import RayRuntime
 
@@ -340,11 +341,11 @@ class Cluster:
         return InternalError(f"the {failure.part} could not start: {message}; {self._keep_logs()}")
 
     def _keep_logs(self) -> str:
-        """Save the workers' logs, because the run folder is removed, and say where they are."""
+        """Save the ends of the workers' logs outside the run folder. Return where they are."""
         assert self._runtime is not None
         try:
             return f"logs: {keep_logs(self.config.cluster.name, self._runtime.worker_logs())}"
-        except (OSError, RuntimeError) as error:  # must not hide the failure itself
+        except (OSError, RuntimeError) as error:  # this error must not hide the failure itself
             return f"logs could not be kept: {error}"
 
     def _carry_out_orders(self, say: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 class LoopThread:
     """Runs coroutines on an event loop in its own thread.
 
-    So the caller may itself run inside another event loop.
+    The caller may itself run inside another event loop.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,9 @@ class LoopThread:
         self._thread.start()
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Run ``call`` and return its result. Blocks without a limit: ``call`` must bound itself.
+        """Run ``call`` and return its result.
+
+        This blocks without a time limit, so ``call`` must bound its own time.
 
         Raises the exceptions of ``call``.
         """

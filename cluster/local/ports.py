@@ -34,9 +34,9 @@ def check_port_is_free(host: str, port: int, host_field: str = "cluster.host") -
 
 
 def with_router_port(config: Config) -> Config:
-    """Return ``config`` with a checked router port, and a free port if it is 0.
+    """Return ``config`` with a router port that is free. If the port is 0, choose one.
 
-    The port is chosen once, so that a restarted router listens on the same one.
+    The port is chosen once, so that a restarted router listens on the same port.
 
     Raises:
         ConfigError: the port is in use, or the router's host is not an address of this machine.
@@ -56,7 +56,8 @@ def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
-            # Servers set this, too: a port in TIME_WAIT is free, a port with a listener is not.
+            # Servers also set this option. It makes a port in TIME_WAIT count as free. A port with
+            # a listener still counts as in use.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)

@@ -22,7 +22,7 @@ def count_ready(workers: Iterable[WorkerRecord]) -> dict[Pool, int]:
 
 
 def router_serves(address: str) -> bool:
-    """Return whether the router's health service says so within one second."""
+    """Return whether the router's health service reports within one second that it serves."""
     with baton.Client(address) as client:
         try:
             return client.health(timeout_s=_HEALTH_TIMEOUT_S)
@@ -31,7 +31,7 @@ def router_serves(address: str) -> bool:
 
 
 def describe_missing(ready: Mapping[Pool, int], wanted: Mapping[Pool, int]) -> str:
-    """Describe for the user what a cluster that is not ready still waits for."""
+    """Describe for the user what the cluster still waits for before it is ready."""
     if all(ready[pool] == wanted[pool] for pool in Pool):
         return "waiting for the router"
     counts = ", ".join(f"{pool} {ready[pool]} of {wanted[pool]} ready" for pool in Pool)

@@ -32,7 +32,7 @@ KILL_TIMEOUT_S = 10.0  # SIGKILL works at once unless a process is stuck in a dr
 _FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # also covers removing folders and shared memory
 _POLL_S = 0.02  # a killed process is gone within milliseconds
 _WATCH_S = 1.0  # between two looks at /dev/shm while the cluster runs
-_WATCH_TRIES = 5  # after this many looks without an owner, a file is not the cluster's
+_WATCH_TRIES = 5  # a file without an owner after this many looks is not the cluster's
 _SHM = "/dev/shm/"
 
 
@@ -64,8 +64,8 @@ class Reaper:
     def finish(self) -> bool:
         """Close the pipe and wait until the reaper is done.
 
-        Return False if it could not kill every process, or is not done in time. In the second
-        case it still runs and holds the lock.
+        Return False if the reaper could not kill every process, or if it is not done in time. A
+        reaper that is not done still runs and holds the lock.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -75,7 +75,7 @@ class Reaper:
             return False
 
     def is_at_work(self) -> bool:
-        """Return whether the reaper still runs, and so will remove the folders itself."""
+        """Return whether the reaper still runs. If it does, it removes the folders itself."""
         return self._process.poll() is None
 
 
@@ -83,14 +83,14 @@ class SharedMemoryWatch:
     """Records which files in /dev/shm the cluster's processes have open.
 
     A killed worker leaves its shared memory segments and semaphores behind, and nothing shows
-    afterwards which process owned them. So this class finds the owners of new files while they
-    run, and removes a file when its last owner has ended.
+    afterwards which process owned them. So this class finds the owners of each new file while
+    the owners run, and removes the file when its last owner has ended.
     """
 
     def __init__(self, cluster_id: str) -> None:
         self._cluster_id = cluster_id
         self._owners: dict[int, set[int]] = {}  # pids by inode
-        self._unclaimed: dict[int, int] = {}  # calls of look without an owner, by inode
+        self._unclaimed: dict[int, int] = {}  # calls of look that found no owner, by inode
 
     def look(self) -> None:
         """Find the owners of new files. Remove the files whose owners have all ended."""
@@ -124,14 +124,14 @@ class SharedMemoryWatch:
 
 
 def reap(cluster_id: str, folders: Collection[Path]) -> bool:
-    """Kill the cluster's processes, and remove ``folders`` and their shared memory.
+    """Kill the cluster's processes. Remove their shared memory and ``folders``.
 
     Return False if a process is still alive after ``KILL_TIMEOUT_S``.
     """
     shared: set[int] = set()
     deadline_s = time.monotonic() + KILL_TIMEOUT_S
     empty_scans = 0
-    while empty_scans < 2 and time.monotonic() < deadline_s:  # one scan may miss a fork
+    while empty_scans < 2 and time.monotonic() < deadline_s:  # one scan may miss a new child
         pids = find(cluster_id)
         empty_scans = 0 if pids else empty_scans + 1
         for pid in pids:
@@ -203,7 +203,7 @@ def _shared_files() -> dict[int, str]:
 def _open_shared(pid: int) -> set[int]:
     """Return the inodes of the files in /dev/shm that a process maps or has open.
 
-    Inodes identify a file that is renamed: a semaphore is mapped under a temporary name.
+    An inode identifies a file even after a rename: a semaphore is mapped under a temporary name.
     """
     inodes = set()
     for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
@@ -219,7 +219,7 @@ def _open_shared(pid: int) -> set[int]:
 
 
 def _remove_shared(inodes: Set[int]) -> None:
-    """Remove the files with these inodes that this user owns and no living process has open."""
+    """Remove the files with these inodes that this user owns and that no visible process uses."""
     files = _shared_files() if inodes else {}
     present = inodes & files.keys()
     if not present:
@@ -232,9 +232,10 @@ def _remove_shared(inodes: Set[int]) -> None:
 
 
 def _all_open_shared() -> set[int]:
-    """Return the inodes of all files in /dev/shm that any process has open or maps.
+    """Return the inodes of all files in /dev/shm that a process has open or maps.
 
-    This reads the memory map of every process on the machine, so call it once per removal.
+    Processes that this user may not inspect are left out. This reads the memory map of every
+    other process on the machine, so call it once per removal.
     """
     inodes: set[int] = set()
     for entry in os.listdir("/proc"):
@@ -246,7 +247,7 @@ def _all_open_shared() -> set[int]:
 def remove_lock(lock_file: Path, lock_fd: int) -> None:
     """Remove the lock file that ``lock_fd`` has open, and its folder if that is empty.
 
-    A different file under that name is another cluster's lock, and is kept.
+    If the name now belongs to a different file, that file is another launcher's lock, and is kept.
     """
     with contextlib.suppress(OSError):
         if os.path.samestat(os.fstat(lock_fd), lock_file.stat()):

@@ -1,9 +1,10 @@
-"""The run folder of a cluster: it reserves the cluster's name and tells commands how to reach it.
+"""The run folder of a cluster. It reserves the name and holds what commands need to connect.
 
 <run_dir>/<name>.lock         locked by launcher and reaper while the name is in use
-<run_dir>/<name>/state.json   the ClusterState, for other commands; mode 0600: it has a password
-<scratch>/                    files and sockets of Ray and the engines. This is <run_dir>/<name>,
-                              or a folder in /tmp if that path is too long for a socket
+<run_dir>/<name>/state.json   the ClusterState, for other commands; mode 0600: contains a password
+<scratch>/                    files and sockets of Ray, Valkey and the engines. The scratch folder
+                              is <run_dir>/<name>, or a folder in /tmp if that path is too long
+                              for a socket
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _STATE = "state.json"
 _STATE_NEW = f"{_STATE}.new"  # renamed to _STATE when it is complete
 _SCRATCH = ("ray", "tmp", "valkey")
 _OWN_ENTRIES = {_STATE, _STATE_NEW, *_SCRATCH}  # a folder with other entries is not a cluster's
-_LOCK_ATTEMPTS = 10  # an attempt fails only while a reaper removes the file or its folder
+_LOCK_ATTEMPTS = 10  # another one follows only if a reaper just removed the file or its folder
 
-# Linux limits a socket's path to 107 bytes. Ray appends "/ray", the session's name and
-# "/sockets/plasma_store" to the scratch folder's path.
+# Linux limits a socket's path to 107 bytes. Ray's longest path is the scratch folder's path plus
+# "/ray", the session's name and "/sockets/plasma_store".
 _LONGEST_SCRATCH = 107 - len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 
 
@@ -41,9 +42,9 @@ class ClusterState:
     pid: int  # of the launcher
     pid_started: int  # clock ticks after boot; differs for a new process with the same pid
     phase: str  # "starting", "ready" or "stopping"
-    address: str  # gRPC of the router, "host:port"
+    address: str  # gRPC address of the router, "host:port"
     model: str  # served name
-    store: Store | None  # None until the store has started
+    store: Store | None  # None until the launcher has reached the store
     start_timeout_s: float
     stop_grace_s: float
     max_replicas: dict[str, int]  # by pool
@@ -55,10 +56,10 @@ class ClusterState:
 
 
 class RunDir:
-    """A cluster's run folder. Its lock is held until this process and its reaper have ended."""
+    """A cluster's run folder. Its lock is held until launcher and reaper have both released it."""
 
     def __init__(self, base: Path, name: str) -> None:
-        """Lock the name and create the folder, after removing what a dead cluster left.
+        """Lock the name, remove what a dead cluster left, and create the folder.
 
         Raises:
             ConfigError: a cluster of this name runs, the folder cannot be used, or it has
@@ -113,9 +114,9 @@ class RunDir:
         os.close(self.lock_fd)
 
     def leave_to_reaper(self) -> None:
-        """Leave the folders and the name to the reaper, which is not done. Idempotent.
+        """Leave the folders and the name to the reaper, which still runs. Idempotent.
 
-        The reaper also holds the lock, and removes the folders and the lock at its end.
+        The reaper also holds the lock. It removes the folders and the lock file at its end.
         """
         if not self._released:
             self._released = True
@@ -172,7 +173,7 @@ def process_started(pid: int) -> int | None:
 def _lock(lock_file: Path, base: Path, name: str) -> int:
     """Lock the name and return the descriptor that holds the lock.
 
-    A reaper may remove the file and its folder at the same time, so this tries several times.
+    A reaper may remove the file and its folder during this call, so it tries several times.
 
     Raises:
         ConfigError: the name is in use, or the folder belongs to another user.

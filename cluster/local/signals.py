@@ -24,9 +24,10 @@ class NeverStop:
 
 
 class Signals:
-    """Handles signals inside a ``with`` block: the first sets ``requested``, the next ``hurry``.
+    """Handles signals inside a ``with`` block.
 
-    Must be entered from the main thread. Leaving the block restores the former handlers.
+    The first signal sets ``requested``, the second sets ``hurry``. Must be entered from the main
+    thread. Leaving the block restores the former handlers.
     """
 
     def __init__(self) -> None:

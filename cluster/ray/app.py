@@ -17,12 +17,13 @@ from worker.replica import WorkerSettings
 ROUTER = "Router"
 DEPLOYMENTS = {Pool.PREFILL: "PrefillWorker", Pool.DECODE: "DecodeWorker"}
 
-# Ray places by GPU and label. Engines are bound to CPU cores, and Ray does not count those.
+# Ray places replicas by GPUs and labels. Baton binds engines to CPU cores, so Ray need not count
+# cores.
 _NUM_CPUS = 0.01
 # Applications connect to the router at the head's address, so the router must run on the head.
 _ON_HEAD = {"node:__internal_head__": 0.001}
 _HEALTH_TIMEOUT_S = 10.0  # an event loop that blocks this long cannot serve requests
-_STOP_MARGIN_S = 5.0  # time for the engine to end, after the grace period of the requests
+_STOP_MARGIN_S = 5.0  # time for a replica to end, after the grace period of its requests
 _DRAIN_POLL_S = 0.05  # how soon Serve notices that a replica has drained
 _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarely
 
@@ -36,8 +37,8 @@ def build_app(
 
     Args:
         kv_token: secret of the KV control channels, known only to this cluster's processes.
-        cuda: whether the cluster has CUDA devices. A worker then takes one for each rank,
-            unless its pool sets ``num_gpus_per_replica``.
+        cuda: whether the cluster has CUDA devices. If True, a worker takes one device for each
+            rank, unless its pool sets ``num_gpus_per_replica``.
     """
     workers = [
         _worker(WorkerSettings(config, pool, model, store, kv_token), cuda=cuda) for pool in Pool
@@ -82,7 +83,7 @@ def _common() -> dict[str, Any]:
         "max_ongoing_requests": _CONTROL_CALLS,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_S,
-        # The launcher reports the first failure and ends the start. Serve retries a later
-        # replacement without a limit.
+        # The launcher reports the first failure and ends the start. Once a replica of a
+        # deployment has started, Serve retries failed replicas without a limit.
         "max_constructor_retry_count": 1,
     }

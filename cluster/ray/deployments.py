@@ -32,12 +32,12 @@ class Router:
     """The router's replica. The launcher drains it before Serve does.
 
     Args:
-        _handles: handles of the pools, unused. Serve deploys only its ingress deployment (this
-            router) and what is bound to it, so the pools are bound here.
+        _handles: handles of the pools, unused. Serve deploys only the ingress deployment (this
+            router) and the deployments that are bound to it. Therefore the pools are bound to it.
     """
 
     async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
-        from router.server import RouterServer  # no worker needs its libraries
+        from router.server import RouterServer  # workers need not load its libraries
 
         config, store = settings.config, settings.store
         prepare_process(config.cluster.host)
@@ -54,7 +54,7 @@ class Router:
         self._server = server
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests. Return when the running ones have ended, or after ``grace_s``."""
+        """Refuse new requests. End the requests that still run after ``grace_s``, then return."""
         if self._server is not None:
             await self._server.stop(grace_s)
 
@@ -64,7 +64,7 @@ class Router:
 
 
 class Worker:
-    """The replica of a prefill or decode worker, as ``settings.pool`` says."""
+    """The replica of a worker. ``settings.pool`` says whether it is a prefill or decode worker."""
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
@@ -74,7 +74,7 @@ class Worker:
         self._worker = await start_worker(settings, _pool_service(settings.pool), slot=local_slot())
 
     async def check_health(self) -> None:
-        """Raises WorkerLostError if the worker can no longer serve requests."""
+        """Raise WorkerLostError if the worker can no longer serve requests."""
         assert self._worker is not None, "Serve checks a replica only after its constructor"
         await self._worker.check_health()
 
@@ -84,7 +84,7 @@ class Worker:
 
 
 def _pool_service(pool: Pool) -> AddService:
-    """The gRPC service of a pool; a worker imports only its own."""
+    """Return the function that adds a pool's gRPC service. Other pools' code is not imported."""
     if pool is Pool.PREFILL:
         from prefill_worker.servicer import add_prefill_service
 

@@ -38,7 +38,7 @@ APP = "baton"
 
 _OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; Baton stores no objects in it
 _DELETE_POLL_S = 0.05  # how soon the end of the last replica is noticed
-_CALL_TIMEOUT_S = 10.0  # Serve's controller is back within seconds after it died
+_CALL_TIMEOUT_S = 10.0  # if Serve's controller dies, its replacement runs within seconds
 
 
 class _QuietNode(Node):
@@ -68,7 +68,7 @@ class RayRuntime:
         """Start Ray and Serve, without Serve's HTTP proxy. This takes some seconds.
 
         Must be called from the main thread, because the kernel ends Ray's processes together
-        with the thread that started them. The process keeps its signal handlers.
+        with the thread that started them. Ray does not replace this process's SIGTERM handler.
 
         Raises:
             InternalError: Ray does not start.
@@ -79,7 +79,7 @@ class RayRuntime:
             raise InternalError(f"Ray does not start: {error}") from error
 
     def has_cuda(self) -> bool:
-        """Whether Ray found GPUs."""
+        """Return whether Ray found GPUs."""
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
     def deploy(self, app: Application) -> None:
@@ -92,7 +92,7 @@ class RayRuntime:
         )
 
     def failure(self) -> str | None:
-        """Return why Serve gave up deploying the application, or None if it has not."""
+        """Return why Serve gave up deploying the application, or None if it has not given up."""
         status = serve.status().applications.get(APP)
         if status is None or status.status is not ApplicationStatus.DEPLOY_FAILED:
             return None
@@ -121,7 +121,7 @@ class RayRuntime:
         return self._node is not None and not self._node.dead_processes()
 
     def has_replicas(self) -> bool:
-        """Return whether replicas may still run: of Ray's own processes they need the raylet."""
+        """Return whether replicas may still run. They end when Ray's raylet process ends."""
         if self._node is None:
             return False
         return PROCESS_TYPE_RAYLET not in {kind for kind, _ in self._node.dead_processes()}
@@ -146,7 +146,7 @@ class RayRuntime:
 
         Args:
             disconnect: whether to shut down Ray's client in this process first. Must be False
-                while another thread is inside a Ray call, because Ray then aborts the process.
+                while another thread is inside a Ray call. Otherwise Ray aborts this process.
         """
         if self._node is None:
             return
@@ -183,18 +183,18 @@ class RayRuntime:
                 logging_level=logging.ERROR,
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        # Without this, Ray prints pages about a dead worker here, even with log_to_driver off.
+        # Otherwise this process prints pages about a dead worker, even with log_to_driver off.
         ray_worker._worker_logs_enabled = False
         serve.start(proxy_location="Disabled")
 
 
 @contextmanager
 def _keep_sigterm_handler() -> Iterator[None]:
-    """Keep this process's SIGTERM handler: Ray's would end the process at once.
+    """Keep this process's SIGTERM handler. Ray's handler would end the process at once.
 
-    Ray's Python code must not install its handler at all, because it would be active for the
-    seconds that ``ray.init`` takes. Ray's C++ code installs another one, which prints a stack
-    trace, so the block also restores the original handler at its end.
+    Ray's Python code must not install its handler at all, because that handler would be active
+    for the seconds that ``ray.init`` takes. Ray's C++ code installs another handler, which prints
+    a stack trace. Therefore the original handler is restored at the end of the block.
     """
     handler = signal.getsignal(signal.SIGTERM)
     original = ray_utils.set_sigterm_handler
@@ -203,5 +203,5 @@ def _keep_sigterm_handler() -> Iterator[None]:
         yield
     finally:
         ray_utils.set_sigterm_handler = original
-        if handler is not None:  # None: not set by Python code, which cannot restore it
+        if handler is not None:  # None: Python did not install it and cannot restore it
             signal.signal(signal.SIGTERM, handler)

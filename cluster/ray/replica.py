@@ -26,8 +26,8 @@ def on_this_node(config: Config) -> Config:
     """Return ``config`` with the address of this node as ``cluster.host``.
 
     ``cluster.host`` is the head's address, but Ray may place a replica on another machine. Such a
-    replica must bind and advertise that machine's address. A loopback address stays: there is only
-    one machine.
+    replica must bind and advertise that machine's address. A loopback address is kept, because the
+    cluster then has only one machine.
     """
     if is_loopback(config.cluster.host):
         return config
@@ -61,7 +61,7 @@ def _bind_internal_server(host: str) -> None:
 def _ignore_logging_errors() -> None:
     """Drop log lines that cannot be written. Without this, a full disk would make requests fail.
 
-    Python reports a failed log line on stderr. Serve redirects stderr to the same log, so that
-    report fails as well, and the reports recurse until RecursionError.
+    Python reports a failed log line on stderr. Serve redirects stderr to the same log. Therefore
+    the report fails, too, and the reports recurse until RecursionError.
     """
     logging.raiseExceptions = False

@@ -8,11 +8,11 @@ from typing import Any
 from core.config.engine_args import ENGINE_ARGS, VLLM_VERSION
 from core.config.errors import nearest
 
-_REPLICAS = "set the pool's field replicas, by which Baton scales a pool"
+_REPLICAS = "set the pool's field replicas; Baton scales a pool only by replicas"
 _TP_ONLY = "set the pool's field tensor_parallel_size; Baton splits a model over GPUs only this way"
 _TOKENS_ONLY = "workers get token ids only; the router uses the tokenizer of model.path"
 
-# Arguments that Baton sets itself, or that conflict with the KV stream: name -> what to do instead.
+# Arguments that Baton sets itself or does not support: name -> what to do instead.
 RESERVED_ENGINE_ARGS: Mapping[str, str] = {
     "model": "set model.path",
     "model_weights": "set model.path",

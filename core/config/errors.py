@@ -11,14 +11,14 @@ from pydantic import BaseModel, ValidationError
 
 from core.config.engine_args import ENGINE_ARGS
 
-# Matches up to the last @, because a password may contain one. redis-py also accepts the password
-# in the query.
+# Matches up to the last @, because a password may contain @. redis-py also accepts a password in
+# the query.
 _USERINFO = re.compile(r"://.*@")
 _QUERY_PASSWORD = re.compile(r"(password=)[^&\s'\"]*")
 
 
 def without_passwords(text: str) -> str:
-    """Return ``text`` with the users and passwords in its addresses replaced by "…"."""
+    """Return ``text`` with "…" in place of the users and passwords in its addresses."""
     return _QUERY_PASSWORD.sub(r"\1…", _USERINFO.sub("://…@", text))
 
 
@@ -54,7 +54,7 @@ def _describe_one(entry: Any, model: type[BaseModel]) -> str:
     if entry["type"] == "extra_forbidden":
         return f"{location}: unknown field; {_suggestion(location, model)}"
     message = str(entry["msg"]).removeprefix("Value error, ")
-    if entry["type"] == "value_error":  # raised by the schema; its message contains the value
+    if entry["type"] == "value_error":  # raised by the schema, whose messages are complete
         return f"{location}: {message}" if location else message
     is_secret = location == "redis.url"  # may contain a password
     shown = "" if is_secret else f", not {entry['input']!r}"

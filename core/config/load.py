@@ -14,9 +14,10 @@ from core.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that contains the same key twice. YAML would silently use the last one.
+    """Refuses a mapping that contains the same key twice. PyYAML would silently use the last one.
 
-    The check happens when a mapping is composed. A merge (<<), which may repeat keys, comes later.
+    The check happens when a mapping is composed. Merges (<<) are applied later, so a merge may
+    repeat keys.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -46,7 +47,8 @@ def read_raw(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
         overrides: values by dotted path.
 
     Raises:
-        ConfigError: the file cannot be read, or a part of an override's path is not a section.
+        ConfigError: the file cannot be read, is not valid YAML or does not consist of sections, or
+            a part of an override's path is not a section.
     """
     raw = {} if path is None else _read(path)
     for dotted, value in overrides.items():
@@ -76,7 +78,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _section(value: Any) -> Any:
-    """Return a copy of a section. YAML gives None for an empty section and shares aliased ones."""
+    """Return a copy of a section, because YAML aliases share one object.
+
+    An empty section, which YAML reads as None, becomes ``{}``.
+    """
     if value is None:
         return {}
     return dict(value) if isinstance(value, dict) else value
@@ -94,16 +99,16 @@ def _apply_override(raw: dict[str, Any], dotted: str, value: Any) -> None:
 def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
     """Bind the initial replicas of every pool without ``cpu_binding`` to equal shares of cores.
 
-    Two engines on the same cores slow each other down several times. Therefore the default is
-    not to let each engine choose, and cores that the other pool names are avoided as long as
-    other cores exist. One core is left to the router and Ray if there are enough.
+    Two engines on the same cores are several times slower. Therefore engines do not choose their
+    cores by default. The cores that the other pool names are used only if there are no others.
+    If there are more cores than ranks, at least one core is left to the router and Ray.
     """
     pools = [raw.setdefault(name, {}) for name in ("prefill", "decode")]
     if not all(isinstance(pool, dict) for pool in pools):
         return  # the schema reports the mistake
     sizes = [(pool.get("replicas", 1), pool.get("tensor_parallel_size", 1)) for pool in pools]
     if not all(isinstance(size, int) and 1 <= size <= 1024 for pair in sizes for size in pair):
-        return  # malformed, or so large that the lists below would not be reasonable
+        return  # malformed, or so large that the lists below would be too long
     named = [_named_cores(pool.get("cpu_binding")) for pool in pools]
     unbound = [
         (pool, size) for pool, size, spans in zip(pools, sizes, named, strict=True) if not spans
@@ -116,7 +121,7 @@ def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
     shares = iter(share_cores(free or cores, total_ranks))
     for pool, (replicas, ranks) in unbound:
         own = ["|".join(next(shares) for _ in range(ranks)) for _ in range(replicas)]
-        # An empty cpu_binding is kept: it leaves the choice to vLLM.
+        # An empty cpu_binding is kept, because it means that vLLM chooses.
         pool.setdefault("cpu_binding", own)
 
 
@@ -133,7 +138,7 @@ def _named_cores(binding: Any) -> list[tuple[int, int]]:
 def share_cores(cores: Sequence[int], ranks: int) -> list[str]:
     """Return a core list such as ``"0,1"`` for each rank. If cores are too few, ranks share them.
 
-    One core stays unassigned if there are more cores than ranks.
+    If there are more cores than ranks, at least one core stays unassigned.
     """
     spare = 1 if len(cores) > ranks else 0
     share = max(1, (len(cores) - spare) // ranks)

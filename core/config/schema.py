@@ -1,7 +1,7 @@
 """The configuration of a cluster. It is read once, checked as a whole and never changed.
 
 Call ``load_config`` to get it. Each field's description gives its unit and its reason. Every
-bound of the system (queues, waits, retries) is one of these fields.
+bound that depends on the deployment (queues, waits, retries) is one of these fields.
 
 The file has over 400 lines because it describes every field of the configuration in one place.
 """
@@ -35,7 +35,7 @@ from core.types import Pool
 KIB = 1024
 MIB = 1024 * KIB
 
-# Strict: a quoted number, yes or no in place of a number is usually a mistake.
+# Strict types refuse a quoted number, yes and no, because these are usually mistakes.
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
@@ -94,8 +94,8 @@ class ClusterConfig(_Section):
     connection_silence_s: Seconds = Field(
         default=10,
         description="Seconds without any data, keepalive answers included, after which a gRPC "
-        "connection counts as broken. This detects a failed host or network, which leaves the "
-        "connection open.",
+        "connection counts as broken. Only this bound detects a failed host or network, because "
+        "such a failure leaves the connection open.",
     )
     num_cpus: Count | None = Field(
         default=None,
@@ -143,13 +143,14 @@ class ModelConfig(_Section):
     )
     prepare_timeout_s: Seconds = Field(
         default=300,
-        description="Seconds that unpacking the embedded model may take. It happens once per "
-        "machine. The same bound applies to the wait for another process that unpacks it.",
+        description="Seconds that unpacking the embedded model may take. The model is unpacked "
+        "once, into the user's cache folder. The same bound applies to the wait for another "
+        "process that unpacks the model.",
     )
 
 
 class ServiceClass(_Section):
-    """A class of requests, which wait in one queue."""
+    """A class of requests. The requests of a class wait in one queue."""
 
     weight: Count = Field(
         default=1,
@@ -160,8 +161,8 @@ class ServiceClass(_Section):
         default=256,
         ge=0,
         strict=True,
-        description="Largest number of requests that wait to be dispatched. Further requests are "
-        "refused at once.",
+        description="Largest number of requests of this class that wait to be dispatched. Further "
+        "requests are refused at once.",
     )
     queue_timeout_s: Seconds = Field(
         default=30,
@@ -180,8 +181,8 @@ class RouterConfig(_Section):
     max_message_bytes: Size = Field(
         default=ByteSize(4 * MIB),
         le=2**31 - 1,  # gRPC counts in 32 bits
-        description="Largest gRPC message that is accepted, in bytes. It bounds the memory of a "
-        "request.",
+        description="Largest gRPC message that is accepted, in bytes. This bounds the memory that "
+        "a request takes.",
     )
     max_concurrent: Count = Field(
         default=256,
@@ -190,9 +191,9 @@ class RouterConfig(_Section):
     )
     prefill_backlog_s: Seconds = Field(
         default=0.2,
-        description="Seconds of work that one prefill worker may hold, at its recent rate. A "
-        "worker may always hold two prompts. Further prompts wait at the router, ordered by class "
-        "and deadline.",
+        description="Seconds of work that one prefill worker may hold, estimated from its recent "
+        "rate. A worker may always hold two prompts. Further prompts wait at the router, ordered "
+        "by class and deadline.",
     )
     classes: dict[ClassName, ServiceClass] = Field(
         default={
@@ -218,7 +219,7 @@ class RouterConfig(_Section):
     worker_connect_timeout_s: Seconds = Field(
         default=2,
         description="Seconds that the router waits for a connection to a worker, after which the "
-        "worker counts as lost. The same bound applies to the release of a request's KV.",
+        "worker counts as lost. The same bound applies to the call that releases a request's KV.",
     )
     local_prefill: Literal["never", "fallback"] = Field(
         default="never",
@@ -228,29 +229,30 @@ class RouterConfig(_Section):
     )
     max_attempts: Count = Field(
         default=4,
-        description="Largest number of dispatches of one request, including the first. It stops a "
-        "request that makes workers crash. A dispatch does not count if it reaches no worker, or "
-        "if the worker refuses it because it is full or drains.",
+        description="Largest number of attempts at one request, including the first. This bound "
+        "stops a request that makes workers crash. An attempt does not count if it reaches no "
+        "worker, or if a worker refuses it because that worker is full or draining.",
     )
     failover_timeout_s: Seconds = Field(
         default=60,
         description="Seconds that a request waits for another worker after its worker was lost. "
-        "It must exceed the time that a worker takes to start.",
+        "Must exceed the time that a worker takes to start.",
     )
     journal: bool = Field(
         default=True,
         strict=True,
         description="Keep prompts and answers in Redis while they are streamed, so that a client "
-        "can resume its stream after the router died. false: no part of a request leaves the "
-        "cluster's processes.",
+        "can resume its stream after the router died. false: no part of a request is written to "
+        "Redis.",
     )
     journal_ttl_s: Seconds = Field(
-        default=60, description="Seconds after its last token for which a request can be resumed."
+        default=60,
+        description="Seconds for which a request can be resumed after its last token.",
     )
     journal_patience_s: Seconds = Field(
         default=0.05,
-        description="Seconds that a token waits to be written to the journal. After that, the "
-        "stream continues without waiting for the journal.",
+        description="Longest time in seconds that a token waits to be written to the journal. "
+        "After that, the stream continues without waiting for the journal.",
     )
     stream_buffer_responses: Count = Field(
         default=64,
@@ -267,10 +269,11 @@ class RouterConfig(_Section):
 class PoolConfig(_Section):
     """One pool of workers: prefill or decode."""
 
-    replicas: Count = Field(default=1, description="Workers to start with.")
+    replicas: Count = Field(default=1, description="Number of workers when the cluster starts.")
     max_replicas: Count = Field(
         default=8,
-        description="Largest number of workers in this pool. It bounds the number of connections.",
+        description="Largest number of workers in this pool. This bounds the number of "
+        "connections.",
     )
     tensor_parallel_size: Count = Field(
         default=1,
@@ -287,10 +290,10 @@ class PoolConfig(_Section):
     )
     cpu_binding: tuple[str, ...] = Field(
         default=(),
-        description="CPU backend: one list of cores for each replica's engine, such as 0-3 or 0,2. "
-        "If there are more replicas than lists, the lists are reused in order. With tensor "
-        "parallelism, an entry holds one list per rank, separated by |. Empty: vLLM chooses. "
-        "If the field is left out: this machine's cores, shared evenly.",
+        description="CPU backend: one entry for each replica's engine, a list of cores such as 0-3 "
+        "or 0,2. If there are more replicas than entries, the entries are reused in order. With "
+        "tensor parallelism, an entry holds one list per rank, separated by |. Empty: vLLM "
+        "chooses. Default: Baton divides this machine's cores evenly.",
     )
     kv_cache_gib: Count = Field(
         default=1,
@@ -323,8 +326,8 @@ class PoolConfig(_Section):
     progress_timeout_s: Seconds = Field(
         default=30,
         description="Seconds without an answer after which an engine counts as hung and is "
-        "replaced. It must exceed the engine's longest step, because the engine answers only "
-        "between steps.",
+        "replaced. Must exceed the duration of the engine's longest step, because the engine "
+        "answers only between steps.",
     )
     shutdown_grace_s: Seconds = Field(
         default=5, description="Seconds that the requests of a stopping worker may take to end."
@@ -361,7 +364,8 @@ class KvTransferConfig(_Section):
     )
     pair_timeout_s: Seconds = Field(
         default=10,
-        description="Seconds that setting up a process group may take before it is abandoned.",
+        description="Seconds that each step of setting up or closing a pair (the process group of "
+        "one prefill rank and one decode rank) may take before the pair is abandoned.",
     )
     reserve_timeout_s: Seconds = Field(
         default=60,
@@ -379,14 +383,14 @@ class KvTransferConfig(_Section):
     )
     pair_idle_s: Seconds = Field(
         default=600,
-        description="Seconds without a transfer after which a process group is closed. The next "
-        "request sets it up again.",
+        description="Seconds without a transfer after which a pair is closed. The next request "
+        "sets it up again.",
     )
     max_pairs: Count = Field(
         default=64,
-        description="Largest number of process groups of one rank. When it is exceeded, the "
-        "process group that has been idle longest is closed. A pair of GPUs costs 50 to 100 MB of "
-        "memory.",
+        description="Largest number of pairs of one rank. If another pair is needed, the pair that "
+        "has been idle for longest is closed. If all pairs are busy, the new pair is refused. On "
+        "GPUs, a pair takes 50 to 100 MB of memory.",
     )
     peer_lease_s: Seconds = Field(
         default=5,
@@ -394,18 +398,18 @@ class KvTransferConfig(_Section):
     )
     staging_buffers: Count = Field(
         default=3,
-        description="Buffers of message_bytes for each pair. One buffer is filled while the others "
-        "are being sent.",
+        description="Buffers of message_bytes on each side of a pair. One buffer is filled while "
+        "the others are being sent.",
     )
     max_pending: Count = Field(
         default=1024,
-        description="Largest number of transfers of one worker that are announced and not yet "
-        "finished.",
+        description="Largest number of unfinished transfers on one decode rank. Also the largest "
+        "number of transfers that wait for their prefill on one prefill rank.",
     )
 
 
 class RedisConfig(_Section):
-    """The store that holds the registry of workers, the journal and the orders."""
+    """The store of the registry of workers, the journal and the messages to the launcher."""
 
     url: str | None = Field(
         default=None,
@@ -461,7 +465,8 @@ class Config(_Section):
     )
     redis: RedisConfig = Field(
         default=RedisConfig(),
-        description="The store that holds the registry of workers, the journal and the orders.",
+        description="The store of the registry of workers, the journal and the messages to the "
+        "launcher.",
     )
 
     @property
@@ -471,7 +476,7 @@ class Config(_Section):
 
     @property
     def router_address(self) -> str:
-        """The router's "host:port". Port 0 means that the router takes a free port at its start."""
+        """The router's "host:port". Port 0: a free port is chosen when the cluster starts."""
         return host_port(self.router_host, self.router.port)
 
     def pool(self, pool: Pool) -> PoolConfig:
@@ -488,7 +493,8 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
             file's values.
 
     Raises:
-        ConfigError: names every field that is wrong and what to write instead.
+        ConfigError: the file cannot be read or is wrong. For each wrong field, the message says
+            what to write instead.
     """
     raw = read_raw(path, overrides or {})
     try:

@@ -1,9 +1,9 @@
 """Converts a Llama GGUF file into a bfloat16 checkpoint with its tokenizer.
 
-``core.model.resolve`` runs it in a separate process, as
+``core.model.resolve`` runs this module in a separate process, as
 ``python -m core.model.convert GGUF FOLDER``. Output lines that begin with ``progress:`` are shown
-to the user. The end of standard input means that the parent process died: the folder is then
-removed and this process exits.
+to the user. Standard input ends when the parent process dies. This process then removes the folder
+and exits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-# The parent handles its signals each time that it reads a line.
+# The parent checks for a stop signal each time that it reads a line.
 _PROGRESS_PERIOD_S = 1.0
 
 _step = "starting"
@@ -39,7 +39,7 @@ def convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # GGUF only names the pre-tokenizer ("smollm"). These are its steps: it splits digits first.
+    # The GGUF file contains only the name of the pre-tokenizer ("smollm"), not its two steps.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -47,7 +47,7 @@ def convert(gguf: Path, folder: Path) -> None:
         ]
     )
     tokenizer.save_pretrained(folder)
-    # The parent created the folder for its user only. Other users of the cache may read the model.
+    # The parent made the folder readable for its owner only. Let other users read the model.
     for path in (*folder.iterdir(), folder):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -68,8 +68,8 @@ def resolve_model(model: ModelConfig, progress: Progress) -> ResolvedModel:
     """Find the model. The embedded model is unpacked at its first use (about 20 s, 300 MB).
 
     Args:
-        progress: called with a short line about every second during a long step. An exception
-            that it raises ends the step and is passed on.
+        progress: called with a short line at least about once a second during a long step. An
+            exception that it raises ends the step and is passed on.
 
     Raises:
         ConfigError: the model does not exist or could not be unpacked.
@@ -120,7 +120,7 @@ def _check_hub_name(name: str) -> str:
 
     try:
         hf_hub_download(name, "config.json")
-    except Exception as error:  # of many types, which all mean that the model is not available
+    except Exception as error:  # errors of many types mean that the model is not available
         raise ConfigError(
             f"model.path: {name} is not a local folder, and the model hub does not provide a model "
             f"of that name ({type(error).__name__})"
@@ -146,7 +146,7 @@ def _unpack_once(embedded: _EmbeddedModel, timeout_s: float, progress: Progress)
 def _find_gguf(embedded: _EmbeddedModel) -> tuple[Path, str]:
     """Return the GGUF file and the version of the distribution that contains it.
 
-    The package is not imported, because it would import the library that it is a plug-in of.
+    The package is not imported, because it is a plug-in and would import its host library.
     """
     spec = importlib.util.find_spec(embedded.package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -165,7 +165,7 @@ def _is_complete(target: Path) -> bool:
 
 @contextlib.contextmanager
 def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[None]:
-    """Hold a lock file. The kernel releases it when this process dies."""
+    """Hold the lock on a file during the block. The kernel releases it if this process dies."""
     deadline_s = time.monotonic() + timeout_s
     with lock.open("w") as file:
         while True:
@@ -184,7 +184,7 @@ def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[Non
 
 
 def _convert(gguf: Path, target: Path, timeout_s: float, progress: Progress) -> None:
-    """Run ``core.model.convert`` in a separate process, so that the memory of torch is freed.
+    """Run ``core.model.convert`` in a separate process, whose end frees the memory of torch.
 
     The caller holds the lock. The folder gets its final name only when it is complete.
     """
@@ -205,12 +205,13 @@ def _convert(gguf: Path, target: Path, timeout_s: float, progress: Progress) -> 
 def run_with_progress(command: Sequence[str], timeout_s: float, progress: Progress) -> None:
     """Run a command and pass its lines that begin with ``progress:`` to ``progress``.
 
-    The command must exit by itself when its standard input ends. An exception from ``progress``
-    also ends the command and is passed on.
+    The command must exit by itself when its standard input ends. Otherwise it would outlive this
+    process if this process is killed. An exception from ``progress`` kills the command and is
+    passed on.
 
     Raises:
         ConfigError: the command failed or took longer than ``timeout_s``. The message contains
-            its last lines.
+            the last lines of the command's output.
     """
     with subprocess.Popen(
         command,
@@ -219,7 +220,7 @@ def run_with_progress(command: Sequence[str], timeout_s: float, progress: Progre
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which ends it
+        start_new_session=True,  # Ctrl-C reaches only this process, which kills the command
     ) as process:
         timeout = threading.Timer(timeout_s, process.kill)
         timeout.daemon = True

@@ -13,7 +13,7 @@ from core.errors import BatonError
 class InFlight:
     """The calls in flight, by key. Belongs to one event loop.
 
-    It does not decide which calls are accepted. Its owner does.
+    The owner of this object decides which calls are accepted.
 
     Args:
         leaving: returns the error with which a call ends after ``send_away``.
@@ -34,12 +34,12 @@ class InFlight:
 
     @contextmanager
     def track(self, key: str) -> Iterator[None]:
-        """Count the call ``key`` as in flight, served by the current task, during the block.
+        """Count the call ``key`` as in flight during the block. The current task must serve it.
 
         ``key`` must not be in flight already.
 
         Raises:
-            BatonError: the call was sent away. It replaces the task's CancelledError.
+            BatonError: the call was sent away. This error replaces the task's CancelledError.
         """
         self._tasks[key] = asyncio.current_task()
         self._idle.clear()

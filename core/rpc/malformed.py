@@ -1,4 +1,4 @@
-"""A gRPC server's answer to bytes that are not a message of the called method."""
+"""Makes a gRPC server refuse requests whose bytes are not a message of the called method."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from core.errors import InvalidArgumentError
 from core.rpc.status import abort
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Handler = Any  # the class behind grpc.RpcMethodHandler, a named tuple
+_Handler = Any  # a grpc.RpcMethodHandler, in fact a named tuple with ``_replace``
 
 
 class RefuseMalformed(grpc.aio.ServerInterceptor):
-    """Ends calls with malformed requests with INVALID_ARGUMENT. All of Baton's servers use it.
+    """If a request is malformed, the call ends with INVALID_ARGUMENT. All Baton servers use this.
 
-    Without it, gRPC ends such calls with UNKNOWN and logs a traceback, so that any client could
-    fill the log.
+    Without this class, gRPC ends such a call with UNKNOWN and logs a traceback. Any client could
+    then fill the log.
     """
 
     async def intercept_service(
@@ -56,9 +56,10 @@ def _marking_malformed(deserialize: Callable[[bytes], Any]) -> Callable[[bytes],
 
 
 def _with_check(behaviour: Any, check: Callable[[Any, _Context], Awaitable[Any]]) -> Any:
-    """Return a handler that calls ``check`` on its request before it calls ``behaviour``.
+    """Return a handler that passes its request through ``check`` before it calls ``behaviour``.
 
-    It is an async generator function if ``behaviour`` is one, because gRPC distinguishes the two.
+    The handler is an async generator function if ``behaviour`` is one, because gRPC calls async
+    generator functions and coroutine functions differently.
     """
     if inspect.isasyncgenfunction(behaviour):
 

@@ -11,8 +11,8 @@ def channel_options(max_message_bytes: int, silence_s: float) -> Options:
     Args:
         max_message_bytes: largest message that is sent or accepted.
         silence_s: seconds without any data from the peer after which the connection counts as
-            broken. Only this detects a failed host or network, where neither end closes the
-            connection.
+            broken. Only this bound detects a failed host or network, because neither end
+            then closes the connection.
     """
     ping_ms = max(1, round(silence_s * 1000 / 2))
     return (

@@ -24,10 +24,10 @@ def error_detail(error: errors.BatonError) -> inference_pb2.ErrorDetail:
 
 
 async def accept(context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """Send the initial metadata of a call that may be cancelled by a drain or for a slow client.
+    """Send the initial metadata of a call that a drain or a slow client may cancel.
 
-    Otherwise gRPC sends the initial metadata with the first response. If the call is cancelled
-    during that send, ``abort`` fails afterwards and the caller never gets a status.
+    Without this function, gRPC sends the initial metadata with the first response. If the call is
+    cancelled during that send, ``abort`` fails afterwards and the caller never gets a status.
 
     Raises:
         CancelledError: the caller has gone away.
@@ -62,7 +62,7 @@ def from_rpc_error(err: grpc.aio.AioRpcError, worker_id: str) -> errors.BatonErr
     if kind is errors.BatonError or err.code() is grpc.StatusCode.OUT_OF_RANGE:
         kind = errors.InternalError
     elif kind in (errors.UnavailableError, errors.CancelledError):
-        # This side did not cancel the call, so the worker is stopping.
+        # This side did not cancel the call, so CANCELLED means that the worker is stopping.
         kind = errors.WorkerLostError
     detail = read_detail(tuple(err.trailing_metadata() or ()))
     text = err.details() or err.code().name

@@ -1,11 +1,13 @@
-"""The store of the journal, from which a router continues the requests of a dead router.
+"""The journal's store. From it, a router continues the requests of a dead router.
 
     baton:{cluster}:journal:{request id}         hash: the request, its batches of tokens by number,
                                                  and the writer; expires ttl_s after the last change
-    baton:{cluster}:journal:{request id}:lease   the writer; exists while it serves the request
+    baton:{cluster}:journal:{request id}:lease   the writer; exists while the writer serves the
+                                                 request; expires lease_s after the last change
 
-The writer in the hash is a fence. A router that was paused finds another writer there and writes
-nothing. Every change is safe to repeat, as ``RedisClient`` requires.
+The writer in the hash is a fence. A router that was paused while another one took the request finds
+the other writer there and writes nothing. Every change is safe to repeat, as ``RedisClient``
+requires.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ class Change:
     """One writer's change to one request's entry. It also renews the lease."""
 
     request_id: str
-    writer: str  # unique for each time that a router serves a request
-    request: bytes | None = None  # if given, starts a new entry; TAKEN if another writer serves it
-    batches: Mapping[int, bytes] = field(default_factory=dict)  # tokens, by the batch's number
+    writer: str  # new each time that a router begins to serve a request
+    request: bytes | None = None  # starts a new entry, unless another writer holds the lease
+    batches: Mapping[int, bytes] = field(default_factory=dict)  # encoded tokens, by batch number
     ends: bool = False  # releases the lease; the entry stays for ttl_s
 
 
@@ -67,7 +69,7 @@ class JournalStore(Protocol):
 
 
 # KEYS: entry, lease. ARGV: writer, lease in ms, ttl in ms, request or "", ends ("1" or "0"), then
-# number and batch for each batch. Returns a value of Written.
+# the number and the content of each batch. Returns a value of Written.
 _WRITE = """
 local entry, lease, writer = KEYS[1], KEYS[2], ARGV[1]
 local serving = redis.call('GET', lease)

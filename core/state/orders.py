@@ -3,7 +3,7 @@
 The command line gives scale orders. Workers and the router report why they could not start. Each
 key is read once. It also expires, so that nothing remains if no launcher reads it.
 
-    baton:{cluster}:scale:{pool}     wanted number of workers
+    baton:{cluster}:scale:{pool}     number of workers that the pool should have
     baton:{cluster}:failure:{part}   why a worker of a pool, or the router, could not start
 """
 
@@ -31,8 +31,8 @@ class StartFailure:
     """A part of the cluster that could not start."""
 
     part: str  # a pool, or ROUTER
-    message: str  # one sentence for a person
-    is_config: bool  # the configuration is wrong, so that another try would fail as well
+    message: str  # shown to the user
+    is_config: bool  # the configuration is wrong, so another try would fail, too
 
 
 class Orders:
@@ -51,7 +51,7 @@ class Orders:
         self._prefix = f"baton:{cluster}"
 
     async def ask_scale(self, pool: Pool, replicas: int) -> None:
-        """Ask the launcher for ``replicas`` workers in ``pool``. A later call replaces it."""
+        """Ask the launcher for ``replicas`` workers in ``pool``. A later order replaces it."""
         await self._client.execute(
             ("SET", f"{self._prefix}:scale:{pool}", replicas, "PX", _ORDER_TTL_MS)
         )
@@ -105,7 +105,7 @@ class Orders:
 
 
 async def report_failure(orders: Orders, part: str, error: Exception) -> None:
-    """Report to the launcher, in one sentence, why ``part`` cannot start. Closes ``orders``.
+    """Report to the launcher why ``part`` cannot start, then close ``orders``.
 
     Raises:
         UnavailableError: the store does not answer.

@@ -18,17 +18,18 @@ from core.errors import ConfigError, UnavailableError
 
 Command = tuple[str | bytes | int, ...]
 
-# Enough for one process. With more, calls would pile up unnoticed on a server that hangs.
+# Enough for one process. If all connections are in use, a call fails at once. Without this limit,
+# calls would pile up unnoticed on a server that hangs.
 _MAX_CONNECTIONS = 4
 
 
 class RedisClient:
-    """A connection to one server. Belongs to the event loop that first uses it.
+    """A client of one server. Belongs to the event loop that first uses it.
 
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``. It may contain a password.
-        socket_timeout_s: bound on connecting and on each answer. A lost connection is retried
-            once, so a call takes at most four times this bound: (connect + answer) * 2 tries.
+        socket_timeout_s: bound on connecting and on each answer. The driver tries twice, so a call
+            to a server that hangs usually takes twice this bound.
 
     Raises:
         ConfigError: ``url`` is malformed.
@@ -52,7 +53,7 @@ class RedisClient:
             ) from None
 
     async def execute(self, *commands: Command) -> list[Any]:
-        """Run the commands as one transaction. Return their answers; strings are bytes.
+        """Run the commands as one transaction. Return their answers, with strings as bytes.
 
         Commands must be safe to repeat, because a transaction runs twice if its answer is lost.
 

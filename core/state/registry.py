@@ -1,11 +1,11 @@
 """The registry of live workers: their addresses, states and loads.
 
 A worker's record is a lease. The worker renews it while it is alive. Without a renewal, the record
-expires after ``lease_s``, so a dead worker disappears from routing without any other action.
+expires after ``lease_s``, so routers stop using a dead worker without any other action.
 
     baton:{cluster}:worker:{id}   JSON of the record; expires after lease_s
     baton:{cluster}:workers       set of the ids, so that a listing need not scan all keys
-    baton:{cluster}:drain:{id}    exists if the worker is asked to drain; the worker reads it once
+    baton:{cluster}:drain:{id}    exists if the worker was asked to drain; the next put deletes it
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Registry(Protocol):
     async def put(self, record: WorkerRecord) -> bool:
         """Take or renew the lease of ``record.id``.
 
-        Returns True once after each request to drain, otherwise False.
+        Returns True if a drain was requested since the last renewal.
         """
 
     async def ask_to_drain(self, worker_id: str) -> None:
@@ -93,8 +93,8 @@ class RedisRegistry:
             return ()
         keys = [self._prefix.encode() + worker_id for worker_id in ids]
         values: list[bytes | None] = (await self._client.execute(("MGET", *keys)))[0]
-        # A worker that takes its lease again between these commands is missing from the set of
-        # ids until its next renewal adds it again.
+        # If a worker takes its lease again before this SREM, the set of ids lacks the worker until
+        # its next renewal.
         expired = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
         if expired:
             await self._client.execute(("SREM", self._index, *expired))

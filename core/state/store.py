@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-if TYPE_CHECKING:  # the driver costs 0.1 s, and most users of this module open nothing
+if TYPE_CHECKING:  # importing the driver takes 0.1 s; most users open nothing
     from core.config.schema import Config
     from core.state.journal import RedisJournal
     from core.state.orders import Orders
@@ -26,7 +26,7 @@ class Store:
     def of(cls, config: Config, url: str) -> Self:
         """Return the store of the configured cluster at ``url``.
 
-        ``url`` is a separate argument, because an embedded Valkey is not in ``config``.
+        ``url`` is a separate argument, because ``config`` has no address for an embedded Valkey.
         """
         return cls(
             url=url,

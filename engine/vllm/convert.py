@@ -27,9 +27,9 @@ _FINISH_REASONS = {
 def sampling_params(request: EngineRequest) -> SamplingParams:
     """Convert the sampling parameters of ``request`` to vLLM's, with the KV transfer's parameters.
 
-    Fields that are not set take vLLM's defaults, which are the documented ones. The router has
-    checked the ranges. It also handles stop strings, so these are
-    left out.
+    Fields that are not set take the defaults that the protocol documents. These are vLLM's
+    defaults, except for ``max_tokens``. The router has checked the ranges. Stop strings are left
+    out, because the router handles them.
     """
     given = {field.name: value for field, value in request.sampling.ListFields()}
     given.pop("stop", None)
@@ -68,7 +68,10 @@ def _kv_params(request: EngineRequest) -> dict[str, Any] | None:
 def kv_report(
     request: EngineRequest, received: ReceiveReport | None, output: RequestOutput
 ) -> pb.KvReport:
-    """Return how the engine got the prompt's KV. ``received`` is None if it received no KV."""
+    """Return how the engine got the prompt's KV.
+
+    ``received`` is None if the request has no ``KvReceive``.
+    """
     cached = output.num_cached_tokens or 0
     if received is None:
         return pb.KvReport(
@@ -103,12 +106,12 @@ def engine_output(
     """Convert one output of vLLM.
 
     Args:
-        index: output position of its first token.
-        kv: the report for the first output, else None.
+        index: position of the first token of ``output`` in the request's output.
+        kv: the report if this is the request's first output, else None.
         first: whether this is the request's first output.
 
     Raises:
-        WorkerLostError: vLLM ended the request for another reason than "stop" or "length".
+        WorkerLostError: vLLM ended the request for a reason other than "stop" or "length".
     """
     (completion,) = output.outputs
     if completion.finish_reason not in _FINISH_REASONS:
@@ -139,9 +142,10 @@ def _logprobs(completion: CompletionOutput, wanted: int) -> tuple[pb.TokenLogpro
 
 
 def _token_logprobs(token: int, alternatives: Mapping[int, Any], wanted: int) -> pb.TokenLogprobs:
-    """Return the logprob of ``token`` and the ``wanted`` most probable tokens.
+    """Return the logprobs of ``token`` and of the ``wanted`` most probable tokens.
 
-    vLLM also lists the chosen token if it is not among these. Ranks in vLLM start at 1.
+    vLLM always lists the chosen token, even if it is not among the ``wanted`` most probable ones.
+    Ranks in vLLM start at 1.
     """
     top = sorted(alternatives.items(), key=lambda item: item[1].rank or math.inf)
     return pb.TokenLogprobs(

@@ -38,7 +38,7 @@ from kv_transfer.rank_reports import RankReports
 from kv_transfer.releaser import Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 
-_FAULT_WAIT_S = 0.5  # for a rank's last fault report; its engine has ended already
+_FAULT_WAIT_S = 0.5  # wait for a fault report of a rank after the engine has failed to start
 
 
 class VllmEngine:
@@ -100,12 +100,16 @@ class VllmEngine:
         return EngineFacts(self._max_model_len, model_config.get_vocab_size(), addresses)
 
     def _set_environment(self) -> None:
-        """Set what vLLM only reads from the environment. This process runs only one engine."""
+        """Set the options that vLLM reads only from the environment.
+
+        They apply to the whole process, which runs only this engine.
+        """
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         if not torch.cuda.is_available():
             os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-            # Even with enforce_eager, vLLM runs some helpers (logprobs) through torch.compile. It
-            # needs a C++ compiler, and delays the first request with logprobs by half a minute.
+            # Even with enforce_eager, vLLM runs some helpers (logprobs) through torch.compile.
+            # torch.compile needs a C++ compiler, and delays the first request with logprobs by half
+            # a minute.
             if self._pool_config.engine.get("enforce_eager", True):
                 os.environ["TORCHDYNAMO_DISABLE"] = "1"
             if self._cpu_binding is not None:
@@ -148,7 +152,8 @@ class VllmEngine:
         """See ``Engine``."""
         llm = self._running()
         check_prompt(request, self._max_model_len)
-        # vLLM refuses an id that it still knows, and a transfer id may come again.
+        # vLLM refuses the id of a request that it has not forgotten yet, and a later request may
+        # have the same transfer id. The suffix makes the engine's id unique.
         engine_id = f"{request.transfer_id}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):
@@ -258,8 +263,8 @@ class VllmEngine:
 def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[str, Any]:
     """Return the arguments for ``AsyncEngineArgs``, without the KV connector.
 
-    The pool's ``engine`` settings override Baton's. Benchmarks and tests compare with an
-    aggregated engine that they start with the same arguments.
+    The pool's ``engine`` settings override Baton's. Benchmarks and tests also start an aggregated
+    engine with these arguments, for comparison.
     """
     pool_config = config.pool(pool)
     arguments: dict[str, Any] = {
@@ -282,8 +287,8 @@ def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[s
             # on cores that the other pool needs.
             arguments["distributed_executor_backend"] = UniProcExecutor
         arguments["logits_processors"] = [LOGITS_PROCESSOR]
-        # A step then takes about a second of CPU time, so that a short prompt does not wait until
-        # a long one is complete.
+        # Limits a step to about a second of CPU time. Without the limit, a short prompt waits until
+        # a long prompt is complete.
         arguments["long_prefill_token_threshold"] = 512
     return arguments | pool_config.engine
 

@@ -1,10 +1,10 @@
-"""Keeps the log buffers of the process that hosts an engine.
+"""Keeps the targets of the log buffers in the process that hosts an engine.
 
 vLLM configures logging when it is imported and again with its first engine. Python then closes all
 existing handlers. A file handler opens its file again with the next line, but a buffer
-(MemoryHandler) has lost its target and then grows without bound. When Ray Serve's controller
-starts, it also asks each replica where it logs. It treats a replica whose buffer has no target as
-broken and ends it.
+(MemoryHandler) has lost its target and then grows without bound. Ray Serve needs the target, too:
+when its controller starts, it asks each replica for its log file. If a replica's buffer has no
+target, the controller treats this replica as broken and ends it.
 """
 
 from __future__ import annotations

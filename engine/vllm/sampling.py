@@ -1,13 +1,14 @@
 """Sampling that one engine can continue where another engine stopped.
 
-vLLM's V1 model runner, which runs on CPUs, keeps two pieces of state per request that its tokens
-do not carry: the random generator of a seed, and which tokens are output (for the penalties). A
-request may come with tokens so far, after a failover or after the prefill worker's first token. V1
-would then draw the first noise again, and its penalties would ignore the tokens so far.
+vLLM's V1 model runner, which runs on CPUs, keeps two pieces of state per request that the tokens
+do not carry: the random generator of a seed, and which tokens are output (for the penalties). After
+a failover, or after the prefill worker's first token, the engine's prompt ends with output tokens.
+Without this module, V1 then draws the noise of the first output token again, and its penalties
+treat these output tokens as prompt.
 
-Here both are computed from what the request carries. The noise is a function of the seed and the
-position in the output, as in vLLM's V2 model runner. The output is every token after the length of
-the application's prompt.
+This module computes the noise and the penalties from what the request carries. The noise is a
+function of the seed and the position in the output, as in vLLM's V2 model runner. All tokens after
+the application's prompt count as output.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ _RowProcessor = Callable[[list[int], list[int], torch.Tensor], torch.Tensor]
 def continued(params: SamplingParams, prompt_tokens: int, tokens_so_far: int) -> SamplingParams:
     """Return parameters that move seeded noise and penalties to ``ContinuedSampling``.
 
-    Returns ``params`` itself if vLLM samples this request correctly without help. Never changes
-    ``params``.
+    Returns ``params`` itself if vLLM samples this request correctly without
+    ``ContinuedSampling``. Never changes ``params``.
 
     Args:
         prompt_tokens: number of tokens in the application's prompt.
-        tokens_so_far: number of output tokens that follow them in the engine's prompt.
+        tokens_so_far: number of output tokens that follow the application's prompt in the
+            engine's prompt.
     """
     seeded = params.seed is not None and params.temperature > 0
     penalised = bool(params.presence_penalty or params.frequency_penalty)
@@ -60,14 +62,17 @@ def continued(params: SamplingParams, prompt_tokens: int, tokens_so_far: int) ->
 
 
 class ContinuedSampling(AdapterLogitsProcessor):
-    """The logits processor for vLLM's V1 model runner. Skips requests that ``continued`` skips."""
+    """The logits processor for vLLM's V1 model runner.
+
+    Acts only on requests whose parameters ``continued`` has changed.
+    """
 
     def is_argmax_invariant(self) -> bool:
         """Return False, because vLLM's greedy sampling must not skip this processor."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> _RowProcessor | None:
-        """Return the processor of one request, or None if vLLM samples it."""
+        """Return the processor of one request, or None if vLLM samples it without help."""
         ours = (params.extra_args or {}).get(_ARGUMENT)
         return None if ours is None else _row_processor(**ours)
 
@@ -106,7 +111,7 @@ def _sample(
     top_k: int,
     top_p: float,
 ) -> int:
-    """Sample a token id from ``row`` with vLLM's steps, in vLLM's order, but with our noise.
+    """Sample a token id from ``row`` with vLLM's steps in vLLM's order, but with our own noise.
 
     ``row`` is float32 logits [1, vocab_size] and stays unchanged. ``position`` is the token's
     position in the output.

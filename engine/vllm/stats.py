@@ -12,15 +12,15 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from core.errors import InternalError
 from kv_transfer.vllm.metrics import ReceiveReport
 
-# A report leaves the engine core in the same message as the first token. So this bound is only
-# reached after a defect.
+# A report leaves the engine core in the same message as the first token, so only a defect can
+# exceed this bound.
 _REPORT_TIMEOUT_S = 5.0
 
 
 class EngineStats:
     """Records vLLM's scheduler statistics of one engine. Belongs to one event loop.
 
-    ``blocks_total`` and ``block_tokens`` are set by the engine when it has started.
+    The engine sets ``blocks_total`` and ``block_tokens`` when vLLM has started.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,10 @@ class EngineStats:
         return round((1.0 - self._usage) * self.blocks_total)
 
     def expect_report(self, transfer_id: str) -> asyncio.Future[ReceiveReport]:
-        """Return a future for a transfer's report. Call ``forget_report`` when it is done."""
+        """Return a future for a transfer's report.
+
+        The caller must call ``forget_report`` when it no longer needs the future.
+        """
         report = self._reports[transfer_id] = asyncio.get_running_loop().create_future()
         return report
 
@@ -45,7 +48,10 @@ class EngineStats:
         self._reports.pop(transfer_id, None)
 
     def logger(self, _config: VllmConfig, _engine_index: int = 0) -> StatLoggerBase:
-        """Make vLLM's logger, which passes each record to this object. A StatLoggerFactory."""
+        """Make a logger for vLLM that passes each record to this object.
+
+        vLLM gets this method as a StatLoggerFactory.
+        """
         stats = self
 
         class Recorder(StatLoggerBase):
@@ -62,7 +68,7 @@ class EngineStats:
         return Recorder()
 
     def record(self, scheduler_stats: Any) -> None:
-        """Take the values of one ``SchedulerStats`` of vLLM, and resolve the futures."""
+        """Store the load from one ``SchedulerStats``, and resolve the futures of its reports."""
         self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         self.running = scheduler_stats.num_running_reqs
         self._usage = scheduler_stats.kv_cache_usage

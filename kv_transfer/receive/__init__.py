@@ -11,8 +11,9 @@
     └───────────────────────────────────────────────────────────────────────┘
 
 One lock, ``ReceiveTransfers.lock``, guards all state, and every method of ReceiveTransfers needs
-it. Nothing that waits for a peer runs while it is held. Each receiver owns its control socket;
-other threads post to its peer's outbox. A peer that is slow or dies costs only its own transfers.
+it. No thread waits for a peer while it holds the lock. Each receiver owns its control socket. Other
+threads post to the outbox of the receiver's peer. A peer that is slow or dies costs only its own
+transfers.
 
 Only receiver threads write incoming KV into blocks. A receiver copies a message from its staging
 buffer only if the leg has not ended, and marks the leg as ``scattering`` during the copy. A

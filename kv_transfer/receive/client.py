@@ -41,29 +41,32 @@ class DecodeClient:
         self.transfers = ReceiveTransfers(rank, self.receivers.start, on_result)
 
     def reserve(self, reservation: Reservation) -> None:
-        """Ask the prefill ranks for this KV; ``take_results`` returns the outcome."""
+        """Ask the prefill ranks for this KV. ``take_results`` later returns the outcome."""
         block_ids = torch.tensor(reservation.block_ids, dtype=torch.int64)
         with self.transfers.lock:
             self.transfers.reserve(reservation, block_ids)
 
     def cancel(self, transfer_id: str, addresses: tuple[str, ...], incarnation: str) -> None:
-        """The engine has dropped the request. A reservation that was made is reported once."""
+        """The engine has dropped the request. Its reservation, if any, still gets one result."""
         with self.transfers.lock:
             self.transfers.cancel(transfer_id, addresses, incarnation)
 
     def prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
-        """Start to make the pairs with a prefill worker before the first request, if they fit."""
+        """Start to make the pairs with a prefill worker before the first request.
+
+        Has no effect if the pairs might exceed ``max_pairs``.
+        """
         with self.transfers.lock:
             if len(self.transfers.peers) + len(addresses) <= self.options.max_pairs:
                 self.transfers.peers_for(addresses, incarnation)
 
     def paired_with(self) -> set[str]:
-        """Return the incarnations of prefill workers all of whose started pairs are up."""
+        """Return the incarnations of the prefill workers with which all started pairs are up."""
         with self.transfers.lock:
             return self.transfers.paired_with()
 
     def take_results(self) -> list[TransferResult]:
-        """Return the transfers that were reported since the last call."""
+        """Return the results of the transfers that were reported since the last call."""
         with self.transfers.lock:
             return self.transfers.take_results()
 

@@ -18,11 +18,11 @@ class Ready(NamedTuple):
     """What a poll has found."""
 
     message: bool
-    lost: bool  # the connection; messages that came before may still be there
+    lost: bool  # the connection is lost; earlier messages may still be unread
 
 
 class ControlConnection:
-    """Used by the receiver thread of one peer only.
+    """Sends and receives control messages. Only the receiver thread of the peer uses it.
 
     Args:
         socket: the control socket.
@@ -63,11 +63,11 @@ class ControlConnection:
         Raises:
             IncompatibleError: the prefill worker refuses the pair.
             PairError: no answer came in time, or the pair is not needed any longer.
-            ProtocolError: the answer is another message.
+            ProtocolError: the answer is malformed or is another message.
         """
         timeout_s = rank.options.pair_timeout_s
         deadline_s = rank.clock() + timeout_s
-        # The monitor counts only when the pair is open.
+        # The monitor is not polled here: a lost connection counts only once the pair is open.
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_socket, zmq.POLLIN)
@@ -117,7 +117,7 @@ def _connect(
 def send_bye(control: zmq.Socket[bytes]) -> None:
     """Tell the peer that the pair closes, also after an error.
 
-    Without BYE the peer would only notice when the lease has expired.
+    Without BYE, the peer may notice this only after ``peer_lease_s`` of silence.
     """
     with contextlib.suppress(zmq.ZMQError):
         control.send(wire.encode(wire.Bye()), zmq.NOBLOCK)

@@ -1,4 +1,4 @@
-"""The thread of one pair: opens it, then receives messages and writes them into blocks."""
+"""The thread of one pair. It opens the pair, receives messages and writes them into blocks."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ class _Incoming:
 class Receivers:
     """Starts the receivers of one rank and joins their threads.
 
-    It does not refer to ``ReceiveTransfers``, which refers to it: a cycle would keep closed process
-    groups and their files until a garbage collection.
+    ``ReceiveTransfers`` refers to this object, never the reverse: a reference cycle would keep
+    closed process groups and their files until a garbage collection.
 
     Args:
-        store: of this worker; its port goes to the peers.
+        store: the store that this rank hosts; HELLO tells its port to the peers.
     """
 
     def __init__(self, rank: LocalRank, store: TCPStore) -> None:
         self.rank = rank
         self._store = store
-        self._threads: list[threading.Thread] = []  # live ones, also of closed pairs
+        self._threads: list[threading.Thread] = []  # including those of closed pairs
 
     def start(self, peer: Peer, transfers: ReceiveTransfers) -> None:
-        """With the lock of ``transfers`` held."""
+        """Start a receiver. The caller holds the lock of ``transfers``."""
         thread = Receiver(peer, transfers, self.rank, self._store).thread
         thread.start()
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
@@ -73,7 +73,7 @@ class Receivers:
 
 
 class Receiver:
-    """Receives from one peer until the peer is closed. The caller starts ``thread``."""
+    """Receives from one peer until the pair is closed. The caller starts ``thread``."""
 
     def __init__(
         self, peer: Peer, transfers: ReceiveTransfers, rank: LocalRank, store: TCPStore
@@ -111,7 +111,7 @@ class Receiver:
             close_pair(peer.pair, rank.options.pair_timeout_s, rank.on_stuck)
 
     def _open_pair(self, control: ControlConnection) -> None:
-        """HELLO, WELCOME, the plan, the process group."""
+        """Exchange HELLO and WELCOME, plan the pair and make the process group."""
         peer, rank, options = self.peer, self._rank, self._rank.options
         pair_id = uuid.uuid4().hex
         control.send(self._hello(pair_id))
@@ -120,7 +120,7 @@ class Receiver:
         control.flush()
         if plan.heads:
             host, timeout_s = options.host, options.pair_timeout_s
-            # Each pair has its own connection: a wait blocks all other users of a connection.
+            # Each pair connects to the store by itself: a wait blocks all users of its connection.
             store = join_store(host, self._store.port, timeout_s)
             peer.pair = Pair(store, pair_id, DECODE_RANK, rank.caches.device, host, timeout_s)
         view = self._view = rank.caches.view(plan, rank.geometry.heads)
@@ -145,7 +145,7 @@ class Receiver:
         )
 
     def _serve(self, control: ControlConnection) -> None:
-        """Handle messages until the peer is closed. Raises PairError if the connection is lost."""
+        """Handle messages until the pair is closed. Raises PairError if the connection is lost."""
         next_ping_s = 0.0
         while True:
             ready = control.poll(0 if self._incoming else int(_PING_S * 1000))
@@ -154,7 +154,8 @@ class Receiver:
                 next_ping_s = now_s + _PING_S
                 control.send(wire.Ping())
                 self._expire(now_s)
-            closing = self.peer.closing  # read before the flush, so that all posts are sent
+            # Read before the flush, so that all messages posted before the close are sent.
+            closing = self.peer.closing
             control.flush()
             if closing:
                 return
@@ -171,7 +172,7 @@ class Receiver:
         if isinstance(message, wire.Header):
             self._begin_receive(message)
             return
-        while self._incoming:  # all other messages refer to what was announced before them
+        while self._incoming:  # END refers to all messages announced before it
             self._finish_oldest()
         match message:
             case wire.End():
@@ -194,9 +195,9 @@ class Receiver:
         buffer = self._staging[-1]
         elements, rest = divmod(header.num_bytes, self._rank.geometry.item_bytes)
         if self.peer.pair is None or rest or not 0 < elements <= buffer.numel():
-            raise ProtocolError(f"a message of {header.num_bytes} bytes was announced")
+            raise ProtocolError(f"this pair cannot carry a message of {header.num_bytes} bytes")
         if header.sequence != self._announced:
-            raise ProtocolError(f"message {header.sequence} was announced after {self._announced}")
+            raise ProtocolError(f"message {header.sequence} announced, {self._announced} expected")
         self._announced += 1
         message = self._staging.pop()[:elements]
         work = self.peer.pair.receive(message)
@@ -214,7 +215,7 @@ class Receiver:
             self._staging.append(incoming.buffer)
 
     def _scatter(self, incoming: _Incoming) -> None:
-        """Write a message into its blocks, unless its leg has ended meanwhile."""
+        """Write a message into its blocks, unless its leg has ended or the message is wrong."""
         transfers, header = self._transfers, incoming.header
         assert self._view is not None
         with transfers.lock:

@@ -1,7 +1,7 @@
 """What the decode side knows of reservations, transfers, their legs, results and peers.
 
-``ReceiveTransfers.lock`` guards all of them. Two fields of a peer are also used without it: its
-receiver thread sets ``pair`` and reads ``closing``.
+``ReceiveTransfers.lock`` guards all fields that change, with exceptions in ``Peer``: its receiver
+thread sets and reads ``pair`` and reads ``closing`` without the lock, and ``outbox`` needs no lock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Reservation:
 
     transfer_id: str
     request_id: str  # the engine's
-    addresses: tuple[str, ...]  # control addresses of the prefill worker, by its ranks
+    addresses: tuple[str, ...]  # control addresses of the prefill worker, by rank
     incarnation: str  # of the prefill worker
     block_ids: tuple[int, ...]  # all blocks of the request from token 0 on
     token_start: int
@@ -45,19 +45,19 @@ class TransferResult:
     transfer_ms: float  # first header -> last manifest
     hidden_bytes: int = 0  # share of num_bytes sent while the prefill was still computing
     tail_ms: float = 0.0  # the prefill's last layer -> last byte sent
-    stall_ms: float = 0.0  # the prefill waited for the link, all its buffers in flight
+    stall_ms: float = 0.0  # the prefill waited for the link: all buffers were in flight
     retries: int = 0  # reservations repeated over a new pair
 
 
 @dataclass(slots=True)
 class Leg:
-    """What comes from one prefill rank."""
+    """The share of a transfer that comes from one prefill rank."""
 
     session: ReceiveSession
     peer: Peer
     progress_at_s: float
     first_header_at_s: float | None = None
-    scattering: bool = False  # its receiver writes to the blocks now
+    scattering: bool = False  # the peer's receiver is writing to the blocks
     retries: int = 0
 
 
@@ -89,7 +89,7 @@ class Peer:
         self.outbox.post(message)
 
     def reserve(self, leg: Leg) -> None:
-        """Post the RESERVE of a leg. With the lock held."""
+        """Post the RESERVE of a leg. The caller holds the lock."""
         session = leg.session
         if self.plan is not None:
             session.set_plan(self.plan)

@@ -1,4 +1,4 @@
-"""The state of all transfers and pairs of one decode rank, and what may happen to it.
+"""The state of all transfers and pairs of one decode rank, and the events that change it.
 
 The package docstring says which thread calls what.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ReceiveTransfers:
-    """All methods must be called with ``lock`` held, and so are the two callbacks.
+    """All methods must be called with ``lock`` held. The two callbacks are called with it held.
 
     Args:
         start_receiver: starts the receiver thread of a new peer, for these transfers.
@@ -53,11 +53,12 @@ class ReceiveTransfers:
         transfer = self.by_id[transfer_id] = Transfer(reservation, block_ids)
         peers = self.peers_for(reservation.addresses, reservation.incarnation)
         if peers is None:
-            self.fail_transfer(transfer, "all pairs are busy (kv_transfer.max_pairs)")
+            reason = "all pairs are busy (kv_transfer.max_pairs), or the workers cannot be paired"
+            self.fail_transfer(transfer, reason)
             return
         if len(self.by_id) > options.max_pending:
             for peer in peers:
-                peer.post(wire.Cancel(transfer_id))  # the peer need not hold the KV
+                peer.post(wire.Cancel(transfer_id))  # lets the peer drop the KV
             self.fail_transfer(transfer, "too many transfers (kv_transfer.max_pending)")
             return
         for peer in peers:
@@ -95,15 +96,16 @@ class ReceiveTransfers:
     # ---- pairs ---------------------------------------------------------------------------
 
     def peers_for(self, addresses: tuple[str, ...], incarnation: str) -> list[Peer] | None:
-        """Return the peers at the prefill ranks that this rank needs; new ones start to pair up.
+        """Return the peers for the prefill ranks with which this rank pairs. Start missing pairs.
 
-        Return None if there is no room for them, or if the two workers cannot be paired.
+        Return None if there is no room for a new pair, this rank stops, or the two workers cannot
+        be paired.
         """
         mine, total = self._rank.geometry, self._rank.geometry.total_kv_heads
         try:
             ranks = sources(mine.tp_rank, mine.tp_size, len(addresses), total)
         except IncompatibleError as error:
-            logger.error("no prefill worker for this model: %s", error)
+            logger.error("cannot pair with the prefill worker: %s", error)
             return None
         needed = [(addresses[rank], incarnation) for rank in ranks]
         for name in needed:
@@ -117,7 +119,10 @@ class ReceiveTransfers:
         return [self.peers[name] for name in needed]
 
     def _make_room(self, keep: set[tuple[str, str]]) -> bool:
-        """Whether one more pair fits, if need be by closing the pair that is idle for longest."""
+        """Make room for one more pair. Return False if all pairs are busy or in ``keep``.
+
+        If there is no room, the pair outside ``keep`` that has been idle for longest is closed.
+        """
         if len(self.peers) < self._rank.options.max_pairs:
             return True
         idle = [p for name, p in self.peers.items() if name not in keep and not self.is_busy(p)]
@@ -144,14 +149,14 @@ class ReceiveTransfers:
 
     def _remove(self, peer: Peer) -> None:
         name = peer.address, peer.incarnation
-        if self.peers.get(name) is peer:  # not its successor
+        if self.peers.get(name) is peer:  # the name may belong to a successor
             del self.peers[name]
 
     def pair_closed(self, peer: Peer, reason: str, *, retry: bool) -> None:
-        """A pair has closed; the transfers that it carried fail.
+        """A pair has closed; its transfers fail, except those that are retried.
 
         Args:
-            retry: the peer closed the pair to make room. A leg of which nothing has arrived is
+            retry: the peer closed the pair with REFUSE. A leg of which nothing has arrived is then
                 reserved once more over a new pair: the peer may not have seen the reservation.
         """
         self._remove(peer)
@@ -181,9 +186,10 @@ class ReceiveTransfers:
     def begin_scatter(
         self, header: wire.Header, peer: Peer, began_s: float
     ) -> tuple[Transfer, Leg] | None:
-        """Check a received message; ``end_scatter`` must follow if this returns its leg.
+        """Check a received message, and return its transfer and leg.
 
-        Return None if the leg has ended, or if the message is wrong and the transfer fails.
+        The caller then writes the message into the blocks and calls ``end_scatter``. Return None if
+        the leg has ended. If the message is wrong, fail the transfer and return None.
         """
         if (found := self.open_leg(header.transfer_id, peer)) is None:
             return None
@@ -200,7 +206,7 @@ class ReceiveTransfers:
         return transfer, leg
 
     def end_scatter(self, header: wire.Header, transfer: Transfer, leg: Leg) -> None:
-        """The message is in the blocks, or the copy has failed."""
+        """The copy into the blocks has ended. If it failed, the receiver closes the pair next."""
         leg.scattering = False
         if not leg.session.ended:
             leg.session.received(header.block_range, header.num_bytes)
@@ -221,7 +227,7 @@ class ReceiveTransfers:
             self.fail_transfer(found[0], f"the prefill worker says: {message.reason}")
 
     def expire(self, peer: Peer, now_s: float) -> None:
-        """Close the pair if it is idle, and fail its transfers that make no progress."""
+        """Close the pair if it was idle for too long. Fail its transfers that make no progress."""
         options = self._rank.options
         if not self.is_busy(peer) and now_s - peer.last_used_s > options.pair_idle_s:
             self.close_peer(peer)
@@ -247,7 +253,7 @@ class ReceiveTransfers:
         self.report_if_ended(transfer)
 
     def report_if_ended(self, transfer: Transfer) -> None:
-        """Report a transfer all of whose legs have ended, once no receiver writes to its blocks."""
+        """Report a transfer if all of its legs have ended and no receiver writes to its blocks."""
         legs = list(transfer.legs.values())
         if not transfer.ended or any(leg.scattering for leg in legs):
             return

@@ -30,7 +30,7 @@ class ControlServer:
 
     def __init__(self, rank: LocalRank, transfers: SendTransfers) -> None:
         self.thread = threading.Thread(target=self._run, name="kv-control", daemon=True)
-        self.sender_threads: list[threading.Thread] = []  # live ones, also of closed pairs
+        self.sender_threads: list[threading.Thread] = []  # including those of closed pairs
         self._rank = rank
         self._transfers = transfers
         self._bad_frames = 0  # since the last sweep
@@ -145,10 +145,10 @@ class ControlServer:
         transfers.post(peer, wire.Welcome(hello.pair_id, self._rank.geometry))
 
     def _accept(self, hello: wire.Hello) -> PairPlan:
-        """Return the plan for a new pair, for which there is room.
+        """Check a HELLO, make room for the new pair and return its plan.
 
         Raises:
-            IncompatibleError: its message is the reason that the peer is told.
+            IncompatibleError: the pair is refused. The peer gets this error's message as reason.
         """
         backend = backend_for(self._rank.caches.device)
         if hello.version != wire.PROTOCOL_VERSION:
@@ -157,7 +157,10 @@ class ControlServer:
                 f"{wire.PROTOCOL_VERSION}"
             )
         if hello.expected_incarnation != self._rank.options.incarnation:
-            raise IncompatibleError("this prefill worker has restarted since")
+            raise IncompatibleError(
+                "this prefill worker has restarted: its incarnation is not the one that the decode "
+                "worker was told"
+            )
         if hello.backend != backend:
             raise IncompatibleError(f"decode uses {hello.backend}, prefill uses {backend}")
         if self._transfers.stopping:

@@ -1,6 +1,7 @@
 """What the prefill side knows of a step's chunks, of transfers, reservations and peers.
 
-``SendTransfers.lock`` guards all of them.
+``SendTransfers.lock`` guards all fields that change. Sender threads read two of them without the
+lock: ``Transfer.block_ids`` and ``Peer.pair``.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Transfer:
     session: SendSession
     request_id: str
     block_ids: torch.Tensor
-    since_s: float  # when it was opened; later, when the request finished
+    since_s: float  # when the request finished; until then, when the transfer was opened
     peers: dict[int, Peer] = field(default_factory=dict)  # by decode rank
-    gathering: int = 0  # senders that read its blocks now
+    gathering: int = 0  # number of senders that are reading its blocks
     request_finished: bool = False
     computed_at_s: float | None = None  # when all layers of all tokens were computed
     last_sent_s: float = 0.0  # to any decode rank
@@ -59,7 +60,7 @@ class Peer:
     routing_id: bytes
     hello: wire.Hello
     plan: PairPlan
-    wake: threading.Condition  # over the lock; notified when a message may be ready
+    wake: threading.Condition  # uses the lock; notified when the sender may have work
     last_heard_s: float
     last_used_s: float
     up: bool = False

@@ -1,4 +1,4 @@
-"""The thread of one pair: makes the process group, then gathers and sends messages."""
+"""The thread of one pair. It makes the process group, then gathers and sends messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _InFlight:
 
 
 class Sender:
-    """Sends to one peer until the peer is closed. The caller starts ``thread``."""
+    """Sends to one peer until the pair is closed. The caller starts ``thread``."""
 
     def __init__(self, peer: Peer, transfers: SendTransfers, rank: LocalRank) -> None:
         self.peer = peer
@@ -66,7 +66,7 @@ class Sender:
         return Pair(store, hello.pair_id, PREFILL_RANK, device, options.host, timeout_s)
 
     def _stream(self) -> None:
-        """Send ready messages until the peer is closed; each has a staging buffer of its own."""
+        """Send ready messages until the pair is closed. Each one in flight has its own buffer."""
         peer, transfers, options = self.peer, self._transfers, self._rank.options
         view = self._rank.caches.view(peer.plan, self._rank.geometry.heads)
         max_units = peer.plan.max_units(options.message_bytes)

@@ -48,7 +48,8 @@ class PrefillServer:
     def layer_done(self, layers_done: int) -> None:
         """The first ``layers_done`` layers of the current step's chunks are in the caches.
 
-        On CUDA: their kernels are queued on the calling thread's current stream.
+        On CUDA, it is enough if the kernels that write these layers are queued on the calling
+        thread's current stream.
         """
         if self._step:
             computed = mark(self._rank.caches.device)
@@ -67,16 +68,16 @@ class PrefillServer:
         """The engine has finished the request.
 
         Args:
-            first_token_id: forwarded to the decode worker; None if decode samples it.
-            computed: the request was sampled; False if it was aborted.
+            first_token_id: the token to forward; None if the decode worker samples it itself.
+            computed: True if the engine sampled the first token, False if the request was aborted.
         """
         with self.transfers.lock:
             self.transfers.request_finished(transfer_id, first_token_id, computed=computed)
 
     def preempt(self, transfer_ids: Iterable[str]) -> None:
-        """The engine takes these requests' blocks away; return when no sender reads them.
+        """The engine takes the blocks of these requests away, so their transfers fail.
 
-        The transfers fail, and the decode side recomputes.
+        Return when no sender reads the blocks. The decode side recomputes the prompts.
         """
         with self.transfers.lock:
             self.transfers.preempt(transfer_ids)

@@ -1,4 +1,4 @@
-"""The state of all transfers and pairs of one prefill rank, and what may happen to it.
+"""The state of all transfers and pairs of one prefill rank, and the events that change it.
 
 The package docstring says which thread calls what.
 """
@@ -40,7 +40,7 @@ class SendTransfers:
         self.stopping = False
         self._rank = rank
         self._released: set[str] = set()  # request ids
-        self._gathered = threading.Condition(self.lock)  # a sender has read some blocks
+        self._gathered = threading.Condition(self.lock)  # notified when a gather has ended
 
     # ---- engine thread -------------------------------------------------------------------
 
@@ -52,8 +52,8 @@ class SendTransfers:
         transfer, token_start = self.by_id.get(chunk.transfer_id), chunk.token_start
         if transfer is None:
             transfer = self._open(chunk)
-            # Send prefix hits with this step's layers, not at once: vLLM also hands out blocks
-            # that another request only computes in this very step.
+            # Send prefix hits with this step's layers, not at once: vLLM may count a block as a hit
+            # that another request has yet to compute in this step.
             token_start = 0
         if transfer.session.ended:
             return None
@@ -71,7 +71,7 @@ class SendTransfers:
         transfer = Transfer(session, chunk.request_id, torch.empty(0), self._rank.clock())
         self.by_id[transfer_id] = transfer
         if transfer_id in self.ended_ids:
-            session.cancel()  # it ended before it began; request_finished releases its blocks
+            session.cancel()  # ended before it was opened; request_finished releases its blocks
         for waiting in self.waiting.pop(transfer_id, ()):
             if not waiting.peer.closed:
                 self._reserve_leg(transfer, waiting.peer, waiting.token_start, waiting.token_end)
@@ -83,7 +83,7 @@ class SendTransfers:
         """The first ``layers_done`` layers of the current chunks of these transfers are written.
 
         Args:
-            computed: event for the kernels that wrote them; None on CPUs.
+            computed: event for the kernels that write these layers; None on CPUs.
         """
         self.computed = computed
         for transfer in transfers:
@@ -153,7 +153,7 @@ class SendTransfers:
         self.outbox.post((peer.routing_id, message))
 
     def fail_transfer(self, transfer: Transfer, reason: str) -> None:
-        """Fail all legs of a transfer. Does nothing if it has ended."""
+        """Fail all legs of a transfer. Does nothing if the transfer has ended."""
         if transfer.session.ended:
             return
         transfer.session.fail()
@@ -161,7 +161,7 @@ class SendTransfers:
         logger.warning("KV transfer %s failed: %s", transfer.session.transfer_id, reason)
 
     def close_peer(self, peer: Peer, reason: str) -> None:
-        """Close a pair and fail its transfers. Does nothing if it is closed."""
+        """Close a pair and fail its transfers. Does nothing if the pair is closed."""
         if peer.closed:
             return
         peer.closed = True
@@ -188,7 +188,7 @@ class SendTransfers:
                 self.post(peer, wire.Fail(transfer.session.transfer_id, reason))
 
     def _end_unopened(self, transfer_id: str, reason: str) -> None:
-        """End a transfer that has not begun, so that a late reservation fails at once."""
+        """End a transfer whose prefill has not begun. Later reservations of it fail at once."""
         for waiting in self.waiting.pop(transfer_id, ()):
             self.post(waiting.peer, wire.Fail(transfer_id, reason))
         self._remember_ended(transfer_id, reason)
@@ -228,7 +228,7 @@ class SendTransfers:
         )
 
     def make_room_for_peer(self) -> None:
-        """Close the pair that has been idle for longest if there are ``max_pairs``.
+        """If there are ``max_pairs`` pairs, close the one that has been idle for longest.
 
         Raises:
             IncompatibleError: all pairs are busy.
@@ -250,7 +250,7 @@ class SendTransfers:
         """A decode rank reserves its leg, perhaps before the prefill has begun.
 
         Raises:
-            ProtocolError: it has reserved the same leg before.
+            ProtocolError: the rank has reserved this leg before, and the prefill has not begun.
         """
         transfer_id = message.transfer_id
         peer.last_used_s = self._rank.clock()
@@ -262,7 +262,7 @@ class SendTransfers:
         elif (transfer := self.by_id.get(transfer_id)) is not None:
             self._reserve_leg(transfer, peer, message.token_start, message.token_end)
         elif any(waiting.peer is peer for waiting in self.waiting.get(transfer_id, ())):
-            raise ProtocolError("a second RESERVE")  # without this check they would pile up
+            raise ProtocolError("a second RESERVE")  # repeated reservations would pile up
         elif transfer_id not in self.waiting and (
             len(self.waiting) >= self._rank.options.max_pending
         ):
@@ -288,8 +288,8 @@ class SendTransfers:
     def _reserved_by_another(self, transfer_id: str, incarnation: str) -> bool:
         """Whether another decode worker has reserved this transfer.
 
-        An attempt has one decode worker. A second one is a defect and must not end the transfer of
-        the first.
+        An attempt has one decode worker. A reservation or CANCEL by a second one is a defect. It
+        must not end the transfer of the first one.
         """
         transfer = self.by_id.get(transfer_id)
         peers = [] if transfer is None else list(transfer.peers.values())
@@ -317,7 +317,10 @@ class SendTransfers:
         self._release_ended()
 
     def expire(self) -> None:
-        """Fail what was not reserved or begun in time, and close silent pairs."""
+        """Fail what was not reserved in time, or whose prefill did not begin in time.
+
+        Close the pairs of silent peers.
+        """
         now_s, options = self._rank.clock(), self._rank.options
         for transfer in self.by_id.values():
             if (
@@ -332,7 +335,7 @@ class SendTransfers:
                 reason = "its prefill did not begin in time (kv_transfer.prefill_timeout_s)"
                 self._end_unopened(transfer_id, reason)
         for peer in list(self.peers.values()):
-            # A peer does not speak while it makes its group; pair_timeout_s bounds that.
+            # A peer is silent while it makes its process group; pair_timeout_s bounds this time.
             if peer.up and now_s - peer.last_heard_s > options.peer_lease_s:
                 self.close_peer(peer, "the decode worker went silent (kv_transfer.peer_lease_s)")
         self._release_ended()
@@ -346,8 +349,8 @@ class SendTransfers:
     def next_message(self, peer: Peer) -> tuple[Transfer, LayerBlockRange] | None:
         """Take the next message of a pair, oldest reservation first.
 
-        The caller gathers it, and then calls ``gathered``. Legs that are complete get their END on
-        the way.
+        The caller gathers the message, and then calls ``gathered``. This method also posts END for
+        each leg that it finds complete.
         """
         complete = False
         try:
@@ -358,7 +361,7 @@ class SendTransfers:
                     return transfer, block_range
                 if (manifest := transfer.session.take_manifest(peer.rank)) is not None:
                     self.post(peer, _with_times(manifest, transfer))
-                    del peer.transfer_ids[transfer_id]  # from now on its pair may close
+                    del peer.transfer_ids[transfer_id]  # this leg no longer keeps its pair open
                     complete = True
         finally:
             if complete:
@@ -379,8 +382,8 @@ class SendTransfers:
         """A message has left, which also shows that the peer is alive.
 
         Args:
-            stalled_since_s: when the sender began to wait for this message, if it had no free
-                buffer; None if it had one.
+            stalled_since_s: when the sender began to wait for this message because it had no free
+                buffer; None if it had a free buffer.
         """
         now_s = peer.last_heard_s = self._rank.clock()
         if stalled_since_s is not None:

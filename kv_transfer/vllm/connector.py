@@ -8,10 +8,11 @@ request takes part if ``sampling_params.extra_args["kv_transfer_params"]`` is on
     {"baton": "receive", "transfer_id", "forwards_first_token", "incarnation", "addresses"}
 
 Life of a send                              Life of a receive
-  schedule   chunks of this step ▸ worker     schedule   blocks reserved ▸ worker ▸ RESERVE
+  schedule   chunks of this step ▸ ranks      schedule   blocks reserved ▸ ranks ▸ RESERVE
   forward    save_kv_layer ▸ layer_done       each step  get_transfer_results: complete or failed
-  finished   blocks stay (True) until         complete   P's first token joins the prompt, so one
-             take_released names them                    token is computed; failed: recomputed
+  finished   request_finished returns True:   complete   P's first token, if forwarded, joins the
+             blocks stay until all ranks                 prompt; one position is computed
+             have released them               failed     the prompt is recomputed
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from kv_transfer.vllm.worker_side import WorkerSide
 
 
 class RankCalls:
-    """What the front end may call on each rank, through vLLM's ``collective_rpc``."""
+    """Methods that the front end calls on each rank through vLLM's ``collective_rpc``."""
 
     def kv_prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
         """Start to make the pairs with a prefill worker; returns at once."""
         self._worker_side().prewarm(tuple(addresses), incarnation)
 
     def kv_paired_with(self) -> list[str]:
-        """Return the incarnations of the other pool with which all pairs of this rank are up."""
+        """Return the incarnations of the other pool's workers whose pairs with this rank are up."""
         return sorted(self._worker_side().paired_with())
 
     def _worker_side(self) -> WorkerSide:
@@ -63,12 +64,12 @@ class RankCalls:
 
 
 class BatonConnector(KVConnectorBase_V1):
-    """vLLM's connector interface, forwarded to the side that this process has."""
+    """Implements vLLM's connector interface. ``role`` decides to which side it forwards."""
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
-        """The scheduler and each model runner make one when the engine starts."""
+        """The scheduler and each rank make one connector when the engine starts."""
         super().__init__(vllm_config, role, kv_cache_config)
         config = vllm_config.kv_transfer_config
         self.scheduler_side = SchedulerSide(
@@ -87,7 +88,7 @@ class BatonConnector(KVConnectorBase_V1):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """vLLM's configuration asks once. ``save_kv_layer`` must run between the layers."""
+        """Return True: a full CUDA graph would not call ``save_kv_layer`` between the layers."""
         return True
 
     # ---- scheduler side: called by the scheduler, in the engine core's thread ----------------
@@ -95,7 +96,7 @@ class BatonConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """The scheduler calls this each time that it tries to start a waiting request.
+        """The scheduler calls this each time it tries to start a request without computed tokens.
 
         Returns:
             How many tokens the prefill worker supplies, and whether they arrive asynchronously.
@@ -107,16 +108,17 @@ class BatonConnector(KVConnectorBase_V1):
     ) -> None:
         """The scheduler calls this when it has allocated blocks for a waiting request.
 
-        A receive gets two calls: one for the tokens to receive, and one with 0 when it runs.
+        A request that receives gets two calls: the first with the number of tokens to receive, and
+        the second with 0 when the request starts to run.
         """
         self.scheduler_side.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """The scheduler calls this once at the end of each step's schedule, also an empty one."""
+        """The scheduler calls this when it has scheduled a step, even if the step is empty."""
         return self.scheduler_side.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """The scheduler calls this after each step, with what all ranks reported together."""
+        """The scheduler calls this after each step, with the combined output of all ranks."""
         self.scheduler_side.step_done(connector_output)
 
     def request_finished(
@@ -125,7 +127,8 @@ class BatonConnector(KVConnectorBase_V1):
         """The scheduler calls this once for each request, when it is finished or aborted.
 
         Returns:
-            Whether the blocks must stay until a rank releases them; no parameters.
+            Whether the blocks must stay until all ranks have released them, and always None: the
+            request's output carries no parameters.
         """
         return self.scheduler_side.request_finished(request), None
 
@@ -143,23 +146,24 @@ class BatonConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """The model runner calls this in each step, before the forward pass.
 
-        We begin the step here, because ``start_load_kv`` runs after the forward pass. A reservation
-        need not wait for a decode step, nor the first token for a chunk of another prompt.
+        The step begins here, because ``start_load_kv`` runs after the forward pass. There, a
+        reservation would wait for a decode step, and the END of a finished prefill would wait for
+        a chunk of another prompt.
         """
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepPlan)
         self.worker_side.begin_step(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """The model runner calls this in each step. Other threads load KV, so it does nothing."""
+        """Does nothing, because other threads load the KV."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Each attention layer calls this. No request runs before its KV is complete."""
+        """Does nothing, because no request runs before its KV is complete."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Each attention layer calls this in each forward pass, when its KV is written."""
+        """Each attention layer calls this in each forward pass, after it has written its KV."""
         self.worker_side.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
@@ -175,7 +179,7 @@ class BatonConnector(KVConnectorBase_V1):
         return self.worker_side.take_rank_results()
 
     def shutdown(self) -> None:
-        """Scheduler and model runner each call this once, when the engine ends."""
+        """The scheduler and each rank call this once, when the engine ends."""
         self.scheduler_side.stop()
         if self._worker_side is not None:
             self._worker_side.stop()
@@ -183,7 +187,7 @@ class BatonConnector(KVConnectorBase_V1):
     # ---- statistics ---------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """Both sides are asked after each step; only the scheduler side has statistics."""
+        """vLLM asks both sides after each step. Only the scheduler side has statistics."""
         return None if self._worker_side is not None else self.scheduler_side.take_stats()
 
     @classmethod

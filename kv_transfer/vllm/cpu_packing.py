@@ -1,8 +1,8 @@
 """The order in which vLLM's CPU attention kernels store the elements of a block.
 
-They pack the attention keys of a block across its tokens, differently for each instruction set.
-Instead of repeating their arithmetic, we ask them: the kernel that writes the cache gets the number
-of each element, and the cache then shows where that element went.
+The kernels interleave the attention keys of a block's tokens, in an order that depends on the
+instruction set. We do not repeat their arithmetic. Instead, the kernel that writes the cache gets
+each element's number as the element's value. The cache then shows where the kernel put it.
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ from __future__ import annotations
 import torch
 from vllm import _custom_ops as ops
 
-_BASE = 128  # of the digits of an element's number; exact in each floating-point type
+# An element's number is written in digits of this base, one digit per call of the kernel. Each
+# digit is exact in every floating-point type of 16 bits or more.
+_BASE = 128
 
 
 def packed_positions(cache: torch.Tensor, isa: str) -> torch.Tensor | None:
     """Return the place of each element in one head's share of a block.
 
     Args:
-        cache: a layer's, ``[blocks, kv_heads, block_tokens, 2 * head_size]``; only its shape and
-            type matter.
-        isa: vLLM's name of the kernels, such as "vec" or "amx".
+        cache: one layer's cache, ``[blocks, kv_heads, block_tokens, 2 * head_size]``. Only its
+            shape and type matter.
+        isa: vLLM's name of the instruction set, such as "vec" or "amx".
 
     Returns:
-        int64 ``[block_tokens, 2 * head_size]``, K before V; None if the kernel changes the
-        elements (quantised caches).
+        int64 ``[block_tokens, 2 * head_size]``, K before V. None if the cache is quantised, or if
+        the kernel changes the elements.
     """
     if not cache.dtype.is_floating_point or cache.dtype.itemsize < 2:
         return None
     _, _, tokens, content = cache.shape
     head_size = content // 2
     element = torch.arange(tokens * content).view(tokens, 1, content)
-    found = torch.zeros(tokens * content, dtype=torch.int64)  # element by place
+    found = torch.zeros(tokens * content, dtype=torch.int64)  # the element at each place
     scale = 1
     while scale < element.numel():
         digit = (element // scale % _BASE).to(cache.dtype)

@@ -15,17 +15,20 @@ from kv_transfer.send.records import StepChunk
 
 @dataclass(slots=True)
 class StepPlan(KVConnectorMetadata):
-    """What the scheduler side tells every rank for one engine step; requests by transfer id."""
+    """What the scheduler side tells every rank for one engine step.
+
+    ``preempted`` and ``aborted`` are transfer ids.
+    """
 
     # prefill
     chunks: list[StepChunk] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    # Finished requests: transfer id, and the first token's id if it is forwarded.
+    # Requests that have finished with a token: transfer id, and the token's id if it is forwarded.
     sampled: list[tuple[str, int | None]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     # decode
     reservations: list[Reservation] = field(default_factory=list)
-    # Transfer id, control addresses and incarnation of the prefill worker.
+    # Transfer id, and the prefill worker's control addresses and incarnation.
     cancelled: list[tuple[str, tuple[str, ...], str]] = field(default_factory=list)
 
 

@@ -1,8 +1,8 @@
 """Reports of receives, as vLLM statistics and as Prometheus metrics.
 
-The scheduler side of a decode worker makes one report for each transfer. vLLM carries it to the
-front end together with the first token. There it reaches the request's phases and the metrics
-below.
+The scheduler side of a decode worker makes one report for each receive, unless the request is
+aborted first. vLLM carries the report to the front end together with the first token. The front end
+adds the report to the request's phases and to the metrics below.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class ReceiveReport(msgspec.Struct):
     messages: int
     tokens: int  # positions whose KV was received
     transfer_ms: float
-    hidden_bytes: int  # share of num_bytes sent while the prefill was still computing
+    hidden_bytes: int  # part of num_bytes, sent while the prefill was still computing
     tail_ms: float  # the prefill's last layer -> last byte sent
-    stall_ms: float  # the prefill waited for the link
+    stall_ms: float  # the prefill rank waited because all its buffers were in flight
     retries: int  # reservations repeated over a new pair
     cached_tokens: int  # positions found in this engine's prefix cache
-    computed_tokens: int  # positions that this engine computed before its first token
+    computed_tokens: int  # positions that this engine computed to sample its first token
 
 
 class ConnectorStats(KVConnectorStats):
-    """Reports of receives in the form in which vLLM carries statistics to the front end."""
+    """Reports of receives, in vLLM's form for statistics that go to the front end."""
 
     data: dict[str, list[dict[str, Any]]]
 
@@ -62,10 +62,10 @@ class ConnectorStats(KVConnectorStats):
 
 
 class ConnectorMetrics(KVConnectorPromMetrics):
-    """``vllm:baton_kv_*``, beside vLLM's own metrics and with their labels.
+    """The metrics ``vllm:baton_kv_*``, with the same labels as vLLM's own metrics.
 
-    The prefix ``vllm:`` is needed: by it, vLLM removes the metrics of an earlier engine in the same
-    process.
+    The names need the prefix ``vllm:``. If an earlier engine in the same process has left metrics,
+    vLLM finds and removes them by this prefix.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ConnectorMetrics(KVConnectorPromMetrics):
             metric = self._histogram_cls(name, text, labelnames, buckets=_SECONDS)
             return create_metric_per_engine(metric, per_engine_labelvalues)
 
-        self._transfers = counter("transfers", "KV transfers that ended, including failed ones.")
+        self._transfers = counter("transfers", "KV transfers that completed or failed.")
         self._failed = counter("transfers_failed", "KV transfers that failed and were recomputed.")
         self._counts = {
             "num_bytes": counter("bytes", "Bytes of KV received."),
@@ -95,9 +95,9 @@ class ConnectorMetrics(KVConnectorPromMetrics):
             "retries": counter("retries", "Reservations repeated over a new pair."),
         }
         self._times = {
-            "transfer_ms": histogram("transfer", "Time from the first to the last byte."),
+            "transfer_ms": histogram("transfer", "Time from first header to last manifest."),
             "tail_ms": histogram("tail", "Time from prefill's last layer to the last byte."),
-            "stall_ms": histogram("stall", "Time that ready KV waited for the link."),
+            "stall_ms": histogram("stall", "Time that prefill waited with all buffers in flight."),
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

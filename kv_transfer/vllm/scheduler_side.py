@@ -38,7 +38,7 @@ class _Receive:
 
 
 class SchedulerSide:
-    """Used by the engine core's thread only. ``doorbell`` is None in a prefill worker."""
+    """Used by the engine core's thread only. ``doorbell`` is None except on a decode worker."""
 
     def __init__(self, doorbell: Doorbell | None) -> None:
         self._doorbell = doorbell
@@ -50,8 +50,8 @@ class SchedulerSide:
         self._reports: list[ReceiveReport] = []
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """Return the tokens to receive, and whether there are any."""
-        # A transfer is used once: after a failure or a preemption the tokens are recomputed.
+        """Return the number of tokens to receive, and whether there are any."""
+        # A transfer is used once. After a failure or a preemption, this engine recomputes.
         if _params(request, "receive") is None or request.request_id in self._receives:
             return 0, False
         if request.num_preemptions or request.num_output_tokens:
@@ -60,9 +60,9 @@ class SchedulerSide:
         return tokens, tokens > 0
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
-        """Plan a reservation for the ``num_external`` last tokens of the prompt, if there are any.
+        """Plan a reservation for the last ``num_external`` tokens of the prompt, unless it is 0.
 
-        A request that sends is remembered from here on.
+        If the request sends, ``_sends`` holds it from now on.
         """
         if _params(request, "send") is not None:
             self._sends[request.request_id] = request
@@ -84,9 +84,10 @@ class SchedulerSide:
         )
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
-        """Return what the ranks must know for this step. May sleep if there is only KV to wait for.
+        """Return what the ranks must know for this step.
 
-        A decode request whose last token is scheduled gets its report.
+        If the engine core only waits for KV, this call may sleep. If the step samples the first
+        token of a request that receives, this call makes the request's report.
         """
         self._sleep_until_kv_arrives(busy=output.total_num_scheduled_tokens > 0)
         for new in output.scheduled_new_reqs:
@@ -101,7 +102,10 @@ class SchedulerSide:
         return plan
 
     def _sleep_until_kv_arrives(self, *, busy: bool) -> None:
-        """Sleep in the second empty step in a row: by then, all tokens have been handed out."""
+        """Sleep from the second empty step in a row on.
+
+        By then, the engine core has delivered the tokens of all earlier steps.
+        """
         if (
             self._doorbell is not None
             and self._idle
@@ -138,7 +142,7 @@ class SchedulerSide:
                 )
 
     def step_done(self, output: KVConnectorOutput) -> None:
-        """Take the ranks' results; a complete receive continues after P's first token."""
+        """Take the ranks' results. If a receive is complete, append P's first token."""
         meta = output.kv_connector_worker_meta
         if meta is not None:
             assert isinstance(meta, RankResults)
@@ -154,7 +158,7 @@ class SchedulerSide:
                 _append_first_token(receive)
 
     def request_finished(self, request: Request) -> bool:
-        """Return True if the blocks must stay until a rank releases them."""
+        """Return True if the blocks must stay until all ranks have released them."""
         req_id = request.request_id
         if (params := _params(request, "receive")) is not None:
             receive = self._receives.get(req_id)
@@ -193,10 +197,10 @@ class SchedulerSide:
 
 
 def _append_first_token(receive: _Receive) -> None:
-    """Append P's first token to the prompt; it has no KV yet, so this engine computes it.
+    """Append P's first token to the prompt. The token has no KV yet, so this engine computes it.
 
-    These are the steps of vLLM's own ``Scheduler._update_request_as_session``. The request waits
-    for remote KV, so the model runner does not know it yet.
+    These are the steps of vLLM's own ``Scheduler._update_request_as_session``. The model runner
+    does not know the request yet, because the request waits for remote KV.
     """
     token_ids = {result.first_token_id for result in receive.rank_results}
     if token_ids == {None}:

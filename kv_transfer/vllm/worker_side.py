@@ -1,4 +1,4 @@
-"""The connector in one rank: starts the stream and hands it the engine's steps."""
+"""The connector in one rank: starts the KV stream and tells it about the engine's steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from kv_transfer.vllm.metadata import RankResults, StepPlan
 
 
 class WorkerSide:
-    """Used by the thread that computes. A prefill rank has a server, a decode rank a client."""
+    """Used by the thread that computes.
+
+    A prefill rank has a server. A decode rank has a client.
+    """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._vllm_config = vllm_config
@@ -42,10 +45,12 @@ class WorkerSide:
         self._tp_rank = 0
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Start the stream of this rank, and report its address to the front end.
+        """Start this rank's side of the KV stream.
+
+        A prefill rank reports its control address to the front end.
 
         Raises:
-            IncompatibleError: after the front end was told why.
+            IncompatibleError: the caches cannot be streamed. The front end has got the reason.
         """
         extra = dict(self._config.kv_connector_extra_config)
         report_to: str = extra.pop("report_to")
@@ -60,7 +65,8 @@ class WorkerSide:
         self, kv_caches: dict[str, torch.Tensor], report_to: str, *, model: str, **extra: Any
     ) -> None:
         spec = full_attention(self._kv_cache_config)
-        # The parent process is not bound to the cores on which this rank computes.
+        # The stream's threads run on the parent process's cores, because the parent is not bound
+        # to the cores on which this rank computes.
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
 
         def on_stuck(reason: str) -> None:
@@ -72,7 +78,7 @@ class WorkerSide:
         isa = self._cpu_kernel(names[0]) if cache.device.type == "cpu" else None
         positions = None if isa is None else packed_positions(cache, isa)
         caches = KvCaches([kv_caches[name] for name in names], positions)
-        # Each CPU kernel packs the attention keys of a block in an order of its own.
+        # On CPUs the strides do not tell the order of a block's elements: the kernel packs them.
         positions_known = isa is None or positions is not None
         geometry = self._geometry(model, spec, cache, len(names), isa, positions_known)
         if self._config.is_kv_producer:
@@ -122,7 +128,7 @@ class WorkerSide:
         return geometry
 
     def preempt(self, transfer_ids: Iterable[str]) -> None:
-        """Return when no sender reads the blocks of these requests any longer."""
+        """Fail these transfers, and return when no sender reads their blocks."""
         if self._server is not None:
             self._server.preempt(transfer_ids)
 
@@ -146,12 +152,12 @@ class WorkerSide:
         self._client.prewarm(addresses, incarnation)
 
     def paired_with(self) -> set[str]:
-        """Return the incarnations of the other pool with which all pairs of this rank are up."""
+        """Return the incarnations of the other pool's workers whose pairs with this rank are up."""
         end = self._server if self._server is not None else self._client
         return set() if end is None else end.paired_with()
 
     def layer_done(self, layer_name: str) -> None:
-        # Layers run in order. One that does not, such as a draft model's, counts at the step's end.
+        # Layers run in order. ``end_step`` counts a layer that does not, such as a draft model's.
         if self._server is not None and self._layer_index[layer_name] == self._layers_done:
             self._layers_done += 1
             self._server.layer_done(self._layers_done)
@@ -161,7 +167,7 @@ class WorkerSide:
             self._server.end_step()
 
     def take_results(self) -> KVConnectorTransferResults:
-        """Return the requests whose blocks are released (prefill) or whose KV is here (decode)."""
+        """Return requests whose blocks may be freed (prefill) or whose receives ended (decode)."""
         if self._server is not None:
             return KVConnectorTransferResults(finished_sending=self._server.take_released())
         assert self._client is not None
@@ -172,7 +178,7 @@ class WorkerSide:
         )
 
     def take_rank_results(self) -> RankResults | None:
-        """Return the details of what ``take_results`` returned last."""
+        """Return the details of the receives that the last ``take_results`` returned."""
         results, self._results = self._results, []
         return RankResults(results) if results else None
 
@@ -186,20 +192,20 @@ class WorkerSide:
 
 
 def full_attention(config: KVCacheConfig) -> FullAttentionSpec:
-    """Return the kind of cache that all layers have.
+    """Return the cache specification that all layers share.
 
-    If a model mixes sliding with full attention, its sliding layers have this kind, too: vLLM keeps
-    all their tokens for a connector that does not ask for anything else.
+    If a model mixes sliding-window and full attention, vLLM gives all layers this specification
+    and keeps all tokens, because the connector does not declare ``SupportsHMA``.
 
     Raises:
-        IncompatibleError: the model has other kinds of cache.
+        IncompatibleError: some layers have another kind of cache.
     """
     specs = [group.kv_cache_spec for group in config.kv_cache_groups]
     if [type(spec) for spec in specs] != [FullAttentionSpec]:
         names = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise IncompatibleError(
-            f"this model's KV cache ({names}) cannot be streamed yet, only one FullAttentionSpec "
-            "for all layers"
+            f"this model's KV cache ({names}) cannot be streamed yet: all layers must share one "
+            "FullAttentionSpec"
         )
     (spec,) = specs
     assert isinstance(spec, FullAttentionSpec)

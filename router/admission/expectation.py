@@ -6,10 +6,11 @@ from collections import deque
 
 from router.phases import PhaseClock
 
-KNOWN_REQUESTS = 256  # the estimate uses this many of the latest requests
-FEW_REQUESTS = 16  # below this many, output lengths count as unknown
-FIRST_GROWTH_TOKENS = 512  # assumed until then; a model's whole context would admit hardly any
-GROWTH_QUANTILE = 0.9  # of output lengths; underestimated KV costs a preemption
+KNOWN_REQUESTS = 256  # output lengths are estimated from this many of the latest requests
+FEW_REQUESTS = 16  # after fewer requests, output lengths count as unknown
+# Assumed while output lengths are unknown. The whole context would admit hardly any request.
+FIRST_GROWTH_TOKENS = 512
+GROWTH_QUANTILE = 0.9  # of output lengths; high, because an underestimate costs a preemption
 SMOOTHING = 0.1  # weight of the newest request in the means
 
 
@@ -17,7 +18,7 @@ class Expectation:
     """The estimates of one router, over all its requests."""
 
     def __init__(self) -> None:
-        self._lengths: deque[int] = deque(maxlen=KNOWN_REQUESTS)  # outputs, tokens
+        self._lengths: deque[int] = deque(maxlen=KNOWN_REQUESTS)  # output tokens per request
         self._growth_tokens: int | None = None
         self._median_tokens = 0
         self._first_token_s = 0.0  # dispatch to first token
@@ -27,7 +28,8 @@ class Expectation:
         """Learn from a request that has ended.
 
         Args:
-            output_tokens: None if the request was cut off. Its times may then be too short.
+            output_tokens: None if the request was cut off. The measured time to its first token may
+                then be too short, so this time counts only if it exceeds the mean.
         """
         first_s, step_s = phases.first_s, phases.step_s
         if first_s is not None and (output_tokens is not None or first_s > self._first_token_s):
@@ -54,5 +56,5 @@ class Expectation:
 
 
 def smoothed(mean: float, newest: float) -> float:
-    """The exponentially smoothed mean with one more value; a mean of 0 means no value yet."""
+    """Add a value to an exponentially smoothed mean. 0 means that there is no mean yet."""
     return newest if mean == 0.0 else mean + SMOOTHING * (newest - mean)

@@ -1,4 +1,4 @@
-"""Applies the admission policy to live requests: some run, the others wait here."""
+"""Applies the admission policy to live requests: each one runs, waits or is refused."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Permit(Protocol):
 
 
 P = TypeVar("P", bound=Permit)
-# Takes capacity on the workers. Returns None if there is none now; raises BatonError if there can
-# be none.
+# Takes capacity on the workers. Returns None if there is no capacity now. Raises BatonError if
+# waiting would not help.
 Acquire = Callable[[], P | None]
 
 
@@ -40,10 +40,10 @@ class _Waiter(Generic[P]):
 
 
 class AdmissionGate:
-    """Bounds the running requests and makes the others wait, by class and deadline.
+    """Bounds the number of running requests. Further requests wait, ordered by class and deadline.
 
     Args:
-        clock: the event loop's time, seconds; deadlines are on it.
+        clock: the event loop's time, seconds. Deadlines are times of this clock.
     """
 
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
@@ -80,7 +80,7 @@ class AdmissionGate:
         return next(iter(self._limits.classes))
 
     def check(self, request: AdmissionRequest) -> None:
-        """Refuse a request early if it is sure to be refused. ``admit`` may still refuse it later.
+        """Raise early if ``admit`` would refuse now. If not, ``admit`` may still refuse later.
 
         Raises:
             CapacityError: the queue is full, or the wait would be too long.
@@ -92,9 +92,9 @@ class AdmissionGate:
 
     @contextlib.asynccontextmanager
     async def admit(self, request: AdmissionRequest, acquire: Acquire[P]) -> AsyncIterator[P]:
-        """Wait for the request's turn, and let it run for the block on the permit of ``acquire``.
+        """Wait for the request's turn, then run the block with the permit from ``acquire``.
 
-        The permit is closed with the block.
+        The permit is closed when the block ends.
 
         Raises:
             CapacityError: the queue is full, or the wait was or would be too long.
@@ -116,7 +116,7 @@ class AdmissionGate:
             self._end_run()
 
     def wake(self) -> None:
-        """Start waiting requests in turn while there is capacity. Call when there may be more."""
+        """Start waiting requests in turn while there is capacity. Call when it may have grown."""
         while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
             request, waiter = head
             try:
@@ -133,20 +133,20 @@ class AdmissionGate:
             waiter.granted.set_result(permit)
 
     async def _wait(self, request: AdmissionRequest, acquire: Acquire[P]) -> P:
-        """Return with a permit; every other exit leaves the queue without one."""
+        """Wait for a permit. After an error, the request is not queued and holds no permit."""
         self._check_wait(request)
         waiter = _Waiter(acquire)
         self._queues.push(request, waiter)
         timeout_s = self._limits.classes[request.service_class].queue_timeout_s
         try:
             async with asyncio.timeout_at(min(request.deadline_s, self._clock() + timeout_s)):
-                # Shielded: a cancel must not hide a permit that was just granted.
+                # Shielded: a cancel of this task must not cancel ``granted``, which is read below.
                 return await asyncio.shield(waiter.granted)
         except BaseException as err:
             self._queues.remove(waiter)
             if not waiter.granted.done():
                 waiter.granted.cancel()
-            elif waiter.granted.exception() is None:  # granted in this turn of the loop
+            elif waiter.granted.exception() is None:  # granted, but this task has not run since
                 waiter.granted.result().close()
                 self._end_run()
             if isinstance(err, TimeoutError):
@@ -155,7 +155,7 @@ class AdmissionGate:
 
     @property
     def _must_wait(self) -> bool:
-        """Others wait, or max_concurrent is reached."""
+        """Whether other requests wait already, or ``max_concurrent`` requests run."""
         return bool(self._queues) or self.running >= self._limits.max_concurrent
 
     def _check_deadline(self, request: AdmissionRequest) -> None:

@@ -1,9 +1,10 @@
 """Which requests wait, which are refused, and which one runs next. Pure; ``gate`` applies it.
 
-A request runs as soon as workers have room for it (``router.placement``). Until then it waits in
-the queue of its service class. Classes share free capacity by their weights. Within a class the
-earliest deadline comes first. Each queue is bounded in requests and in time: a request that would
-wait too long, or end after its deadline, is refused at once.
+A request runs at once if no other request waits, fewer than ``max_concurrent`` run, and workers
+have room for it (``router.placement``). Otherwise it waits in the queue of its service class.
+Classes share free capacity by their weights. Within a class the earliest deadline comes first. Each
+queue is bounded in requests and in time. A request that would wait too long, or likely miss its
+deadline, is refused at once.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 MIN_RETRY_AFTER_S = 0.1  # a busy loop of retries would add to the load
-MAX_RETRY_AFTER_S = 60.0  # beyond it the estimate is worth nothing
-# The share of its spare time that a request may wait. With all of it, every request that is let in
-# late would be at the edge of its deadline, and half of them would miss it.
+MAX_RETRY_AFTER_S = 60.0  # a longer estimate is too inaccurate to be of use
+# The share of its spare time that a request may wait. If a request could wait for all of it, the
+# queue would fill with requests that have no time to spare, and half of them would be late.
 WAIT_SHARE = 0.5
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class ClassLimits:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """From the configuration. ``classes`` by name; requests that name none get the first."""
+    """From the configuration. The first of ``classes`` serves requests that name no class."""
 
     max_concurrent: int
     classes: Mapping[str, ClassLimits]
@@ -50,7 +51,7 @@ class AdmissionRequest:
     Args:
         deadline_s: on the clock of ``now_s``.
         service_s: how long the request will likely run; 0 if unknown.
-        cost: what it takes of its class's share; any unit.
+        cost: how much of its class's share the request uses, in any unit.
     """
 
     service_class: str
@@ -98,7 +99,7 @@ def decide_admission(
 
 
 def decide_dispatch(request: AdmissionRequest, now_s: float) -> Refusal | None:
-    """Whether to refuse the next request in turn, before it costs anything; None lets it run."""
+    """Whether to refuse the next request in turn, before workers get it; None lets it run."""
     if now_s + request.service_s <= request.deadline_s:
         return None
     return Refusal(LATE, _late(request, 0.0, now_s), MIN_RETRY_AFTER_S)
@@ -117,21 +118,21 @@ class _Queue(Generic[T]):
     limits: ClassLimits
     # Ordered by deadline; equal deadlines by arrival.
     entries: list[tuple[float, int, AdmissionRequest, T]] = field(default_factory=list)
-    charged: float = 0.0  # cost over weight; the class with the least runs next
+    charged: float = 0.0  # sum of cost / weight; the class with the smallest sum is next
 
 
 class Queues(Generic[T]):
     """The queues of all service classes.
 
-    Stride scheduling (Waldspurger and Weihl, 1995) keeps the shares: each class is charged cost
-    over weight for every request that it runs, and the class with the smallest charge is next. An
-    empty class saves nothing up: when it fills again it starts at the charge of the class that ran
-    last.
+    Stride scheduling (Waldspurger and Weihl, 1995) keeps the shares: a class is charged
+    cost / weight for each waiting request that it starts, and the class with the smallest charge is
+    next. An empty class gathers no credit: when a request waits in it again, its charge becomes at
+    least the charge of the class that ran last.
     """
 
     def __init__(self, classes: Mapping[str, ClassLimits]) -> None:
         self._queues = {name: _Queue[T](limits) for name, limits in classes.items()}
-        self._latest_charge = 0.0  # of the class that ran last
+        self._latest_charge = 0.0  # of the class that ran last, before that run
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class Queues(Generic[T]):
         """About how many waiting requests would run before one that arrives now."""
         queue = self._queues[request.service_class]
         earlier = bisect.bisect(queue.entries, request.deadline_s, key=lambda entry: entry[0])
-        # For each request of its own class, the other classes run theirs in proportion to weights.
+        # Per request of its own class, another class runs (other weight / own weight) requests.
         return earlier + sum(
             min(len(other.entries), (earlier + 1) * other.limits.weight / queue.limits.weight)
             for other in self._queues.values()

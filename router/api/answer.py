@@ -18,7 +18,8 @@ class Answer:
     Args:
         write: writes one response to the client's stream and waits while the client is slow.
             This wait holds back the decode worker too.
-        first_sequence: the first response to write; the client has the earlier ones already.
+        first_sequence: the number of the first response to write. The client has the earlier
+            responses already.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Answer:
         self.next_sequence = 0
 
     async def emit(self, batch: TokenBatch) -> bool:
-        """Write the response for a batch, if it adds anything. Returns False after the last one."""
+        """Write a response if the batch adds anything. Returns False after the last response."""
         piece = self._output.push(batch)
         last = piece.finish_reason != UNFINISHED
         if not (piece.token_ids or piece.text or last):
@@ -60,7 +61,7 @@ class Answer:
         return inference_pb2.Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self._output.completion_tokens,
-            # After a failover, the cache may also have held output tokens of earlier attempts.
+            # After a failover, cached_tokens may include output tokens of earlier attempts.
             cached_prompt_tokens=min(cached_tokens, prompt_tokens),
         )
 

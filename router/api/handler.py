@@ -3,7 +3,7 @@
     validate ▸ render and tokenise ▸ admit ▸ place ▸ dispatch ▸ journal ▸ text ▸ sink
 
 A transport (``servicer`` is the one for gRPC) calls ``generate`` or ``resume`` with a deadline and
-a sink for the responses, and translates the ``BatonError`` that may come out.
+a sink for the responses, and translates the ``BatonError`` that they may raise.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ logger = logging.getLogger(__name__)
 
 
 class ResponseSink(Protocol):
-    """The client's end of one request; implemented by the transport."""
+    """Sends the responses of one request to the client. Each transport implements it."""
 
     async def accept(self) -> None:
-        """The request begins to run. Called once, before the first ``write``.
+        """Tell the client that the request begins to run. Called once, before the first ``write``.
 
         Raises:
-            CancelledError: the client is gone.
+            core.errors.CancelledError: the client is gone.
         """
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         """Hand over one response; wait while the client is slow.
 
         Raises:
-            CancelledError: the client is gone.
+            core.errors.CancelledError: the client is gone.
         """
 
 
@@ -90,7 +90,7 @@ class _Call:
     phases: PhaseClock
 
     def progress(self, request: TokenRequest) -> Progress:
-        # No client may use "~" in an id, so the workers never see the same id twice.
+        # Clients may use an id again. The random suffix keeps the workers' ids unique.
         worker_request_id = f"{self.request_id}~{uuid.uuid4().hex[:12]}"
         return Progress(request, worker_request_id, self.deadline_s, self.phases)
 
@@ -109,9 +109,9 @@ class RequestHandler:
     """Runs the requests of one router. Belongs to one event loop.
 
     Args:
-        clock: the event loop's time, seconds; deadlines are on it.
+        clock: the event loop's time, seconds. Deadlines are times of this clock.
         journal: None if requests cannot be resumed.
-        phase_clock: measures durations; the event loop's clock may have milliseconds only.
+        phase_clock: measures durations. The event loop's clock may only count milliseconds.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class RequestHandler:
                 except TimeoutError:
                     raise DeadlineError("not done by the deadline") from None
         except BatonError as error:
-            # An id that is refused for its length would not fit into the metadata of the answer.
+            # Cut, because an id that is too long would not fit into the metadata of the answer.
             error.request_id = request_id[:MAX_REQUEST_ID_CHARS]
             raise
         except Exception as defect:
@@ -209,7 +209,7 @@ class RequestHandler:
     async def _generate(self, request: inference_pb2.GenerateRequest, call: _Call) -> None:
         wanted = AdmissionRequest(self.admission.class_of(request.service_class), call.deadline_s)
         checked = check_request(request, call.request_id, self._text.model)
-        self.admission.check(wanted)  # a request that would be refused need not be tokenised
+        self.admission.check(wanted)  # before tokenising, to save the work for a refused request
         token_ids = await self._tokenise(checked)
         ready = with_prompt(checked, token_ids, self._text.model)
         wanted = replace(
@@ -229,7 +229,8 @@ class RequestHandler:
         if self._journal is None:
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
-        # A resumed request has been admitted before, so it does not wait for room on the workers.
+        # A resumed request has been admitted before, so it takes no permit for room on the workers.
+        # If other requests wait, it waits for its turn.
         wanted = AdmissionRequest(self.admission.class_of(""), call.deadline_s)
         async with (
             self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()),
@@ -264,7 +265,7 @@ class RequestHandler:
 
     @contextlib.contextmanager
     def _tracked(self, request_id: str) -> Iterator[None]:
-        """Count the request as in flight. This bounds all requests, even those being tokenised."""
+        """Count the request as in flight. The bound includes requests that are being tokenised."""
         if request_id in self._in_flight:
             raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
         if len(self._in_flight) >= self.admission.max_requests:
@@ -288,7 +289,7 @@ def _draining() -> UnavailableError:
 def _journaled_request(
     request: inference_pb2.GenerateRequest, ready: TokenRequest
 ) -> inference_pb2.GenerateRequest:
-    """The request as the journal keeps it: with its tokens, so that it is tokenised once."""
+    """The request for the journal: with its token ids, so that no router tokenises it again."""
     return inference_pb2.GenerateRequest(
         request_id=ready.request_id,
         model=request.model,

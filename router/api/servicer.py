@@ -28,7 +28,7 @@ class _CallSink:
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         try:
             await self.context.write(response)
-        except grpc.aio.InternalError as err:  # the call ended, and its cancel is still to come
+        except grpc.aio.InternalError as err:  # the call ended; this task is about to be cancelled
             raise CancelledError("the caller went away") from err
 
 
@@ -58,6 +58,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             await abort(context, err)
 
     def _deadline_s(self, context: Context) -> float | None:
-        # None without a deadline, although the stubs say otherwise.
+        # None if the call has no deadline, although the type stubs say float.
         remaining_s = cast("float | None", context.time_remaining())
         return None if remaining_s is None else self._clock() + remaining_s

@@ -1,8 +1,8 @@
 """Checks a client's request once, and makes it ready for the workers. Pure.
 
 ``check_request`` checks everything that needs no tokeniser. ``with_prompt`` then adds the token ids
-and fits ``max_tokens`` and ``min_tokens`` to the model's context. Every error names the field, its
-value and the allowed values, and carries a stable reason.
+and fits ``max_tokens`` and ``min_tokens`` to the model's context. An error about an invalid value
+names the field, the value and the allowed values. Every error carries a stable reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from core.errors import InvalidArgumentError, NotFoundError
 from router.request import TokenRequest, shown
 from router.text.codec import ChatTurn, ModelFacts
 
-# The limits that inference.proto documents. They bound the work for each token.
+# The limits that inference.proto documents. Those of sampling bound the work per token.
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -70,11 +70,11 @@ class PromptTokens:
 
 @dataclass(frozen=True, slots=True)
 class CheckedRequest:
-    """A request whose fields are valid. Its prompt's length in tokens is not known yet."""
+    """A request whose fields are valid. Its prompt may not be tokenised yet."""
 
     request_id: str
     prompt: PromptText | ChatTurns | PromptTokens
-    sampling: inference_pb2.SamplingParams  # as the client sent it; nothing changes it
+    sampling: inference_pb2.SamplingParams  # as the client sent it; never modified
 
 
 def check_request_id(request_id: str) -> None:
@@ -95,7 +95,7 @@ def check_request(
 
     Raises:
         NotFoundError: the request names a model that this cluster does not serve.
-        InvalidArgumentError: a field is invalid; ``reason`` is that of the first one.
+        InvalidArgumentError: a field is invalid. The error is about the first one found.
     """
     if request.model not in ("", model.served_name):
         raise NotFoundError(
@@ -141,7 +141,7 @@ def _prompt(
     if kind == "token_ids":
         if not request.token_ids.ids:
             raise _empty("token_ids")
-        model.check_fits(len(request.token_ids.ids))  # before checking what may be a million ids
+        model.check_fits(len(request.token_ids.ids))  # first: there may be a million ids
         _check_token_ids("token_ids", request.token_ids.ids, model)
         return PromptTokens(tuple(request.token_ids.ids))
     raise InvalidArgumentError(

@@ -2,10 +2,12 @@
 
 The order of the output follows from positions, never from the order of arrival::
 
-    position        0           1   2   3 ...
-    prefill worker  first token
-    decode worker   (again, if  t1  t2  t3 ...     first_index of its first response:
-                    recomputed)                    1 when token 0 came with the KV, else 0
+    position        0                1   2   3 ...
+    prefill worker  t0, if asked
+    decode worker   t0, if computed  t1  t2  t3 ...
+
+If token 0 came with the KV, the decode stream begins at position 1. Otherwise the decode worker
+computes token 0, and its stream begins at position 0.
 
 Pure. No token is lost, repeated or invented, whichever side answers first.
 """
@@ -18,7 +20,7 @@ from router.request import UNFINISHED, TokenBatch
 
 
 class ProtocolViolationError(Exception):
-    """A worker's output fits no position; the message says why."""
+    """A worker's output breaks the protocol; the message says how."""
 
 
 class FirstTokenDiffersError(Exception):
@@ -29,27 +31,27 @@ class Assembler:
     """Orders both workers' tokens of one attempt by position.
 
     Args:
-        forwards_first_token: the prefill worker's token is position 0.
+        forwards_first_token: whether the prefill worker's token is emitted, as position 0.
         limit_tokens: the most tokens that this attempt may produce.
     """
 
     def __init__(self, *, forwards_first_token: bool, limit_tokens: int) -> None:
         self._forwards_first_token = forwards_first_token
         self._limit_tokens = limit_tokens
-        self._first_token_id: int | None = None  # once it was emitted
+        self._first_token_id: int | None = None  # None until it is emitted
         self._decode_next: int | None = None  # next position of the decode stream
         self._held: list[TokenBatch] = []  # positions from 1 on, until token 0 comes
         self._finished = False
 
     @property
     def started(self) -> bool:
-        """Whether token 0 was emitted, or the decode worker ended without one."""
+        """Whether token 0 was emitted, or the output has ended without a token."""
         return self._first_token_id is not None or self._finished
 
     def prefill(self, batch: TokenBatch) -> tuple[TokenBatch, ...]:
         """Add the prefill worker's token and return the batches to emit now.
 
-        If the decode worker recomputed it and was faster, this token is dropped.
+        The token is dropped if the decode worker has computed token 0 itself and was faster.
 
         Raises:
             ProtocolViolationError: the prefill worker was not asked for a first token.
@@ -71,8 +73,9 @@ class Assembler:
         """Add tokens of the decode stream and return the batches to emit now.
 
         Raises:
-            ProtocolViolationError: a gap, a repetition or too many tokens.
-            FirstTokenDiffersError: token 0 was recomputed and differs.
+            ProtocolViolationError: a wrong position, too many tokens, a wrong number of logprobs,
+                or tokens after the finish reason.
+            FirstTokenDiffersError: token 0 was recomputed and differs from the emitted one.
         """
         self._check(first_index, batch)
         if batch.token_ids:

@@ -7,8 +7,9 @@ position and emits them. When ``run`` ends, for any reason, both calls are ended
                      +--> events (bounded) --> run --> Assembler --> emit
     decode reader  --+
 
-Until the prefill worker's token comes, tokens of the decode worker are held back. That is bounded:
-the decode reader reads no more than the queue holds, and gRPC makes the decode worker wait.
+Tokens from position 1 on are held back until token 0 is there. Their number is bounded: after
+``buffer_responses`` responses the decode reader waits for token 0, and gRPC flow control makes the
+decode worker wait.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class AttemptPlan:
 
     transfer_key: worker_pb2.TransferKey
     token_ids: tuple[int, ...]  # the prompt, then the output of earlier attempts
-    tokens_so_far: int  # of token_ids, the output of earlier attempts
+    tokens_so_far: int  # how many ids at the end of token_ids are that output
     sampling: inference_pb2.SamplingParams  # max_tokens counts only what is still to come
     placement: Placement
     forwards_first_token: bool  # the prefill worker's token goes to the client
@@ -94,7 +95,7 @@ class Attempt:
 
     Args:
         clock: monotonic time, seconds.
-        on_prefill_ended: called when the prefill call has ended, with whether it was answered.
+        on_prefill_ended: called when the prefill call has ended; True if it was answered.
     """
 
     def __init__(
@@ -115,16 +116,16 @@ class Attempt:
         self._heard_s = {record.id: clock() for record in (self._prefill, self._decode) if record}
         self._first_token_known = asyncio.Event()
         if not plan.forwards_first_token:
-            self._first_token_known.set()  # the decode stream brings it
+            self._first_token_known.set()  # no wait: the decode stream brings token 0
         self._decode_held_back = False  # the decode reader waits, so silence proves nothing
-        self._sent = False  # something was sent to some worker
+        self._sent = False  # a call was sent to a worker
         self._failed_ids: set[str] = set()
         self._prefill_answer: worker_pb2.PrefillResponse | None = None
         self.kv: inference_pb2.KvReport | None = None  # from the decode worker's first response
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the prefilling worker found in its prefix cache."""
+        """Tokens of ``plan.token_ids`` that the worker that prefilled found in its prefix cache."""
         if self._prefill_answer is not None:
             return self._prefill_answer.cached_tokens
         if self._prefill is None and self.kv is not None:
@@ -138,7 +139,7 @@ class Attempt:
             return False
         if self._prefill.id in self._failed_ids:
             return False
-        # This includes cancelled calls: the answer may have crossed our cancel.
+        # True for a cancelled call, too: the worker may have answered before the cancel arrived.
         return self.kv is None or self.kv.outcome != inference_pb2.KV_OUTCOME_TRANSFERRED
 
     def worker_lost(self, worker: WorkerRecord) -> None:
@@ -162,7 +163,8 @@ class Attempt:
             AttemptFailedError: it has not ended, and another attempt may help.
             BatonError: it has not ended, and another attempt would not help.
         """
-        # Connect before the first call: an attempt that was sent to no worker killed none.
+        # Connect before the first call. If a worker cannot be reached, nothing has been sent, so
+        # the attempt cannot have killed a worker.
         for client, worker in ((prefill, self._prefill), (decode, self._decode)):
             if client is not None and worker is not None and not await client.connected():
                 error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
@@ -182,13 +184,13 @@ class Attempt:
             while not await self._step(await self._events.get(), emit):
                 pass
         finally:
-            # Calls are cancelled here, too: a reader cancelled before its first step runs no code.
+            # Cancel the calls, too: a reader that is cancelled before it starts ends no call.
             for each in (*calls, *readers):
                 each.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
     async def _step(self, event: _Event, emit: Emit) -> bool:
-        """Handle one event; True when the request has ended."""
+        """Handle one event. Returns True when the request has ended."""
         batches = self._batches(event)
         if self._assembler.started:
             self._first_token_known.set()
@@ -223,9 +225,9 @@ class Attempt:
         try:
             return self._assembler.decode(response.first_index, batch)
         except FirstTokenDiffersError as err:
-            # No worker failed: the decode worker holds the prompt's KV and can continue.
+            # No worker is at fault. The decode worker holds the prompt's KV for the next attempt.
             error: BatonError = UnavailableError(
-                f"worker {self._decode_id} continued another answer: {err}",
+                f"worker {self._decode_id} computed another first token: {err}",
                 reason="FIRST_TOKEN_DIFFERS",
                 retry_after_s=RETRY_AFTER_S,
             )
@@ -237,8 +239,8 @@ class Attempt:
     def _on_failure(self, event: _Failed) -> tuple[TokenBatch, ...]:
         self._failed_ids.add(event.worker.id)
         if event.worker is self._prefill and self._decode is not None and self._assembler.started:
-            # The decode worker has the KV, or recomputes it by itself.
-            logger.warning("%s: prefill failed late: %s", self._name, event.error.message)
+            # If the decode worker does not have the KV, it recomputes the prompt by itself.
+            logger.warning("%s: prefill failed after token 0: %s", self._name, event.error.message)
             return ()
         raise AttemptFailedError(event.error, event.worker)
 

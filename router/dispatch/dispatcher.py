@@ -1,8 +1,8 @@
 """Runs a request on the workers: attempts, failover, and the release of unused KV.
 
-Every attempt sends the prompt, the tokens so far, and where the one ends and the other begins. So a
-first try, a retry and a failover are the same operation. docs/failure.md says which results are
-exactly the same as without a failure.
+Every attempt sends the prompt, the tokens so far, and the number of these tokens. So a first try, a
+retry and a failover are the same operation. docs/failure.md says which results are exactly the same
+as without a failure.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class DispatchSettings:
     retries: RetryLimits
     buffer_responses: int
     release_timeout_s: float
-    max_releases: int  # in progress at a time; the prefill worker's own timeout covers the rest
+    # Releases in progress at a time. Further releases are dropped: the prefill worker frees the KV
+    # after its own timeout.
+    max_releases: int
 
 
 @dataclass(slots=True)
@@ -93,7 +95,7 @@ class Progress:
         return self.request.sampling.max_tokens - len(self.token_ids)
 
     def sampling(self) -> inference_pb2.SamplingParams:
-        """The sampling parameters of the next attempt, for what is still to come."""
+        """The sampling parameters of the next attempt, for the tokens that are still to come."""
         sampling = inference_pb2.SamplingParams()
         sampling.CopyFrom(self.request.sampling)
         sampling.max_tokens = self.remaining_tokens
@@ -105,7 +107,7 @@ class Dispatcher:
     """Runs requests on the workers; shared by all requests.
 
     Args:
-        clock: monotonic time, seconds; ``Progress.deadline_s`` is on it.
+        clock: monotonic time, seconds; the clock of ``Progress.deadline_s``.
     """
 
     def __init__(
@@ -124,10 +126,10 @@ class Dispatcher:
         self.counters = DispatchCounters()
 
     def place(self, request: TokenRequest) -> PlacementPermit | None:
-        """Reserve workers for a new request; None if none has room now.
+        """Reserve workers for a new request; None if a needed pool has no worker with room now.
 
         Raises:
-            UnavailableError: a pool that is needed has no worker at all.
+            UnavailableError: a pool that the request needs has no usable worker.
         """
         facts = self._facts_of(len(request.prompt), request.sampling.max_tokens)
         return self._ledger.place(self._workers.snapshot, replace(facts, may_wait=True))
@@ -144,8 +146,8 @@ class Dispatcher:
         Cancelling this call cancels the work on both workers.
 
         Args:
-            permit: the workers of the first attempt; None chooses the least loaded. The caller
-                closes it as well.
+            permit: the workers of the first attempt. If it is None, the least loaded workers are
+                chosen. The caller must close the permit, even though this call closes it too.
 
         Raises:
             BatonError: the request ended without a finish reason.
@@ -171,11 +173,11 @@ class Dispatcher:
                 if progress.remaining_tokens > 0:
                     facts = self._note_failure(progress, permit.placement, err, retries)
             permit = None
-        # All tokens are there; only the finish reason was lost with the worker.
+        # All tokens are there. Only the finish reason was lost with a worker or a router.
         await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
     async def _place(self, facts: PlacementFacts, retries: Retries) -> PlacementPermit:
-        """Choose workers. Only a request that lost a worker waits for others to come."""
+        """Choose workers. If none is usable, wait, but only after an earlier attempt has failed."""
         while True:
             facts = replace(facts, excluded=retries.excluded(self._clock()))
             try:
@@ -231,7 +233,7 @@ class Dispatcher:
     async def _connect(
         self, stack: contextlib.AsyncExitStack, attempt: Attempt, worker: WorkerRecord | None
     ) -> WorkerClient | None:
-        """Use the channel to a worker for an attempt; None without a worker."""
+        """Use the channel to a worker until ``stack`` closes; None if ``worker`` is None."""
         if worker is None:
             return None
         return await stack.enter_async_context(
@@ -245,7 +247,7 @@ class Dispatcher:
         progress.prefill_id = placement.prefill.id if placement.prefill else ""
         progress.decode_id = placement.decode.id if placement.decode else ""
         sampling = progress.sampling()
-        # A request for one token has no later token that could depend on it.
+        # Without a decode worker, no later token follows that could depend on the first one.
         forwards_first_token = placement.prefill is not None and (
             placement.decode is None or first_token_rule(sampling).forward
         )
@@ -270,10 +272,10 @@ class Dispatcher:
         failed: AttemptFailedError,
         retries: Retries,
     ) -> PlacementFacts:
-        """The facts for the next attempt.
+        """Note that an attempt failed, and return the facts for the next one.
 
-        It may prefill on the decode worker if no prefill worker is left, even if the configuration
-        says never: a slow answer is better than an error.
+        If no prefill worker is left, the decode worker may prefill in the next attempt, even if
+        ``local_prefill`` is "never": a slow answer is better than an error.
 
         Raises:
             BatonError: there is no next attempt.
@@ -323,9 +325,7 @@ class Dispatcher:
         )
         self.counters.first_tokens_forwarded += plan.forwards_first_token
         if placement.prefill is None:
-            logger.warning(
-                "request %s: prefilled by the decode worker", plan.transfer_key.request_id
-            )
+            logger.warning("request %s: the decode worker prefills", plan.transfer_key.request_id)
 
     def _count_end(self, attempt: Attempt) -> None:
         kv = attempt.kv
@@ -354,7 +354,7 @@ class Dispatcher:
 
 
 def _with_retry_hint(error: BatonError) -> BatonError:
-    """Add a retry hint to unavailability: workers come and go, so another try may help."""
+    """Add a retry hint to an UnavailableError: workers come and go, so another try may help."""
     if isinstance(error, UnavailableError) and error.retry_after_s is None:
         error.retry_after_s = RETRY_AFTER_S
     return error

@@ -1,9 +1,9 @@
 """Whether the router may forward the prefill worker's first token at once. Pure.
 
-The decode worker then continues from prompt + token as if both were the prompt. That is wrong if
-sampling must know which tokens are output, or if the decode engine must have produced the token
-itself; then the decode worker recomputes the last prompt token. A seed is no obstacle: its noise is
-a function of the token's position.
+If the router forwards it, the decode worker continues from prompt + token as if both were the
+prompt. This is wrong if sampling must know which tokens are output, or if the decode engine must
+produce the first token itself. In these cases the decode worker recomputes the last prompt position
+and samples the first token. A seed is no obstacle: its noise depends only on the token's position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ class FirstTokenRule:
 
 
 def first_token_rule(sampling: inference_pb2.SamplingParams) -> FirstTokenRule:
-    """The rule for one request. Only the engine can see that the first token ends the request."""
+    """The rule for one request.
+
+    The rule ignores that the first token may end the request, because only the engine can see this.
+    """
     if sampling.presence_penalty or sampling.frequency_penalty:
         return FirstTokenRule(False, "penalties count output tokens, not prompt tokens")
     if sampling.HasField("logprobs"):

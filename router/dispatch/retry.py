@@ -16,8 +16,8 @@ class RetryLimits:
     """From the configuration (``router.max_attempts`` and so on)."""
 
     max_attempts: int
-    timeout_s: float  # from the first failure, without a new token
-    avoid_s: float  # how long to avoid a worker that failed; a dead one has lost its lease by then
+    timeout_s: float  # from the first failure since the latest new token
+    avoid_s: float  # how long to avoid a failed worker; a dead worker has lost its lease by then
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Retries:
 
     limits: RetryLimits
     last: BatonError | None = None
-    _untaken: int = 0  # attempts that no worker accepted; they do not count
+    _untaken: int = 0  # attempts that no worker accepted; max_attempts does not limit them
     _avoided_until_s: dict[WorkerKey, float] = field(default_factory=dict)
     _tokens: int = 0
     _failing_since_s: float | None = None
@@ -45,15 +45,16 @@ class Retries:
         tokens: int,
         now_s: float,
     ) -> None:
-        """Note that the latest of ``attempts`` failed.
+        """Note that an attempt failed.
 
         Args:
-            worker: the worker at fault; None if no worker is.
-            tokens: how many the client has by now.
+            worker: the worker at fault; None if no worker is at fault.
+            attempts: how many attempts were made, including the failed one.
+            tokens: how many tokens the client has by now.
 
         Raises:
-            BatonError: ``error``, after too many attempts that may each have killed a worker, or
-                when no worker could be reached for too long.
+            BatonError: ``error``, if workers have accepted ``max_attempts`` attempts (each may have
+                killed a worker), or if a worker cannot be reached and ``timeout_s`` is over.
         """
         refused = error.reason == WORKER_DRAINING or isinstance(error, CapacityError)
         unreachable = isinstance(error, WorkerUnreachableError)
@@ -74,10 +75,11 @@ class Retries:
         return frozenset(key for key, until_s in self._avoided_until_s.items() if until_s > now_s)
 
     def wait_s(self, now_s: float) -> float:
-        """How long to wait until the next look, when no worker is left.
+        """How long to wait before the next search for workers, when no worker is left.
 
         Raises:
-            BatonError: the last failure, if waiting does not help or the time is up.
+            BatonError: the last failure. It is raised if it is a CapacityError and the client has
+                no token yet, or if ``timeout_s`` would end during the wait.
         """
         assert self.last is not None, "nothing has failed"
         assert self._failing_since_s is not None

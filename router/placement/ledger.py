@@ -19,7 +19,7 @@ from router.placement.policy import (
     tokens_on,
 )
 
-RATE_MEMORY = 0.98  # decay of a prefill worker's rate: about the latest fifty prompts count
+RATE_MEMORY = 0.98  # decay of a prefill worker's rate per prompt: about the latest 50 count
 
 
 class PlacementPermit:
@@ -39,11 +39,11 @@ class PlacementPermit:
             ledger.add(key, tokens)
 
     def prefill_ended(self, done: bool) -> None:
-        """The prefill worker has answered (``done``), or its call has failed. Idempotent."""
+        """Note that the prefill worker has answered (``done``) or failed. Idempotent."""
         self._remove(Pool.PREFILL, done)
 
     def close(self) -> None:
-        """The request no longer runs on its workers. Idempotent."""
+        """Note that the request no longer runs on its workers. Idempotent."""
         self._remove(Pool.PREFILL, False)
         self._remove(Pool.DECODE, False)
 
@@ -96,7 +96,7 @@ class PlacementLedger:
     ) -> PlacementPermit | None:
         """Choose workers and count the request on them.
 
-        Returns None if no worker has room and the request may wait.
+        Returns None if a needed pool has no worker with room and the request may wait.
 
         Raises:
             UnavailableError: a pool that the request needs has no usable worker.
@@ -119,7 +119,7 @@ class PlacementLedger:
         """Count one request less on a worker.
 
         Args:
-            done: the worker has computed the request's tokens.
+            done: whether the worker has computed the request's tokens.
         """
         account = self._accounts[key]
         account.remove(tokens, self._clock(), done=done)
@@ -151,8 +151,8 @@ class _Account:
     def __init__(self, report_snapshots: int) -> None:
         self.requests = 0
         self._tokens = 0
-        # The most (requests, tokens) between each of the latest snapshots and the next. The last
-        # pair covers the time since the latest snapshot.
+        # The peak (requests, tokens) of each interval between two recent snapshots. The last pair
+        # covers the time since the latest snapshot.
         self._peaks = deque([(0, 0)], maxlen=report_snapshots + 1)
         self._done_tokens = 0.0
         self._busy_s = 0.0  # time spent on _done_tokens
@@ -178,7 +178,7 @@ class _Account:
         self._peaks.append((self.requests, self._tokens))
 
     def load(self) -> OwnLoad:
-        # Leave out the last pair: no report contains what was sent since the latest snapshot.
+        # Leave out the last pair: the known reports are from before the time that it covers.
         reported = list(self._peaks)[:-1]
         return OwnLoad(
             self.requests,

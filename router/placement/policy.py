@@ -1,12 +1,14 @@
 """Which workers serve a request. Pure; ``ledger`` applies it.
 
 The least loaded worker of each pool wins. Equally loaded workers take turns, so that over time
-every pair of workers serves. A worker's load is what this router has on it, which is exact, plus
-what the worker reported beyond that, which other routers sent.
+every pair of workers serves. A worker's load has two parts. The first part is what this router has
+put on the worker, which is exact. The second part is the load from other routers: what the worker
+reports beyond the first part.
 
-A new request waits at the router, where deadlines decide the order, until both workers have room: a
-decode worker for all the KV that the request will likely need in the end, and a prefill worker with
-a short backlog. A request that already runs does not wait: it takes the least loaded workers.
+A new request waits at the router, where deadlines decide the order, until both pools have room. A
+decode worker has room if all the KV that the request will likely need fits. A prefill worker has
+room if its backlog is short. A request that already runs does not wait: if no worker has room, it
+takes the least loaded ones.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ LocalPrefill = Literal["never", "fallback", "always"]
 KV_SCARCE_FRACTION = 0.05  # a decode worker with fewer free blocks will soon preempt
 BUSY_REQUESTS = 2  # keep a prefill worker busy: one prompt is computed, the next is already there
 KV_STEPS = 10  # KV use is compared in tenths, so that workers take turns despite small differences
-# A worker whose lease ended in a pause is back after one renewal, within a second. A worker that is
-# starting takes longer, and the client will try again.
+# If a worker was paused and lost its lease, it is back after one renewal, within a second. A worker
+# that is starting takes longer, and the client will try again.
 RETRY_AFTER_S = 1.0
 
 # Reasons of placements; the router counts and logs them.
@@ -43,10 +45,10 @@ class PlacementLimits:
 
 @dataclass(frozen=True, slots=True)
 class OwnLoad:
-    """What this router has on one worker now, and the most it had when the worker reported."""
+    """What this router has on one worker now, and the most it can have had at the latest report."""
 
     requests: int = 0
-    tokens: int = 0  # prefill: prompt tokens to compute; decode: tokens with KV in the end
+    tokens: int = 0  # prefill: prompt tokens to compute; decode: tokens that need KV in the end
     peak_requests: int = 0
     peak_tokens: int = 0
     tokens_per_s: float = 0.0  # prefill rate; 0 if unknown
@@ -64,18 +66,18 @@ class OwnLoad:
 class PlacementState:
     own: Mapping[WorkerKey, OwnLoad] = field(default_factory=dict)
     suspects: Mapping[WorkerKey, float] = field(default_factory=dict)  # avoid until this time
-    turn: int = 0  # decisions so far
+    turn: int = 0  # placements so far
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementFacts:
-    """What placement must know of a request.
+    """What placement must know about a request.
 
     Args:
         prompt_tokens: including the output tokens of earlier attempts.
         growth_tokens: how many of ``max_tokens`` will likely be produced.
-        local_prefill: whether a decode worker may prefill: never, as a fallback when no prefill
-            worker is left, or always.
+        local_prefill: whether the decode worker prefills: never, as a fallback when no prefill
+            worker is usable, or always.
         may_wait: the request can wait until there is room.
         excluded: workers that failed this request before.
         preferred_decode: the decode worker that already holds the prompt's KV.
@@ -95,8 +97,8 @@ class PlacementFacts:
 class Placement:
     """The workers of one attempt.
 
-    ``decode`` is None if the request wants one token only. ``prefill`` is None if the decode worker
-    prefills. ``reason`` is one of the constants above.
+    ``decode`` is None if a prefill worker produces the request's only token. ``prefill`` is None if
+    the decode worker prefills. ``reason`` is one of the constants above.
     """
 
     decode: WorkerRecord | None
@@ -120,7 +122,10 @@ def decide_placement(
     limits: PlacementLimits,
     now_s: float,
 ) -> Placement | NoWorker | None:
-    """Choose the workers for one attempt; None if no worker has room and the request may wait."""
+    """Choose the workers for one attempt.
+
+    Returns None if a needed pool has no worker with room and the request may wait.
+    """
     prefills = _usable(Pool.PREFILL, snapshot, facts, state, now_s)
     decodes = _usable(Pool.DECODE, snapshot, facts, state, now_s)
     if facts.local_prefill == "always":
@@ -166,8 +171,8 @@ def _usable(
         and record.model == facts.model
         and record.key not in facts.excluded
     ]
-    # A suspect failed another request just now. It is a last resort rather than excluded, because
-    # only one connection may have failed.
+    # A suspect recently failed some request. Suspects are used only if no other worker is usable.
+    # They are not excluded, because perhaps only one connection failed.
     trusted = [record for record in usable if state.suspects.get(record.key, 0.0) <= now_s]
     return trusted or usable
 
@@ -206,8 +211,9 @@ def _choose(
 def _turn(pool: Pool, snapshot: tuple[WorkerRecord, ...], turn: int) -> int:
     """The index of the worker that wins among equals.
 
-    Both pools advance with each decision. If their sizes have a common divisor, the same workers
-    would always meet, so the decode pool advances one further after each round.
+    Each placement advances the index of both pools by one. If the pool sizes have a common divisor,
+    this rule alone would always pair the same workers. So after each round of ``lcm(*sizes)``
+    placements, the decode index advances by one more.
     """
     if pool is Pool.PREFILL:
         return turn
@@ -236,14 +242,14 @@ def _has_room(
 
 
 def _prefill_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
-    """Tokens to compute, because they take the time; then requests."""
+    """First the tokens to compute, because they determine the waiting time; then requests."""
     load = record.load
     requests = own.requests_of_all(load.queue_depth + load.running)
     return own.tokens_of_all(load.queued_tokens), requests
 
 
 def _decode_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
-    """Streams, because they share each step; KV room if it is scarce, and as the tie-break."""
+    """First whether KV room is scarce; then streams, because they share each step; then KV use."""
     load = record.load
     streams = own.requests_of_all(load.running + load.queue_depth)
     free_fraction = load.kv_blocks_free / max(load.kv_blocks_total, 1)

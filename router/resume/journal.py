@@ -2,11 +2,12 @@
 
 One write is in progress at a time. The next write carries everything that all requests have
 produced meanwhile (group commit). So a token waits for one or two round trips to the store, however
-many streams run, and the client never has a token that another router could not send again.
+many streams run. Unless the store is slow or fails, another router can send again every token that
+the client has.
 
 If a write takes longer than ``patience_s``, the request stops waiting for its writes until the
-store has caught up. If the store fails, the request continues too, but another router can only
-resume it up to the last token that was written.
+store has caught up. If the store fails, the request continues too, but its later tokens are not
+written. If the client has a token that was not written, no other router can resume the request.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NOT_RESUMABLE = "NOT_RESUMABLE"
 
 @dataclass(frozen=True, slots=True)
 class JournalSettings:
-    lease_s: float  # of the store; the journal renews leases at a third of it
+    lease_s: float  # of an entry in the store; an idle journal renews it every lease_s / 3
     patience_s: float  # how long a batch waits for its write
 
 
@@ -69,7 +70,7 @@ class Entry:
         """Write a batch; return when it is written, or when the store is slow or has failed.
 
         Raises:
-            AlreadyExistsError: another router already served the request when it came here.
+            AlreadyExistsError: another router already served the request when this router got it.
             CancelledError: another router has resumed the request.
         """
         if not self.abandoned:
@@ -130,7 +131,7 @@ class Journal:
     async def resume(
         self, request_id: str
     ) -> AsyncIterator[tuple[Entry, inference_pb2.GenerateRequest, list[TokenBatch]]]:
-        """Take over an entry during the block; also returns its request and batches.
+        """Take over an entry during the block; yields the entry, its request and its batches.
 
         Raises:
             AlreadyExistsError: a router serves the request now; the error has a retry hint.
@@ -157,9 +158,9 @@ class Journal:
         return self._settings.patience_s
 
     def enqueue(self, entry: Entry, change: Change) -> asyncio.Future[None]:
-        """Write a change after all earlier ones.
+        """Queue a change. Changes are written in the order in which they are queued.
 
-        The future is done when the store has answered or failed.
+        The returned future is done when the store has answered or failed.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.append((entry, change, done))
@@ -184,7 +185,8 @@ class Journal:
                     await self._wake.wait()
             except TimeoutError:
                 for entry in self._entries:
-                    # The store may hold an older request's entry under an abandoned entry's id.
+                    # An abandoned entry may be missing in the store, while an older request's entry
+                    # has the same id. The store would answer TAKEN, which ends the request.
                     if not entry.abandoned:
                         self.enqueue(entry, Change(entry.request_id, entry.writer))
             self._wake.clear()

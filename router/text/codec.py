@@ -55,8 +55,8 @@ class TextCodec:
     """Text to token ids, for one model. Owns its threads: call ``close``.
 
     Args:
-        render_chat: turns chat turns into the prompt's text, with its special tokens. Raises
-            ``InvalidArgumentError`` if the template refuses the turns.
+        render_chat: renders a chat as the text of the prompt, including special tokens. Raises
+            ``InvalidArgumentError`` if the model has no template or the template refuses the turns.
         threads: how many prompts are tokenised at a time. One more thread tokenises prompts of
             over ``LONG_CHARS`` characters.
     """
@@ -91,11 +91,11 @@ class TextCodec:
         )
 
     async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
-        """The token ids of the rendered chat, up to where the assistant's turn begins.
+        """The token ids of the rendered chat. The last ones are the header of the assistant's turn.
 
         Raises:
-            InvalidArgumentError: the model's template refuses the turns, or the tokens do not fit
-                into the model's context.
+            InvalidArgumentError: the model has no template, the template refuses the turns, or the
+                tokens do not fit into the model's context.
         """
         # Special tokens are not added, because the template writes them.
         return await self._in_thread(
@@ -113,7 +113,7 @@ class TextCodec:
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
-        # Check before ``ids`` converts all of them into Python ints, which holds the GIL.
+        # Check the length first: ``ids`` converts every id into a Python int and holds the GIL.
         self.model.check_fits(len(encoding))
         return tuple(encoding.ids)
 
@@ -137,12 +137,12 @@ def load_text_codec(
         max_model_len: tokens; None takes the model's own context length.
 
     Raises:
-        ConfigError: the model has no fast tokeniser, or its context length is unknown.
+        ConfigError: no fast tokeniser can be loaded, or the model's context length is unknown.
     """
     from transformers import AutoConfig, AutoTokenizer  # this import takes seconds
 
     name = str(path)
-    # The tokeniser's own threads would divide a batch among them, but each batch here is one text.
+    # The tokeniser's own threads would share the texts of a batch, but each batch has one text.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -152,7 +152,7 @@ def load_text_codec(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise ConfigError(f"model.path: {name} has no fast tokeniser (tokenizer.json)")
-    backend.no_truncation()  # the file may have both switched on, from training
+    backend.no_truncation()  # tokenizer.json may switch on truncation and padding, for training
     backend.no_padding()
     text_config = config.get_text_config()
     context_tokens = max_model_len or getattr(text_config, "max_position_embeddings", None)
@@ -179,7 +179,7 @@ def _template_of(tokenizer: object) -> ChatRenderer:
         try:
             return str(apply_template(messages, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError) as err:
-            # transformers also raises ValueError if it has named templates and no default one.
+            # transformers raises ValueError if the model has named templates but no default one.
             raise InvalidArgumentError(
                 f"chat: the model's template refuses these messages: {err}",
                 reason="INVALID_CHAT",

@@ -1,17 +1,18 @@
 """Turns token ids into text, one token at a time, and never splits a character.
 
 Each step decodes only a window of the latest tokens. The new text is the window's text without the
-part that was returned already. Replacement characters at its end are held back, because they may
-become a character when its other bytes arrive::
+part that was returned already. Replacement characters at the end are held back, because they may
+become a character when the missing bytes arrive::
 
     window   t7 t8 t9 t10 t11      decode ->  " brown f\ufffd"
     returned   " brown"            new    ->         " f"     held -> "\ufffd"
 
 All replacement characters at the end are held, not just one. Decoders with byte fallback (Llama 2,
-Gemma) write one for every byte of an incomplete run, even for bytes whose characters were returned.
+Gemma) write one for every byte of a run of byte tokens until the run is complete, even for bytes
+whose characters were returned already.
 
-A window that has become long is cut at the front, but only if the shorter window decodes to the
-same end. A cut inside a character or inside a run of byte tokens would change the end.
+A window that has become long is cut at the front, but only if the text of the shorter window has
+the same end. A cut inside a character or inside a run of byte tokens would change the end.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # decoders write this for bytes that are not a character, or not yet
 WINDOW_TOKENS = 24  # a longer window is cut
-KEEP_TOKENS = 12  # after a cut
-AGREE_CHARS = 4  # characters before the held ones that must be equal for a cut to be safe
+KEEP_TOKENS = 12  # the window's length after a cut
+AGREE_CHARS = 4  # a cut is safe if this many characters before the held ones stay the same
 
 
 class TokenDecoder(Protocol):
@@ -34,7 +35,7 @@ class TokenDecoder(Protocol):
 class IncrementalDetokenizer:
     """The text of one stream of tokens, without special tokens.
 
-    All returned pieces up to ``flush`` together equal ``decode`` of all tokens.
+    The pieces that ``push`` and ``flush`` return, joined, equal ``decode`` of all tokens.
     """
 
     def __init__(self, decoder: TokenDecoder) -> None:
@@ -55,7 +56,7 @@ class IncrementalDetokenizer:
         return new
 
     def flush(self) -> str:
-        """Return the text held back. Call it after the last token."""
+        """Return the text that is held back. Call it after the last token."""
         rest = self._text(self._window)[self._returned_chars :]
         self._window.clear()
         self._returned_chars = 0
@@ -69,8 +70,8 @@ class IncrementalDetokenizer:
         kept_text = self._text(kept)
         held_chars = len(text) - self._returned_chars
         equal_chars = AGREE_CHARS + held_chars
-        # At least one character more than compared, because the first one may be incomplete or
-        # lack the space before it.
+        # The kept text must be longer than the compared part, because the first kept character may
+        # be incomplete or may lack the space before it.
         if len(kept_text) > equal_chars and kept_text[-equal_chars:] == text[-equal_chars:]:
             self._window = kept
             self._returned_chars = len(kept_text) - held_chars

@@ -1,4 +1,4 @@
-"""Finds stop strings in a stream of text, also across the boundaries of its pieces."""
+"""Finds stop strings in a stream of text, even if a stop string spans several pieces."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Cuts a text before the stop string that is complete first.
+    """Cuts a text before the winning stop string.
 
-    Text that may be the beginning of a stop string is held back. The stop string whose end comes
-    first wins, and of several the longest. So the result depends on the whole text only, not on how
-    it was split into pieces.
+    The stop string that ends first wins. If several end at the same position, the longest wins. So
+    the result depends only on the whole text, not on how the text was split into pieces. Text that
+    may be the beginning of a stop string is held back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -41,12 +41,12 @@ class StopMatcher:
         return text[:cut]
 
     def flush(self) -> str:
-        """Return the text held back. Call it after the last piece."""
+        """Return the text that is held back. Call it after the last piece."""
         held, self._held = self._held, ""
         return held
 
     def _match(self, text: str) -> int | None:
-        """The index at which the winning stop string begins; None without one."""
+        """The index at which the winning stop string begins; None if ``text`` contains none."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = text.find(stop)

@@ -24,7 +24,7 @@ class WorkerClient:
 
     Args:
         connect_timeout_s: a connection attempt that takes longer counts as refused.
-        silence_s: a connection without a sign of life for this long counts as broken.
+        silence_s: a connection on which no data arrives for this long counts as broken.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class WorkerClient:
                 ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
                 *channel_options(max_message_bytes, silence_s),
                 ("grpc.enable_http_proxy", 0),  # no worker is behind a proxy
-                # A new incarnation gets a new connection.
+                # Channels to the same address share no connection: each incarnation has its own.
                 ("grpc.use_local_subchannel_pool", 1),
             ),
         )
@@ -48,10 +48,10 @@ class WorkerClient:
         self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
 
     async def connected(self) -> bool:
-        """Connect unless connected. Returns False if the worker cannot be reached now.
+        """Connect if the channel is not connected. Returns False if the worker is unreachable now.
 
-        Takes at most ``connect_timeout_s``. Begin a call only if this returns True: a failed call
-        does not tell whether the worker got it.
+        Takes at most ``connect_timeout_s``. Begin a call only if this returns True: if a call
+        fails, it is unknown whether the worker received the request.
         """
         while (state := self._channel.get_state(try_to_connect=True)) in (IDLE, CONNECTING):
             await self._channel.wait_for_state_change(state)

@@ -25,7 +25,7 @@ class WorkerList(Protocol):
 class WorkersSettings:
     poll_s: float  # between two reads of the registry
     poll_timeout_s: float  # a read that takes longer counts as failed
-    lost_after_s: float  # one lease; a worker missing from the registry this long may be lost
+    lost_after_s: float  # length of a lease; a worker not in the registry this long may be lost
     connect_timeout_s: float
     max_message_bytes: int
     connection_silence_s: float  # a connection silent for this long counts as broken
@@ -35,16 +35,17 @@ class WorkersSettings:
 class _Connection:
     client: WorkerClient
     users: int = 0
-    # Called while the worker has been missing for lost_after_s or longer.
+    # ``on_lost`` of each user, see ``Workers.connection``.
     watchers: set[Callable[[], None]] = field(default_factory=set)
 
 
 class Workers:
     """Polls the registry, and owns the channels to the workers in it.
 
-    If the registry fails, the last snapshot stays. A restarted store knows no worker until the
-    worker renews its lease, so after a restart missing workers stay in the snapshot for one lease.
-    A channel is closed when its worker has left the registry and nothing uses the channel.
+    If the registry fails, the last snapshot stays. A restarted store does not know a worker until
+    the worker renews its lease. Missing workers therefore stay in the snapshot for one lease after
+    a possible restart. A channel is closed when its worker has left the snapshot and nothing uses
+    the channel.
 
     Args:
         clock: monotonic time, seconds.
@@ -105,7 +106,8 @@ class Workers:
             if not self._registry_failed:
                 logger.warning("registry failed; routing uses the last snapshot: %r", err)
             self._registry_failed = True
-            self._missing_since_s.clear()  # unknown while the registry cannot be read
+            # While the registry cannot be read, it is unknown which workers are missing.
+            self._missing_since_s.clear()
             return
         if self._registry_failed:
             logger.warning("registry works again")
@@ -123,9 +125,9 @@ class Workers:
     ) -> AsyncIterator[WorkerClient]:
         """Use the channel to a worker during the block.
 
-        ``on_lost`` is called at every read of the registry while the worker has been missing from
-        it for ``lost_after_s`` or longer. The worker may hang, or it may only have lost the
-        registry.
+        When the worker has been missing from the registry for ``lost_after_s``, ``on_lost`` is
+        called at each successful read until the worker is back. The worker may be dead or hang, or
+        it may only be unable to reach the registry.
         """
         key = record.key
         connection = self._connections.get(key)

@@ -1,9 +1,9 @@
 """One real cluster for all end-to-end tests: ``baton up`` as a user starts it, with one prefill and
 one decode worker, each with a vLLM engine.
 
-The tests run in any order, except that those marked ``ends_cluster`` run last. A test that changes
-the cluster's workers ends with ``RunningCluster.wait_restored``. Prompts that a test expects to be
-uncached appear in no other test.
+The files run in any order, except that the tests marked ``ends_cluster`` run last. A test that
+changes the cluster's workers ends with ``RunningCluster.wait_restored``. If a test expects a prompt
+to be uncached, no test of another file uses the prompt.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class RunningCluster:
         )
 
     def wait_restored(self) -> None:
-        """Wait until the cluster has one ready and idle worker of each pool, in one process each,
-        as it was started."""
+        """Wait until each pool has exactly one worker, as after the start of the cluster. It must
+        be ready and idle, and no process of another worker may be left."""
 
         def is_restored() -> bool:
             found = sorted((worker["pool"], worker["state"]) for worker in self.workers())
@@ -117,7 +117,7 @@ class RunningCluster:
                 len(self.worker_processes(pool)) == 1 for pool in Pool
             )
 
-        self.wait(is_restored, "the cluster has its first size again", 60)
+        self.wait(is_restored, "the cluster has its initial size again", 60)
         self.wait_idle()
 
     def wait(self, condition: Callable[[], bool], what: str, within_s: float = 30) -> None:
@@ -142,7 +142,8 @@ class Case:
     prompt: list[int]
 
 
-# The prompts that tests/e2e/test_exact.py expects to be uncached. Other tests do not use them.
+# tests/e2e/test_exact.py expects these prompts and those of SHARED_PREFIX to be uncached at first.
+# No other file uses them.
 CASES = [
     Case("one token", random_prompt(1, 1)),
     Case("shorter than a block", random_prompt(50, 2)),
@@ -172,12 +173,12 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run_dir() -> Path:
-    return Path(f"/tmp/baton-e2e-{os.getpid()}")  # Ray's sockets need a short path
+    return Path(f"/tmp/baton-e2e-{os.getpid()}")  # the paths of Ray's sockets must be short
 
 
 @pytest.fixture(scope="session")
 def reference(config_file: Path) -> dict[str, list[int]]:
-    """The tokens that an aggregated vLLM answers, by the name of the case."""
+    """The tokens that an aggregated vLLM generates, by the name of the case."""
     cases = [*CASES, *SHARED_PREFIX, BYSTANDER, AFTER_REPLACEMENT]
     answers = greedy(config_file, [case.prompt for case in cases], MAX_TOKENS)
     return {case.name: answer for case, answer in zip(cases, answers, strict=True)}

@@ -33,7 +33,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], type[baton.BatonError], str]] = [
 
 @pytest.fixture
 def bystander(cluster: RunningCluster, reference: dict[str, list[int]]) -> Iterator[None]:
-    """A request that runs beside each bad one and must end in its usual tokens."""
+    """Run a good request at the same time as a bad one, and check the tokens of the good one."""
     answers: list[baton.Completion] = []
 
     def run() -> None:

@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 
 
 def marked_processes(cluster_id: str) -> list[int]:
-    """Return the processes whose environment names this cluster."""
+    """Return the pids of the processes whose environment names this cluster."""
     mark = f"BATON_CLUSTER_ID={cluster_id}".encode()
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
@@ -25,7 +25,7 @@ def marked_processes(cluster_id: str) -> list[int]:
             if mark in environ.read_bytes().split(b"\0"):
                 found.append(int(environ.parent.name))
         except OSError:
-            continue  # the process has ended or is another user's
+            continue  # the process has ended or belongs to another user
     return found
 
 

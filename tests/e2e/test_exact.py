@@ -1,4 +1,4 @@
-"""The cluster answers with an aggregated engine's tokens and computes each prompt once.
+"""The cluster gives the same tokens as an aggregated engine. D does not recompute the prompt.
 
 Below, P and D are the prefill and the decode worker.
 """
@@ -35,13 +35,13 @@ def block_bytes(config_file: Path) -> int:
     model = resolve_model(load_config(config_file).model, lambda _: None)
     shape = json.loads((Path(model.path) / "config.json").read_text())
     values = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    return int(values * BLOCK_TOKENS * 4)  # K and V, float32
+    return int(values * BLOCK_TOKENS * 4)  # 2: K and V; 4: bytes of a float32
 
 
 def check_disaggregated(
     answer: baton.Completion, prompt: list[int], block_bytes: int
 ) -> baton.KvReport:
-    """Check that P computed the prompt and that D received what it had not cached."""
+    """Check that P computed the prompt, and that D received the KV that D had not cached."""
     phases = answer.phases
     kv = phases.kv
     assert kv is not None
@@ -85,7 +85,7 @@ def test_repeated_with_prefix_hits_on_both_sides(
 
 def test_prefix_hit_on_prefill_only(cluster: RunningCluster, block_bytes: int) -> None:
     prompt = random_prompt(400, 50)
-    first = complete(cluster, prompt, max_tokens=1)  # P alone answers with one token
+    first = complete(cluster, prompt, max_tokens=1)  # for one token, P answers alone
     assert first.phases.decode_worker == ""
     answer = complete(cluster, prompt)
     kv = check_disaggregated(answer, prompt, block_bytes)

@@ -1,4 +1,4 @@
-"""Without a prefill worker, requests get UNAVAILABLE with a retry hint until Serve replaces it."""
+"""Without a prefill worker, requests get UNAVAILABLE with a retry hint until Serve starts one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_prefill_worker_alive(cluster: RunningCluster, reference: dict[str, l
                 refusals.append(error)
         return bool(refusals)
 
-    cluster.wait(is_refused, "the router has noticed", 15)
+    cluster.wait(is_refused, "the router has noticed the loss", 15)
     assert refusals[0].retry_after_s
     assert "prefill" in str(refusals[0])
 

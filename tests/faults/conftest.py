@@ -1,4 +1,4 @@
-"""The order of the fault tests that share a cluster. Each module has a cluster of its own."""
+"""The order of the fault tests that share a cluster. Only tests of one module share a cluster."""
 
 from __future__ import annotations
 

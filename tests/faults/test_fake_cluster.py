@@ -52,9 +52,9 @@ from tests.support.word_model import write_word_model
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 # max_attempts: with a fault every few seconds, one request may lose more workers than the default
-# allows, after which the router blames the request.
-# journal_patience_s: a machine that starts workers writes to the journal slowly, and a stream can
-# be resumed only from what was written.
+# allows. The router then ends the request with an error.
+# journal_patience_s: while workers start, writes to the journal are slow. With the default, a
+# client may get a token before it is written. No other router can then resume the stream.
 CONFIG = """\
 model: {{path: {model}}}
 router: {{port: 0, max_attempts: 20, journal_patience_s: 1}}
@@ -131,7 +131,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
         try:
             check(outcome)
         except AssertionError as error:
-            if outcome.responses:  # these carry the request's id
+            if outcome.responses:  # a response carries the request's id
                 error.add_note("\n".join(cluster.router_log_lines(outcome.responses[0].request_id)))
             raise
     attempts = [outcome.attempts for outcome in load.outcomes if not outcome.given_up]
@@ -143,7 +143,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
 
 
 def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
-    """Each of these faults waits for a victim that an earlier one has just killed or stopped."""
+    """If an earlier fault has just killed or stopped the victim, a fault waits until it is up."""
     for fault in (
         *(KillStore(), StopStore(), KillStore(), JumpClock()),
         *(KillController(), KillController()),

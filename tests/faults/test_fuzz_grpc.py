@@ -1,7 +1,8 @@
 """Hostile clients of the gRPC servers of the router and of the workers.
 
 Their calls end in a status that says whose fault the error is. Meanwhile, the streams of other
-clients get exactly their tokens. Afterwards nothing is held or open, and the log has no traceback.
+clients get exactly their tokens. Afterwards no request runs, no KV block is held, no new file is
+open, and the log has no traceback.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ CONNECTIONS = 150
 CALLS = 400
 PARALLEL_CALLS = 8
 PROMPT = (5, 6, 7)
-LONG_TOKENS = 400  # of the stream that runs during the attack
+LONG_TOKENS = 400  # length of the stream that runs during the attack
 MAX_LOG_LINES = 10
 CONTEXT_TOKENS = 512
 MAX_MESSAGE_BYTES = 2**20
@@ -82,9 +83,9 @@ class Server:
     port: int
     check_stream: Callable[[], Awaitable[None]]  # runs a short stream and checks its tokens
     open_stream: Callable[[], Any]  # starts a stream of LONG_TOKENS
-    tokens_of: Callable[[list[Any]], list[int]]  # of a stream's responses
-    expected: list[int]  # tokens of ``open_stream``
-    methods: dict[str, type[Message]]  # type of the request, by the method's full name
+    tokens_of: Callable[[list[Any]], list[int]]  # returns the tokens of a stream's responses
+    expected: list[int]  # tokens of the stream that ``open_stream`` starts
+    methods: dict[str, type[Message]]  # request type by the method's full name
     wait_idle: Callable[[], Awaitable[None]]
     codes: Counter[Code] = field(default_factory=Counter)
 
@@ -134,7 +135,7 @@ async def router() -> AsyncIterator[Server]:
 
 @contextlib.asynccontextmanager
 async def worker() -> AsyncIterator[Server]:
-    """A server with both worker services, as ``WorkerReplica`` starts it."""
+    """The server of a ``WorkerReplica``, with the services of both pools."""
     config = Config.model_validate(
         {
             "model": {"max_model_len": CONTEXT_TOKENS},
@@ -214,7 +215,7 @@ def _methods(services: Iterable[Any]) -> dict[str, type[Message]]:
 async def undisturbed(
     server: Server, caplog: pytest.LogCaptureFixture, *, ignored_logger: str = ""
 ) -> AsyncIterator[None]:
-    """Check that other clients are served during the block and that it leaves nothing behind.
+    """Check that the block does not disturb other clients and leaves nothing behind.
 
     Args:
         ignored_logger: name of a logger that may log tracebacks.
@@ -253,7 +254,7 @@ async def undisturbed(
 
 
 async def _open_lasting_files(server: Server) -> None:
-    """Make gRPC open the files that it opens once and keeps."""
+    """Make gRPC open the files that it opens once and never closes."""
     async with grpc.aio.insecure_channel(server.target) as channel:
         await _call_hostile(server, channel, "/x/y", b"", allowed={Code.UNIMPLEMENTED})
 
@@ -263,12 +264,12 @@ async def _call_hostile(
     allowed: Iterable[Code] = (), timeout_s: float = WITHIN_S, metadata: Any = None,
     cancel_early: bool = False,
 ) -> None:  # fmt: skip
-    """Call ``method`` and check that the status is an expected one. It must carry our detail unless
-    gRPC itself answered."""
+    """Call ``method`` and check that the status is an expected one. An error must carry our detail
+    unless gRPC itself may have caused it."""
     unary_stream: Any = channel.unary_stream(method)  # sends and returns bytes
     call = unary_stream(request, timeout=timeout_s, metadata=metadata)
     code, error = Code.OK, None
-    # gRPC itself refuses other calls, or answers them for a service of its own.
+    # gRPC itself may refuse the other calls, or its health service answers them.
     ours = method in server.methods and len(request) <= MAX_MESSAGE_BYTES and not metadata
     try:
         async for _ in call:
@@ -317,7 +318,7 @@ async def test_bytes_that_are_not_grpc(name: str, caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("name", SERVERS)
 async def test_a_path_that_is_not_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """grpcio itself ends and logs such a call. From version 1.84 on, it would end the server."""
+    """grpcio before 1.84, which we require, ends and logs such a call. 1.84 ends the server."""
     rng = dice(f"path {name}")
     async with (
         SERVERS[name]() as server,
@@ -348,7 +349,7 @@ async def test_calls_with_random_messages_methods_and_metadata(
                 await _call_hostile(server, channel, method, request, allowed={Code.UNIMPLEMENTED})
             case "health":
                 method = rng.choice([f"/{HEALTH}/Check", f"/{HEALTH}/Watch"])
-                # Watch of a service with any name runs until the deadline.
+                # A Watch call runs until its deadline, whatever service it names.
                 await _call_hostile(server, channel, method, request, timeout_s=0.2)
             case "size":
                 await _call_hostile(server, channel, rng.choice(ours), bytes(MAX_MESSAGE_BYTES + 1))
@@ -374,7 +375,7 @@ def _prompt_of(message: Any) -> Any:
 
 
 def _plausible(kind: type[Message], rng: random.Random) -> Message:
-    """Return a request that the server would serve."""
+    """Return a random request of type ``kind`` that the server accepts."""
     message = kind()
     names = message.DESCRIPTOR.fields_by_name
     if "key" in names:
@@ -400,7 +401,7 @@ async def test_requests_with_hostile_fields(name: str, caplog: pytest.LogCapture
         await _call_hostile(server, channel, method, request, cancel_early=rng.random() < 0.2)
 
     async def huge(server: Server, channel: grpc.aio.Channel) -> None:
-        """Fill one field until the message is nearly as large as allowed."""
+        """Send each method that takes token ids a request that is nearly as large as allowed."""
         for method, kind in server.methods.items():
             message = _plausible(kind, rng)
             if "token_ids" in message.DESCRIPTOR.fields_by_name:

@@ -1,7 +1,8 @@
-"""Strangers at all ports of the KV stream: control channels, stores, gloo, rank reports.
+"""Strangers and defective peers at all ports of the KV stream.
 
-For all that they send: transfers of others arrive unchanged, strangers are dropped with a few lines
-in the log, and no block, thread or file is kept for them.
+The ports are control channels, stores, gloo and rank reports. Whatever strangers send, transfers of
+others arrive unchanged. Strangers are dropped with a few lines in the log, and no block, thread or
+file is kept for them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tests.support.waiting import wait_until
 MIN_TRANSFERS = 10  # during a storm
 FRAMES = 600
 CONNECTIONS = 120
-WRONG_MESSAGES = 40  # of a prefill worker
+WRONG_MESSAGES = 40  # from a defective prefill worker
 MAX_LOG_LINES = 30
 HOST = "127.0.0.1"
 
@@ -57,7 +58,7 @@ class GoodPair:
         self._transfer_ids = (
             f"{decode.client.options.incarnation}-{n}#1" for n in itertools.count()
         )
-        self.transfer_id = ""  # of the newest
+        self.transfer_id = ""  # of the newest transfer
 
     def transfer(self) -> None:
         transfer_id = self.transfer_id = next(self._transfer_ids)
@@ -106,7 +107,7 @@ def _assert_few_lines(caplog: pytest.LogCaptureFixture, max_lines: int = MAX_LOG
 
 
 def storm(attack: Callable[[], None], pair: GoodPair) -> None:
-    """Run ``attack`` in its own thread, and correct transfers meanwhile."""
+    """Run ``attack`` in a thread of its own while correct transfers run."""
     with ThreadPoolExecutor(1, "storm") as pool:
         storm = pool.submit(attack)
         count = 0
@@ -158,7 +159,7 @@ def frames_of_noise(rng: random.Random) -> bytes:
 
 
 def store_query(rng: random.Random) -> bytes:
-    """A TCPStore's magic number, perhaps, and a query whose contents are wrong."""
+    """Return a wrong query for a TCPStore. The store's magic number comes first or is missing."""
     magic = rng.choice([b"\x00" + (0x3C85F7CE).to_bytes(4, "little"), b""])
     size = rng.choice([0, 5, 2**31, 2**63, 2**64 - 1])
     return magic + bytes([rng.randrange(32)]) + size.to_bytes(8, "little") + rng.randbytes(64)
@@ -180,7 +181,7 @@ def test_bytes_on_the_control_channel(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_bytes_on_the_store_and_on_gloo(caplog: pytest.LogCaptureFixture) -> None:
-    """Another pair can be made while strangers are connected; closing a pair drops them."""
+    """A new pair can be made while strangers are connected. Closing a pair disconnects them."""
     rng = dice("store")
     with stream() as (prefill, decode):
         GoodPair(prefill, decode, rng).transfer()  # torch opens some files once and keeps them
@@ -197,7 +198,7 @@ def _store_and_gloo(rng: random.Random) -> None:
         pair.transfer()
         store = decode.client.store.port
         ports = sorted(_listening() - {port_of(prefill.server.address)})
-        assert len(ports) >= 4, "two stores, and gloo on either side"
+        assert len(ports) >= 4, "two stores, and gloo on both sides of the pair"
         crowds = {port: Strangers(HOST, port, random.Random(rng.random())) for port in ports}
 
         def attack() -> None:
@@ -245,7 +246,11 @@ def hostile_value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def hostile_message(rng: random.Random, known: dict[str, Any]) -> bytes:
-    """Return one of our messages with some wrong fields; ``known`` are meaningful values."""
+    """Return one of our messages with some fields wrong or missing.
+
+    Args:
+        known: by field name, values that mean something to the receiver.
+    """
     fields = msgspec.to_builtins(rng.choice(MESSAGES))
     for name in list(fields):
         match rng.choice(["as it is", "as it is", "known", "hostile", "away"]):
@@ -268,7 +273,10 @@ def dealer(address: str) -> Iterator[zmq.Socket[bytes]]:
 
 
 def heard_all(socket: zmq.Socket[bytes]) -> None:
-    """Wait until all messages of this connection are handled: a PING without a pair is refused."""
+    """Send a PING and wait for an answer, so that the server handles this connection's messages.
+
+    The server refuses the PING, because this connection has no pair.
+    """
     while socket.poll(0):
         socket.recv_multipart()
     socket.send(wire.encode(wire.Ping()))
@@ -276,7 +284,7 @@ def heard_all(socket: zmq.Socket[bytes]) -> None:
 
 
 def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
-    """Without the token all messages are ignored, even if the rest of them is right."""
+    """Without the token a message has no effect, even if its other fields are right."""
     rng = dice("strangers")
     with good_pair(rng, caplog) as pair:
 
@@ -354,7 +362,7 @@ WRONG_HELLOS: dict[str, dict[str, Any]] = {
 
 
 def test_peers_with_a_wrong_hello(caplog: pytest.LogCaptureFixture) -> None:
-    """They are refused or ignored; none becomes a peer."""
+    """A wrong HELLO is refused or ignored, and its sender does not become a peer."""
     rng = dice("hello")
     with good_pair(rng, caplog) as pair:
 
@@ -372,7 +380,7 @@ def test_peers_with_a_wrong_hello(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_peer_at_anothers_transfer(caplog: pytest.LogCaptureFixture) -> None:
-    """Even with the token, no decode worker takes or ends the transfer of another."""
+    """Even with the token, no decode worker takes or ends a transfer of another decode worker."""
     rng = dice("peer")
     with good_pair(rng, caplog) as pair, Stranger(pair.prefill.server.address) as stranger:
         prefill, decode, tokens = pair.prefill, pair.decode, 5 * BLOCK_TOKENS
@@ -390,12 +398,14 @@ def test_a_peer_at_anothers_transfer(caplog: pytest.LogCaptureFixture) -> None:
 
         source, target = list(range(5)), list(range(10, 15))
         decode.reserve(prefill, "mine#1", target, 0, tokens)
-        wait_until(lambda: "mine#1" in prefill.server.transfers.waiting, what="it is reserved")
+        wait_until(
+            lambda: "mine#1" in prefill.server.transfers.waiting, what="the transfer is reserved"
+        )
         meddle()
         prefill.server.begin_step([chunk_of("mine#1", tuple(source), 0, tokens, tokens)])
         meddle()
         stranger.send(wire.Bye())
-        stranger.send(wire.Cancel("mine#1"))  # as if it had crossed the answer
+        stranger.send(wire.Cancel("mine#1"))  # as if it had crossed the answer to BYE
         stranger.hello()
         wait_until(lambda: isinstance(stranger.receive(), wire.Welcome), what="all was handled")
         prefill.server.end_step()
@@ -435,7 +445,7 @@ def to_decode(rng: random.Random, transfer_id: str) -> wire.ToDecode:
 
 
 def test_a_prefill_worker_that_sends_wrong_messages(caplog: pytest.LogCaptureFixture) -> None:
-    """It costs only its own transfers, and only their blocks."""
+    """Only this worker's transfers may fail. Only the blocks reserved for them may be written."""
     rng = dice("defective prefill")
     with good_pair(rng, caplog, max_lines=3 * WRONG_MESSAGES, peer_lease_s=1.5) as pair:
         _run_defective_prefill(pair, rng)
@@ -452,7 +462,8 @@ def _run_defective_prefill(pair: GoodPair, rng: random.Random) -> None:
             kept = [layer.clone() for layer in decode.caches]
             decode.reserve(defective, transfer_id, target, 0, tokens, incarnation="p2")
             wait_until(
-                lambda: any(peer.up for peer in [*server.transfers.peers.values()]), what="it is up"
+                lambda: any(peer.up for peer in [*server.transfers.peers.values()]),
+                what="the pair is up",
             )
             with server.transfers.lock:
                 for peer in server.transfers.peers.values():
@@ -490,7 +501,7 @@ def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_reports_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
-    """A report of a fault replaces the whole worker, so strangers must not send one."""
+    """A reported fault replaces the whole worker, so reports of strangers must be dropped."""
     rng = dice("reports")
     reports = RankReports(HOST, OPTIONS.token)
     strangers = Strangers(HOST, port_of(reports.endpoint), rng)

@@ -1,4 +1,4 @@
-"""Under overload the cluster still completes requests at its peak rate, in virtual time.
+"""In virtual time: an overloaded cluster still completes requests at about its peak rate.
 
 ``bench.overload`` measures the same with real processes.
 """
@@ -32,7 +32,9 @@ PEAK_S = 20.0  # how long the peak rate is measured
 OVERLOAD_FACTOR = 10  # offered rate divided by the peak rate
 OVERLOAD_S = 20.0
 AFTER_S = 10.0
-RECOVERY_S = 2.0  # time to recover; afterwards TTFT may be twice the slowest before
+# Time to recover after the overload. From then on, each TTFT is at most twice the longest one
+# before the overload.
+RECOVERY_S = 2.0
 
 
 @dataclass
@@ -94,7 +96,10 @@ def ended_well(clients: list[SimClient]) -> list[SimClient]:
 
 
 def check_each(clients: list[SimClient]) -> None:
-    """Check that each request ended once, by its deadline: with all its tokens or refused."""
+    """Check that each request ended once and by its deadline.
+
+    It ended with all its tokens, or it was refused or ran out of time.
+    """
     for client in clients:
         ((code, reason),) = client.statuses
         assert client.ended_s <= client.deadline_s + 0.001
@@ -139,7 +144,8 @@ def test_overload_costs_no_goodput(
             check_each(run.clients)
             assert ended_well(after) == after
             assert max(ttft_s(each) for each in after) <= 2 * slowest_s
-            # Admission counts the KV blocks that a request will need, so none waits for them.
+            # Placement counts the KV blocks that a request will need, so no request waits for
+            # blocks in the decode engine.
             assert run.most_queued == 0
         check_empty(run.prefill)
         check_empty(run.decode)
@@ -148,7 +154,7 @@ def test_overload_costs_no_goodput(
 
 
 def test_a_slower_worker_still_serves_its_peak_rate_in_time() -> None:
-    """At first every request misses its deadline, so none tells the router of the change."""
+    """At first every request misses its deadline. The router must still learn the new speed."""
 
     async def run() -> None:
         limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, 30)})

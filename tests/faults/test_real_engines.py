@@ -1,6 +1,7 @@
 """Faults in a cluster with real engines, during streams whose tokens are known.
 
-The tests share one cluster. Each restores it, except for the one marked ``ends_cluster``.
+The tests share one cluster. Each waits at its end until the cluster has recovered, except for the
+one marked ``ends_cluster``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from tests.support.stream_load import (
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 # dtype: in bfloat16, batching alone changes the last bits and sometimes a token.
-# enable_prefix_caching: without a cache, a repeated prompt costs the prefill worker as much again.
+# enable_prefix_caching: if it is off, the prefill worker computes a repeated prompt again in full.
 # journal_patience_s: engines that use all cores delay writes to the journal, and a stream can be
 # resumed only from what was written.
 CONFIG = """\
@@ -84,7 +85,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveCluster]:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the undisturbed cluster answers and has open."""
+    """The answers and the open files of the undisturbed cluster."""
 
     answers: Mapping[PlannedRequest, Sequence[int]]  # token ids
     files: Counter[str]  # open files of the idle cluster, by process
@@ -136,7 +137,8 @@ def sorted_attempts(outcomes: Sequence[Outcome]) -> list[int]:
 @pytest.mark.parametrize(
     "faults",
     [
-        # KillController is first, so that the new controller replaces the workers that die below.
+        # KillController is first, so the new controller replaces the workers that die in the
+        # tests below.
         (KillController(), KillStore(), StopStore()),
         (StallWorker(Pool.DECODE),),
         (JumpClock(), SilenceWorker(Pool.DECODE, 1.0), SilenceWorker(Pool.PREFILL, 1.0)),
@@ -174,7 +176,7 @@ def test_streams_do_not_notice(
 def test_streams_move_to_another_decode_worker_and_prompts_wait(
     cluster: LiveCluster, reference: Reference, decode_fault: Fault, prefill_fault: Fault | None
 ) -> None:
-    """The prefill worker fails while the decode worker is still being replaced."""
+    """``prefill_fault`` strikes without a wait for the decode worker to be replaced."""
     with Load(cluster.state.address, each_alone(STREAMS)) as load:
         load.wait_for_tokens(20)
         decode_fault.strike(cluster)
@@ -188,7 +190,10 @@ def test_streams_move_to_another_decode_worker_and_prompts_wait(
 
 
 def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> None:
-    """Prompts that the only prefill worker has begun wait for the next one."""
+    """Strike the only prefill worker while it computes prompts.
+
+    Check that their requests end well, at least one after a retry. Running streams must not notice.
+    """
     with Load(cluster.state.address, each_alone(STREAMS[:2])) as streams:
         streams.wait_for_tokens(5)
         with Load(cluster.state.address, each_alone(LONG_PROMPTS)) as prompts:
@@ -205,7 +210,7 @@ def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> Non
 def test_a_hung_prefill_engine_is_found_and_replaced(
     cluster: LiveCluster, reference: Reference
 ) -> None:
-    """Meanwhile, a decode worker that waits for KV gives up and computes the prompt itself."""
+    """Meanwhile, a decode worker that waits for KV may give up and compute the prompt itself."""
     (hung,) = cluster.workers(Pool.PREFILL)
     StopEngine(Pool.PREFILL).strike(cluster)
     check(run(cluster, STREAMS), reference)

@@ -1,8 +1,10 @@
 """Thousands of schedules of the router's dispatch, in virtual time.
 
-Each seed makes a cluster, a load and a series of faults. A request that its client does not cancel
-and whose deadline is far ends in exactly the tokens of an undisturbed run. Every other request ends
-exactly once, in time and with a status. After the faults, no KV block, call or task is left.
+Each seed makes a cluster, a load and some faults. If the client does not cancel a request and its
+deadline is far, the request ends in exactly the tokens of an undisturbed run. The exception is a
+request that cannot be resumed after a fault of the store. Every other request ends once, in time
+and with a status, unless its client gives up between two calls. After the faults, no KV block is in
+use and no call or task is left.
 
 ``BATON_SCHEDULE_SEED=n`` runs one seed alone.
 """
@@ -35,7 +37,7 @@ from tests.support.virtual_time import elapse, run_virtually
 
 OK, CANCELLED = grpc.StatusCode.OK, grpc.StatusCode.CANCELLED
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
-# Refusals before the router did anything for the request. The client sends it again.
+# Refusals before the router does anything for the request. The client sends the request again.
 REFUSALS = {
     *("NO_PREFILL_WORKER", "NO_DECODE_WORKER", "QUEUE_FULL", "QUEUE_TIMEOUT", "OVERLOADED"),
     # The request may still count as running at its former router, or the store is away.
@@ -125,7 +127,7 @@ class SlowLink:
 
 @dataclass(frozen=True)
 class Drain:
-    """One worker drains. Another one has joined before."""
+    """Another worker joins. Then one worker drains."""
 
     pool: Pool
     grace_s: float
@@ -162,7 +164,7 @@ class StoreSlow:
 
 @dataclass(frozen=True)
 class RegistryEmptied:
-    """Redis restarts and has lost all leases."""
+    """Redis restarts and has lost all leases and the journal."""
 
     async def strike(self, cluster: SimCluster) -> None:
         for name in cluster.workers:
@@ -216,8 +218,10 @@ def random_client(cluster: SimCluster, number: int) -> SimClient:
 
 
 async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) -> None:
-    """Call as an application does: again after a refusal or the router's death, and cancel after
-    ``patience_s``."""
+    """Call as an application does.
+
+    It calls again after a refusal or the router's death. It cancels after ``patience_s``.
+    """
     calling: asyncio.Task[None] | None = None
     try:
         async with asyncio.timeout(patience_s):
@@ -241,7 +245,7 @@ def should_call_again(client: SimClient) -> bool:
         client.resumes = True
         return True
     if reason == NOT_RESUMABLE and not client.responses:
-        client.resumes = False  # the router died before it had written to the journal
+        client.resumes = False  # the journal does not have the request
         return True
     return reason in REFUSALS and code is not LATE and reason != WOULD_BE_LATE
 
@@ -277,7 +281,7 @@ def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None
 
 
 def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[object]]) -> None:
-    """Check that no worker, router or task still works on a request."""
+    """Check that all KV blocks are free, and no worker, router or task works on a request."""
     for worker in cluster.workers.values():
         assert not worker.calls, worker.record.id
         if worker.alive:
@@ -347,7 +351,7 @@ def seeds() -> list[range]:
 
 
 def run_seeds(chunk: range) -> None:
-    """Run some schedules; what a destructor raises fails them, too."""
+    """Run the schedules of ``chunk``. An exception in a destructor is a failure, too."""
     unraisable: list[str] = []
     hook = sys.unraisablehook
     sys.unraisablehook = lambda failure: unraisable.append(repr(failure))

@@ -1,7 +1,7 @@
-"""One cluster with fake engines for all integration tests that need one.
+"""One cluster with fake engines for all integration tests that use the fixture ``cluster``.
 
-Its tests run in any order, except that the one marked ``ends_cluster`` runs last. A test that needs
-a certain number of workers asks for ``one_of_each`` or ``two_of_each``.
+These tests run in any order, except that the one marked ``ends_cluster`` runs last. A test that
+needs a certain number of workers uses ``one_of_each`` or ``two_of_each``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the connector assumes about vLLM's scheduler, checked on vLLM's scheduler itself.
 
-An upgrade of vLLM that breaks an assumption would corrupt KV, leak blocks or hang. It must fail
-here.
+If an upgrade of vLLM breaks an assumption, KV is corrupted, blocks leak or requests hang. In
+that case these tests must fail.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_chunks_cover_the_prompt_once_and_in_order(bench: Make) -> None:
 
 
 def test_a_prefix_may_be_hit_in_the_very_step_that_computes_it(bench: Make) -> None:
-    """vLLM hashes a block when it allocates it. Before that step's layers it holds no KV."""
+    """vLLM hashes a block when it allocates the block, before a layer has written KV into it."""
     prefill = bench("kv_producer")
     prefill.add("a", prompt(100), "send", max_tokens=1)
     prefill.add("b", [*prompt(96), 7, 7, 7], "send", max_tokens=1)
@@ -66,7 +66,7 @@ def test_sent_blocks_stay_until_a_rank_releases_them(bench: Make) -> None:
     assert prefill.step().tokens == {"r": [SAMPLED]}
     assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
     assert prefill.blocks_used == 3
-    assert prefill.scheduler.has_requests(), "without steps, the ranks are not asked again"
+    assert prefill.scheduler.has_requests(), "ranks report only if vLLM takes another step"
     step = prefill.step()
     assert step.plan.sampled == [("r#1", SAMPLED)]
     assert prefill.blocks_used == 3
@@ -131,7 +131,7 @@ def test_decode_computes_one_token_after_the_transfer(bench: Make) -> None:
     assert (reservation.token_start, reservation.token_end) == (0, 40)
     assert len(reservation.block_ids) == 3
     assert reservation.addresses == ("tcp://127.0.0.1:1",)
-    assert decode.scheduler.has_requests(), "without steps, the ranks are not asked again"
+    assert decode.scheduler.has_requests(), "ranks report only if vLLM takes another step"
 
     decode.step(received=[result_of(first)])
     second = decode.step()
@@ -143,7 +143,7 @@ def test_decode_computes_one_token_after_the_transfer(bench: Make) -> None:
     decode.step()
     assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
     assert list(request.all_token_ids)[40:] == [99, SAMPLED, SAMPLED, SAMPLED], (
-        "4 including P's first token"
+        "4 tokens, including P's first token"
     )
     decode.step()
     assert decode.blocks_used == 0
@@ -192,7 +192,7 @@ def test_blocks_of_an_aborted_receive_stay_until_it_has_ended(bench: Make, compl
     decode.add("r", prompt(40), "receive")
     first = decode.step()
     decode.abort("r")
-    assert decode.blocks_used == 3, "they may still be written"
+    assert decode.blocks_used == 3, "the transfer may still write them"
     assert decode.step().plan.cancelled == [("r#1", ("tcp://127.0.0.1:1",), "p1")]
     assert decode.blocks_used == 3
     decode.step(received=[result_of(first, complete=complete)])
@@ -213,7 +213,7 @@ def test_an_abort_between_the_transfer_and_the_first_step(bench: Make) -> None:
 
 
 def test_an_abort_before_blocks_are_free_cancels_at_prefill(bench: Make) -> None:
-    """V#41269: prefill would hold KV for a request that decode never began."""
+    """V#41269: without the CANCEL, prefill would hold KV that no decode worker fetches."""
     decode = bench("kv_consumer")
     decode.add("r", prompt(40), "receive")
     decode.abort("r")

@@ -1,4 +1,4 @@
-"""KV arrives as vLLM's CPU kernels would have written it, for each order of a block."""
+"""Received blocks are as vLLM's CPU kernels would have written them, for each element order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Rank:
         self.kv_caches = KvCaches(self.layers, positions)
 
     def compute(self, kv: torch.Tensor, start: int = 0) -> None:
-        """Write tokens from ``start`` on; ``kv`` is ``[layers, tokens, heads, K and V]``."""
+        """Write KV from token ``start`` on. ``kv`` is ``[layers, tokens, heads, K and V]``."""
         own = self.geometry
         token = torch.arange(start, kv.shape[1])
         block = torch.tensor(self.blocks)[token // own.block_tokens]
@@ -75,7 +75,7 @@ def ranks(isa: str, dtype: str, block_tokens: int, tp: int) -> list[Rank]:
 
 
 def send(source: Rank, target: Rank, start: int) -> None:
-    """Copy tokens from ``start`` on, in messages of a few units."""
+    """Copy KV from token ``start`` on, in messages of a few units."""
     plan = plan_pair(source.geometry, target.geometry)
     views = [rank.kv_caches.view(plan, rank.geometry.heads) for rank in (source, target)]
     block_range = LayerBlockRange(0, LAYERS, start // plan.unit_tokens, plan.units_of(TOKENS))
@@ -101,13 +101,13 @@ def test_caches_are_as_if_the_kernel_had_written_them(
     prefill_isa: str, decode_isa: str, dtype: str, prefill_tokens: int, decode_tokens: int,
     tp: tuple[int, int],
 ) -> None:  # fmt: skip
-    """A wrong element spoils one token's attention key; a test of the text may never notice."""
+    """A wrong element may spoil only one token's key. A test of generated text may not notice."""
     prefill = ranks(prefill_isa, dtype, prefill_tokens, tp[0])
     decode = ranks(decode_isa, dtype, decode_tokens, tp[1])
     expected = ranks(decode_isa, dtype, decode_tokens, tp[1])
     shape = LAYERS, TOKENS, HEADS, 2 * HEAD_SIZE
     kv = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(prefill[0].layers[0])
-    start = decode_tokens  # a prefix hit
+    start = decode_tokens  # the first block of D is a prefix hit
     for rank in prefill:
         rank.compute(kv)
     for rank, kernel in zip(decode, expected, strict=True):
@@ -121,14 +121,14 @@ def test_caches_are_as_if_the_kernel_had_written_them(
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8])
 def test_quantised_caches_have_no_known_order(dtype: torch.dtype) -> None:
-    """The kernel scales its elements, so their order is unknown; such blocks travel whole."""
+    """The kernel scales the elements, which hides their order. Such blocks are only sent whole."""
     assert packed_positions(torch.zeros(1, 1, 32, 2 * HEAD_SIZE, dtype=dtype), "vec") is None
 
 
 @pytest.mark.parametrize("head_size", [32, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_place_holds_one_element(head_size: int, dtype: torch.dtype) -> None:
-    """Also if an element's number has three digits."""
+    """``packed_positions`` needs two digits for some of these shapes, and three for the others."""
     cache = torch.zeros(1, 1, 128, 2 * head_size, dtype=dtype)
     positions = packed_positions(cache, "vec16")
     assert positions is not None
