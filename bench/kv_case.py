@@ -1,4 +1,4 @@
-"""What the KV stream's measurements share: cache geometries, options, one case."""
+"""Shared by the measurements of the KV stream: cache geometries, options and cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kv_transfer.options import TransferOptions
 MIB = 1 << 20
 TIMEOUT_S = 120.0
 GEOMETRIES = {
-    # As vLLM's CPU build lays it out.
+    # With the block size of vLLM's CPU build.
     "smollm2-135m": KvGeometry(
         model="smollm2-135m",
         dtype="bfloat16",
@@ -29,7 +29,7 @@ GEOMETRIES = {
         tp_size=1,
         tp_rank=0,
     ),
-    # As vLLM's CUDA build lays it out by default.
+    # With the default block size of vLLM's CUDA build.
     "llama-3-8b": KvGeometry(
         model="llama-3-8b",
         dtype="bfloat16",
@@ -74,7 +74,7 @@ def caches(geometry: KvGeometry, blocks: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """``pairs`` prompts of ``tokens`` tokens at once, each over its own pair."""
+    """``pairs`` prompts of ``tokens`` tokens each, all sent at once, each over its own pair."""
 
     geometry: KvGeometry
     tokens: int
@@ -84,15 +84,15 @@ class Case:
 
     @property
     def blocks(self) -> int:
-        """Blocks of one prompt."""
+        """The number of blocks of one prompt."""
         return -(-self.tokens // self.geometry.block_tokens)
 
     @property
     def num_bytes(self) -> int:
-        """KV of all prompts."""
+        """The size of the KV of all prompts."""
         return self.pairs * self.blocks * self.geometry.num_layers * self.geometry.block_bytes
 
-    @cached_property  # computed before the clock runs
+    @cached_property  # computed in the warm-up, so no measured time includes it
     def block_ids(self) -> tuple[int, ...]:
-        """The blocks of a prompt, in random order as in a cache that has been in use."""
+        """The blocks of one prompt, in random order, as in a cache that has been in use."""
         return tuple(random.Random(0).sample(range(self.blocks), self.blocks))

@@ -1,7 +1,7 @@
-"""Gather and scatter of block units, compared with a plain copy of as many bytes.
+"""How fast block units are gathered and scattered, compared with a plain copy of as many bytes.
 
-Blocks are in random order, as in an engine that has run for a while. With a GPU, times are those of
-the device, and the copy is device to device.
+Blocks are in random order, as in an engine that has run for a while. On a GPU, the plain copy stays
+on the device, and CUDA events measure all times. ``gbps`` means gigabytes per second.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bench.report import Report
 from kv_transfer.geometry import LayerBlockRange, plan_pair, split_into_messages
 from kv_transfer.kv_caches import KvCaches
 
-_TOTAL_BYTES = 512 * MIB  # of KV: more than the memory caches of any CPU or GPU
+_TOTAL_BYTES = 512 * MIB  # KV to copy; larger than the caches of most CPUs and GPUs
 
 
 def seconds(device: torch.device, run: Callable[[], None]) -> float:
-    """Return the seconds of one run, on the device's own clock."""
+    """Return the seconds that one run takes. On a GPU, CUDA events measure them."""
     if device.type == "cpu":
         began_s = time.perf_counter()
         run()

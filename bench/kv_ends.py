@@ -1,4 +1,4 @@
-"""The two processes of the KV stream's measurement: a prefill side and a decode side.
+"""The two processes that measure the KV stream: a prefill side and a decode side.
 
 The decode process starts the prefill process and calls it over a pipe.
 """
@@ -26,14 +26,14 @@ from kv_transfer.receive.records import Reservation, TransferResult
 from kv_transfer.send.records import StepChunk
 from kv_transfer.send.server import PrefillServer
 
-CHUNK_TOKENS = 512  # of all prompts together, in one engine step
+CHUNK_TOKENS = 512  # computed in one engine step, over all prompts
 
 
 # ---- the prefill process -------------------------------------------------------------------
 
 
 class PrefillSide:
-    """The prefill process. It answers calls over the pipe: ``[method, *arguments]``."""
+    """What runs in the prefill process. ``prefill_process`` calls its methods."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -50,7 +50,7 @@ class PrefillSide:
         return self._server.address
 
     def calibrate(self, tokens_per_s: float) -> None:
-        """Set how much work one layer of a whole chunk is."""
+        """Set how many matrix products one layer of a full chunk takes at this speed."""
         layer_s = CHUNK_TOKENS / tokens_per_s / self._case.geometry.num_layers
         self._work(200)
         began_s = time.monotonic()
@@ -62,10 +62,14 @@ class PrefillSide:
             torch.mm(self._matrix, self._matrix)
 
     def prefill(self, transfer_ids: list[str], *, work: bool) -> tuple[float, float, float]:
-        """Compute a prompt for each transfer, in chunks of all prompts together.
+        """Compute one prompt for each transfer. Each step computes a part of every prompt.
+
+        Args:
+            work: if False, no matrix products are computed.
 
         Returns:
-            Three times: the start, the last layer computed, the first tokens sampled.
+            Three times on the monotonic clock, in seconds: the prefill begins, the last layer is
+            computed, and the first tokens are sampled.
         """
         case, server = self._case, self._server
         step = max(1, CHUNK_TOKENS // case.pairs)
@@ -99,12 +103,12 @@ class PrefillSide:
         return began_s, computed_s, sampled_s
 
     def plain(self) -> float:
-        """Return the seconds for the same work without the stream."""
+        """Return the seconds that the same prefill takes without the stream."""
         began_s, computed_s, _ = self.prefill([], work=True)
         return computed_s - began_s
 
     def raw(self, port: int, pair_ids: list[str]) -> None:
-        """Send as many bytes as the KV has on each pair, when the other end is ready."""
+        """On each pair, send as many bytes as one prompt's KV has, once the receiver is ready."""
         messages = [raw_messages(self._case) for _ in pair_ids]
 
         def send(pair: Pair) -> None:
@@ -119,6 +123,7 @@ class PrefillSide:
 
 
 def prefill_process(case: Case, pipe: Connection) -> None:
+    """Answer calls ``(method, *arguments)``. A dict at the end holds keyword arguments."""
     side = PrefillSide(case)
     while True:
         name, *arguments = pipe.recv()
@@ -132,7 +137,7 @@ def prefill_process(case: Case, pipe: Connection) -> None:
 
 
 def raw_messages(case: Case) -> tuple[torch.Tensor, ...]:
-    """Return contiguous bytes as for one pair, cut into messages."""
+    """Return as many contiguous bytes as the KV of one prompt has, cut into messages."""
     data = torch.ones(case.num_bytes // case.pairs // 8, dtype=torch.int64)
     messages: tuple[torch.Tensor, ...] = data.split(case.message_bytes // 8)
     return messages
@@ -141,7 +146,7 @@ def raw_messages(case: Case) -> tuple[torch.Tensor, ...]:
 def pump(
     start: Callable[[torch.Tensor], PendingWork], messages: Iterable[torch.Tensor], depth: int
 ) -> None:
-    """Send or receive all messages, ``depth`` of them at a time."""
+    """Send or receive all messages, with at most ``depth`` of them in flight."""
     pending: list[PendingWork] = []
     for message in messages:
         if len(pending) == depth:
@@ -177,11 +182,14 @@ def with_pairs(
 
 
 class DecodeSide:
-    """The decode process: one client for each pair. ``call`` reaches the prefill process."""
+    """What runs in the decode process, with one client for each pair.
+
+    ``call`` calls a method in the prefill process.
+    """
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        torch.set_num_threads(1)  # for memcpy_s; each copy of the stream has one thread anyway
+        torch.set_num_threads(1)  # for memcpy_s; the stream copies a message in one thread anyway
         self._options = options("d", case.message_bytes, case.staging_buffers)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -205,16 +213,16 @@ class DecodeSide:
         return self._pipe.recv()
 
     def begin_prefill(self, transfer_ids: list[str]) -> None:
-        """Start to compute; ``end_prefill`` must follow."""
+        """Start the prefill. Call ``end_prefill`` before the next ``call``."""
         self._pipe.send(("prefill", transfer_ids, {"work": True}))
 
     def end_prefill(self) -> tuple[float, float, float]:
-        """Return what ``PrefillSide.prefill`` returns."""
+        """Wait until the prefill ends. Return what ``PrefillSide.prefill`` returns."""
         times: tuple[float, float, float] = self._pipe.recv()
         return times
 
     def new_transfer_ids(self) -> list[str]:
-        """Return a new transfer for each client."""
+        """Return a new transfer id for each client."""
         return [f"{uuid.uuid4().hex}#1" for _ in self._clients]
 
     def reserve(self, transfer_ids: list[str]) -> None:
@@ -233,7 +241,7 @@ class DecodeSide:
             )
 
     def results(self) -> tuple[list[TransferResult], list[float]]:
-        """Wait for all results; return them and the times at which the engine's thread has them."""
+        """Wait for all results. Return them, and the time at which this thread took each one."""
         found: list[TransferResult] = []
         at_s: list[float] = []
         while len(found) < len(self._clients):
@@ -248,7 +256,7 @@ class DecodeSide:
         return found, at_s
 
     def bulk_s(self) -> float:
-        """Return the seconds that the KV of all prompts takes when it is already computed."""
+        """Return the seconds that the transfer of all KV takes if it is already computed."""
         transfer_ids = self.new_transfer_ids()
         self.call("prefill", transfer_ids, {"work": False})
         began_s = time.monotonic()
@@ -257,7 +265,7 @@ class DecodeSide:
         return at_s[-1] - began_s
 
     def raw_s(self) -> float:
-        """Return the seconds for the same bytes by send and receive alone."""
+        """Return the seconds that send and receive alone take for the same number of bytes."""
         case = self._case
         store = host_store("127.0.0.1", TIMEOUT_S)
         pair_ids = [uuid.uuid4().hex for _ in range(case.pairs)]

@@ -1,21 +1,21 @@
-"""The KV stream by itself, between two processes: how fast, how well hidden, what it costs.
+"""The KV stream alone, between two processes: its bandwidth, and how much it slows prefill.
 
-A prefill process, bound to core 0, computes simulated prompts: for each layer of each chunk of 512
-tokens some matrix products, then the hooks that vLLM would call. A decode process reserves and
-receives, with one client and one cache for each pair.
+A prefill process simulates prefill on the first core: for each layer of each chunk of 512 tokens,
+it computes some matrix products and calls the hooks that vLLM would call. A decode process reserves
+and receives the KV, with one client and one cache for each pair. All bandwidths are in gigabytes
+per second.
 
-    gbps              KV that is already computed, from the first header to the last manifest
-    raw_gbps          as many bytes by ProcessGroup.send/recv alone, from and to contiguous memory,
-                      in messages of the same size, as many at a time
-    memcpy_gbps       one thread copies messages of that size (read + written counts once)
+    gbps              the stream when all KV is already computed: reservations -> last result
+    raw_gbps          ProcessGroup.send/recv alone, from and to contiguous memory: the same number
+                      of bytes, in messages of the same size, with the same number in flight
+    memcpy_gbps       one thread copies messages of this size (each byte counts once)
     hidden_share      share of the bytes that was sent before the last layer was computed
-    prefill_slowdown  time of the prefill with the stream / without, in turns; 1.00 is none
-    tail_ms           last layer computed -> manifest complete at decode
-    handoff_ms        first token sampled -> the decode engine's thread has the result
+    prefill_slowdown  prefill time with the stream / without; the two take turns
+    tail_ms           last layer computed -> the decode process has the result
+    handoff_ms        first token sampled -> the decode process has the result
 
-For SmolLM2 and one pair, vLLM replaces the simulated prefill (unless ``--no-engines`` is given).
-There ``handoff_ms`` is P's first token -> D's second, minus one decode step. The slowdown, the
-hidden share and the tail are those of the real engines; see ``bench.prefill``.
+For SmolLM2 with one pair, the last four values come from real vLLM engines, as ``bench.prefill``
+defines them. ``--no-engines`` turns this off.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from bench.report import Report, quantile
 
 
 def memcpy_s(case: Case) -> float:
-    """Return the seconds in which one thread copies as many bytes, message by message."""
+    """Return the seconds that one thread takes to copy as many bytes, message by message."""
     source = torch.ones(64 * MIB // 8, dtype=torch.int64)
-    target = torch.zeros_like(source).add_(1)  # maps its memory before the clock runs
+    target = torch.zeros_like(source).add_(1)  # writes to it, so that its memory is mapped
     words = case.message_bytes // 8
     began_s = time.monotonic()
     done = 0
@@ -57,7 +57,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         tail_ms: list[float] = []
         handoff_ms: list[float] = []
         hidden = total = 0
-        side.bulk_s()  # makes the pairs
+        side.bulk_s()  # warm-up; makes the pairs
         for _ in range(args.rounds):
             bulk_s.append(side.bulk_s())
             raw_s.append(side.raw_s())
@@ -109,8 +109,10 @@ def main() -> None:
     parser.add_argument("--message-bytes", type=int, default=2 * MIB)
     parser.add_argument("--staging-buffers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budget-s", type=float, default=30, help="for the prefills of a case")
-    parser.add_argument("--tokens-per-s", type=float, default=1000, help="of the prefill")
+    parser.add_argument(
+        "--budget-s", type=float, default=30, help="limits the prefills of a case; at least 3 run"
+    )
+    parser.add_argument("--tokens-per-s", type=float, default=1000, help="of simulated prefill")
     parser.add_argument("--engines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -128,7 +130,7 @@ def main() -> None:
 
 
 async def measure_engines(args: argparse.Namespace) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """Measure real engines; rows by geometry, tokens and pairs."""
+    """Measure real engines. Return one row for each geometry, tokens and pairs."""
     from bench import prefill  # imports vLLM, which takes seconds
 
     if "smollm2-135m" not in args.geometry or 1 not in args.pairs:

@@ -1,14 +1,17 @@
-"""Sends ten times more requests than a cluster with fake engines can serve.
+"""Sends ten times as many requests as a cluster with fake engines can serve.
 
-peak        requests per second that succeed while a fixed number of clients each send a request
-            when their previous one has ended
-goodput     requests per second that succeed by their deadline while arrivals are a Poisson process
-            at ``--times`` times the peak, for ``--seconds``; also as a share of the peak
+peak        requests per second that succeed while a fixed number of clients send requests, each
+            client one at a time
+goodput     requests per second that succeed by their deadline during the overload: for
+            ``--seconds``, arrivals are a Poisson process at ``--times`` times the peak
+share       goodput / peak
 refused_ms  how long a refusal takes
-late        requests without a status one second after their deadline
-recovery_s  time at half the peak, after the overload, until no request is refused and no TTFT is
-            more than twice the longest one before the overload
+late        requests that have not ended one second after their deadline
+recovery_s  from the end of the overload until the last request is sent that fails, or whose TTFT is
+            more than twice the longest TTFT before the overload. Before and after the overload,
+            arrivals are at half the peak
 rss         memory of the router's process in MiB: after ten seconds of overload, and its maximum
+            from then on
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from cluster.local.launch import Cluster
 from core.config.schema import load_config
 
 PROMPT_TOKENS = 250  # 50 ms in the fake prefill engine, which computes one prompt at a time
-ANSWER_TOKENS = 40  # 3 ms each
+ANSWER_TOKENS = 40  # 3 ms each in the fake decode engine
 CLIENTS = 32
 PEAK_S = 15.0
 NORMAL_S = 10.0
@@ -76,7 +79,7 @@ class Load:
         return Outcome(sent_s, first_s, time.monotonic(), status)
 
     async def closed_loop(self, clients: int, seconds: float) -> list[Outcome]:
-        """Run this many clients. Each sends a request when its previous one has ended."""
+        """Run this many clients. Each sends a request when its previous request has ended."""
         end_s = time.monotonic() + seconds
         outcomes = []
 

@@ -1,17 +1,17 @@
 """How much the KV stream slows prefill: compares engines with and without the connector.
 
 There are three engines. Two prefill engines, one without the connector and one with it (P), are
-bound to core 0. A decode engine (D) on core 1 receives. The prefill engines take turns with the
-same kind of prompts, so that drift of the machine affects both.
+bound to core 0. A decode engine (D) is bound to core 1. The three kinds of request take turns, with
+prompts of the same length, so that drift of the machine affects all of them:
 
-    plain       without the connector
-    held        with the connector, but D does not fetch the KV
-    streamed    D gets the request at the same time as P, reserves and receives the KV
+    plain       runs on the engine without the connector
+    held        runs on P; D does not fetch the KV
+    streamed    runs on P and D at the same time; D reserves and receives the KV
 
 ``prefill_slowdown`` is streamed / plain and ``connector_slowdown`` is held / plain. They differ by
 the cost of sending the KV and, on two cores, by the decode engine's own work on the request.
-``handoff_ms`` is P's first token -> D's second, minus one decode step. ``tail_ms`` is P's last
-layer -> last byte sent.
+``handoff_ms`` is the request's first token (from P) -> its second token (from D), minus one decode
+step. ``tail_ms`` is P's last layer computed -> last byte sent.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ async def plain_ttft_ms(llm: AsyncLLM, ids: tuple[int, ...], name: str) -> float
 
 
 async def held_ttft_ms(prefill: VllmEngine, ids: tuple[int, ...], key: str) -> float:
-    """Return the time to P's first token; then release its KV unsent."""
+    """Return the time to P's first token. Then release the KV, which D did not fetch."""
     began_s = time.perf_counter()
     async for _ in prefill.generate(EngineRequest(key, ids, _ONE_TOKEN, KvSend(True))):
         pass
@@ -85,15 +85,15 @@ class StreamedTimes:
     """The times of one request through both engines."""
 
     first_ms: float  # request -> P's first token
-    second_ms: float  # P's first token -> D's second
-    step_ms: float  # D's decode step: the median gap between later tokens
+    second_ms: float  # first token, from P -> second token, from D
+    step_ms: float  # D's decode step: the median time between its tokens
     kv: pb.KvReport
 
 
 async def run_streamed(
     prefill: VllmEngine, decode: VllmEngine, receive: KvReceive, ids: tuple[int, ...], key: str
 ) -> StreamedTimes:
-    """Run one request on both engines. Raises RuntimeError if its KV was not transferred."""
+    """Run one request on P and D. Raises RuntimeError if the KV was not transferred."""
     began_s = time.perf_counter()
     reports: list[pb.KvReport] = []
 
@@ -139,7 +139,7 @@ async def measure(
         incarnation=f"{incarnation}-p",
     )
     facts = await prefill.start()
-    # The environment variables of the engine just started bind this one to the same core.
+    # The start of P has set environment variables that bind this engine to the same core.
     plain = await asyncio.to_thread(start_llm, engine_arguments(config, Pool.PREFILL, model))
     decode = VllmEngine(
         config,

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Return the value that a share ``q`` of the values does not exceed."""
+    """Return the ``q``-quantile of the values, which is one of them."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
@@ -25,7 +25,7 @@ def summary(name: str, values_ms: Sequence[float]) -> dict[str, float]:
 
 
 def spread(name: str, values_ms: Sequence[float]) -> dict[str, float]:
-    """Return p50 and the maximum, under keys that begin with ``name``. For few samples."""
+    """Return p50 and the maximum, under keys that begin with ``name``. Meant for few samples."""
     return {
         f"{name}_ms_p50": round(statistics.median(values_ms), 1),
         f"{name}_ms_max": round(max(values_ms), 1),

@@ -1,13 +1,14 @@
-"""Runs a whole cluster on this machine: the hand-off, and what the router adds to the TTFT.
+"""Runs a whole cluster on this machine. Measures the hand-off and the TTFT that the router adds.
 
-hand-off      the prefill worker's first token -> the decode worker's second token at the router,
-              minus one decode step (the mean gap between later tokens of the same stream). "tail"
-              is the part until the decode worker has all KV. The rest is by how much the decode
-              worker's first step is longer than a later one.
+hand-off      the request's first token (from the prefill worker) -> its second token (from the
+              decode worker), both at the router, minus one decode step (the mean time between later
+              tokens of the same stream). "tail" is the prefill's last layer -> last byte of KV
+              sent. The rest is mostly by how much the decode worker's first step is longer than a
+              later one.
 router adds   TTFT at a client of the router, minus TTFT at a client that calls the prefill worker
-              directly. The two take turns, on prompts of the same length that are in no prefix
-              cache. "alone" generates one token, so no KV is streamed; "streamed" includes the
-              decode worker and the KV stream.
+              directly. The calls take turns, with prompts of the same length that are in no prefix
+              cache. "alone" generates one token, so no KV is streamed; "streamed" generates more,
+              so the decode worker and the KV stream take part.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def measure_hand_off(client: baton.Client, tokens: int, rounds: int, report: Rep
         phases = answer.phases
         if phases.kv is None or phases.kv.outcome is not baton.KvOutcome.TRANSFERRED:
             raise RuntimeError(f"the KV was not transferred: {phases}")
-        if index > 0:  # the first request opens the pair
+        if index > 0:  # the first request is a warm-up
             one_step_ms = phases.decode_ms / (len(answer.token_ids) - 2)
             handoff_ms.append(phases.handoff_ms - one_step_ms)
             tail_ms.append(phases.kv.tail_ms)
@@ -66,7 +67,7 @@ def measure_hand_off(client: baton.Client, tokens: int, rounds: int, report: Rep
 def measure_router_overhead(
     client: baton.Client, worker_address: str, tokens: int, rounds: int, report: Report
 ) -> None:
-    """Compare the TTFT of a direct call to the prefill worker with the TTFT of the router."""
+    """Compare the TTFT of a direct call to the prefill worker with the TTFT through the router."""
     rng = random.Random(7 * tokens)
     direct_ms: list[float] = []
     alone_ms: list[float] = []

@@ -1,6 +1,6 @@
 """``make demo``: starts a cluster on this machine, sends two requests at once, and stops it.
 
-At the end it checks that no process, port or folder of the cluster is left.
+At the end, the demo checks that no process, port or folder of the cluster is left.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from core.net import split_host_port
 
 QUESTION: Final = "What is the capital of France?"
 ANSWER: Final = "Paris"
-# The demo has its own name and port, so that it does not clash with a running cluster.
+# The demo has its own cluster name and a free port, so it does not clash with a running cluster.
 OVERRIDES: Final = {"cluster.name": "demo", "router.port": 0}
 ANSWER_TIMEOUT_S: Final = 120.0  # both answers take about 5 s on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRequest:
-    """One request of the demo: a chat if ``prompt`` is None."""
+    """One request of the demo. If ``prompt`` is None, ``fields`` contains a chat."""
 
     description: str  # shown to the user
     prompt: str | None
@@ -80,14 +80,14 @@ class Conversation:
         self._printer = StreamPrinter(
             out, list(requests), clock=time.monotonic, colour=out.isatty()
         )
-        self._waiting = set(requests)  # labels of the requests without text yet
-        self._streaming: set[str] = set()  # labels of the requests between first and last token
+        self._waiting = set(requests)  # labels of the requests that have no text yet
+        self._streaming: set[str] = set()  # labels of unfinished requests that have text
 
     async def run(self) -> dict[str, Completion]:
         """Return the finished answers by label.
 
         Raises:
-            BatonError: a request failed; the others were cancelled.
+            BatonError: a request failed, and the other requests were cancelled.
         """
         self._show_waiting()
         try:
@@ -160,7 +160,7 @@ def check_all_gone(state: ClusterState) -> None:
 
 
 def print_answers(answers: Mapping[str, Completion], out: TextIO) -> None:
-    """Print one line of phases per answer, and a remark if the short answer is wrong."""
+    """Print one line of phases per answer, and a remark if the answer to QUESTION lacks ANSWER."""
     print(file=out)
     width = max(map(len, answers))
     for label, answer in answers.items():

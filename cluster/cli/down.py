@@ -15,16 +15,17 @@ from core.errors import ConfigError, InternalError
 
 _STOP_MARGIN_S = 7.0  # after the grace period, Ray, Valkey and the reaper still have to end
 _KILL_TIMEOUT_S = 15.0  # SIGKILL works at once; the reaper may need 10 s
-_POLL_S = 0.05  # nobody notices a shorter delay
+_POLL_S = 0.05  # nobody notices such a short delay
 
 
 def take_down(base: Path, name: str, progress: Callable[[str], None]) -> None:
     """Stop the cluster ``name`` and return when nothing of it is left.
 
-    The launcher gets SIGTERM first, and SIGKILL if it outlasts its grace period.
+    The launcher gets SIGTERM first. If it still holds the name some seconds after its grace period,
+    it gets SIGKILL.
 
     Raises:
-        ConfigError: no cluster of this name runs.
+        ConfigError: no cluster of this name runs, or its state file cannot be read.
         InternalError: the launcher, its reaper or a process of the cluster does not end.
     """
     state = read_state(base, name)

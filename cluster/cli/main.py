@@ -1,9 +1,10 @@
 """The command ``baton``: parses the command line and runs one command.
 
-Each command imports what it needs when it runs. Commands that talk to a running cluster never
+Each command imports its modules only when it runs. Commands that talk to a running cluster never
 import Ray, vLLM or PyTorch, so they start in well under a second.
 
-Exit status: 0 success, 1 failure (one sentence on stderr), 2 wrong usage, 130 interrupted.
+Exit status: 0 success, 1 failure (one sentence on stderr, or none if the pipe of stdout is closed),
+2 wrong usage, 130 interrupted (except ``up``, which then stops the cluster and returns 0).
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _running(config: Config) -> ClusterState:
-    """Return the state of the running cluster. Raises ConfigError if none has this name."""
+    """Return the state of the cluster. Raises ConfigError if no cluster of this name runs."""
     from cluster.local.run_dir import is_held, read_state
 
     base, name = config.cluster.run_path, config.cluster.name
@@ -162,7 +163,7 @@ def _address(options: argparse.Namespace) -> str:
     config = _load(options)
     try:
         state = read_state(config.cluster.run_path, config.cluster.name)
-    except ConfigError:  # unreadable; use the configured address, which may be another machine's
+    except ConfigError:  # unreadable state; the configured router may be on another machine
         state = None
     if state is not None:
         return state.address
@@ -180,13 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     up = _command(commands, "up", _up, "start a cluster and stay in the foreground")
     up.add_argument("--prefill", type=int, metavar="N", help="prefill workers")
     up.add_argument("--decode", type=int, metavar="N", help="decode workers")
-    up.add_argument("--model", metavar="NAME_OR_PATH", help="what to serve")
+    up.add_argument("--model", metavar="NAME_OR_PATH", help="model to serve")
     up.add_argument("--port", type=int, help="gRPC port of the router; 0 takes a free one")
 
     _command(commands, "down", _down, "stop a cluster")
 
     status = _command(commands, "status", _status, "show a cluster's workers")
-    status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
 
     scale = _command(commands, "scale", _scale, "change the number of workers")
     scale.add_argument(
@@ -194,15 +195,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     drain = _command(commands, "drain", _drain, "drain one worker; another takes its place")
-    drain.add_argument("worker", metavar="WORKER", help="its id, as baton status shows it")
+    drain.add_argument(
+        "worker", metavar="WORKER", help="id of the worker, as baton status shows it"
+    )
 
     generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")
     generate.add_argument("prompt", help="the text; - reads it from standard input")
-    generate.add_argument("--chat", action="store_true", help="send it as a user's chat message")
+    generate.add_argument("--chat", action="store_true", help="send the prompt as a chat message")
     generate.add_argument("--json", action="store_true", help="print one JSON object per response")
     _sampling(generate)
 
-    chat = _command(commands, "chat", _chat, "talk to the model; Ctrl-D ends")
+    chat = _command(commands, "chat", _chat, "chat with the model; Ctrl-D ends the chat")
     chat.add_argument("--system", metavar="TEXT", help="system message")
     _sampling(chat)
     return parser
@@ -218,9 +221,11 @@ def _command(commands: Any, name: str, run: Command, about: str) -> argparse.Arg
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--address", metavar="HOST:PORT", help="default: the running cluster's, else as configured"
+        "--address",
+        metavar="HOST:PORT",
+        help="default: the running cluster's address, otherwise the configured address",
     )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of the answer")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens in the answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--top-k", type=int, metavar="K")

@@ -1,7 +1,7 @@
 """Real engines stop computing cancelled requests.
 
 The tests use the embedded model. Its steps take so long that an abort always comes during a step.
-The prefix cache shows how far a prefill came: it has each block of every scheduled step.
+The prefix cache shows how far a prefill came: it contains all blocks of each scheduled step.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ async def wait_for_step(engine: VllmEngine) -> None:
 
 
 async def cached_tokens(engines: Engines, prompt: list[int]) -> int:
-    """Return how many tokens of ``prompt`` the prefill engine had computed. Computes the rest."""
+    """Return how many tokens of ``prompt`` the prefill engine has cached, and compute the rest."""
     (output,) = await engines.generate(engines.prefill, f"{uuid4().hex}#1", prompt, None, ONE_TOKEN)
     return output.cached_tokens
 
@@ -112,7 +112,7 @@ async def test_a_prompt_cancelled_in_the_queue_is_never_computed(engines: Engine
     queued = RunningRequest(engines, queued_prompt)
     await until(lambda: engines.prefill.load().queue_depth == 1, what="the request is queued")
     await queued.cancel()
-    # A step takes longer than an abort.
+    # An abort takes less than a step, so it has taken effect when the next step ends.
     await wait_for_step(engines.prefill)
     await running.cancel()
     await engines.wait_all_free()

@@ -1,4 +1,4 @@
-"""A vLLM engine finds that its core hangs, although every request is shorter than its timeout."""
+"""The liveness probe finds a hung vLLM core, although no request lasts as long as its timeout."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def engine_core() -> psutil.Process:
 
 
 async def answers_in_time(engine: VllmEngine) -> bool:
-    """Return whether the engine answers a request in time."""
+    """Return whether the engine answers a request within ``REQUEST_TIMEOUT_S``."""
     request = EngineRequest(f"{uuid4().hex}#1", (1, 2, 3), ONE_TOKEN, None)
     with suppress(TimeoutError):
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
@@ -74,7 +74,7 @@ async def answers_in_time(engine: VllmEngine) -> bool:
 
 
 async def is_healthy(engine: VllmEngine, probe: LivenessProbe) -> bool:
-    """As a worker's replica checks it."""
+    """Check the engine in the same way as a worker does."""
     try:
         await engine.check_health()
         await probe.check()

@@ -1,4 +1,4 @@
-"""The registry and the journal in real servers: the embedded Valkey and Debian's redis-server."""
+"""The parts of the store on real servers: the embedded Valkey and the system's redis-server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server from the system's package, as for a cluster with its own Redis."""
+    """The address of the system's redis-server, as for a cluster that sets ``redis.url``."""
     binary = shutil.which("redis-server")
     if binary is None:
         if os.environ.get("CI") == "true":
@@ -191,7 +191,7 @@ async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str)
 
 
 async def test_a_server_that_hangs_is_given_up(name: str) -> None:
-    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts, no server answers
+    with socket.create_server((HOST, 0)) as hung:  # the kernel accepts, but no server answers
         url = f"redis://{HOST}:{hung.getsockname()[1]}"
         registry = RedisRegistry(url, cluster=name, lease_s=1, socket_timeout_s=0.1)
         async with asyncio.timeout(2):

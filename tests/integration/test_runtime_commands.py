@@ -67,7 +67,7 @@ def test_generate_prints_json_and_text(cluster: FakeEngineCluster) -> None:
 def test_everything_listens_on_loopback_only(cluster: FakeEngineCluster) -> None:
     pids = {cluster.launcher.pid} | reaper.find(cluster.state.cluster_id)
     sockets = listening_sockets(pids)
-    assert len(sockets) > 10  # of Ray, three replicas and Valkey
+    assert len(sockets) > 10  # of Ray, at least three replicas, and Valkey
     for address, line in sockets.items():
         host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]").replace("*", "0.0.0.0"))
         if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
@@ -76,7 +76,7 @@ def test_everything_listens_on_loopback_only(cluster: FakeEngineCluster) -> None
 
 
 def test_all_processes_of_the_cluster_carry_its_id(cluster: FakeEngineCluster) -> None:
-    """No other process has a log file or a socket of the cluster open."""
+    """No other process except the reaper has a file in the cluster's folders open."""
     state = cluster.state
     known = reaper.find(state.cluster_id) | {cluster.launcher.pid}
     for entry in os.listdir("/proc"):
@@ -89,7 +89,7 @@ def test_all_processes_of_the_cluster_carry_its_id(cluster: FakeEngineCluster) -
             command = Path(f"/proc/{entry}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"cluster/local/reaper.py" in command:
+        if b"cluster/local/reaper.py" in command:  # holds the lock file beside the run folder
             continue
         assert not any(file.startswith(state.folders) for file in files), command
 

@@ -1,4 +1,4 @@
-"""A cluster with fake engines survives the loss of its router and its store."""
+"""A cluster with fake engines survives the loss of its router or its store."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def test_drain_moves_streams_and_replaces_the_worker(
         for stream in streams:
             next(stream)
         (leaving, *_) = sorted(before)
-        done = cluster.cli("drain", leaving)  # the streams outlast its grace
+        # The streams last longer than the worker's ``shutdown_grace_s``.
+        done = cluster.cli("drain", leaving)
         assert done.returncode == 0, done.stderr
         assert f"{leaving} has left" in done.stdout
         moved = 0
@@ -103,4 +104,4 @@ def test_scale_down_drains_the_worker_that_leaves(cluster: FakeEngineCluster) ->
             assert tuple(tokens) == next_tokens([*PROMPT, seed], 600)[-len(tokens) :]
     scale.communicate(timeout=60)
     assert scale.returncode == 0
-    cluster.wait(lambda: len(cluster.workers()) == 2)  # scale does not wait for those that leave
+    cluster.wait(lambda: len(cluster.workers()) == 2)  # scale does not wait for workers that leave

@@ -1,6 +1,7 @@
-"""How clusters with fake engines start and end. They leave nothing behind.
+"""Clusters with fake engines start, end, and leave nothing behind.
 
-The first test ends the shared cluster. The others start their own.
+The test marked ``ends_cluster`` ends the shared cluster. The test of Valkey starts only a Valkey
+server. Each other test starts its own cluster.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def test_down_lets_running_requests_end_and_leaves_nothing(cluster: FakeEngineCl
     assert down.returncode == 0
     assert output.endswith("shared is down\n")
     assert cluster.launcher.wait(5) == 0
-    assert "SIGTERM received" not in cluster.log.read_text()  # Ray's own handler would print it
+    assert "SIGTERM received" not in cluster.log.read_text()  # Ray's own handler prints this
     check_nothing_is_left(cluster, state)
     again = cluster.cli("down")
     assert (again.returncode, again.stderr) == (1, "baton: no cluster named 'shared' is running\n")
@@ -66,7 +67,7 @@ def test_nothing_is_left_however_the_launcher_ends(tmp_path: Path, model: Path, 
         state = cluster.state
         cluster.pids = {cluster.launcher.pid} | reaper.find(state.cluster_id)
         with baton.Client(state.address, timeout_s=30, resume_timeout_s=0) as client:
-            stream = client.generate(token_ids=PROMPT, max_tokens=8000)  # outlasts every wait below
+            stream = client.generate(token_ids=PROMPT, max_tokens=8000)  # 24 s, longer than GONE_S
             next(stream)
             if how == "kill -9":
                 cluster.launcher.kill()
@@ -77,7 +78,7 @@ def test_nothing_is_left_however_the_launcher_ends(tmp_path: Path, model: Path, 
                 cluster.wait(lambda: "draining" in cluster.log.read_text())
                 cluster.launcher.send_signal(signal.SIGINT)
                 assert cluster.launcher.wait(5) == 0, cluster.log.read_text()
-            elif how == "Ctrl-C":  # the stream outlasts the grace
+            elif how == "Ctrl-C":  # the stream outlasts stop_grace_s
                 assert cluster.launcher.wait(GONE_S) == 0, cluster.log.read_text()
                 _, _, end = cluster.log.read_text().partition("draining")
                 expected = r"[ .\d]+ s\nstopping the workers[ .\d]+ s\nstopped\n"
@@ -90,7 +91,10 @@ def test_nothing_is_left_however_the_launcher_ends(tmp_path: Path, model: Path, 
 
 
 def test_a_launcher_that_init_adopted_says_why_it_ends(tmp_path: Path, model: Path) -> None:
-    """Ray, too, watches for the death of the parent and would end the launcher silently."""
+    """Without RAY_RAYLET_PID, Ray takes the launcher's parent, process 1, for a dead raylet.
+
+    Ray then ends the launcher without a message.
+    """
     file, log = write_config(tmp_path, model, "daemon"), tmp_path / "daemon.log"
     started = subprocess.run(
         [

@@ -36,11 +36,11 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Shape:
-    """How both engines and the model are set up. Pairs are (prefill, decode)."""
+    """The setup of the model and of both engines. Each pair of values is (prefill, decode)."""
 
     tp: tuple[int, int] = (1, 1)
     block_tokens: tuple[int, int] = (64, 64)  # per KV block
-    layer_types: tuple[str, ...] = ()  # vLLM's names; empty: all layers have full attention
+    layer_types: tuple[str, ...] = ()  # vLLM's name of each layer; empty: all have full attention
 
     def __str__(self) -> str:
         name = "tp{}to{}-block{}to{}".format(*self.tp, *self.block_tokens)
@@ -156,7 +156,7 @@ async def test_a_transfer_that_fails_is_recomputed_to_the_same_tokens(engines: E
 async def test_an_answer_goes_on_where_another_engine_stopped(
     engines: Engines, sampling: dict[str, Any]
 ) -> None:
-    """Tokens of the prefill engine, the decode engine and a third one make one answer."""
+    """An answer stays the same if the other engine or a new request continues it."""
     params = pb.SamplingParams(max_tokens=20, ignore_eos=True, **sampling)
     prompt = random_prompt(90, 9)
     whole = await engines.aggregated(prompt, params)
@@ -166,7 +166,7 @@ async def test_an_answer_goes_on_where_another_engine_stopped(
         rest = await engines.aggregated(prompt + whole[:cut], params, so_far=cut)
         assert whole[:cut] + rest == whole
         unaware = await engines.aggregated(prompt + whole[:cut], params)
-        assert unaware != rest, "the state of the first engine made no difference"
+        assert unaware != rest, "so_far made no difference"
     await engines.wait_all_free()
 
 
@@ -179,7 +179,10 @@ async def test_a_release_that_overtakes_the_prefill_leaks_nothing(engines: Engin
 
 
 async def test_a_cancel_at_any_time_frees_all_blocks(engines: Engines) -> None:
-    """Cancel up to 0.3 s after the start: queued, in prefill, in transfer, in decode or done."""
+    """Each cancel comes at a random time, up to 0.3 s after the start.
+
+    The request is then queued, in prefill, in transfer, in decode or done.
+    """
     rng = random.Random(4)
     for index in range(15):
         key, prompt = f"{uuid4().hex}#1", random_prompt(400, 100 + index)

@@ -1,4 +1,4 @@
-"""How ``VllmEngine`` converts vLLM's outputs and errors. Starts no vLLM engine."""
+"""How ``VllmEngine`` starts vLLM and converts its outputs and errors. No vLLM engine runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ScriptedLlm:
 
 
 def make(llm: ScriptedLlm) -> Engine:
-    """Return an engine that has started with ``llm``."""
+    """Return an engine in the state after its start, with ``llm`` instead of vLLM."""
     from engine.vllm.engine import VllmEngine
 
     engine = VllmEngine(
@@ -116,7 +116,7 @@ async def test_the_chosen_token_is_in_the_top_list_only_if_its_rank_is_high_enou
 async def test_a_single_rank_runs_in_the_engine_cores_process_and_is_bound_to_its_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM keeps the executor's class, and the OpenMP variables are set before it starts."""
+    """vLLM keeps the executor class. The OpenMP variables are set before vLLM starts."""
     import os
 
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -143,4 +143,4 @@ async def test_a_single_rank_runs_in_the_engine_cores_process_and_is_bound_to_it
     assert start_llm(arguments) == "llm"
     assert not seen.pop("v2"), "engine.vllm.sampling needs the V1 model runner"
     assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
-    assert "GOMP_CPU_AFFINITY" not in os.environ, "it is only for the engine's process"
+    assert "GOMP_CPU_AFFINITY" not in os.environ, "only the engine core's process needs it"

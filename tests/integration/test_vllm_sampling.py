@@ -1,4 +1,4 @@
-"""Sampling continues after tokens that another engine generated. Starts no engine."""
+"""Sampling continues after tokens that another engine generated. No engine runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tokens: list[int]) -> torch.Tensor:
 def processed(
     params: SamplingParams, so_far: list[int], output: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
-    """Return the logits that vLLM's sampler gets for a request with the tokens ``so_far``."""
+    """Return the logits that vLLM's sampler gets for a request that continues ``so_far``."""
     params = continued(params, len(PROMPT), len(so_far))
     processor = ContinuedSampling(None, torch.device("cpu"), False)
     added = [(0, params, PROMPT + so_far, output)]
@@ -39,7 +39,7 @@ def processed(
 
 
 def answer(params: SamplingParams, count: int, so_far: list[int]) -> list[int]:
-    """Return the first ``count`` output tokens of one engine that continues after ``so_far``."""
+    """Return the first ``count`` tokens of an answer that one engine continues after ``so_far``."""
     output: list[int] = []
     while len(so_far) + len(output) < count:
         row = processed(params, so_far, output, model(PROMPT + so_far + output))
@@ -81,7 +81,7 @@ def test_each_position_has_different_noise() -> None:
         ({"temperature": 0.5}, [0.6849, 0.2466, 0.0616, 0.0068]),  # p squared
         ({"top_k": 2}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.9}, [0.5263, 0.3158, 0.1579, 0]),
-        ({"min_p": 0.2}, [0.5263, 0.3158, 0.1579, 0]),  # at least 0.2 × 0.5
+        ({"min_p": 0.2}, [0.5263, 0.3158, 0.1579, 0]),  # keeps p of at least 0.2 × 0.5
     ],
     ids=["plain", "temperature", "top_k", "top_p", "min_p"],
 )

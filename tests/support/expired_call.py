@@ -6,7 +6,7 @@ import grpc
 
 
 class Expired:
-    """The context of a call that the server reads only after its deadline."""
+    """The context of a call whose deadline has passed before its handler starts."""
 
     def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None

@@ -1,4 +1,7 @@
-"""``baton up`` with fake engines in a process of its own. Everything but the model is real."""
+"""Runs ``baton up`` with fake engines in a separate process.
+
+The engines simulate the model and the KV transfer. Everything else is real.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class FakeEngineCluster:
     name: str
     launcher: subprocess.Popen[str]
     log: Path
-    pids: set[int] = field(default_factory=set)  # processes whose ports must be free in the end
+    pids: set[int] = field(default_factory=set)  # processes that must not listen at the end
 
     @property
     def state(self) -> ClusterState:
@@ -80,7 +83,7 @@ class FakeEngineCluster:
         return {worker["id"] for worker in self.workers() if worker["pool"] == pool}
 
     def resize(self, workers_per_pool: int) -> None:
-        """Give both pools that many workers, and wait until all are ready and idle."""
+        """Give each pool ``workers_per_pool`` workers. Wait until all are ready and idle."""
         wanted = sorted(["prefill", "decode"] * workers_per_pool)
         if sorted(worker["pool"] for worker in self.workers()) != wanted:
             done = self.cli("scale", f"prefill={workers_per_pool}", f"decode={workers_per_pool}")
@@ -111,7 +114,7 @@ class FakeEngineCluster:
         return next(pid for pid, name in self.replicas().items() if name == deployment)
 
     def is_ready(self) -> bool:
-        """Whether the launcher has reported that the cluster is ready. Fails if it has ended."""
+        """Whether the launcher has reported "ready". Fails if the launcher has ended."""
         assert self.launcher.poll() is None, self.log.read_text()
         return "ready: gRPC" in self.log.read_text()
 
@@ -142,12 +145,12 @@ def write_config(folder: Path, model: Path, name: str) -> Path:
 
 
 def start(folder: Path, model: Path, name: str, *arguments: str) -> FakeEngineCluster:
-    """Launch a cluster without waiting until it is ready. The caller kills it.
+    """Launch a cluster without waiting until it is ready. The caller must ``kill`` it.
 
     Args:
-        folder: for its configuration, its log and its run directory.
-        model: as ``word_model.write_word_model`` writes it.
-        arguments: for ``baton up``.
+        folder: gets the cluster's configuration, log and run directory.
+        model: a folder that ``word_model.write_word_model`` has written.
+        arguments: more arguments of ``baton up``.
     """
     config_file = write_config(folder, model, name)
     log = folder / f"{name}.log"
@@ -187,7 +190,7 @@ def check_nothing_is_left(cluster: FakeEngineCluster, state: ClusterState) -> No
 
 
 def listening_sockets(pids: set[int]) -> dict[str, str]:
-    """Return the addresses on which any of ``pids`` listens, with the line of ``ss`` for each."""
+    """Return the line of ``ss`` for each address on which one of ``pids`` listens, by address."""
     lines = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
     found = {}
     for line in lines.splitlines():

@@ -1,6 +1,6 @@
 """Prefill and decode workers as real gRPC servers with scripted behaviour.
 
-They compute the next token from all tokens before it. So every worker continues an answer in the
+The workers compute each token from all tokens before it. So every worker continues an answer in the
 same way, as with a greedy model.
 """
 
@@ -66,8 +66,10 @@ async def decode_answer(
     """Answer as a healthy decode worker does, with one token per response.
 
     Args:
-        first_index: the first token to send; None: the one that the request asks for.
-        outcome: of the KV transfer; None: successful if the request names a KV source.
+        first_index: index of the first token to send. None: 1 if the router gets token 0 from the
+            prefill worker, else 0.
+        outcome: outcome of the KV transfer. None: TRANSFERRED if the request names a KV source,
+            else LOCAL.
     """
     skipped = int(request.kv_source.forwards_first_token) if first_index is None else first_index
     if outcome is None:
@@ -106,7 +108,7 @@ async def decode_hangs_after_one(
 class _FakeWorker:
     """One gRPC server on loopback. It records the calls that it receives.
 
-    Keys are (request id, attempt).
+    ``running``, ``cancelled`` and ``released`` name a call by its (request id, attempt).
     """
 
     _numbers = itertools.count()

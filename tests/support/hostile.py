@@ -19,14 +19,14 @@ from google.protobuf.message import Message
 from tests.support.waiting import until, wait_until
 
 SEED = int(os.environ.get("BATON_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
-WITHIN_S = 20.0  # for what a server does at once, on a busy machine
+WITHIN_S = 20.0  # limit for what a server does at once unless the machine is busy
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 
 def dice(name: str) -> random.Random:
-    """Return the random numbers of the test ``name``. They depend on ``SEED``, which this prints.
+    """Print ``SEED``, and return the random number generator of the test ``name``.
 
-    BATON_FUZZ_SEED sets the seed.
+    To repeat a failure, set the environment variable BATON_FUZZ_SEED to the printed seed.
     """
     print(f"BATON_FUZZ_SEED={SEED}")
     return random.Random(f"{SEED} {name}")
@@ -39,13 +39,13 @@ _SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes, length: int | None = None) -> bytes:
-    """Return an HTTP/2 frame. ``length``: the length in its header, if not the payload's."""
+    """Return an HTTP/2 frame. ``length`` replaces the payload's length in the frame's header."""
     length = len(payload) if length is None else length
     return length.to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
 def _literal(text: bytes) -> bytes:
-    """Return a string of HPACK (RFC 7541, 5.2). At most 126 bytes."""
+    """Encode ``text``, at most 126 bytes, as an HPACK string (RFC 7541, 5.2)."""
     return bytes([len(text)]) + text
 
 
@@ -72,7 +72,7 @@ def huge_length(rng: random.Random) -> bytes:
 
 
 def hostile_call(path: bytes, *, sound: bool = False) -> Callable[[random.Random], bytes]:
-    """Return a maker of calls that no gRPC client makes. ``sound``: only the path is hostile."""
+    """Return a function that makes hostile calls. If ``sound``, only ``path`` can be hostile."""
 
     def call(rng: random.Random) -> bytes:
         def pick(valid: bytes, *hostile: bytes) -> bytes:
@@ -117,8 +117,8 @@ class Strangers:
         self._held: list[socket.socket] = []
 
     def come(self, payload: bytes) -> None:
-        """Connect and send ``payload``. Then close, reset or hold the connection, or half-close it
-        and wait until the server closes it."""
+        """Connect and send ``payload``. Then, at random, close, reset or hold the connection, or
+        half-close it and wait until the server closes it."""
         connection = socket.create_connection(self._address, WITHIN_S)
         with contextlib.suppress(OSError):  # the server may close it early
             connection.sendall(payload)
@@ -179,7 +179,7 @@ def hostile_text(rng: random.Random) -> str:
 
 
 def scramble(message: Message, rng: random.Random, share: float = 0.5) -> None:
-    """Set about ``share`` of all fields, also in nested messages, to hostile values."""
+    """Set about ``share`` of the fields to hostile values. Do the same in nested messages."""
     for field in message.DESCRIPTOR.fields:
         if rng.random() > share:
             continue
@@ -212,7 +212,7 @@ def _scalar(field: Any, rng: random.Random) -> Any:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Replace some bytes of ``data``, also with half surrogates, which are invalid in strings."""
+    """Return ``data`` with some bytes replaced. Some new bytes are surrogates: invalid UTF-8."""
     damage = bytearray(data or b"\0")
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(damage))

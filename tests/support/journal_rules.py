@@ -1,4 +1,4 @@
-"""Checks that every journal store must pass, the fake one and those on real servers."""
+"""Checks that every journal store must pass: the one in memory and the one in Redis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def check_batches_come_back_in_order(store: JournalStore) -> None:
     assert await store.write(changes) == [DONE, DONE]
     numbers = {number: b"%d" % number for number in range(2, 12)}
     assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
-    # The same write again, as after a lost answer.
+    # A writer repeats a write if the store's answer is lost.
     assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
     assert await store.write([Change("r", "a", ends=True)]) == [DONE]
     assert await store.take("r", "b") == Stored(b"asked", (b"zero", b"\0\xff", *numbers.values()))

@@ -16,7 +16,7 @@ from kv_transfer.kv_caches import KvCaches, UnitView
 from kv_transfer.session import ReceiveSession
 from tests.support.kv_stepped import BLOCK_TOKENS, CONTENT, GEOMETRY, LAYERS, pause, tokens_of
 
-DECODE_RANKS = {"a": (1, 0), "b0": (2, 0), "b1": (2, 1)}  # of two workers: tp_size, tp_rank
+DECODE_RANKS = {"a": (1, 0), "b0": (2, 0), "b1": (2, 1)}  # workers a and b: (tp_size, tp_rank)
 
 
 @dataclass(slots=True)
@@ -31,12 +31,12 @@ class Prompt:
     computed: int = 0
     preempted: bool = False
     finished: bool = False
-    spoilt: bool = False  # preempted once, or not reserved by all decode ranks
+    spoilt: bool = False  # need not arrive: preempted, or not reserved by all decode ranks
 
 
 @dataclass(slots=True)
 class Leg:
-    """What a decode rank has reserved, with blocks of its own."""
+    """One decode rank's reservation for a prompt, with KV caches that no other leg uses."""
 
     prompt: Prompt
     session: ReceiveSession
@@ -46,7 +46,7 @@ class Leg:
 
 
 class Router:
-    """The control server's socket. It delivers messages to the decode ranks at once."""
+    """Replaces the control server's socket. Its messages reach the decode ranks at once."""
 
     def __init__(self) -> None:
         self.ranks: dict[bytes, DecodeRank] = {}  # by routing id
@@ -73,11 +73,11 @@ class Router:
 
 
 class DecodeRank:
-    """A correct decode rank, and the process group of its pair.
+    """A correct decode rank. It also replaces the prefill rank's ``Pair``.
 
     Args:
         prefill: geometry of the prefill rank.
-        expect: called with each check and its description.
+        expect: called with the result of each check, and with a description of the failure.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class DecodeRank:
         while self._headers and self._tensors:
             header, tensor = self._headers.popleft(), self._tensors.popleft()
             leg = self.legs[header.transfer_id]
-            self._expect(header.num_bytes == tensor.nbytes, "a tensor of another size")
+            self._expect(header.num_bytes == tensor.nbytes, "the tensor's size is not its header's")
             if not leg.session.ended:
                 leg.session.accept_header(header.block_range, header.num_bytes)
                 leg.view.scatter(header.block_range, torch.arange(len(leg.caches[0])), tensor)
@@ -141,21 +141,21 @@ class DecodeRank:
 
     def _end(self, end: wire.End) -> None:
         leg = self.legs[end.transfer_id]
-        self._expect(not leg.told, "a second END, or one after FAIL")
+        self._expect(not leg.told, "END after END or FAIL")
         leg.told = True
         if leg.session.ended:
             return
         leg.session.complete(end)
-        self._expect(end.first_token_id == 7, "another first token")
+        self._expect(end.first_token_id == 7, "wrong first token")
         heads, first = self.plan.heads, self.geometry.heads.start
         lacking = slice(leg.session.token_start, leg.prompt.tokens)
         for cache, truth in zip(leg.caches, leg.prompt.truth, strict=True):
             got = tokens_of(cache, tuple(range(len(cache))))[lacking]
             got = got[:, heads.start - first : heads.end - first]
             want = truth[lacking, heads.start : heads.end]
-            self._expect(torch.equal(got, want), "KV that was not computed")
+            self._expect(torch.equal(got, want), "the KV is not what the engine computed")
 
-    # ---- as the process group -------------------------------------------------------------
+    # ---- as the prefill rank's Pair -------------------------------------------------------
 
     def send(self, tensor: torch.Tensor) -> Sending:
         return Sending(self, tensor)
@@ -172,7 +172,7 @@ class DecodeRank:
 
 
 class Sending:
-    """A send that has started; its bytes are read as late as possible."""
+    """A send that has started. The tensor is read as late as possible, at the end of ``wait``."""
 
     def __init__(self, rank: DecodeRank, tensor: torch.Tensor) -> None:
         self._rank, self._tensor = rank, tensor

@@ -1,4 +1,4 @@
-"""Faults for the KV stream, each a named object, and workers on which to try them."""
+"""Faults for tests of the KV stream, and prefill and decode ends that suffer them."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from tests.support.kv_stream import (
 from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
-# pair_timeout_s. Torch's store asks the name server for the name of each address to which it
-# connects, and a server that does not answer costs it 5 s.
+# pair_timeout_s. For each connection, torch's store asks the name server for the name of the peer's
+# address. If the name server does not answer, the connection takes 5 s longer.
 PATIENT_S = 15
-CHILD_TOKENS = 30 * BLOCK_TOKENS  # "child#1" has blocks 0 to 29: dozens of messages
+CHILD_TOKENS = 30 * BLOCK_TOKENS  # "child#1" fills blocks 0 to 29: dozens of messages
 
 
 class Clock:
@@ -57,7 +57,7 @@ class Clock:
 
 
 class Gate:
-    """Holds the calls of one method for which ``when`` is true, until it is opened."""
+    """Holds calls of one method until ``open``. Holds only calls for which ``when`` is true."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Gate:
 
 
 class HangingAborts:
-    """Groups that are made while ``on`` is true cannot be aborted before the exit."""
+    """Makes the abort of a group hang until the exit, if ``on`` is true when the group is made."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = True
@@ -121,7 +121,7 @@ class _Hanging:
 
 
 class SilentPrefill:
-    """A prefill rank that sends WELCOME, and makes its side of each group only at the exit."""
+    """A prefill rank that sends WELCOME, but joins no process group before the exit."""
 
     def __init__(self) -> None:
         self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -131,7 +131,7 @@ class SilentPrefill:
         self._hellos: deque[wire.Hello] = deque()
 
     def welcome(self) -> None:
-        """Answer one decode worker."""
+        """Wait for one HELLO and answer it with WELCOME."""
         assert self._router.poll(10_000), "no HELLO"
         routing_id, frame = self._router.recv_multipart()
         hello = wire.decode_to_prefill(frame)
@@ -151,7 +151,7 @@ class SilentPrefill:
 
 
 class Stranger:
-    """A peer that sends control messages to a prefill rank, and never makes a group."""
+    """A peer that sends control messages to a prefill rank, but never joins a process group."""
 
     def __init__(self, address: str) -> None:
         self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -186,7 +186,7 @@ class Stranger:
 
     def __exit__(self, *_: object) -> None:
         self._dealer.close()
-        # Closing the store ends the other side's wait for our side of the group.
+        # Closing the store ends the prefill rank's wait for the stranger to join the group.
         del self._store
 
 

@@ -1,8 +1,8 @@
 """Faults of the processes of a running cluster. Each fault is a named object.
 
-``strike`` waits until its victim is up, because an earlier fault may just have hit it. It returns
-when the fault has happened. A process that pauses has resumed by then. The cluster must replace one
-that is dead or hangs for good.
+``strike`` first waits until its victim is up, because an earlier fault may just have hit the same
+process. It returns when the fault has happened. By then, a process that only paused has resumed.
+The cluster must replace a process that is dead or hangs for good.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class KillWorker:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """The process of the pool's busiest worker hangs for good. Its lease ends, but its connections
-    stay open."""
+    """The process of the pool's busiest worker hangs for good. The worker's lease ends, but its
+    connections stay open."""
 
     pool: Pool
 
@@ -79,8 +79,8 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True)
 class StallWorker:
-    """As ``StopWorker``, but the process resumes after its lease has ended. Another worker has its
-    requests by then."""
+    """As ``StopWorker``, but the process resumes when the worker's lease has ended. By then,
+    no router has moved its requests to another worker."""
 
     pool: Pool
 
@@ -107,7 +107,7 @@ class KillEngine:
 @dataclass(frozen=True, slots=True)
 class StopEngine:
     """The engine core of the pool's busiest worker hangs. The worker still renews its lease, and
-    its connections stay open."""
+    all connections stay open."""
 
     pool: Pool
 
@@ -119,7 +119,7 @@ class StopEngine:
 @dataclass(frozen=True, slots=True)
 class CutWorker:
     """All connections of the pool's busiest worker to the router, the store and the other pool end.
-    The processes go on."""
+    The processes keep running."""
 
     pool: Pool
 
@@ -129,9 +129,11 @@ class CutWorker:
 
 @dataclass(frozen=True, slots=True)
 class SilenceWorker:
-    """Nothing arrives over the connections of ``CutWorker`` for ``seconds``, and neither side gets
-    an error. If that is less than ``connection_silence_s``, data only arrives late. If it is more,
-    the connections are half-open."""
+    """The connections that ``CutWorker`` cuts stay open, but no data arrives for ``seconds``.
+
+    If ``seconds`` is less than ``connection_silence_s``, data only arrives late. If ``seconds`` is
+    more, the connections count as broken.
+    """
 
     pool: Pool
     seconds: float
@@ -143,8 +145,8 @@ class SilenceWorker:
 
 @dataclass(frozen=True, slots=True)
 class JumpClock:
-    """The store's clock jumps far ahead, so that all keys with an expiry are gone, also the leases.
-    No other process of a cluster reads a clock that can jump."""
+    """The store's clock jumps far ahead. All keys that have an expiry are gone, so all leases end.
+    Baton's own processes read no clock that can jump."""
 
     def strike(self, cluster: LiveCluster) -> None:
         _store_pid(cluster)
@@ -156,7 +158,7 @@ class JumpClock:
 
 @dataclass(frozen=True, slots=True)
 class DrainWorker:
-    """``baton drain`` makes the pool's busiest worker leave."""
+    """``baton drain`` drains the pool's busiest worker."""
 
     pool: Pool
 
@@ -175,7 +177,7 @@ class KillRouter:
 
 @dataclass(frozen=True, slots=True)
 class RestartRouter:
-    """The router shuts down after its streams have ended, and another one starts."""
+    """The router lets its streams end and shuts down. Then another router starts."""
 
     def strike(self, cluster: LiveCluster) -> None:
         (router,) = cluster.processes(ROUTER)
@@ -186,9 +188,8 @@ class RestartRouter:
 
 @dataclass(frozen=True, slots=True)
 class KillStore:
-    """The registry's store is killed with kill -9, and all leases are lost. Returns when the
-    launcher has started another store, because a fault before that would only be a failed
-    start."""
+    """The registry's store is killed with kill -9, and all leases are lost. ``strike`` returns when
+    the launcher has started another store. A fault before that would only make this start fail."""
 
     def strike(self, cluster: LiveCluster) -> None:
         started = cluster.log.read_text().count(_STORE_STARTED)
@@ -202,7 +203,7 @@ class KillStore:
 
 @dataclass(frozen=True, slots=True)
 class StopStore:
-    """The registry's store hangs until the launcher has noticed, and then resumes."""
+    """The registry's store hangs until the launcher has noticed this, and then resumes."""
 
     def strike(self, cluster: LiveCluster) -> None:
         store = _store_pid(cluster)
@@ -228,8 +229,8 @@ class KillController:
 
 @dataclass(frozen=True, slots=True)
 class KillGcs:
-    """Ray's own head process is killed with kill -9. The cluster lets its streams end and goes
-    down."""
+    """Ray's control service (GCS) is killed with kill -9. The cluster lets its streams end and then
+    shuts down."""
 
     def strike(self, cluster: LiveCluster) -> None:
         _kill(_pid_of(cluster, GCS))
@@ -237,9 +238,9 @@ class KillGcs:
 
 @dataclass(frozen=True, slots=True)
 class FullLogDisk:
-    """The pool's busiest worker is killed while no other worker and no router can write to its log.
+    """The pool's busiest worker is killed while the other workers and the router cannot write logs.
 
-    A limit on the size of files causes this, so the error is EFBIG instead of ENOSPC.
+    A limit on the size of files simulates the full disk, so the error is EFBIG instead of ENOSPC.
     """
 
     pool: Pool
@@ -288,7 +289,7 @@ def busiest(cluster: LiveCluster, pool: Pool) -> Victim:
 
 
 def _connections(cluster: LiveCluster, replica: ClusterProcess) -> list[End]:
-    """Return both ends of a worker's connections to other processes of the cluster."""
+    """Return both ends of a worker's connections to the router, the store and other workers."""
     mine = [replica.pid]
     if cluster.has_engines:
         mine.append(cluster.engine_of(replica).pid)
@@ -340,7 +341,7 @@ def _pid_of(cluster: LiveCluster, kind: str) -> int:
 
 
 def _store_pid(cluster: LiveCluster) -> int:
-    """Return the pid of the store. Waits until the store answers and the launcher has noticed."""
+    """Return the store's pid. Waits until the store answers and the launcher has noticed this."""
 
     def answers() -> bool:
         log = cluster.log.read_text()

@@ -6,6 +6,6 @@ import random
 
 
 def random_prompt(tokens: int, seed: int) -> list[int]:
-    """Random token ids. The next token depends on every one of them, so a wrong block shows."""
+    """Return random token ids. A wrong KV block then changes the model's next token."""
     rng = random.Random(seed)
     return [rng.randrange(100, 40_000) for _ in range(tokens)]

@@ -1,8 +1,8 @@
-"""An aggregated vLLM, which gives the tokens that a cluster must give: one engine, no connector.
+"""Generates the tokens that a cluster must generate, with one vLLM engine and no KV connector.
 
     python -m tests.support.reference < job.json > answers.json
 
-It runs in its own process, so that its memory is free before a cluster starts.
+This runs in its own process, so that the engine's memory is free before a cluster starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 
 
 def greedy(config_file: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Return the greedy token ids of the decode pool's engine, one prompt at a time.
+    """Return the greedy answers of an engine that is configured as in the decode pool.
+
+    The engine runs one prompt at a time.
 
     ``config_file``: the cluster's configuration.
     """

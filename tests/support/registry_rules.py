@@ -1,4 +1,4 @@
-"""Checks that every registry must pass, the fake one and those on real servers."""
+"""Checks that ``MemoryRegistry`` and ``RedisRegistry`` must pass."""
 
 from __future__ import annotations
 

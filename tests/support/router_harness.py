@@ -1,4 +1,4 @@
-"""A router with fake workers and a small tokeniser in one event loop."""
+"""A router with fake workers and a small tokeniser, all in one event loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LINES = (
 
 @functools.cache
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """Return a byte-level BPE, trained on a few lines. Every byte and some words are tokens."""
+    """Return a byte-level BPE tokeniser. Every byte and some words of ``LINES`` are tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,10 +57,11 @@ def make_codec(context_tokens: int = CONTEXT_TOKENS) -> TextCodec:
 
 
 class RouterHarness:
-    """``async with`` starts and stops all servers, and then checks that no task is left.
+    """``async with`` starts and stops all servers. Unless the block raised an error, it then checks
+    that no task is left.
 
     Args:
-        router: fields of the configuration's section ``router``, which override a test's defaults.
+        router: fields of the section ``router``, which override the harness's defaults.
         redis: fields of the section ``redis``.
         journal: the store that all routers of the harness share.
         silence_s: ``cluster.connection_silence_s``.
@@ -85,7 +86,7 @@ class RouterHarness:
                 "router": {
                     "port": 0,
                     "registry_poll_s": 0.01,
-                    "failover_timeout_s": 0.01,  # other tests wait in virtual time
+                    "failover_timeout_s": 0.01,  # tests of longer waits run in virtual time
                     **(router or {}),
                 },
                 "redis": dict(redis or {}),
@@ -122,7 +123,7 @@ class RouterHarness:
 
     async def _assert_no_tasks_left(self) -> None:
         left = asyncio.all_tasks() - self._tasks_before - {_current_task()}
-        if left:  # gRPC's own tasks end later
+        if left:  # gRPC's own tasks end a little later
             _, left = await asyncio.wait(left, timeout=WAIT_S)
         assert not left, f"tasks left behind: {left}"
 

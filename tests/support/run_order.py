@@ -11,11 +11,11 @@ import pytest
 def run_cluster_ends_last(
     items: list[pytest.Item], cluster_of: Callable[[pytest.Item], Hashable | None]
 ) -> None:
-    """Sort ``items`` in place: of the tests that share a cluster, those marked ``ends_cluster``
-    run last.
+    """Sort ``items`` in place. A test marked ``ends_cluster`` then runs after all other tests that
+    share its cluster.
 
     Args:
-        cluster_of: identifies the cluster that a test shares with others; None if it shares none.
+        cluster_of: returns a key of the cluster that a test shares, or None if it shares none.
     """
     places_by_cluster: dict[Hashable, list[int]] = defaultdict(list)
     for place, item in enumerate(items):

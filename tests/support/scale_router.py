@@ -2,8 +2,9 @@
 
     python -m tests.support.scale_router GCS_ADDRESS NUMBER
 
-0 stops the router, as Serve stops any replica. At most 1, because routers share one port. This runs
-in its own process, because Ray keeps what its first start read from the environment.
+NUMBER is 0 or 1, because two routers would need the same port. With 0, Serve stops the router as it
+stops any replica. This runs in its own process, because Ray reads the environment only when it
+first starts in a process.
 """
 
 from __future__ import annotations

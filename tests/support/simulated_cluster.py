@@ -1,7 +1,8 @@
 """Routers and their workers in virtual time, without sockets, Redis or vLLM.
 
-The real classes of routers and workers run, with fake engines and with stores in memory.
-``SimCall``s replace gRPC's calls: they delay and lose messages and break, as connections do.
+The routers' and workers' code that handles requests is real. The engines are fake, and the stores
+are in memory. ``SimCall`` replaces a gRPC call. It delays messages, and loses some of them if its
+connection breaks.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_s=0.05)
 MAX_UNREAD = 4  # a sender waits while a call has this many unread messages
-SETTLE_S = 100.0  # after the faults; longer than every bound in this module
+SETTLE_S = 100.0  # after the last request; nothing may be left after this time
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-CONNECTION_LOST = ""  # the reason of a status that no server sent
+CONNECTION_LOST = ""  # the client's reason if the connection broke before a status came
 
 
 class _ServerContext:
@@ -101,7 +102,7 @@ class SimCall:
         self._server.add_done_callback(lambda _: worker.calls.discard(self))
 
     def cancel(self) -> None:
-        """Cancel as the caller. The caller gets nothing more, and the worker is cancelled later."""
+        """Cancel the call. It ends at once for the caller, and a little later on the worker."""
         if self._cancel is None and not self._server.done():
             self._cancel = asyncio.create_task(self._cancel_server())
         self._end()
@@ -111,14 +112,14 @@ class SimCall:
         self._server.cancel()
 
     def break_(self, code: grpc.StatusCode, details: str) -> None:
-        """Break the connection. Some of the messages in transit are lost."""
+        """Break the connection. A random number of the latest unread messages are lost."""
         for _ in range(self._worker.rng.randrange(len(self._messages) + 1)):
             self._messages.pop()
         self._fail(code, details)
         self._server.cancel()
 
     def time_remaining(self) -> float:
-        """Seconds until the deadline. 0 after it, as in gRPC."""
+        """Return the seconds until the deadline. After the deadline, return 0, as gRPC does."""
         return max(0.0, self._deadline_s - asyncio.get_running_loop().time())
 
     async def send_status(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
@@ -151,7 +152,7 @@ class SimCall:
                 self._fail(UNAVAILABLE, "connection refused")
                 return
             answer = await self._handle(_ServerContext(self))
-            if answer is not None:  # of a call that is not a stream
+            if answer is not None:  # the call is unary
                 await self.send(answer)
             await self._worker.link()
             self._end()
@@ -180,7 +181,7 @@ class SimCall:
 
 
 class SimWorker:
-    """One worker process. It is also the client that routers use for it."""
+    """One worker process. Routers also use this object as their client of the worker."""
 
     def __init__(
         self,
@@ -195,10 +196,10 @@ class SimWorker:
         self.pool = pool
         self.alive = True
         self.calls: set[SimCall] = set()
-        self.asked: list[str] = []  # keys of all calls so far
+        self.asked: list[str] = []  # keys of all Prefill and Decode calls that arrived
         self.prefilled: set[str] = set()  # keys whose KV a decode worker may fetch
-        self.slow = False
-        self.slowness = 1.0  # factor on the times of its engine
+        self.slow = False  # whether some messages take long
+        self.slowness = 1.0  # factor on the engine's latencies
         self._cluster = cluster
         self._running = asyncio.Event()  # cleared while a signal stops the process
         self._running.set()
@@ -227,7 +228,7 @@ class SimWorker:
         self._lease = asyncio.create_task(self._keep_lease())
 
     async def link(self) -> None:
-        """Wait as long as one message takes, and while the process is stopped."""
+        """Wait for the transit of one message. If the process is stopped, wait until it resumes."""
         await elapse(self.rng.choice((0.0, 0.0, 0.001, 0.3 if self.slow else 0.01)))
         await self._running.wait()
 
@@ -280,7 +281,7 @@ class SimWorker:
         self.cut()
 
     def cut(self) -> None:
-        """Break all connections. The process goes on."""
+        """Break all connections. The process keeps running."""
         for call in list(self.calls):
             call.break_(UNAVAILABLE, "connection reset")
 
@@ -292,7 +293,7 @@ class SimWorker:
         self._running.set()
 
     async def drain(self, grace_s: float) -> None:
-        """Leave as ``worker.replica.WorkerReplica`` does."""
+        """Drain and stop as ``worker.replica.WorkerReplica`` does."""
         self.record = replace(self.record, state=WorkerState.DRAINING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
@@ -328,7 +329,7 @@ class SimWorker:
 
 
 class _RouterStore:
-    """The journal's store, as one router uses it. A dead router writes nothing."""
+    """The journal's store, as one router uses it. A dead router cannot reach the store."""
 
     def __init__(self, store: MemoryJournal, router: SimRouter) -> None:
         self._store = store
@@ -429,8 +430,8 @@ class SimCluster:
     """Routers and workers in a ``VirtualLoop``. ``async with`` starts one router and stops all.
 
     Args:
-        limits: of each router's admission.
-        placement: of each router's placement.
+        limits: the limits of each router's admission.
+        placement: the limits of each router's placement.
     """
 
     def __init__(
@@ -448,8 +449,8 @@ class SimCluster:
         self.registry = MemoryRegistry(lease_s=LEASE_S, clock=self.clock)
         self.journal = MemoryJournal(lease_s=LEASE_S, clock=self.clock)
         self.store_slow = False
-        self.transfer_s = 0.0  # how long a prompt's KV takes once it is computed
-        self.workers: dict[str, SimWorker] = {}  # includes dead ones
+        self.transfer_s = 0.0  # how long the KV transfer takes after the prefill
+        self.workers: dict[str, SimWorker] = {}  # includes dead workers
         self.routers: list[SimRouter] = []
         self._numbers = 0
 
@@ -491,8 +492,8 @@ class SimCluster:
         limit: int = 8,
         kv_blocks: int = KV_BLOCKS,
     ) -> SimWorker:
-        """Start a worker, which is ready with its first lease. It takes ``limit`` requests at once.
-        Without a ``latency``, both are random."""
+        """Start a worker that takes ``limit`` requests at once. It is ready with its first lease.
+        If ``latency`` is None, latency and limit are random."""
         self._numbers += 1
         name = f"{pool}-{self._numbers}"
         if latency is None:
@@ -511,7 +512,7 @@ class SimCluster:
         )
 
     def living(self, pool: Pool | None = None) -> list[SimWorker]:
-        """Return the workers that run and take requests."""
+        """Return the workers that are neither dead nor draining."""
         return [
             worker
             for worker in self.workers.values()
@@ -521,7 +522,10 @@ class SimCluster:
         ]
 
     async def fetch(self, request: EngineRequest, wait: Callable[[float], Awaitable[None]]) -> bool:
-        """Wait until the prefill worker has a decode worker's KV. False if it never will."""
+        """Fetch a prompt's KV for a decode worker. Waits for the prefill, then for the transfer.
+
+        Returns False if the prefill worker is dead or does not finish the prefill in time.
+        """
         assert isinstance(request.kv, KvReceive)
         source = next(
             worker
@@ -544,11 +548,11 @@ def _key(key: worker_pb2.TransferKey) -> str:
 
 
 class SimClient:
-    """One request of an application. It is also the router's context of the call.
+    """One request of an application. It is also the gRPC context that the router's servicer gets.
 
     Args:
         living: returns the living routers.
-        timeout_s: from the start of a call to its deadline.
+        timeout_s: seconds from the start of a call to its deadline.
         read_s: how long the client takes to read one response.
     """
 
@@ -566,12 +570,12 @@ class SimClient:
         self.resumes = False  # whether the next call is Resume
         self.deadline_s = 0.0
         self.began_s = 0.0
-        self.first_s = 0.0  # time of the first response; 0: none has come
+        self.first_s = 0.0  # time of the first response; 0 before it
         self.ended_s = 0.0
 
     async def call(self, router: SimRouter) -> None:
-        """Call a router, and return when the router or its death ends the call. Cancel this task to
-        cancel the call."""
+        """Call a router. Return when the router ends the call or dies. To cancel the call, cancel
+        the task that runs this method."""
         task = asyncio.current_task()
         assert task is not None
         if router not in self._living():
@@ -604,7 +608,7 @@ class SimClient:
         return self.deadline_s - self._clock()
 
     async def send_initial_metadata(self, metadata: Any) -> None:
-        """Do nothing, because the client does not read it."""
+        """Do nothing, because the client does not read the metadata."""
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         await elapse(self._read_s)

@@ -11,7 +11,7 @@ from typing import Self
 import baton
 from tests.support.waiting import wait_until
 
-# Refusals before the cluster did anything for the request. The client sends it again.
+# Reasons of refusals. If no response has come, the client sends the request again.
 REFUSALS = {
     "NO_PREFILL_WORKER",
     "NO_DECODE_WORKER",
@@ -19,7 +19,7 @@ REFUSALS = {
     "QUEUE_TIMEOUT",
     "OVERLOADED",
 }
-# The router died or shut down before it had answered.
+# Reasons that a client gets if the router dies or shuts down.
 ROUTER_GONE = {"CONNECTION_FAILED", "ROUTER_DRAINING"}
 _RETRY_AFTER_S = 0.2
 _JOIN_S = 200.0
@@ -42,7 +42,7 @@ class Outcome:
     responses: list[baton.Response] = field(default_factory=list)
     errors: list[baton.BatonError] = field(default_factory=list)
     ends: int = 0  # how often the stream ended, with or without an error
-    given_up: bool = False  # refused, and not sent again because the load had finished
+    given_up: bool = False  # refused, and not sent again because the load was ending
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -50,19 +50,20 @@ class Outcome:
 
     @property
     def attempts(self) -> int:
-        """How often the router dispatched the request, which must have ended well."""
+        """How often the router dispatched the request. The request must have ended well."""
         phases = self.responses[-1].phases
         assert phases is not None
         return phases.attempts
 
 
 class Load:
-    """Sends requests. Each of ``plans`` has a client thread, which sends one after the other.
+    """Sends requests. Each plan has its own client thread.
 
-    Leaving the block waits until all requests have ended. If an error ends the block, clients send
-    no further requests.
+    The end of the ``with`` block waits until all requests have ended. If an error ends the block,
+    clients send no further requests.
 
     Args:
+        plans: for each client, the requests that it sends one after the other.
         refusals: reasons of refusals after which a client sends the request again.
     """
 
@@ -111,16 +112,17 @@ class Load:
         self._finished.set()
 
     def wait_for_tokens(self, count: int, within_s: float = 60) -> None:
-        """Wait until each client has received ``count`` tokens of a request."""
+        """Wait until the number of requests with ``count`` tokens reaches the number of clients. A
+        client can count several times if it sends several requests."""
 
         def have_come() -> bool:
             tokens = [len(outcome.token_ids) for outcome in self.outcomes]
             return len([each for each in tokens if each >= count]) >= len(self._threads)
 
-        wait_until(have_come, what=f"each client has {count} tokens", within_s=within_s)
+        wait_until(have_come, what=f"enough requests have {count} tokens", within_s=within_s)
 
     def wait_for_requests(self, count: int, within_s: float = 60) -> None:
-        """Wait until the clients have sent ``count`` requests."""
+        """Wait until the clients have sent ``count`` requests in total."""
         wait_until(
             lambda: len(self.outcomes) >= count,
             what=f"{count} requests were sent",
@@ -161,7 +163,8 @@ def _is_refused(outcome: Outcome, client: baton.Client, refusals: Set[str]) -> b
 
 
 def check_ended_well(outcome: Outcome) -> None:
-    """Check that the request ended exactly once and without an error."""
+    """Check that the request ended exactly once, at ``max_tokens`` and without an error. A request
+    that was given up must have no response."""
     if outcome.given_up:
         assert not outcome.responses
         return
@@ -179,7 +182,8 @@ def check_sequence(outcome: Outcome) -> None:
 
 
 def check_tokens(outcome: Outcome, expected: Sequence[int]) -> None:
-    """Check that the tokens so far are those of an undisturbed run."""
+    """Check that the tokens so far are those of an undisturbed run, ``expected``. If the stream
+    ended without an error, no token may be missing."""
     tokens = outcome.token_ids
     assert tokens == tuple(expected)[: len(tokens)]
     if outcome.ends and not outcome.errors:

@@ -1,6 +1,6 @@
-"""Faults of TCP connections of running processes: they are cut, or nothing arrives.
+"""Faults of TCP connections between running processes: a connection is cut, or nothing arrives.
 
-Linux only, and only for processes of the same user, whose sockets this module borrows.
+This module duplicates the processes' sockets. It needs Linux, and processes of the same user.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class End:
 
     @contextmanager
     def socket(self) -> Iterator[socket.socket]:
-        """Borrow the process's socket."""
+        """Yield a duplicate of the process's socket."""
         process = os.pidfd_open(self.pid)
         try:
             fd = _libc.syscall(_PIDFD_GETFD, process, self.fd, 0)
@@ -45,9 +45,9 @@ class End:
 
 
 def ends(pid: int, *, port: int | None = None) -> list[End]:
-    """Return a process's ends of its connections. A process that has ended has none.
+    """Return a process's ends of its open connections. If the process has ended, return none.
 
-    ``port``: only of connections that have this port at either end.
+    ``port``: if given, return only connections that have this port at either end.
     """
     try:
         connections = psutil.Process(pid).net_connections("tcp")
@@ -62,7 +62,7 @@ def ends(pid: int, *, port: int | None = None) -> list[End]:
 
 
 def cut(connections: list[End]) -> None:
-    """End the connections. Both sides notice."""
+    """Close the connections in both directions. Both sides notice."""
     for end in connections:
         with suppress(OSError), end.socket() as borrowed:  # the process may have closed it
             borrowed.shutdown(socket.SHUT_RDWR)
@@ -70,8 +70,8 @@ def cut(connections: list[End]) -> None:
 
 @contextmanager
 def silence(connections: list[End]) -> Iterator[None]:
-    """During the block, drop all packets that arrive at these ends, also acknowledgements. Neither
-    side gets an error."""
+    """During the block, drop all packets that arrive at these ends, acknowledgements included. The
+    connections stay open, and nothing tells either side."""
     program = struct.pack("HL", 1, ctypes.addressof(_DROP_ALL))
     _set_option(connections, _SO_ATTACH_FILTER, program)
     try:

@@ -12,11 +12,11 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 
 class Link:
-    """Carries connections from its own port to one target. One event loop uses it."""
+    """Forwards connections from its own port to one target. Belongs to one event loop."""
 
     def __init__(self, target: tuple[str, int], *, once: bool = False) -> None:
         """With ``once``, the link accepts only one connection."""
-        self.delay_s = 0.0  # added to the arrival of each piece of data
+        self.delay_s = 0.0  # wait before each chunk of data is forwarded
         self.bytes_per_s = float("inf")
         self._target = target
         self._once = once
@@ -26,7 +26,7 @@ class Link:
         self._server: asyncio.Server | None = None
 
     async def open(self, host: str) -> int:
-        """Start to listen, and return the port."""
+        """Listen on a free port and return the port."""
         self._server = await asyncio.start_server(self._carry, host, 0)
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -36,16 +36,16 @@ class Link:
         return len(self._connections)
 
     def hold(self) -> None:
-        """Carry nothing from now on; connections stay open."""
+        """Stop forwarding data. Connections stay open."""
         self._flowing.clear()
 
     def clear(self) -> None:
-        """End all delays; data that was held arrives now."""
+        """Forward held and new data at once. Only a chunk whose delay has begun stays delayed."""
         self.delay_s, self.bytes_per_s = 0.0, float("inf")
         self._flowing.set()
 
     def cut(self, at_most: int | None = None) -> int:
-        """Reset open connections at both ends, ``at_most`` this many; return how many."""
+        """Reset all open connections, or ``at_most`` of them, at both ends. Return how many."""
         connections = list(self._connections)[:at_most]
         for connection in connections:
             connection.cancel()
@@ -82,7 +82,7 @@ class Link:
                 end.close()
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        """Copy until the source ends, then close the target, which ends the other direction."""
+        """Copy until the source ends, then close the target. This also ends the other direction."""
         with contextlib.suppress(OSError):
             while data := await source.read(_CHUNK_BYTES):
                 await self._flowing.wait()
@@ -101,7 +101,7 @@ def _reset(end: asyncio.StreamWriter) -> None:
 
 
 async def time_passes(seconds: float) -> None:
-    """Let time pass: for delays and for a load's own pace, never to wait for a condition."""
+    """Wait for a delay or for the pace of a load. Do not use this to wait for a condition."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await asyncio.get_running_loop().create_future()

@@ -1,6 +1,6 @@
 """A tiny random Llama model with SmolLM2's tokenizer, for quick tests of real engines.
 
-``python -m tests.support.tiny_model FOLDER`` writes one in a few seconds.
+``python -m tests.support.tiny_model FOLDER`` writes such a model in a few seconds.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from pathlib import Path
 from core.config.schema import ModelConfig
 from core.model.resolve import resolve_model
 
-# Tests compute KV sizes from these. HEAD_DIM is the least that vLLM's CPU attention supports.
+# Tests compute KV sizes from these. vLLM's CPU attention supports no smaller HEAD_DIM.
 LAYERS = 2
 KV_HEADS = 2
 HEAD_DIM = 32
 MAX_MODEL_LEN = 4096  # tokens
 WINDOW = 40  # tokens that a layer of sliding attention sees
-BYTES_PER_VALUE = 4  # float32, with which batching changes no token
+BYTES_PER_VALUE = 4  # float32: batching changes no token
 KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def make_tiny_model(folder: Path, *, seed: int = 0, layer_types: Sequence[str] = ()) -> Path:
-    """Write a float32 checkpoint that vLLM and transformers load (50 MB) and return it.
+    """Write a float32 checkpoint (50 MB) that vLLM and transformers can load. Return ``folder``.
 
-    ``layer_types``: vLLM's name for each layer. By default all layers have full attention.
+    ``layer_types``: the attention of each layer, as named in the model's configuration. By default,
+    all layers have full attention.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -43,8 +44,8 @@ def make_tiny_model(folder: Path, *, seed: int = 0, layer_types: Sequence[str] =
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         max_position_embeddings=MAX_MODEL_LEN,
-        initializer_range=0.2,  # the best token wins clearly
-        tie_word_embeddings=False,  # tied random weights would repeat their input
+        initializer_range=0.2,  # so large that the most probable token wins clearly
+        tie_word_embeddings=False,  # with tied random weights, the model repeats its input
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

@@ -1,4 +1,4 @@
-"""One prefill and one decode engine of vLLM in this event loop, without a router or Ray."""
+"""One prefill and one decode engine of vLLM, used from one event loop without a router or Ray."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 @dataclass
 class Engines:
-    """Both engines, and how a decode request names the prefill engine."""
+    """Both engines, and what requests need to name them."""
 
     prefill: VllmEngine
     decode: VllmEngine
-    receive: KvReceive
+    receive: KvReceive  # names the prefill engine in requests to the decode engine
     decode_incarnation: str
 
     @property
@@ -45,10 +45,10 @@ class Engines:
         sampling: pb.SamplingParams = GREEDY,
         so_far: int = 0,
     ) -> list[EngineOutput]:
-        """Return all outputs of one request. A prefill (``KvSend``) gets one token.
+        """Return all outputs of one request. A prefill (``KvSend``) generates one token.
 
         Args:
-            so_far: how many of the prompt's last tokens belong to the answer.
+            so_far: how many tokens at the prompt's end are output of an earlier attempt.
         """
         wanted = pb.SamplingParams()
         wanted.CopyFrom(sampling)
@@ -60,8 +60,8 @@ class Engines:
     async def streamed(
         self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
     ) -> tuple[list[int], pb.KvReport]:
-        """Run a request on both engines. Return all tokens, the first one from the prefill engine,
-        and the decode engine's report of the KV transfer."""
+        """Run a request on both engines. Return all tokens and the decode engine's report of the KV
+        transfer. If the KV arrived, the first token comes from the prefill engine."""
         key = f"{uuid4().hex}#1"
         sent, received = await asyncio.gather(
             self.generate(self.prefill, key, prompt, KvSend(True), sampling, so_far),
@@ -77,13 +77,13 @@ class Engines:
     async def aggregated(
         self, prompt: list[int], sampling: pb.SamplingParams = GREEDY, so_far: int = 0
     ) -> list[int]:
-        """Return all tokens of a request that the prefill engine serves alone."""
+        """Run a request on the prefill engine alone. Return all tokens."""
         key = f"{uuid4().hex}#1"
         outputs = await self.generate(self.prefill, key, prompt, None, sampling, so_far)
         return [token for output in outputs for token in output.token_ids]
 
     async def wait_all_free(self) -> None:
-        """Wait until neither engine holds a KV block."""
+        """Wait until all KV blocks of both engines are free."""
         for engine in (self.prefill, self.decode):
             await until(partial(_is_free, engine), what="all KV blocks are free")
 
@@ -100,11 +100,11 @@ def _is_free(engine: VllmEngine) -> bool:
 
 @asynccontextmanager
 async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> AsyncIterator[Engines]:
-    """Start both engines; stop them when the block ends.
+    """Start both engines. Stop them when the block ends.
 
     Args:
         overrides: fields of the configuration.
-        cores: ``cpu_binding`` of the prefill and of the decode engine.
+        cores: the CPU binding of the prefill engine, then that of the decode engine.
     """
     environment = dict(os.environ)
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

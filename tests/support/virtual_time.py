@@ -1,8 +1,8 @@
-"""An event loop in virtual time, which runs tasks in an order that depends on a seed.
+"""An event loop in virtual time. It runs tasks in an order that depends on a seed.
 
-Time passes only when no task can run, so waits cost no real time. Of the tasks that can run, any
-may be first. asyncio's own loop always takes the one that became ready first, so with it a test
-never sees most orders that a busy machine produces. A run is a function of its seed.
+Time passes only when no task can run, so waits cost no real time. Any of the tasks that can run may
+run first. asyncio's own loop runs tasks in the order in which they became ready, so it never shows
+a test most orders that occur on a busy machine. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ T = TypeVar("T")
 
 
 class DeadlockError(Exception):
-    """Every task waits for another one, so time cannot advance."""
+    """No task can run and no timer is set, so time cannot advance."""
 
 
 class _NoSelector(selectors.SelectSelector):
-    """Has no files to wait for. A wait with a timeout advances the loop's time."""
+    """Never waits for files. A wait with a timeout advances the loop's time at once."""
 
     now_s = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise DeadlockError("every task waits for another one")
+            raise DeadlockError("no task can run, no timer is set")
         self.now_s += max(timeout, 0.0)
         return []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """``time()`` starts at 0 s. Callbacks that are not steps of a task keep asyncio's order."""
+    """``time()`` starts at 0 s. Only the steps of tasks are shuffled, no other callbacks."""
 
     def __init__(self, seed: int) -> None:
         self._clock = _NoSelector()
@@ -44,7 +44,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._clock.now_s
 
     def _run_once(self) -> None:
-        # Each task has at most one step in here, so the steps may swap places.
+        # Each task has at most one step in this queue, so any order of the steps is valid.
         ready = self._ready  # type: ignore[attr-defined]
         places = [
             place
@@ -59,16 +59,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 async def elapse(seconds: float) -> None:
-    """Wait in virtual time. Fails in a loop that would really wait."""
+    """Wait in virtual time. Fails in any other loop, because the wait would take real time."""
     assert isinstance(asyncio.get_running_loop(), VirtualLoop)
     await asyncio.sleep(seconds)
 
 
 def run_virtually(main: Coroutine[Any, Any, T], seed: int) -> T:
-    """``asyncio.run`` in virtual time.
+    """Run ``main`` as ``asyncio.run`` does, but in virtual time.
 
     Raises:
-        DeadlockError: all tasks wait for each other.
+        DeadlockError: no task can run and no timer is set.
     """
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(seed)) as runner:
         return runner.run(main)

@@ -1,7 +1,7 @@
-"""vLLM's own scheduler with our connector's scheduler side, over a model that samples a constant.
+"""vLLM's own scheduler with the scheduler side of Baton's connector. The model is simulated.
 
-There is no engine and no process. A step is one call, so a test chooses what the ranks report, and
-when.
+There is no engine and no other process. A step is one call, so a test chooses what the ranks report
+at each step.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _HASH = get_hash_fn_by_name("sha256")
 
 @dataclass
 class Step:
-    """One engine step: what was planned for the ranks and computed by the model."""
+    """One engine step: its plan, what the model computed, and the reports to the front end."""
 
     output: SchedulerOutput
-    plan: StepPlan
-    computed: dict[str, int]  # tokens by request id
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # sampled, by request id
-    reports: list[dict[str, Any]] = field(default_factory=list)  # of receives, to the front end
+    plan: StepPlan  # for the ranks
+    computed: dict[str, int]  # number of tokens, by request id
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # sampled ids, by request id
+    reports: list[dict[str, Any]] = field(default_factory=list)  # of receives
 
 
 class SchedulerBench:
@@ -51,7 +51,7 @@ class SchedulerBench:
     Args:
         pool: "kv_producer" (prefill) or "kv_consumer" (decode).
         blocks: KV blocks of the engine, including the null block.
-        step_tokens: most tokens that one step computes.
+        step_tokens: maximum number of tokens that one step computes.
     """
 
     def __init__(self, pool: str, *, blocks: int = 64, step_tokens: int = 256) -> None:
@@ -129,7 +129,7 @@ class SchedulerBench:
 
     def step(self, *, sent: set[str] | None = None, received: list[TransferResult] | None = None
              ) -> Step:  # fmt: skip
-        """Schedule, compute, and give vLLM what the ranks report, as its engine core does."""
+        """Do what vLLM's engine core does: schedule, compute, and pass on the ranks' reports."""
         output = self.scheduler.schedule()
         plan = output.kv_connector_metadata
         assert isinstance(plan, StepPlan)

@@ -1,4 +1,4 @@
-"""Waiting for conditions. No other module of the tests polls."""
+"""Waits for a condition or for a time. No other module of the tests sleeps in real time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _LOOK_EVERY_S = 0.02
 
 
 def wait_until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T:
-    """Call ``look`` until it returns a true value, and return that.
+    """Call ``look`` until it returns a true value. Return this value.
 
     Raises:
-        AssertionError: not within ``within_s`` seconds. It names ``what`` and the last value.
+        AssertionError: ``look`` returned no true value within ``within_s`` seconds. The message
+            names ``what`` and the last value.
     """
     deadline_s = time.monotonic() + within_s
     while not (value := look()):
@@ -26,12 +27,12 @@ def wait_until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T
 
 
 def let_pass(seconds: float) -> None:
-    """Sleep, for a fault that lasts this long. Use ``wait_until`` to wait for a condition."""
+    """Sleep while a fault lasts. Use ``wait_until`` to wait for a condition."""
     time.sleep(seconds)
 
 
 async def until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> T:
-    """``wait_until`` for a test in an event loop."""
+    """Do what ``wait_until`` does, without blocking the event loop."""
     deadline_s = time.monotonic() + within_s
     while not (value := look()):
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what} (last: {value!r})"
@@ -42,7 +43,7 @@ async def until(look: Callable[[], T], *, what: str, within_s: float = 10.0) -> 
 async def until_awaited(
     look: Callable[[], Awaitable[T]], *, what: str, within_s: float = 10.0
 ) -> T:
-    """``until`` for a condition that must be awaited."""
+    """Do what ``until`` does, for a ``look`` that must be awaited."""
     deadline_s = time.monotonic() + within_s
     while not (value := await look()):
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what} (last: {value!r})"

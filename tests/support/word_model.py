@@ -1,4 +1,4 @@
-"""The files of a model that a router needs when fake engines serve it."""
+"""The model files that a router needs when its workers run fake engines."""
 
 from __future__ import annotations
 

@@ -55,17 +55,17 @@ pytestmark = pytest.mark.usefixtures("all_threads_end")
 
 
 def test_late_write_of_an_aborted_request_lands_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """S#35049: the request is aborted while a message is written and others are on their way."""
+    """S#35049: the request is aborted while D writes one message and others are in flight."""
     with ends() as (prefill, decode), Gate(monkeypatch, UnitView, "scatter") as gate:
         decode.reserve(prefill, "a#1", TARGET, 0, LONG)
         compute(prefill, "a#1", SOURCE, LONG)
         gate.wait_entered()
         decode.cancel(prefill, "a#1")
-        assert not decode.client.take_results(), "its blocks are being written"
+        assert not decode.client.take_results(), "D still writes into its blocks"
         gate.open()
         assert not decode.result("a#1").complete
         fill(decode.caches, TARGET, 7)
-        assert delivers(prefill, decode, "b#1")  # this comes after all that was on its way
+        assert delivers(prefill, decode, "b#1")  # its messages follow all messages of a#1
         assert filled(decode.caches, TARGET, 7)
         prefill.wait_released("a#1")
 
@@ -74,7 +74,7 @@ def test_late_write_of_an_aborted_request_lands_nowhere(monkeypatch: pytest.Monk
 def test_late_read_of_an_aborted_request_keeps_its_blocks(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """S#35049, the other end: blocks that a sender reads are not given to another request."""
+    """S#35049, on the prefill side: no block is released while a sender reads it."""
     with ends() as (prefill, decode), Gate(monkeypatch, UnitView, "gather") as gate:
         server = prefill.server
         decode.reserve(prefill, "a#1", TARGET, 0, LONG)
@@ -91,7 +91,7 @@ def test_late_read_of_an_aborted_request_keeps_its_blocks(
                 lambda: not engine.is_alive() or server.transfers._gathered._waiters,  # type: ignore[attr-defined]
                 what="the engine waits or has returned",
             )
-            assert engine.is_alive(), "the engine would compute into blocks that are being read"
+            assert engine.is_alive(), "preempt returned while a sender reads the blocks"
         gate.open()
         if how == "preempted":
             engine.join(10)
@@ -100,7 +100,7 @@ def test_late_read_of_an_aborted_request_keeps_its_blocks(
 
 
 def test_first_failed_leg_waits_for_its_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#56104: one of two prefill ranks dies while the other's leg is being written."""
+    """V#56104: one of two prefill ranks stops while D writes the leg of the other rank."""
     ranks = [PrefillEnd(tp_rank=rank, tp_size=2) for rank in (0, 1)]
     decode, successor = DecodeEnd(), PrefillEnd(tp_rank=0, tp_size=2)
 
@@ -130,12 +130,12 @@ def test_first_failed_leg_waits_for_its_siblings(monkeypatch: pytest.MonkeyPatch
     ):
         reserve("a#1", TARGET, LONG, *ranks)
         transfer = decode.client.transfers.by_id["a#1"]
-        ranks[0].compute("a#1", SOURCE, LONG)  # its request never finishes
+        ranks[0].compute("a#1", SOURCE, LONG)  # no request_finished: this leg stays open
         compute(ranks[1], "a#1", SOURCE, LONG)
         gate.wait_entered()
         ranks[0].server.stop()
         wait_until(lambda: transfer.ended, what="decode has noticed the lost leg")
-        assert not decode.client.take_results(), "its sibling is being written"
+        assert not decode.client.take_results(), "D still writes the other leg"
         gate.open()
         assert not decode.result("a#1").complete
         fill(decode.caches, TARGET, 7)
@@ -175,7 +175,7 @@ def test_lease_of_unreserved_kv_expires_before_a_reservation_arrives() -> None:
         assert delivers(prefill, decode, "first#1")
         compute(prefill, "a#1", SOURCE, LONG)
         clock.ahead_s = OPTIONS.reserve_timeout_s + 1
-        with prefill.server.transfers.lock:  # otherwise the lease of the pair would expire, too
+        with prefill.server.transfers.lock:  # without this, the pair's lease expires, too
             for peer in prefill.server.transfers.peers.values():
                 peer.last_heard_s = clock()
         prefill.wait_released("a#1")
@@ -186,12 +186,13 @@ def test_lease_of_unreserved_kv_expires_before_a_reservation_arrives() -> None:
 
 
 def test_receive_and_use_on_different_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#20263: only CUDA could mix up KV here, so on CPUs this checks the order of the calls.
+    """V#20263: a wrong order corrupts KV only on CUDA. On CPUs, this checks the order of the calls.
 
-    P: the engine marks a layer ▸ the sender's stream is queued behind the mark ▸ gather ▸ the
-    sender's own mark is done ▸ send. D: received ▸ scatter ▸ the receiver's mark is done ▸ report.
+    P: the engine's thread marks written layers ▸ the sender's stream queues behind this mark ▸
+    gather ▸ the sender waits for its own mark ▸ send.
+    D: wait for the message ▸ scatter ▸ the receiver waits for its own mark ▸ report.
     """
-    log: dict[str, list[tuple[str, object]]] = {}  # by thread: calls and their marks
+    log: dict[str, list[tuple[str, object]]] = {}  # by thread: calls, with mark or first argument
 
     def note(owner: Any, name: str, call: Callable[..., Any] | None = None) -> None:
         call = call or getattr(owner, name)
@@ -233,7 +234,7 @@ def test_receive_and_use_on_different_streams_are_ordered(monkeypatch: pytest.Mo
         assert behind in by_engine
         assert done is own
     received = log["kv-receive"][:-1]
-    assert log["kv-receive"][-1][0] == "report_if_ended", "with the manifest"
+    assert log["kv-receive"][-1][0] == "report_if_ended", "END comes last"
     for turn in zip(*[iter(received)] * 5, strict=True):
         calls = [name for name, _ in turn]
         assert calls == ["wait", "scatter", "mark", "wait_done", "report_if_ended"]
@@ -242,7 +243,7 @@ def test_receive_and_use_on_different_streams_are_ordered(monkeypatch: pytest.Mo
 
 
 class FakeCuda:
-    """Streams and events that only write a log."""
+    """Fakes CUDA streams, CUDA events and NCCL's work. Logs the calls that order work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -260,7 +261,7 @@ class FakeCuda:
     def query(self) -> bool:
         return self.done
 
-    def wait(self) -> None:  # as NCCL's work
+    def wait(self) -> None:  # of NCCL's work
         self.log.append(f"{self.stream} behind the transfer")
 
     @contextmanager
@@ -271,7 +272,7 @@ class FakeCuda:
 
 
 def test_receive_and_use_on_different_streams_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#20263, on a fake: work is queued behind the mark, or waits for it with a timeout."""
+    """V#20263, on a fake: the side stream runs after the mark. A thread waits with a timeout."""
     device, cuda = torch.device("cuda", 0), FakeCuda(monkeypatch)
     computed = side_stream.mark(device)
     with side_stream.side_stream(device):
@@ -280,7 +281,7 @@ def test_receive_and_use_on_different_streams_of_cuda(monkeypatch: pytest.Monkey
     assert cuda.log == [
         "engine marked",
         "side behind it",
-        "side behind the transfer",  # before the mark, so that the mark covers it
+        "side behind the transfer",  # before the next mark, so that this mark covers it
         "side marked",
     ]
     with pytest.raises(PairError, match="no progress on the device"):
@@ -313,7 +314,7 @@ def test_out_of_memory_for_a_staging_buffer_is_a_failed_transfer(
 
 
 def test_staging_is_bounded_when_decode_does_not_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For any prompt length: what was read on P and not yet written on D fits into the buffers.
+    """Messages that P has read and D has not written fit into the buffers, however long the prompt.
 
     P releases no block before the whole prompt has been sent.
     """
@@ -346,7 +347,7 @@ def test_staging_is_bounded_when_decode_does_not_keep_up(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("lost", [0, 1, -1], ids=["the first", "one between", "the last"])
 def test_missing_message_is_a_failed_transfer(monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
-    """P skips a message, and its manifest matches what it sent."""
+    """P skips one message. The manifest matches the messages that P sent."""
     original, taken = SendSession.next_message, list[LayerBlockRange]()
     messages = list(split_into_messages(LayerBlockRange(0, LAYERS, 0, 20), 3))
 
@@ -372,7 +373,7 @@ def test_missing_message_is_a_failed_transfer(monkeypatch: pytest.MonkeyPatch, l
 def test_missing_header_moves_no_kv_into_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The bytes of a lost HEADER would be taken for those of the next one, of equal size."""
+    """If a HEADER is lost, D must not take its message for the next one of the same size."""
     original, lost = SendTransfers.post, list[wire.Header]()
 
     def lossy(transfers: SendTransfers, peer: Any, message: wire.ToDecode) -> None:

@@ -1,4 +1,4 @@
-"""Hazards of leaks: blocks that one side holds for nothing. See ``kv_hazards``."""
+"""Hazards of leaks: blocks and pairs that one side keeps without need. See ``kv_hazards``."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def test_decode_without_room_for_a_transfer_cancels_it() -> None:
 
 
 def test_cancel_on_a_pair_that_is_being_closed_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#46283: the last messages before a pair is closed must leave, including BYE.
+    """V#46283: the messages posted before a pair is closed must be sent, and then BYE.
 
-    Without them, P would keep the KV and the pair until a lease ends them.
+    Without CANCEL and BYE, P would keep the KV and the pair until a timeout.
     """
     original, armed = ControlConnection.flush, threading.Event()
 
     def flush_then_close(connection: ControlConnection) -> None:
         original(connection)
-        if armed.is_set():  # the engine is faster than the receiver thread
+        if armed.is_set():  # as if the engine's thread ran here, after the flush
             armed.clear()
             decode.cancel(prefill, "a#1")
             with decode.client.transfers.lock:
@@ -75,7 +75,7 @@ def test_cancel_on_a_pair_that_is_being_closed_arrives(monkeypatch: pytest.Monke
 
 
 def test_bye_of_a_pair_that_is_being_closed_arrives() -> None:
-    """V#46283: prefill would keep the pair until its lease expires."""
+    """V#46283: without BYE, P would keep the pair until its lease expires."""
     prefill, decode = PrefillEnd(peer_lease_s=NEVER_S), DecodeEnd()
     with running(decode, prefill):
         assert delivers(prefill, decode, "first#1")
@@ -86,9 +86,9 @@ def test_bye_of_a_pair_that_is_being_closed_arrives() -> None:
 def test_cancel_does_not_delay_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """D#14507, D#13691: no further message of a cancelled prompt is read or sent.
 
-    The next request on the pair does not wait for the rest of it.
+    The next request on the pair does not wait for the rest of this prompt.
     """
-    read: list[int] = []  # first blocks of the requests
+    read: list[int] = []  # the first block of the request, for each message
     original = UnitView.gather
 
     def noted(
@@ -105,18 +105,18 @@ def test_cancel_does_not_delay_the_next_request(monkeypatch: pytest.MonkeyPatch)
         gate.wait_entered()
         with prefill.server.transfers.lock:
             prefill.server.transfers.cancel("a#1", "released by the router", None)
-        step(prefill, "a#1", LONG - BLOCK_TOKENS, LONG)  # the engine has planned it already
+        step(prefill, "a#1", LONG - BLOCK_TOKENS, LONG)  # planned before the cancel
         compute(prefill, "b#1", [63], 9)
         gate.open()
         assert decode.result("b#1").complete
         prefill.server.request_finished("a#1", None, computed=False)
         prefill.wait_released("a#1")
-        assert read == [SOURCE[0], 63, 63], "only the message that was being read"
+        assert read == [SOURCE[0], 63, 63], "of a#1, only the message that was being read"
 
 
 def test_received_kv_is_admitted_like_any_other() -> None:
-    """S#30033: D reserves only if it has blocks, and its own tokens are scheduled as usual."""
-    bench = SchedulerBench("kv_consumer", blocks=11)  # ten and the null block
+    """S#30033: D reserves only if it has blocks. A transfer keeps its blocks until it ends."""
+    bench = SchedulerBench("kv_consumer", blocks=11)  # ten usable ones and the null block
     try:
         for name in "abc":
             bench.add(name, [ord(name)] * 60, "receive", max_tokens=4)

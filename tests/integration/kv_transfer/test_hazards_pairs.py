@@ -60,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("all_threads_end")
 
 
 def test_request_ids_of_the_two_engines_may_differ() -> None:
-    """V#42839: or be those of other requests; only the transfer id counts."""
+    """V#42839: an id may mean another request on the other engine. Only transfer ids count."""
     with ends() as (prefill, decode):
         requests = {"a#1": ("1", "2", 1, 30), "b#1": ("2", "1", 2, 31)}
         for transfer_id, (_, its_id, _, block) in requests.items():
@@ -89,9 +89,9 @@ def test_request_ids_of_the_two_engines_may_differ() -> None:
 
 
 def test_different_order_on_both_sides_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N#479, N#1279, N#522: D reserves in one order, P computes in another, in alternating chunks.
+    """N#479, N#1279, N#522: D reserves in one order. P computes chunks in another order.
 
-    A send or receive starts only when both sides know of it, so none waits on a device.
+    D starts a receive only after P has announced the message. P sends every announced message.
     """
     announced, posted = Counter[str](), Counter[str]()
 
@@ -141,7 +141,7 @@ def test_different_order_on_both_sides_does_no_harm(monkeypatch: pytest.MonkeyPa
 def test_a_hanging_abort_asks_for_a_new_process_and_harms_no_other_pair(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """N#863, N#1013: on both sides, in mid-stream."""
+    """N#863, N#1013: the aborts of both sides hang, in mid-stream."""
     stuck: dict[str, list[str]] = {"P": [], "D": []}
     prefill = PrefillEnd(pair_timeout_s=2, on_stuck=stuck["P"].append)
     decode = DecodeEnd(pair_timeout_s=2, transfer_timeout_s=2, on_stuck=stuck["D"].append)
@@ -168,7 +168,7 @@ def test_a_hanging_abort_asks_for_a_new_process_and_harms_no_other_pair(
 
 
 def test_aborting_several_at_once_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N#564: three pairs, each with a message on its way."""
+    """N#564: D stops while each of three pairs waits for an announced message."""
     prefills = [PrefillEnd(peer_lease_s=NEVER_S) for _ in range(3)]
     receivers = record_receivers(monkeypatch)
     decode = DecodeEnd(transfer_timeout_s=NEVER_S)
@@ -189,7 +189,7 @@ def test_aborting_several_at_once_ends_them_all(monkeypatch: pytest.MonkeyPatch)
 
 
 class FakeNccl:
-    """Records the arguments of a group."""
+    """Fakes an NCCL process group and records its arguments."""
 
     class Options:
         def __init__(self) -> None:
@@ -204,7 +204,7 @@ class FakeNccl:
 
 
 def test_communicators_take_little_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N#522, N#1431, V#18242, on a fake: few channels (memory, SMs), and a timeout.
+    """N#522, N#1431, V#18242, on a fake: few channels, to save memory and SMs; a timeout.
 
     The group is connected before the first message. NCCL's watchdog must not end the process.
     """
@@ -224,9 +224,9 @@ def files() -> int:
 
 
 def test_groups_are_bounded_on_prefill() -> None:
-    """V#18242: more decode workers than P has room for, one after another, three times.
+    """V#18242: four decode workers use P in turn, three times. P has room for two pairs.
 
-    No groups, threads or files remain of the pairs that were closed.
+    No groups, threads or files of closed pairs remain.
     """
     prefill = PrefillEnd(max_pairs=2, peer_lease_s=NEVER_S)
     decodes = [DecodeEnd(incarnation=f"d{index}") for index in range(4)]
@@ -235,15 +235,15 @@ def test_groups_are_bounded_on_prefill() -> None:
             for index, decode in enumerate(decodes):
                 assert delivers(prefill, decode, f"{turn}-{index}#1")
                 assert len(prefill.server.transfers.peers) <= 2
-            wait_until(lambda: len(kv_threads("kv-send")) == 2, what="the others' senders ended")
-            wait_until(lambda: len(kv_threads("kv-receive")) == 2, what="and their receivers")
+            wait_until(lambda: len(kv_threads("kv-send")) == 2, what="other senders ended")
+            wait_until(lambda: len(kv_threads("kv-receive")) == 2, what="other receivers ended")
             if turn == 0:
                 at_first = files()
         wait_until(lambda: files() <= at_first, what="no file is left open")
 
 
 def test_groups_are_bounded_on_decode() -> None:
-    """V#18242: the same with more prefill workers; each whose pair is closed gets BYE."""
+    """V#18242: the same with four prefill workers and one D. D sends BYE when it closes a pair."""
     decode = DecodeEnd(max_pairs=2)
     prefills = [PrefillEnd(peer_lease_s=NEVER_S) for _ in range(4)]
     with running(decode, *prefills):
@@ -252,7 +252,7 @@ def test_groups_are_bounded_on_decode() -> None:
                 assert delivers(prefill, decode, f"{turn}-{index}#1")
                 assert len(decode.client.transfers.peers) <= 2
             wait_until(lambda: len(kv_threads("kv-receive")) == 2, what="other receivers ended")
-            wait_until(lambda: len(kv_threads("kv-send")) == 2, what="and their senders")
+            wait_until(lambda: len(kv_threads("kv-send")) == 2, what="other senders ended")
             assert not prefills[0].server.transfers.peers
             if turn == 0:
                 at_first = files()
@@ -260,7 +260,7 @@ def test_groups_are_bounded_on_decode() -> None:
 
 
 def test_a_connection_to_a_vanished_host_is_closed() -> None:
-    """The other host is gone, and no packet says so."""
+    """The peer's host vanishes without a FIN or RST."""
     prefill, decode = PrefillEnd(peer_lease_s=1), DecodeEnd(peer_lease_s=1)
     with running(decode, prefill):
         assert delivers(prefill, decode, "a#1")
@@ -295,9 +295,9 @@ def test_groups_are_bounded_where_all_are_busy(side: str, caplog: pytest.LogCapt
 
 
 def test_groups_are_bounded_under_load() -> None:
-    """V#18242: four decode workers at once, and P has room for two of them.
+    """V#18242: four decode workers use P at the same time. P has room for two pairs.
 
-    They push each other out. Completed transfers are right; all others fail and release their KV.
+    New pairs replace idle ones. Completed transfers are right. Others fail and release their KV.
     """
     clock, engine, most = Clock(), threading.Lock(), list[int]()
     prefill = PrefillEnd(max_pairs=2, peer_lease_s=NEVER_S, clock=clock)
@@ -330,7 +330,7 @@ def test_groups_are_bounded_under_load() -> None:
 def test_groups_are_bounded_and_a_reservation_on_its_way_is_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """V#18242: P closes a pair to make room while a reservation for it is on the wire."""
+    """V#18242: P closes a pair to make room while a RESERVE on this pair is on the wire."""
     original, lost = SendTransfers.reserve, list[str]()
 
     def too_late(transfers: SendTransfers, peer: Any, message: wire.Reserve) -> None:
@@ -353,7 +353,7 @@ def test_groups_are_bounded_and_a_reservation_on_its_way_is_repeated(
 
 
 def test_groups_are_closed_when_idle() -> None:
-    """V#18242: after pair_idle_s both sides have room again, and the next request makes a pair."""
+    """V#18242: both sides close a pair after pair_idle_s. The next request makes a new one."""
     clock = Clock()
     prefill = PrefillEnd(peer_lease_s=NEVER_S)
     decode = DecodeEnd(clock=clock, peer_lease_s=NEVER_S)
@@ -369,15 +369,15 @@ def test_groups_are_closed_when_idle() -> None:
         compute(prefill, "c#1", [0], 9)
         assert decode.result("c#1").complete, "a pair that waits for KV is not idle"
         clock.ahead_s += OPTIONS.pair_idle_s + 1
-        wait_until(lambda: not prefill.server.transfers.peers, what="both have closed it")
-        wait_until(lambda: not kv_threads("kv-receive"), what="its threads have ended")
+        wait_until(lambda: not prefill.server.transfers.peers, what="prefill has closed the pair")
+        wait_until(lambda: not kv_threads("kv-receive"), what="the receiver has ended")
         assert delivers(prefill, decode, "d#1")
 
 
 def test_groups_are_bounded_although_a_pair_is_closed_twice() -> None:
-    """V#18242: it is closed to make room and because it is idle.
+    """V#18242: D closes the same pair twice, to make room and because it is idle.
 
-    Its successor must stay known, so that it is counted and stopped.
+    The second close must not remove the new pair, which must still be counted and stopped.
     """
     with ends() as (prefill, decode):
         assert delivers(prefill, decode, "a#1")

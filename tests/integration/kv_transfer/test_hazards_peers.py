@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("all_threads_end")
 
 @pytest.mark.parametrize("pool", ["kv_producer", "kv_consumer"])
 def test_engine_steps_while_an_aborted_transfer_is_open(pool: str) -> None:
-    """V#41180: no request is left, and the blocks are released only if the ranks are asked."""
+    """V#41180: no request is left, but the engine must step to learn that the blocks are free."""
     bench = SchedulerBench(pool, step_tokens=64)
     try:
         bench.add("r", list(range(100)), "send" if pool == "kv_producer" else "receive")
@@ -107,7 +107,7 @@ def test_decode_outlives_a_prefill_that_is_killed_and_restarted_in_mid_stream(
 
 
 def test_a_hanging_prefill_does_not_make_decode_unhealthy() -> None:
-    """S#12779: P neither answers nor dies. Others are served, and its transfers fail in time."""
+    """S#12779: P neither answers nor dies. Its transfer fails in time. Another P serves D."""
     blocks = list(range(blocks_of(CHILD_TOKENS)))
     healthy, stuck = PrefillEnd(), list[str]()
     decode = DecodeEnd(peer_lease_s=1.5, transfer_timeout_s=1.5, on_stuck=stuck.append)
@@ -153,12 +153,12 @@ def test_decode_is_told_of_every_failure_in_mid_stream(
         step(prefill, "a#1", LONG - BLOCK_TOKENS, LONG)
         prefill.server.request_finished("a#1", 42, computed=True)
         assert not decode.result("a#1").complete
-        assert decode.results["a#1"].retries == 0, "KV had arrived, so it is not retried"
+        assert decode.results["a#1"].retries == 0, "KV had arrived, so the transfer is not retried"
         prefill.wait_released("a#1")
 
 
 def test_scaling_prefill_down_does_not_affect_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D#7933, D#13559: one P stops while D streams from it, and another stopped before."""
+    """D#7933, D#13559: one P stops while D streams from it. Another P stopped earlier."""
     staying, leaving, left = PrefillEnd(), PrefillEnd(), PrefillEnd()
     left.server.stop()
     decode = DecodeEnd(pair_timeout_s=1)
@@ -183,7 +183,7 @@ def test_one_bad_peer_that_never_makes_its_group_stalls_no_other_decode() -> Non
         bad.hello()
         assert isinstance(bad.receive(), wire.Welcome)
         bad.send(wire.Reserve("bad#1", 0, LONG))
-        wait_until(lambda: prefill.server.transfers.waiting, what="it has reserved")
+        wait_until(lambda: prefill.server.transfers.waiting, what="the peer has reserved")
         compute(prefill, "bad#1", SOURCE, LONG)
         assert delivers(prefill, decode, "a#1")
         bad.send(wire.Bye())
@@ -202,7 +202,7 @@ def test_one_bad_peer_that_never_makes_its_group_stalls_no_other_prefill() -> No
 
 
 def test_one_bad_peer_that_stops_reading_stalls_no_other() -> None:
-    """P2pNccl: a decode process stops in mid-stream. Others are served, and it can continue."""
+    """P2pNccl: SIGSTOP stops a decode process. P serves others, and the process can continue."""
     prefill = PrefillEnd(peer_lease_s=NEVER_S, transfer_timeout_s=NEVER_S)
     decode, blocks = DecodeEnd(), list(range(blocks_of(CHILD_TOKENS)))
     with running(decode, prefill), child("decode", prefill.server.address) as bad:
@@ -216,7 +216,7 @@ def test_one_bad_peer_that_stops_reading_stalls_no_other() -> None:
 
 
 def test_one_bad_peer_that_stops_reading_costs_its_lease_only() -> None:
-    """P2pNccl, aws-do-eks#84: the sender that waits for the peer ends.
+    """P2pNccl, aws-do-eks#84: when the peer's lease expires, P's sender to this peer ends.
 
     When the peer continues, it does not take other bytes for its KV.
     """
@@ -238,7 +238,7 @@ def test_one_bad_peer_that_stops_reading_costs_its_lease_only() -> None:
 def test_one_bad_peer_that_never_stops_sending_stalls_no_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P2pNccl's single listener: there is always one more frame, and others still get answers."""
+    """P2pNccl has one listener. A stranger always has one more frame, but others get answers."""
     caplog.set_level("ERROR", "kv_transfer.send.control")
     original = zmq.Socket.recv_multipart
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("all_threads_end")
 
 
 def test_no_pickle_is_read_or_written_during_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CVE-2025-47277: neither by the stream itself nor by its process groups and stores."""
+    """CVE-2025-47277: neither the stream nor its process groups and stores use pickle."""
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("pickle")
@@ -59,7 +59,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 def test_token_is_needed_for_every_control_message() -> None:
-    """CVE-2025-47277: without a HELLO with the token, messages about transfers are ignored."""
+    """CVE-2025-47277: HELLO and RELEASE need the token. Without HELLO, all others are refused."""
     with ends() as (prefill, decode), Stranger(prefill.server.address) as stranger:
         decode.reserve(prefill, "a#1", [30], 0, 9)
         wait_until(lambda: prefill.server.transfers.waiting, what="the reservation has arrived")

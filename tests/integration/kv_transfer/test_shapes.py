@@ -75,7 +75,7 @@ def reserved_by(geometry: KvGeometry, starts: dict[str, int], rng: random.Random
 
 
 def check(caches: RankCaches, reserved: Reserved, unit_tokens: int) -> None:
-    """Check that only the reserved tokens and the rest of the last unit were written."""
+    """Check the KV of the reserved tokens. Only the rest of the last unit may have changed, too."""
     expected = RankCaches(caches.geometry, BLOCKS)
     for transfer_id, (blocks, start) in reserved.items():
         tokens = PROMPTS[transfer_id]
@@ -154,7 +154,7 @@ def test_each_rank_gets_its_leg(
 
 
 def begin(process: PrefillProcess, addresses: tuple[str, ...], ranks: DecodeRanks) -> None:
-    """Reserve from all decode ranks, and compute half of the prompt."""
+    """Let all decode ranks reserve, then compute half of the prompt."""
     for rank in range(len(ranks.clients)):
         ranks.reserve(rank, addresses, LONG, SOURCE, 0, TOKENS)
     process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
@@ -209,7 +209,7 @@ def test_a_cancel_frees_all_ranks(
 def test_a_leg_that_a_prefill_rank_fails(
     process: PrefillProcess, pair: tuple[KvGeometry, KvGeometry], failing: int, reached: list[int]
 ) -> None:
-    """Ranks that need the leg fail at once; other ranks complete, and all blocks are released."""
+    """The decode ranks in ``reached`` fail at once. Others complete. All blocks are released."""
     with shapes(process, *pair, BLOCKS) as (addresses, ranks):
         begin(process, addresses, ranks)
         process.call("preempt", LONG, failing)
@@ -240,8 +240,8 @@ def test_a_leg_that_a_decode_rank_fails(
 def test_a_decode_rank_that_never_reserves_does_not_hold_prefill_for_ever(
     process: PrefillProcess,
 ) -> None:
-    """Its pair was refused or it has too many transfers. Prefill does not learn of that, and the
-    other decode rank gets all that it needs."""
+    """Neither RESERVE nor CANCEL arrives, for example because the pair was refused. The other
+    decode rank still gets its whole leg."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS, reserve_timeout_s=0.1) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
@@ -251,7 +251,7 @@ def test_a_decode_rank_that_never_reserves_does_not_hold_prefill_for_ever(
 
 
 def test_a_decode_rank_that_has_its_leg_may_close_its_pair(process: PrefillProcess) -> None:
-    """It makes room for another pair; a slower decode rank must still get its own leg."""
+    """It makes room for another pair. A slower decode rank must still get its own leg."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
@@ -268,7 +268,7 @@ def test_a_decode_rank_that_has_its_leg_may_close_its_pair(process: PrefillProce
 
 
 def test_a_waiting_transfer_takes_all_of_its_reservations(process: PrefillProcess) -> None:
-    """The bound counts transfers, not the reservations of several ranks for one transfer."""
+    """``max_pending`` counts transfers, not the reservations of several ranks for one transfer."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS, max_pending=1) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         wait_until(lambda: process.call("waiting") == [1], what="one rank's reservation waits")
@@ -296,7 +296,7 @@ def paired(prefill: Prefill, decode: Decode) -> None:
 def test_an_abort_ends_waits_at_both_ends(
     waiting_for: Callable[[Pair, torch.Tensor], PendingWork], aborting: int
 ) -> None:
-    """Without this, a thread would wait for a silent peer until transfer_timeout_s."""
+    """Otherwise a thread could wait for a silent peer for up to transfer_timeout_s."""
     store, cpu = host_store("127.0.0.1", 5), torch.device("cpu")
     with ThreadPoolExecutor() as pool:
         pairs = list(
@@ -307,7 +307,7 @@ def test_an_abort_ends_waits_at_both_ends(
                 (DECODE_RANK, PREFILL_RANK),
             )
         )
-        # The peer does nothing, so this waits for ever.
+        # The peer does nothing, so only a timeout or an abort ends the wait.
         work = waiting_for(pairs[DECODE_RANK], torch.zeros(1000))
         waiting = pool.submit(work.wait, 8)
         pairs[aborting].abort()
@@ -320,7 +320,7 @@ def test_stop_also_ends_the_threads_of_pairs_closed_before(
     monkeypatch: pytest.MonkeyPatch, side: ModuleType
 ) -> None:
     """A thread that aborts its process group while the interpreter exits is killed inside C++,
-    and the process dies of SIGABRT instead of a clean exit."""
+    so the process dies of SIGABRT instead of exiting cleanly."""
     ending = threading.Event()
 
     def slow_close(*args: Any) -> None:
@@ -345,7 +345,7 @@ def test_stop_also_ends_the_threads_of_pairs_closed_before(
 
 
 def test_the_last_messages_of_a_pair_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All messages that were posted before the close must leave, at any point of the thread.
+    """All messages posted before the close are sent, even if the close comes right after a flush.
 
     Without the CANCEL, prefill would keep the blocks until a timeout.
     """

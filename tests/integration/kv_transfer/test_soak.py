@@ -1,11 +1,11 @@
-"""Two prefill and two decode workers, some thousand transfers, and all kinds of faults at once.
+"""Two prefill and two decode workers, thousands of transfers, and all kinds of faults at once.
 
 Load, faults and checks are separate: ``_Soak.transfer`` does what a router and two engines do, and
 ``_Soak.fault`` injects a fault. The workers (``tests.support.kv_soak``) check results while they
 run, and the test checks the state at the end.
 
-BATON_SOAK_TRANSFERS sets the length of a run. BATON_SOAK_SEED repeats the random choices of a run,
-but not its timing.
+BATON_SOAK_TRANSFERS sets the number of transfers. BATON_SOAK_SEED seeds the choice of transfers and
+faults. It repeats neither the timing of a run nor the random choices inside the workers.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ KILLABLE = ("p1", "d0")
 AT_ONCE = 16
 TRANSFERS_PER_FAULT = 14
 UNWANTED = ("cancelled", "not fetched", "not computed")
-ENDS_WITHIN_S = 8.5  # all timeouts one after another, plus the longest pause
+ENDS_WITHIN_S = 8.5  # the longest chain of timeouts (7 s), plus the longest pause (1.5 s)
 MAX_GROWTH_BYTES = 8 * 2**20
 
 
 class _Process:
-    """A worker process, and the transfers for which it owes a release (prefill) or a report."""
+    """A worker process, and the transfers for which it owes a Released (prefill) or a Result."""
 
     def __init__(self, spec: Spec, link: socket.socket, ready: Ready, wrong: list[str]) -> None:
         self.spec = spec
@@ -87,7 +87,7 @@ class _Process:
         self.gone = asyncio.Event()
         self.may_end = False
         self.owed: set[str] = set()
-        self.addresses: tuple[str, ...] = ()  # through links
+        self.addresses: tuple[str, ...] = ()  # of links to its control servers
         self._link = link
         self._wrong = wrong
         self._awaited: dict[tuple[type[Report], str], asyncio.Future[Report | None]] = {}
@@ -99,7 +99,7 @@ class _Process:
         return self._process.num_threads(), self._process.num_fds()
 
     async def as_at_first(self) -> None:
-        """Wait until its pairs have closed and its threads and files are as many as at first."""
+        """Wait until its pairs are closed and it has as many threads and files as at its start."""
         try:
             await until(
                 lambda: self.threads_and_files() == self._at_first,
@@ -127,7 +127,7 @@ class _Process:
     def next_report(
         self, kind: type[Report], transfer_id: str = ""
     ) -> asyncio.Future[Report | None]:
-        """Return a future for its report about a transfer; None if the process is gone first."""
+        """Return a future of the next report of ``kind``, or of None if the process ends first."""
         future: asyncio.Future[Report | None] = asyncio.get_running_loop().create_future()
         if self.gone.is_set():
             future.set_result(None)
@@ -139,7 +139,7 @@ class _Process:
         os.kill(self.ready.pid, number)
 
     async def free_blocks(self) -> int:
-        """Return the number of its free blocks, including those that hold D's prefix hits."""
+        """Return the number of free blocks. In a decode worker, prefix blocks count as free."""
         answer = self.next_report(Free)
         self.order(Count())
         free = await answer
@@ -147,7 +147,7 @@ class _Process:
         return free.blocks
 
     async def end(self) -> None:
-        """Close its link, and wait until it has stopped in good order."""
+        """Shut down the socket for orders, which stops the worker, and wait until it is gone."""
         self.may_end = True
         self._link.shutdown(socket.SHUT_WR)
         await self.gone.wait()
@@ -189,7 +189,7 @@ class _Process:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One random transfer."""
+    """What happens to one transfer."""
 
     transfer_id: str
     prefill: str
@@ -221,7 +221,7 @@ class _Plan:
         rare, early = dice.random(), dice.random() * 0.05
         compute_after_s, reserve_after_s = dice.choice([(early, 0.0), (0.0, early), (0.0, None)])
         if rare < 0.01:
-            reserve_after_s = early  # the prompt is never computed
+            reserve_after_s = early  # do not wait for a prompt that is never computed
         return _Plan(
             transfer_id=transfer_id,
             prefill=prefill,
@@ -316,7 +316,7 @@ class _Soak:
     # ---- load ----------------------------------------------------------------------------
 
     async def transfer(self, plan: _Plan) -> None:
-        """Run one transfer. The caller has taken a place in ``room``; decode's end frees it."""
+        """Run one transfer. The caller has acquired ``room``. It is released when decode ends."""
         async with asyncio.TaskGroup() as sides:
             try:
                 prefill, decode = await self._alive(plan.prefill), await self._alive(plan.decode)
@@ -372,7 +372,7 @@ class _Soak:
     async def _in_time(
         self, report: asyncio.Future[Report | None], process: _Process, what: str
     ) -> Report | None:
-        """Wait for a report; a missing one counts as wrong."""
+        """Wait for a report. If it does not come in time, add an entry to ``wrong``."""
         try:
             async with asyncio.timeout(ENDS_WITHIN_S):
                 return await report
@@ -430,11 +430,11 @@ class _Soak:
 
 @contextlib.contextmanager
 def _nursery(log: Path) -> Iterator[socket.socket]:
-    """Run the process from which all workers are forked; they log to a file."""
+    """Run the process from which all workers are forked. The workers log to ``log``."""
     environment = os.environ | {
         # The process that forks must have one thread.
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        # torch's stores look up the names of addresses; a lost answer would cost 5 s.
+        # torch's stores look up host names. By default, a lost answer costs 5 s.
         "RES_OPTIONS": "timeout:1 attempts:1",
     }  # fmt: skip
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -451,7 +451,7 @@ def _nursery(log: Path) -> Iterator[socket.socket]:
 
 
 async def _load(soak: _Soak, transfers: int) -> int:
-    """Run all transfers with faults; return the growth in bytes of the workers that live on."""
+    """Run all transfers with faults. Return the largest growth in bytes of a surviving worker."""
     dice = random.Random(SEED)
     survivors = [soak.workers[name] for name in SHAPES if name not in KILLABLE]
     at_first: list[int] = []
@@ -469,11 +469,11 @@ async def _load(soak: _Soak, transfers: int) -> int:
 
 
 async def _check_settled(soak: _Soak) -> None:
-    """Check that nothing is owed, and that blocks, threads and files are as at first."""
+    """Check that no report is owed, all blocks are free, and threads and files are as at first."""
     for name, process in soak.workers.items():
         await until(
             lambda process=process: not process.owed,  # type: ignore[misc]
-            what=f"{name} owes nothing while its pairs are up",
+            what=f"{name} owes nothing while its pairs are open",
             within_s=OPTIONS.pair_idle_s - 1,
         )
         assert await process.free_blocks() == BLOCKS, name
@@ -489,7 +489,7 @@ class _StoreOfDyingPeer(ForwardingStore):
 
 
 def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
-    """Gloo waits five timeouts for a first connection, and prefill holds its KV meanwhile."""
+    """Prefill holds KV while gloo waits for the first connection: for five times its timeout."""
     host, cpu = "127.0.0.1", torch.device("cpu")
     store = host_store(host, timeout_s=15)
     failed = []
@@ -501,7 +501,7 @@ def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
             failed.append(rank)
 
     dying, mine = _StoreOfDyingPeer(store), join_store(host, store.port, timeout_s=15)
-    # The end with the greater address connects to the other.
+    # The end with the greater address connects to the other end: here, decode to prefill.
     decode = threading.Thread(target=make, args=(dying, DECODE_RANK, "127.0.0.2"))
     prefill = threading.Thread(target=make, args=(mine, PREFILL_RANK, host))
     decode.start()
@@ -515,7 +515,7 @@ def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
 
 
 def test_a_late_connection_to_an_aborted_pair_does_no_harm() -> None:
-    """Gloo would hand the connection to a pair that no longer exists: SIGSEGV of the engine."""
+    """If gloo's device still listens, it hands the connection to a freed pair: SIGSEGV."""
     call = "abort_and_accept_late_connection"
     script = f"from tests.support.kv_soak_links import {call}; {call}()"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -535,7 +535,7 @@ async def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert grown_bytes < MAX_GROWTH_BYTES
             complete = soak.counts["complete"]
             wanted = TRANSFERS - sum(soak.counts[why] for why in UNWANTED)
-            assert complete >= wanted / 2, "otherwise the run shows little"
+            assert complete >= wanted / 2, "too few complete transfers for the run to show much"
             for prefill, decode in itertools.product(("p0", "p1"), ("d0", "d1")):
                 plan = _Plan(
                     transfer_id=f"{prefill} {decode}",

@@ -98,7 +98,7 @@ def test_many_transfers_at_once_over_one_pair() -> None:
 
 
 def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
-    """V#46283, V#50425: decode cancels, and prefill must release its blocks."""
+    """V#46283, V#50425: prefill must release its blocks after a CANCEL and after an abort."""
     rng = random.Random(2)
     with stream() as (prefill, decode):
         for moment in ("before the prefill", "during", "after"):
@@ -113,14 +113,14 @@ def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
                 decode.cancel(prefill, transfer_id)
                 assert not decode.result(transfer_id).complete
             prefill.server.request_finished(transfer_id, 42, computed=False)
-            if moment == "after":
+            if moment == "after":  # no CANCEL: the aborted prefill fails the transfer
                 assert not decode.result(transfer_id).complete
             prefill.wait_released(transfer_id)
         assert not decode.client.transfers.by_id
 
 
 def test_released_before_the_first_step_frees_what_the_step_took() -> None:
-    """The release arrives after the step that takes the blocks was planned."""
+    """The release arrives after the engine has planned the first step and before the step runs."""
     with stream() as (prefill, decode):
         owner = Releaser((prefill.server.address,), OPTIONS.token)
         try:
@@ -138,7 +138,7 @@ def test_released_before_the_first_step_frees_what_the_step_took() -> None:
 
 
 def test_prefix_hits_wait_for_the_layers_of_the_step_that_found_them() -> None:
-    """vLLM also reports hits on blocks that another request of the same step computes."""
+    """vLLM also reports prefix hits on blocks that another request computes in the same step."""
     with stream() as (prefill, decode):
         blocks, target = [1, 2, 3], [11, 12, 13]
         decode.reserve(prefill, "r#1", target, 0, 40)
@@ -227,7 +227,7 @@ def test_preemption_fails_the_transfer_and_stops_reading() -> None:
 
 
 def test_a_restarted_prefill_worker_is_told_from_the_old_one() -> None:
-    """V#49238: another process has the same address."""
+    """V#49238: the new process has the address of the old one."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5], 0, 9, incarnation="p0")
         assert not decode.result("r#1").complete
@@ -275,7 +275,7 @@ def test_random_bytes_on_the_control_channel_do_no_harm() -> None:
 
 
 def test_death_of_prefill_fails_its_transfers_and_no_others() -> None:
-    """S#12779, DESIGN invariant 6: a dead peer costs only its own transfers."""
+    """S#12779, invariant 6 of docs/architecture.md: a dead peer costs only its own transfers."""
     victim = subprocess.Popen(
         [sys.executable, "-m", "tests.support.kv_stream"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -313,7 +313,7 @@ def test_death_of_decode_frees_prefill() -> None:
         )
         with decode.client.transfers.lock:
             (peer,) = decode.client.transfers.peers.values()
-            decode.client.transfers.close_peer(peer)  # a process that ends: BYE, then silence
+            decode.client.transfers.close_peer(peer)  # sends BYE, as a process that ends does
         prefill.compute("r#1", [1, 2], 20)
         prefill.server.request_finished("r#1", 42, computed=True)
         decode.cancel(prefill, "r#1")
@@ -341,7 +341,7 @@ def test_a_second_prefill_and_decode_pair_up_while_the_first_work() -> None:
 
 
 def test_a_peer_whose_pair_was_closed_is_told_and_pairs_again() -> None:
-    """Without the notice, its next requests would wait until its lease expires."""
+    """Without REFUSE, decode would keep using the closed pair until ``peer_lease_s`` expires."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5], 0, 9)
         wait_until(
@@ -353,7 +353,7 @@ def test_a_peer_whose_pair_was_closed_is_told_and_pairs_again() -> None:
         prefill.compute("r#1", [1], 9)
         prefill.server.request_finished("r#1", 42, computed=True)
         result = decode.result("r#1")
-        assert result.complete, "nothing had arrived, so it is reserved over a new pair"
+        assert result.complete, "nothing had arrived, so decode reserves over a new pair"
         assert result.retries == 1
 
 
@@ -367,7 +367,7 @@ def test_a_stream_longer_than_the_lease_keeps_its_pair(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(UnitView, "scatter", slow_scatter)
     with stream(peer_lease_s=1.5) as (prefill, decode):
-        tokens = 40 * BLOCK_TOKENS  # in 56 messages
+        tokens = 40 * BLOCK_TOKENS  # in 64 messages
         decode.reserve(prefill, "r#1", list(range(20, 60)), 0, tokens)
         prefill.compute("r#1", list(range(40)), tokens)
         prefill.server.request_finished("r#1", 42, computed=True)
@@ -386,7 +386,7 @@ def test_more_transfers_than_the_bound_are_failed_not_queued() -> None:
 
 
 def test_a_message_that_was_not_reserved_fails_the_transfer() -> None:
-    """V#48633: blocks of one range must never be written to another."""
+    """V#48633: blocks of one range must never be written to another range."""
     with stream() as (prefill, decode):
         decode.reserve(prefill, "r#1", [5, 6], 16, 20)
         wait_until(

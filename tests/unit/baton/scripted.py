@@ -1,4 +1,4 @@
-"""A real gRPC server on a free loopback port. A script produces its answers."""
+"""A real gRPC server on a free loopback port. A script produces the responses of each call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 
-WAIT_S = 10.0  # bound of waits for immediate events; only a failing test reaches it
+WAIT_S = 10.0  # limit of waits for events that are due at once; only a failing test reaches it
 
 Script = Callable[[pb.GenerateRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
 ResumeScript = Callable[[pb.ResumeRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
@@ -28,11 +28,9 @@ class ScriptedServer(inference_pb2_grpc.InferenceServicer):
     health: health.HealthServicer = field(default_factory=health.HealthServicer)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     resume_requests: list[pb.ResumeRequest] = field(default_factory=list)
-    started: threading.Event = field(default_factory=threading.Event)  # set when a call begins
-    ended: threading.Event = field(
-        default_factory=threading.Event
-    )  # set when a call ends in any way
-    deadline_s: float | None = None  # of the last call
+    started: threading.Event = field(default_factory=threading.Event)  # set when Generate begins
+    ended: threading.Event = field(default_factory=threading.Event)  # set when Generate ends
+    deadline_s: float | None = None  # time that the last Generate call had left when it began
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
@@ -98,7 +96,7 @@ PHASES = pb.Phases(
 
 
 def answer(*texts: str, request_id: str = "r-1") -> list[pb.GenerateResponse]:
-    """Return a well-formed stream: one token per response, and a complete last response."""
+    """Return the responses of a whole stream, one token each. The last has usage and phases."""
     responses = [
         pb.GenerateResponse(request_id=request_id, sequence=i, text=text, token_ids=[100 + i])
         for i, text in enumerate(texts)
@@ -130,7 +128,7 @@ def fail(code: grpc.StatusCode, message: str, detail: pb.ErrorDetail | None) -> 
 def endless(
     request: pb.GenerateRequest, context: grpc.ServicerContext
 ) -> Iterator[pb.GenerateResponse]:
-    """A script that sends two responses, then nothing until the call ends."""
+    """A script that sends two responses and then waits until the call ends."""
     yield pb.GenerateResponse(request_id="r-1", sequence=0, text="a", token_ids=[1])
     yield pb.GenerateResponse(request_id="r-1", sequence=1, text="b", token_ids=[2])
     ended = threading.Event()

@@ -48,7 +48,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 async def ended(server: ScriptedServer) -> bool:
-    """Wait until a call has ended. Return False after WAIT_S."""
+    """Wait until a call has ended. Return False if none ends within WAIT_S."""
     return await asyncio.to_thread(server.ended.wait, WAIT_S)
 
 
@@ -80,7 +80,7 @@ def test_infinite_and_nan_timeouts() -> None:
     with serve(say("a")) as server:
         run(main())
     assert server.deadline_s is not None
-    assert server.deadline_s > 1e9  # without a deadline, gRPC's server reports such a number
+    assert server.deadline_s > 1e9  # if there is no deadline, gRPC's server reports a huge time
     assert len(server.requests) == 1
 
 

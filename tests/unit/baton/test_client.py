@@ -108,7 +108,7 @@ def test_leaving_the_with_block_cancels_and_close_is_idempotent() -> None:
             next(stream)
             assert stream.request_id == "r-1"
         assert server.ended.wait(WAIT_S)
-        stream.close()  # leaving the with block has already closed it
+        stream.close()  # leaving the with block has already closed the stream
 
 
 def test_deleting_an_unread_stream_cancels_the_request() -> None:
@@ -190,7 +190,7 @@ def test_an_infinite_timeout_sets_no_deadline(timeout_s: float) -> None:
     with serve(say("a")) as server, Client(server.address, timeout_s=30) as client:
         assert client.complete("a", timeout_s=timeout_s).text == "a"
         assert server.deadline_s is not None
-        assert server.deadline_s > 1e9  # without a deadline, gRPC's server reports such a number
+        assert server.deadline_s > 1e9  # if there is no deadline, gRPC's server reports a huge time
         assert client.health(timeout_s=timeout_s)
 
 

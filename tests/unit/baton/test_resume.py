@@ -51,7 +51,7 @@ def breaks_again(
 
 
 def read(kind: str, server: ScriptedServer, resume_timeout_s: float = 10) -> str:
-    """Return the whole text, read with the blocking or the asyncio client."""
+    """Read a stream with the blocking or the asyncio client. Return the whole text."""
     if kind == "sync":
         with Client(server.address, resume_timeout_s=resume_timeout_s) as client:
             return client.complete("Hi", timeout_s=20).text
@@ -98,8 +98,8 @@ def test_a_stream_that_cannot_be_resumed_raises_the_error_that_broke_it(kind: st
     ("script", "resume_timeout_s"),
     [
         (breaks_after(2), 0),
-        (breaks_after(0), 10),  # sending the request again loses nothing
-        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router answered
+        (breaks_after(0), 10),  # the caller can send the request again and loses nothing
+        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router is up
     ],
     ids=["disabled", "nothing received", "answered"],
 )

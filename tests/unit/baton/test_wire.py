@@ -1,4 +1,4 @@
-"""Translation between public values and protocol messages, and the errors. No server."""
+"""Translation of requests and responses, and of a status into an error. No server runs."""
 
 from __future__ import annotations
 

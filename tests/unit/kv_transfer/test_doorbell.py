@@ -1,4 +1,4 @@
-"""The sleep of an engine core that only waits for KV."""
+"""The doorbell, which wakes an engine core that only waits for KV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from kv_transfer.doorbell import Doorbell, DoorbellButton
 
-LONG_S = 30.0  # longer than the time limit of these tests
+LONG_S = 30.0  # longer than the time limit of the tests that use it
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_ring_ends_the_wait(name: str) -> None:
 @pytest.mark.timeout(10)
 def test_rings_before_the_wait_count_once(name: str) -> None:
     with closing(Doorbell(name)) as bell, closing(DoorbellButton(name)) as button:
-        for _ in range(5000):  # more than the socket holds; none of them may block
+        for _ in range(5000):  # more rings than the socket holds; no ring may block
             button.ring()
         bell.wait(LONG_S)
         began_s = time.monotonic()

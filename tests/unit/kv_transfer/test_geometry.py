@@ -1,4 +1,4 @@
-"""Which rank sends what to which rank: every head and unit once, within the size bound."""
+"""Each decode rank gets every head and unit that it needs once, in messages of bounded size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_block_bytes_of_smollm2() -> None:
     # 128 tokens x 3 heads x (64 K + 64 V) x 2 bytes
     assert GEOMETRY.block_bytes == 98_304
     assert replace(GEOMETRY, tp_size=3, tp_rank=2).block_bytes == 32_768
-    assert replace(GEOMETRY, tp_size=6, tp_rank=5).block_bytes == 32_768, "a copy, not a half"
+    assert replace(GEOMETRY, tp_size=6, tp_rank=5).block_bytes == 32_768, "a copy of a whole head"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_block_bytes_of_smollm2() -> None:
     ],
 )
 def test_heads_of_each_rank(tp_size: int, total: int, ranks: list[tuple[int, int]]) -> None:
-    """Neighbours hold copies of a head, as vLLM loads its weights."""
+    """If there are more ranks than heads, neighbours hold copies of one head, as in vLLM."""
     assert [heads_of(rank, tp_size, total) for rank in range(tp_size)] == [
         HeadRange(*heads) for heads in ranks
     ]
@@ -80,7 +80,7 @@ def test_heads_that_vllm_would_not_split_are_refused(tp_size: int, total: int) -
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(change: dict[str, int]) -> None:
-    """A HELLO brings a geometry, and we divide by its sizes."""
+    """A peer sends its geometry in HELLO, and planning divides by the sizes in it."""
     with pytest.raises(ValueError, match="no such KV cache"):
         replace(GEOMETRY, **change)  # type: ignore[arg-type]
 
@@ -106,11 +106,11 @@ def test_every_head_comes_from_one_rank_and_every_rank_learns_of_each_transfer(
             got += range(heads.start, heads.end)
         lacking = heads_of(decode_rank, decode_tp, total)
         assert sorted(got) == list(range(lacking.start, lacking.end))
-    assert all(readers.values()), "a rank that is never told would hold its blocks for ever"
+    assert all(readers.values()), "no decode rank reserves from some prefill rank"
     copies = max(1, prefill_tp // total)
     for first in range(0, prefill_tp, copies):
         loads = [with_heads[rank] for rank in range(first, first + copies)]
-        assert max(loads) - min(loads) <= 1, "copies share the decode ranks"
+        assert max(loads) - min(loads) <= 1, "decode ranks are shared unevenly"
 
     for prefill_rank, served in readers.items():
         prefill = replace(GEOMETRY, total_kv_heads=total, tp_size=prefill_tp, tp_rank=prefill_rank)
@@ -128,7 +128,7 @@ def test_every_head_comes_from_one_rank_and_every_rank_learns_of_each_transfer(
 
 
 def test_planning_for_many_ranks_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A HELLO names the size of its worker, and the engine waits for the lock while we plan."""
+    """HELLO states the peer's TP size, and the engine waits for the lock that planning holds."""
     counted = 0
 
     def counting(rank: int, tp_size: int, total: int) -> HeadRange:
@@ -138,7 +138,7 @@ def test_planning_for_many_ranks_is_not_quadratic(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(geometry, "heads_of", counting)
     plan_pair(replace(GEOMETRY, tp_size=3), replace(GEOMETRY, tp_size=96))
-    assert counted <= 3 * 3 * 96, "more than a few for each pair of ranks"
+    assert counted <= 3 * 3 * 96, "more than 3 calls for each pair of ranks"
 
 
 def test_equal_blocks_travel_whole_and_unlike_ones_in_common_units() -> None:
@@ -154,7 +154,7 @@ def test_equal_blocks_travel_whole_and_unlike_ones_in_common_units() -> None:
     assert [plan.units_of(tokens) for tokens in (1, 16, 17, 48)] == [1, 1, 2, 3]
 
     plan = plan_pair(GEOMETRY, replace(GEOMETRY, layout="LBNHC"))
-    assert not plan.whole_blocks, "the same number of tokens, but in another order"
+    assert not plan.whole_blocks, "equal block sizes, but different layouts"
 
 
 def test_the_size_bound_counts_units_and_one_always_fits() -> None:
@@ -221,7 +221,7 @@ def test_messages_cover_a_range_exactly_once(
     last_layer_end = 0
     for message in split_into_messages(block_range, max_units):
         assert message.num_units <= max_units
-        assert message.layer_end >= last_layer_end, "a later message must not need fewer layers"
+        assert message.layer_end >= last_layer_end, "messages are not ordered by layer"
         last_layer_end = message.layer_end
         for layer in range(message.layer_start, message.layer_end):
             for unit in range(message.unit_start, message.unit_end):

@@ -1,4 +1,4 @@
-"""Gathering on a prefill rank and scattering on a decode rank: each slot once, and no other."""
+"""Gather on a prefill rank, scatter on a decode rank: each slot that D lacks is written once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tp_sizes(heads: int) -> list[int]:
 
 @st.composite
 def unlike_pairs(draw: st.DrawFn) -> tuple[KvGeometry, KvGeometry]:
-    """Rank 0 of a prefill and of a decode worker whose caches can be mapped."""
+    """Draw rank 0 of a prefill worker and of a decode worker whose caches can be mapped."""
     heads = draw(st.sampled_from([1, 2, 3, 4, 6]), label="heads")
     content, layers = draw(st.integers(1, 4), label="content"), draw(st.integers(1, 3))
     dtype = draw(st.sampled_from(["int8", "bfloat16", "float32", "int64"]))
@@ -93,9 +93,9 @@ class Decode:
         leg.session.received(block_range, message.nbytes)
 
     def check(self, start: int, tokens: int, last_unit_end: int) -> None:
-        """Check that each slot of ``[start, tokens)`` was written once, with the right KV.
+        """Check that each slot of tokens ``[start, tokens)`` was written once, with the right KV.
 
-        No other slot may be written, except those after the prompt's end in its last unit.
+        The rest of the prompt's last unit may be written once. No other slot may be written.
         """
         self.required.storage.zero_()
         self.allowed.storage.zero_()
@@ -128,8 +128,8 @@ def test_d_gets_each_slot_that_it_lacks_once(
 ) -> None:  # fmt: skip
     """Shapes, prefix hits, chunks, and the times and order of the reservations are arbitrary.
 
-    The prefill writes each layer just before it reports it, so a message that leaves too early
-    would be wrong.
+    The prefill rank writes each layer just before it reports the layer, so a message that leaves
+    too early carries wrong KV.
     """
     rng = random.Random(seed)
     geometry, decode_geometry = pair
@@ -200,7 +200,7 @@ def test_d_gets_each_slot_that_it_lacks_once(
     pump()
 
     for (source, rank), leg in legs.items():
-        assert sends[source].state is SendState.SENDING, "not all manifests are taken"
+        assert sends[source].state is SendState.SENDING, "the transfer ended before its last END"
         manifest = sends[source].take_manifest(rank)
         assert manifest is not None
         leg.session.complete(manifest)
@@ -229,7 +229,7 @@ def move(
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2", "bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["HNC", "NHC"])
 def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> None:
-    """Such blocks are copied element by element, which torch cannot do for every type."""
+    """Such blocks are copied as integers of an element's size: NumPy lacks some of the types."""
     source, target = (
         RankCaches(
             geometry_of(1, 1, tokens, layout, content=3, dtype=dtype), 4, offset=1, interleaved=True
@@ -250,7 +250,7 @@ def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> 
 
 @pytest.mark.parametrize("layout", ["HNC", "NHC"])
 def test_heads_that_begin_at_no_multiple_of_their_number(layout: str) -> None:
-    """Two of three heads, from the second on, in blocks that are a multiple of two heads apart."""
+    """The source sends the last two of its three heads. Its blocks are six heads apart."""
     source, target = (
         RankCaches(replace(geometry_of(6, tp, 4, layout), tp_rank=rank), 3, interleaved=True)
         for tp, rank in ((2, 1), (3, 2))
@@ -279,7 +279,7 @@ def test_any_bits_survive(dtype: str, content: int) -> None:
 
 
 def test_a_whole_block_travels_as_it_lies() -> None:
-    """A block is one run of bytes in memory order; no other order is as fast."""
+    """A block is sent as one run of bytes, in memory order. Any other order is slower."""
     for layout in ("HNC", "NHC", "HNC/1"):
         caches = RankCaches(geometry_of(2, 1, 4, layout, positions_known=False), 3)
         message = move(caches, caches, LayerBlockRange(0, 1, 1, 3), [1, 2, 0])
@@ -288,7 +288,7 @@ def test_a_whole_block_travels_as_it_lies() -> None:
 
 
 def test_a_copy_takes_one_thread() -> None:
-    """torch would use a team of threads for each copy, on the cores of the engine."""
+    """torch would start a team of threads, which would compete with the engine for its cores."""
     caches = KvCaches([torch.zeros(512, 8, 16, 128) for _ in range(2)])
     geometry = geometry_of(8, 1, 16, content=128)
     view = caches.view(plan_pair(geometry, geometry), geometry.heads)
@@ -344,5 +344,5 @@ def test_layers_of_unlike_shape_or_type_are_refused(other: torch.Tensor) -> None
     one = torch.zeros(2, 1, 4, 2)
     KvCaches([one, one.clone()])
     for layers in ([one, other], [other, one]):
-        with pytest.raises(IncompatibleError, match="unlike"):
+        with pytest.raises(IncompatibleError, match="with the same shape"):
             KvCaches(layers)

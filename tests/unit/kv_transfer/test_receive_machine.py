@@ -1,4 +1,7 @@
-"""When the decode engine gets its blocks back: a real ``DecodeClient``, one step at a time."""
+"""Tests when the decode engine gets its blocks back.
+
+A real ``DecodeClient`` runs one step at a time (``kv_stepped``).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ from tests.support.kv_stepped import (
 
 
 class PrefillRank:
-    """A correct prefill rank: the peer's control socket and its process group."""
+    """A correct prefill rank. It also replaces the decode rank's control socket and ``Pair``."""
 
     def __init__(self, machine: DecodeMachine, tp_rank: int, tp_size: int) -> None:
         self.geometry = replace(GEOMETRY, tp_rank=tp_rank, tp_size=tp_size)
@@ -53,18 +56,18 @@ class PrefillRank:
         self._view = KvCaches(own).view(self.plan, held)
         self._machine = machine
         self.pair_id: str | None = None
-        self.inbox: deque[wire.ToDecode] = deque()  # of the decode rank
+        self.inbox: deque[wire.ToDecode] = deque()  # messages for the decode rank
         self.tensors: deque[torch.Tensor] = deque()
         self.sends: dict[str, SendSession] = {}
-        self.sent: dict[str, tuple[int, int]] = {}  # messages and bytes
+        self.sent: dict[str, tuple[int, int]] = {}  # messages and bytes, by transfer id
         self.announced = 0
         self.end_sent: set[str] = set()
-        self.said_bye = False  # the decode rank
-        self.lost = False  # the connection
+        self.said_bye = False  # the decode rank has sent BYE
+        self.lost = False  # the connection is lost
         self.accident = False  # the next copy fails
 
     def send_next(self, transfer_id: str) -> None:
-        """Send the next message of a transfer."""
+        """Send the next message of a transfer. After the last one, send END."""
         send = self.sends[transfer_id]
         if (block_range := send.next_message(0)) is not None:
             self.announce(transfer_id, block_range, block_range.num_units * self.plan.unit_bytes)
@@ -79,7 +82,7 @@ class PrefillRank:
             self.inbox.append(end)
 
     def announce(self, transfer_id: str, block_range: LayerBlockRange, num_bytes: int) -> None:
-        """Announce a message and send it, with the right KV if the range exists."""
+        """Announce a message and send it. If the header is wrong, the message is all NaN."""
         self.inbox.append(wire.Header(self.announced, transfer_id, block_range, num_bytes))
         self.announced += 1
         blocks = torch.tensor(self._machine.sources.get(transfer_id, ()))
@@ -93,7 +96,7 @@ class PrefillRank:
             self._view.gather(block_range, blocks, tensor)
         self.tensors.append(tensor)
 
-    # as the control socket
+    # as the decode rank's control socket
 
     def send(self, frame: bytes, _flags: int = 0) -> None:
         message = wire.decode_to_prefill(frame)
@@ -127,7 +130,7 @@ class PrefillRank:
     def readable(self) -> bool:
         return bool(self.inbox)
 
-    # as the process group
+    # as the decode rank's Pair
 
     def receive(self, tensor: torch.Tensor) -> Work:
         return Work(self, tensor)
@@ -187,13 +190,13 @@ class DecodeMachine(Machine):
     def __init__(self) -> None:
         super().__init__()
         self.silent = False  # the prefill workers do not answer
-        self.trouble = False  # something other than a cancel has gone wrong
+        self.trouble = False  # something other than a cancel may have failed transfers
         self.cancelled: set[str] = set()
         self.legs: dict[str, dict[str, Leg]] = {}  # by transfer id and control address
         self.peers: list[HeldPeer] = []
-        self.held: dict[str, Reservation] = {}  # not yet reported
+        self.held: dict[str, Reservation] = {}  # by transfer id, if not yet reported
         self.workers: dict[str, tuple[tuple[str, ...], str]] = {}  # by transfer id
-        self.sources: dict[str, tuple[int, ...]] = {}
+        self.sources: dict[str, tuple[int, ...]] = {}  # by transfer id: blocks in ``prefill``
         self.prefill, self.caches = random_caches(), random_caches()
         self.fake(client, host_store=lambda *_: SimpleNamespace(port=1))
         self.fake(
@@ -242,7 +245,7 @@ class DecodeMachine(Machine):
         return rank
 
     def peer(self, which: int, *, up: bool = False) -> HeldPeer | None:
-        """Return some live peer; 0 is a busy one if there is any."""
+        """Return some live peer. ``which`` 0 selects a busy one if there is any."""
         peers = [p for p in self.peers if p.alive and (p.peer.plan is not None or not up)]
         peers.sort(key=lambda held: self.client.transfers.is_busy(held.peer))
         return peers[-1 - which % len(peers)] if peers else None
@@ -293,7 +296,11 @@ class DecodeMachine(Machine):
 
     @rule(which=index)
     def cancel(self, which: int) -> None:
-        """Cancel a transfer: one that is being written, or any other, also an ended one."""
+        """Cancel a transfer, perhaps an ended one.
+
+        An odd ``which`` prefers transfers that are not yet reported: first those whose blocks are
+        being written.
+        """
         if self.transfer_ids:
             transfer_ids = [*self.used.values(), *self.held] if which % 2 else self.transfer_ids
             transfer_ids = transfer_ids or self.transfer_ids[-1:]
@@ -343,7 +350,10 @@ class DecodeMachine(Machine):
         place=st.sampled_from(PLACES), then=st.sampled_from(["", "", "cancel", "fail"]),
     )  # fmt: skip
     def send_next(self, which: int, worker: str, messages: int, place: str, then: str) -> None:
-        """Let a prefill rank send and its peer run up to some place; then perhaps end it early."""
+        """Let a prefill rank send, and run its peer up to some place.
+
+        Then perhaps cancel a transfer, or let the other prefill ranks fail this one.
+        """
         if not self.to_send():
             self.reserve(worker, "a", 2, 0, 0, welcome=True, too_many=False)
             self.all_go_to("idle")
@@ -355,7 +365,7 @@ class DecodeMachine(Machine):
         peer.thread.go_to(place)
         if then == "cancel":
             self.cancel(1)
-        if then == "fail" and not self.peaceful:  # from the other ranks
+        if then == "fail" and not self.peaceful:
             self.trouble = True
             for other in self.peers:
                 if other is not peer and some_id in other.rank.sends:
@@ -433,7 +443,7 @@ class DecodeMachine(Machine):
             )
 
     def id_known_to(self, peer: HeldPeer, number: int) -> str:
-        """Return a transfer of this pair (0 is the newest), or one that it does not have."""
+        """Return the id of a transfer of this pair (0: the newest), or one unknown to the pair."""
         transfer_ids = ["unknown", *self.transfer_ids[-2:], *peer.rank.sends]
         return transfer_ids[-1 - number % len(transfer_ids)]
 
@@ -443,10 +453,10 @@ class DecodeMachine(Machine):
     def each_reservation_is_reported_once_when_nobody_writes(self) -> None:
         for result in self.client.take_results():
             self.reported(result)
-        assert set(self.client.transfers.by_id) == set(self.held), "neither reported nor known"
+        assert set(self.client.transfers.by_id) == set(self.held), "lost, or known after the report"
 
     def reported(self, result: TransferResult) -> None:
-        reservation = self.held.pop(result.transfer_id)  # KeyError: a second time
+        reservation = self.held.pop(result.transfer_id)  # KeyError if it is reported twice
         legs = self.legs.get(result.transfer_id, {})  # empty if it was refused at once
         states = [leg.session.state for leg in legs.values()]
         assert all(leg.session.ended and not leg.scattering for leg in legs.values())
@@ -506,7 +516,7 @@ class DecodeMachine(Machine):
                 self.client.stop()
             self.each_reservation_is_reported_once_when_nobody_writes()
             self.nothing_is_broken()
-            assert not self.held, "not reported"
+            assert not self.held, "some reservations were not reported"
             self.client.stop()
             assert all(peer.rank.said_bye and not peer.alive for peer in self.peers)
             assert not self.client.transfers.peers
@@ -547,7 +557,7 @@ def test_a_restarted_prefill_worker_cannot_fail_a_transfer_of_its_successor() ->
 
 
 def test_a_client_that_stops_makes_no_new_pair() -> None:
-    """It stops at the moment when a closed pair would be made again."""
+    """At the stop, a receiver has read REFUSE and is about to start a new pair."""
     machine = DecodeMachine()
     machine.begin(ending="stop", peaceful=False)
     machine.reserve("p1", "a", 1, 0, 0, welcome=True, too_many=False)

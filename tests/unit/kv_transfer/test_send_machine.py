@@ -1,4 +1,7 @@
-"""When the prefill engine gets its blocks back: a real ``PrefillServer``, one step at a time."""
+"""Tests when the prefill engine gets its blocks back.
+
+A real ``PrefillServer`` runs one step at a time (``kv_stepped``).
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ from tests.support.kv_stepped import (
     pause,
 )
 
-PREFILL_BLOCK_TOKENS = 2 * BLOCK_TOKENS  # a unit is half of a block there
-AHEAD = [0, -1, 0, -1, -2, 1, 2, 3]  # prompts by which a reservation is ahead of the engine
+PREFILL_BLOCK_TOKENS = 2 * BLOCK_TOKENS  # a unit is half of such a block
+AHEAD = [0, -1, 0, -1, -2, 1, 2, 3]  # which prompt is reserved, relative to the engine's next one
 
 
 class PrefillMachine(Machine):
@@ -49,7 +52,7 @@ class PrefillMachine(Machine):
         ending=st.sampled_from(["calm", "calm", "silence", "stop"]),
     )  # fmt: skip
     def begin(self, idle: bool, peaceful: bool, ending: str) -> None:
-        """With ``idle``, the rank holds a second copy of a head, from which no rank fetches."""
+        """If ``idle``, the prefill rank holds a second copy of a head, which no rank fetches."""
         self.ending, self.peaceful = ending, peaceful
         self.geometry = replace(
             GEOMETRY,
@@ -61,7 +64,7 @@ class PrefillMachine(Machine):
         self.caches = [torch.full(shape, torch.nan) for _ in range(LAYERS)]
         self.prompts: dict[str, Prompt] = {}
         self.held: set[str] = set()  # scheduled and not yet released
-        self.step: list[tuple[Prompt, int, int]] = []  # prompts and their tokens
+        self.step: list[tuple[Prompt, int, int]] = []  # prompt, first token, end
         self.layers_done = 0
         self.preempting: tuple[Stepped, Prompt] | None = None
         self.open: dict[str, DecodeRank] = {}  # the newest one of each name
@@ -159,7 +162,7 @@ class PrefillMachine(Machine):
         self.layers_done = 0
         for prompt, start in zip(begun, starts, strict=True):
             end = min(start + tokens, prompt.tokens)
-            # Tokens that another request computes in this same step count as cached.
+            # Prefix hits are written in this step, as if another request computed them now.
             self.step.append((prompt, prompt.computed, end))
             chunks.append(
                 StepChunk(
@@ -176,7 +179,7 @@ class PrefillMachine(Machine):
     @precondition(lambda self: self.preempting is None)
     @rule(new=st.booleans(), cached=st.booleans())
     def prefill(self, new: bool, cached: bool) -> None:
-        """Run a new prompt from the first step to the sampled token."""
+        """Run a step long enough for any prompt. Then finish the computed or preempted prompts."""
         self.begin_step(new, cached, tokens=11)
         self.end_step()
         for which in range(len(self.under_way())):
@@ -230,7 +233,7 @@ class PrefillMachine(Machine):
     @precondition(lambda self: self.preempting is None)
     @rule(which=index)
     def preempt(self, which: int) -> None:
-        """Preempt a prompt, preferably one whose blocks are being read."""
+        """Preempt a prompt. ``which`` 0 selects one whose blocks are being read, if any are."""
         self.end_step()
         if prompts := [prompt for prompt in self.under_way() if not prompt.preempted]:
             prompt = prompts[which % len(prompts)]
@@ -248,13 +251,13 @@ class PrefillMachine(Machine):
             self.preempting = None
             self.free(prompt)
         else:
-            assert prompt.transfer_id in self.used.values(), "it waits although no sender reads"
+            assert prompt.transfer_id in self.used.values(), "preempt waits, but no sender reads"
 
     @invariant()
     def blocks_are_released_once_when_nobody_reads(self) -> None:
         for request_id in self.server.take_released():
             transfer_id = request_id.removeprefix("engine-")
-            self.held.remove(transfer_id)  # KeyError: a second time
+            self.held.remove(transfer_id)  # KeyError if it is released twice
             assert self.prompts[transfer_id].finished
             assert transfer_id not in self.used.values(), "its blocks are being read"
             self.free(self.prompts[transfer_id])
@@ -275,7 +278,7 @@ class PrefillMachine(Machine):
     )  # fmt: skip
     def hello(self, name: str, wrong: str, at_once: bool) -> None:
         if self.geometry.tp_size > 1 and name == "b0":
-            return  # it does not pair with the second copy of a head
+            return  # b0 does not pair with the rank that holds the second copy
         rank = DecodeRank(name, self.geometry, self.router, self.expect)
         geometry = replace(rank.geometry, model="other" if wrong == "model" else GEOMETRY.model)
         rank.post(
@@ -283,7 +286,7 @@ class PrefillMachine(Machine):
                 version=wire.PROTOCOL_VERSION,
                 token="guess" if wrong == "token" else OPTIONS.token,
                 expected_incarnation="p1",
-                incarnation=name[0],  # the ranks of one worker have the same
+                incarnation=name[0],  # all ranks of a worker have the same one
                 geometry=geometry,
                 backend="gloo",
                 pair_id="",
@@ -302,7 +305,7 @@ class PrefillMachine(Machine):
 
     @rule(number=index, first=st.integers(0, 2), all_ranks=st.sampled_from([True, True, False]))
     def reserve(self, number: int, first: int, all_ranks: bool) -> None:
-        """Reserve a recent or coming prompt for the ranks of its decode worker."""
+        """Reserve a recent or future prompt for all ranks of its decode worker, or for the last."""
         prompt = self.prompt(max(0, len(self.transfer_ids) + AHEAD[number]))
         start = min(first, (prompt.tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
         names = [name for name in DECODE_RANKS if name.startswith(prompt.worker)]
@@ -328,7 +331,7 @@ class PrefillMachine(Machine):
             self.control()
 
     def some_id(self, number: int) -> str:
-        """Return a transfer, preferably one whose blocks are being read."""
+        """Return a transfer id. An odd ``number`` prefers one whose blocks are being read."""
         transfer_ids = list(self.used.values()) if number % 2 else []
         transfer_ids = transfer_ids or self.transfer_ids
         return transfer_ids[-1 - number // 2 % len(transfer_ids)]
@@ -382,7 +385,7 @@ class PrefillMachine(Machine):
         self, number: int, cached: bool, tokens: int, layers: int, which: int, place: str,
         then: str,
     ) -> None:  # fmt: skip
-        """Run to some place in the middle of a streamed step, and then perhaps end it early."""
+        """Stream a step up to some place. Then perhaps interrupt it, as ``then`` says."""
         self.reserve(number, 0, all_ranks=True)
         self.control()
         self.begin_step(number == 0, cached, tokens)
@@ -433,7 +436,7 @@ class PrefillMachine(Machine):
                 assert not threads[transfer.peers[rank]].blocked
 
     def teardown(self) -> None:
-        """Check for each ending that all blocks are released and that every decode rank is told."""
+        """Stop the server. Unless ``ending`` is "stop", let all transfers end first."""
         try:
             self.end_step()
             if self.ending != "stop":
@@ -445,6 +448,7 @@ class PrefillMachine(Machine):
             self.patch.undo()
 
     def end_quietly(self) -> None:
+        """Check that all blocks are released and that every decode rank is told."""
         for rank in self.open.values():
             rank.lost |= self.ending == "silence"
         for turn in range(16):
@@ -472,7 +476,7 @@ class PrefillMachine(Machine):
 
 
 def test_a_server_that_stops_makes_no_new_pair() -> None:
-    """A HELLO is still waiting for its control thread."""
+    """When the server stops, the control thread has not yet read the HELLO."""
     machine = PrefillMachine()
     machine.begin(idle=False, peaceful=False, ending="stop")
     machine.hello("a", wrong="", at_once=False)
@@ -480,7 +484,7 @@ def test_a_server_that_stops_makes_no_new_pair() -> None:
 
 
 def test_without_faults_all_legs_complete() -> None:
-    """The machine would find nothing if its decode ranks never got as far as a reservation."""
+    """Tests the machine: its checks would all pass if no decode rank ever reserved anything."""
     machine = PrefillMachine()
     machine.begin(idle=False, peaceful=True, ending="calm")
     machine.reserve(0, 0, all_ranks=True)

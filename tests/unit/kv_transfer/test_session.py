@@ -1,4 +1,4 @@
-"""Both state machines: every (state, event), and never complete with something missing."""
+"""Every event in every state of both state machines. No leg completes with KV missing."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def end_of(
 
 
 def manifest(session: ReceiveSession) -> End:
-    """The right one for what has arrived."""
+    """Return the manifest that matches what has arrived."""
     return end_of(
         session.messages,
         session.num_bytes,
@@ -241,12 +241,12 @@ def test_a_repeated_message_is_refused() -> None:
 
 
 def test_a_chunk_whose_layers_are_not_all_written_holds_the_manifest_back() -> None:
-    """Even if the engine has begun the next chunk and has finished the request."""
+    """The engine has already begun the next chunk and finished the request."""
     session = SendSession("r#1", 2 * BLOCK, LAYERS)
     reserve(session, max_units=100)
     session.add_chunk(0, BLOCK)
     session.advance(LAYERS - 1)
-    with contextlib.suppress(ProtocolError):
+    with contextlib.suppress(ProtocolError):  # the session may refuse the chunk instead
         session.add_chunk(BLOCK, 2 * BLOCK)
         session.advance(LAYERS)
     session.request_finished(7)

@@ -15,7 +15,7 @@ from cluster.cli import main as cli
 from tests.unit.baton.scripted import Script, fail, say, serve
 from tests.unit.baton.test_client import free_port
 
-DANGEROUS = "\x1b]52;c;aGk=\x07"  # would write to the terminal's clipboard
+DANGEROUS = "\x1b]52;c;aGk=\x07"  # a terminal copies "hi" to the clipboard
 REFUSED = fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", pb.ErrorDetail())
 
 Run = Callable[..., int]
@@ -23,7 +23,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def baton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run ``baton`` with a run folder of the test's own; ``lines`` is the typed input."""
+    """Return a function that runs ``baton`` in a new run folder. ``lines`` is the typed input."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
     def run(*arguments: str, lines: str = "") -> int:
@@ -136,7 +136,7 @@ def test_without_a_cluster_the_configured_address_is_used(
         assert baton("generate", "hi", "--config", str(file)) == 0
         state = tmp_path / "baton" / "far" / "state.json"
         state.parent.mkdir(parents=True)
-        state.write_text("{")  # a damaged state does not matter either
+        state.write_text("{")  # a damaged state file is ignored
         assert baton("generate", "hi", "--config", str(file)) == 0
     assert capsys.readouterr().out.count("Hello.") == 2
 

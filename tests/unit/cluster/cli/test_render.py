@@ -262,7 +262,7 @@ def test_progress_counts_seconds() -> None:
     out = io.StringIO()
     now = [100.0]
     progress = Progress(out, clock=lambda: now[0])
-    progress.tick()  # nothing to show yet
+    progress.tick()  # no step is running, so nothing is shown
     progress.step("starting")
     for now[0] in (100.9, 101.0, 103.2, 105.0, 106.0):
         progress.tick()

@@ -13,7 +13,7 @@ from cluster.local.signals import NeverStop
 
 @dataclass
 class FakeRuntime:
-    """Records the calls. ``drain_router`` raises ``error``, or hangs until ``release`` is set."""
+    """Records the calls. ``drain_router`` raises ``error`` or waits for ``release``, if given."""
 
     alive: bool = True
     error: Exception | None = None

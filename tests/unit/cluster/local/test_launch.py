@@ -28,7 +28,7 @@ def quiet(_line: str) -> None:
 
 @dataclass
 class FakeRuntime:
-    """A Ray runtime that only records the scale calls."""
+    """A fake Ray runtime. ``scale`` records its call, or raises ``scale_error`` if it is given."""
 
     scaled: list[tuple[Pool, int]] = field(default_factory=list)
     scale_error: Exception | None = None
@@ -59,9 +59,10 @@ class FakeRuntime:
 
 @dataclass
 class FakeStore:
-    """Registry and orders in one.
+    """A fake registry and fake orders in one.
 
-    Each read of the workers takes one element of ``answers``, and the last element stays.
+    Each call of ``list`` takes the next element of ``answers`` and returns or raises it. When
+    only the last element is left, each call uses this element.
     """
 
     answers: list[tuple[WorkerRecord, ...] | Exception] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Ports: an address that this machine cannot use is named by its configuration field."""
+"""If this machine cannot use a host, the error names the host's configuration field."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cluster.local.ports import check_port_is_free, free_port, with_router_port
 from core.config.schema import load_config
 from core.errors import ConfigError
 
-ELSEWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737): no machine has it
+ELSEWHERE = "192.0.2.1"  # RFC 5737 reserves this address for documentation: no machine has it
 
 
 @pytest.mark.parametrize("port", [0, 50051])

@@ -1,4 +1,4 @@
-"""The reaper against real processes: it kills those with the cluster's id, and no others."""
+"""The reaper, with real processes: it kills the cluster's processes, and no others."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_shared_memory_of_killed_processes_is_removed(cluster_id: str, tmp_path:
         end(process)
 
 
-# Both unregister from Python's resource tracker, as vLLM does, so that it removes nothing.
+# Each snippet unregisters its file from Python's resource tracker, which would remove the file.
 KEEPS_SHARED_MEMORY = {
     "a segment": (
         "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
@@ -210,7 +210,7 @@ def test_a_look_that_fails_does_not_end_the_reaper(
     folder, lock = tmp_path / "run" / "c", tmp_path / "run" / "c.lock"
     folder.mkdir(parents=True)
     descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
-    pipe_closed = iter([False, True])  # after the first look
+    pipe_closed = iter([False, True])  # the pipe closes after the first look
 
     def fail(_watch: object) -> None:
         raise PermissionError

@@ -1,4 +1,4 @@
-"""The run folder: locking a name, removing leftovers safely, and unreadable states."""
+"""The run folder: locking a name, removing leftovers safely, and unreadable state files."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_the_two_pools_file_quantizes_them_differently_on_one_node() -> None:
     assert config.prefill.engine["quantization"] == "fp8"
     assert "quantization" not in config.decode.engine
     assert config.prefill.max_replicas + config.decode.max_replicas == 8
-    # Both pools share one node, which has one value of each label.
+    # Both pools run on one node. Label selectors cannot separate pools on the same node.
     assert not config.prefill.label_selector
     assert config.cluster.host == "127.0.0.1"
 
@@ -229,9 +229,9 @@ def test_each_rank_of_a_worker_gets_its_own_cores(monkeypatch: pytest.MonkeyPatc
     ("cores", "prefill", "decode"),
     [
         ({0, 1}, ["1"], ("0",)),
-        ({0, 1}, ["0-1"], ("0",)),  # prefill names all cores, so the pools must share one
+        ({0, 1}, ["0-1"], ("0",)),  # prefill names all cores, so decode shares core 0 with prefill
         ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # core 5 is left to the router
-        ({0, 1}, [], ("1",)),  # vLLM chooses for prefill, so its cores are unknown
+        ({0, 1}, [], ("1",)),  # vLLM chooses prefill's cores; decode gets only its own share
     ],
 )
 def test_cores_that_one_pool_names_are_not_given_to_the_other(
@@ -280,8 +280,8 @@ def strings_of(file: Path) -> Iterator[str]:
 
 
 def test_messages_name_fields_that_exist() -> None:
-    """What a message calls ``section.field`` is a field of the configuration."""
-    paths = {*field_paths(Config), "model.safetensors"}  # the latter is a file's name
+    """Each name ``section.field`` in a string literal is a configuration field or a module."""
+    paths = {*field_paths(Config), "model.safetensors"}  # model.safetensors is a file
     sections = "|".join(Config.model_fields)
     pattern = rf"(?<![\w.])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*(?![\w(])"
     wrong = []

@@ -25,7 +25,7 @@ class StopError(Exception):
 
 
 class FakeConversion:
-    """Replaces the process that unpacks. It writes empty files, and fails if ``error`` is given."""
+    """Fakes the process that unpacks a model. Writes empty files. Fails if ``error`` is given."""
 
     def __init__(
         self, *, files: Sequence[str] = model._REQUIRED_FILES, error: str | None = None

@@ -1,4 +1,4 @@
-"""Errors as gRPC status, and failed calls to a worker as errors."""
+"""Errors become gRPC status, and failed calls to a worker become errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The in-memory registry, which replaces Redis in other tests, follows the same rules."""
+"""The in-memory registry replaces Redis in other tests. It follows the rules of RedisRegistry."""
 
 from __future__ import annotations
 
