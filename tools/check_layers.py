@@ -1,6 +1,6 @@
-"""Checks that every top-level folder with Python code has a place in the layers: ``make lint``.
+"""Checks that every top-level folder with Python code is in a layer. ``make lint`` runs it.
 
-import-linter sees only the packages that pyproject.toml names, so it would miss a new one.
+import-linter checks only the packages that pyproject.toml names, so it does not see a new package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NO_PACKAGES = {"tests", "tools"}  # never imported by the product
 
 
 def folders_without_layer(root: Path) -> list[str]:
-    """Return the top-level folders with Python code that the contract ``layers`` lacks."""
+    """Return the top-level folders with Python code that root_packages or the layers lack."""
     linter = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = [each for each in linter["contracts"] if each["id"] == "layers"]
     layered = set(re.findall(r"\w+", " ".join(contract["layers"])))

@@ -1,7 +1,7 @@
-"""Prints what Baton needs but this machine lacks, with the command that installs it.
+"""Prints what Baton needs but this machine lacks, and how to install it if that is possible.
 
-``make env`` runs it first, as ``python3 tools/check_system.py cpu`` (or ``gpu``), so it uses only
-the standard library of the system's Python. It exits with 1 if something is missing.
+``make env`` first runs ``python3 tools/check_system.py cpu`` (or ``gpu``). The environment need not
+exist yet, so this script uses only the standard library. It exits with 1 if something is missing.
 """
 
 import ctypes
@@ -12,8 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned vLLM and torch have wheels for these
-DISK_GB = 6  # environment 3.1, model 0.3, and downloads while pip unpacks them
+OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned vLLM and torch have wheels for this range
+DISK_GB = 6  # environment 3.1, model 0.3; the rest is for downloads that pip unpacks
 MEMORY_GB = 8  # two engines, the router, Ray, Valkey
 
 GB = 1000**3

@@ -1,6 +1,7 @@
-"""Generates baton/v1 from proto/: ``make proto``. With ``--check``, only compares the two.
+"""Generates the stubs in baton/v1 from proto/: ``make proto``.
 
-Uses grpcio-tools 1.76.0, because old and new versions of protobuf can load the stubs it writes.
+With ``--check``, it writes nothing there and checks that the stubs match proto/. pyproject.toml
+pins grpcio-tools to 1.76.0, because old and new versions of protobuf can load its stubs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def generate(target: Path) -> list[Path]:
 
 
 def check() -> None:
-    """Exit with the names of the stubs that do not match proto/, if there are any."""
+    """If stubs do not match proto/, exit with an error that names them."""
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         expected = set(generate(fresh))

@@ -1,7 +1,8 @@
-"""Installs the pinned packages into the environment that runs it, and shows progress.
+"""Installs the pinned packages and Baton into the environment of its Python. Shows progress.
 
-``.venv/bin/python tools/install.py cpu dev`` installs requirements/cpu.lock.txt and dev.lock.txt.
-``make env`` runs it in an empty environment, so it uses only the standard library.
+``.venv/bin/python tools/install.py cpu dev`` installs torch's CPU build, the packages of
+requirements/cpu.lock.txt and dev.lock.txt, and Baton. ``make env`` runs it in an environment that
+may be empty, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHOW_EVERY_S = 5.0
 
 
 class Progress:
-    """Prints how far pip is, from its ``Collecting`` lines and the number of installed packages."""
+    """Prints pip's progress: the number of its ``Collecting`` lines, then of installed packages."""
 
     def __init__(self, title: str, packages: int) -> None:
         self.title, self.packages = title, packages
@@ -54,7 +55,7 @@ class Progress:
 
 
 def run(title: str, packages: int, command: Sequence[str]) -> list[str] | None:
-    """Run a command and show progress. Return its last lines if it failed, else ``None``."""
+    """Run a command and show progress. Return its last output lines if it fails, else ``None``."""
     progress = Progress(title, packages)
     reporter = threading.Thread(target=progress.show_until_done)
     reporter.start()
@@ -74,11 +75,11 @@ def run(title: str, packages: int, command: Sequence[str]) -> list[str] | None:
 
 
 def install_torch_cpu() -> None:
-    """Install torch's CPU build from pip's configured sources or, failing that, PyTorch's index."""
+    """Install torch's CPU build from pip's configured sources, or else from PyTorch's index."""
     requirement = (REQUIREMENTS / "torch-cpu.txt").read_text().strip()
     if run("torch", 1, (*PIP, "install", "--no-deps", f"{requirement}+cpu")) is None:
         return
-    print("  torch: pip finds no CPU build; trying PyTorch's index with uv", flush=True)
+    print("  torch: pip did not install the CPU build; trying PyTorch's index with uv", flush=True)
     with tempfile.TemporaryDirectory() as folder:  # keeps uv out of the environment
         failed = run("uv", 1, (*PIP, "install", "--target", folder, "uv"))
         if failed is None:
@@ -103,7 +104,7 @@ def install_lock(name: str) -> None:
 
 
 def install_baton() -> None:
-    """Install the project itself, editable. The pinned setuptools builds it, without downloads."""
+    """Install Baton as an editable package. Downloads nothing: the pinned setuptools builds it."""
     command = (*PIP, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     failed = run("baton", 1, command)
     if failed is not None:

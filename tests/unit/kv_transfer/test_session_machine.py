@@ -1,8 +1,8 @@
-"""Both sides of a transfer over a network that reorders, loses, repeats, delays and lies.
+"""Both sides of a transfer, if the network reorders, loses, repeats, delays and forges messages.
 
 The sessions are real. Each KV element is a tuple that names its transfer, layer, token and head.
-Hypothesis draws what happens. The test computes the expected state a second time, from sets of
-units, and compares it.
+Hypothesis draws the events. The test keeps the expected state by itself, as sets of units, and
+compares the sessions with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Cell = tuple[int, int]  # layer and unit
 
 
 def plan_of(rank: int, ranks: int, *, idle: bool) -> PairPlan:
-    """Each decode rank has one head of its own, or none."""
+    """Return a pair's plan. The decode rank has one head of its own, or none if it is idle."""
     heads = HeadRange(0, 0) if idle else HeadRange(rank, rank + 1)
     return PairPlan(
         heads=heads,
@@ -128,7 +128,8 @@ class SessionMachine(RuleBasedStateMachine):
     def begin(self, num_tokens: int, idle: list[bool]) -> None:
         self.num_tokens = num_tokens
         self.plans = [plan_of(rank, len(idle), idle=idle[rank]) for rank in range(len(idle))]
-        # All attempts write into the same blocks, so a late message of an old one would show.
+        # All attempts write into the same blocks. If a late message of an old attempt is accepted,
+        # it overwrites the KV of the newest attempt.
         self.blocks: list[dict[Cell, list[Element]]] = [{} for _ in idle]
         self.mail: list[Mail] = []
         self.attempts: list[Attempt] = []
@@ -139,7 +140,7 @@ class SessionMachine(RuleBasedStateMachine):
         first_units=st.lists(st.integers(0, 3), min_size=3, max_size=3), max_units=st.integers(1, 9)
     )
     def next_attempt(self, first_units: list[int], max_units: int) -> None:
-        """D cancels, and the request is tried again; P may still work on the old attempt."""
+        """Begin an attempt. D cancels the previous attempt, but P may still work on it."""
         if self.attempts:
             for receiver in self.attempts[-1].receivers:
                 receiver.session.cancel()
@@ -307,7 +308,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=which, rank=ranks, stages=st.integers(1, 5))
     def all_goes_well(self, index: int, rank: int, stages: int) -> None:
-        """Run a leg up to a stage without faults."""
+        """Run the first ``stages`` stages of a leg without faults."""
         attempt, rank = self.some(index, rank)
         self.receive(
             Mail(rank, Reserve(attempt.transfer_id, attempt.starts[rank], attempt.num_tokens))
@@ -329,7 +330,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 5), again=st.booleans())
     def deliver(self, index: int, again: bool) -> None:
-        """Deliver some message, in half of all cases the first; with ``again``, it stays queued."""
+        """Deliver one of the first three messages. With ``again``, the message stays queued."""
         if self.mail:
             at = index // 2 % len(self.mail)
             self.receive(self.mail[at] if again else self.mail.pop(at))
@@ -352,7 +353,7 @@ class SessionMachine(RuleBasedStateMachine):
     def forge_header(
         self, index: int, rank: int, layer: int, layers: int, ahead: int, units: int, more: int
     ) -> None:
-        """Deliver a wrong header, near the expected position."""
+        """Deliver a forged header near the expected position. By chance, it may be correct."""
         attempt, rank = self.some(index, rank)
         arrived = sum(cell[0] == layer for cell in attempt.receivers[rank].arrived)
         unit = max(0, attempt.starts[rank] // UNIT_TOKENS + arrived + ahead)
@@ -474,7 +475,7 @@ class SessionMachine(RuleBasedStateMachine):
                     assert self.end_states.setdefault(id(session), session.state) is session.state
 
     def teardown(self) -> None:
-        """Check that transfers that P has not ended can still be completed."""
+        """Check that P can still send each reserved leg of a transfer that has not ended on P."""
         for index in range(-len(self.attempts), 0):
             for rank in self.attempts[index].reserved:
                 self.all_goes_well(index, rank, 4)

@@ -1,7 +1,7 @@
 """A request that ends early, in any phase, leaves nothing behind in the cluster.
 
-These tests run in virtual time, so the bound of 100 ms is exact: the fake engine has no running
-step that must end first. tests/integration/test_cancel_engines.py tests real engines.
+These tests run in virtual time. The fake engine has no running step that must end first, so
+everything must be free after 100 ms. tests/integration/test_cancel_engines.py tests real engines.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.support.simulated_cluster import (
 )
 from tests.support.virtual_time import elapse, run_virtually
 
-FREED_S = 0.1  # everything is free this long after the end
+FREED_S = 0.1  # everything that a request held is free this long after its end
 PROMPT_TOKENS = 20
 MAX_TOKENS = CONTEXT_TOKENS - PROMPT_TOKENS
-# This many requests of this size use all blocks of the decode worker.
+# This many requests with CONTEXT_TOKENS tokens each use all blocks of the decode worker.
 FILLS_KV = KV_BLOCKS * 4 // CONTEXT_TOKENS
-DEADLINE_S = 3.0  # each phase begins long before it and ends after it
+DEADLINE_S = 3.0  # each phase begins long before this deadline and lasts beyond it
 LONG_MS = 60_000.0
 SEEDS = range(10)
 
@@ -57,7 +57,7 @@ class Scene:
         return worker
 
     def calls(self, pool: Pool) -> int:
-        """How many calls for the request the worker got."""
+        """Return how many calls for the request the worker got."""
         mine = f"{self.client.request.request_id}~"
         return sum(key.startswith(mine) for key in self.worker(pool).asked)
 
@@ -72,10 +72,10 @@ class Phase:
 
     Attributes:
         reached: whether the request is in the phase.
-        others: how many requests came before it and stay in a phase too.
-        loses_decode: the decode worker is killed while the request decodes.
-        another_router: the others run at another router, whose load this router does not know yet.
-            Otherwise this router would let the request wait.
+        others: how many other requests start before the request and end after it.
+        loses_decode: whether the decode worker is killed while the request decodes.
+        another_router: whether the others run at another router. This router does not know their
+            load yet, so it sends the request to the workers instead of queueing it.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Phase:
 
 
 def in_router_queue(scene: Scene) -> bool:
-    """Another request runs, only one may, and this one has not been sent for half a second."""
+    """Another request takes the only slot. The request has not been sent for half a second."""
     waited_s = scene.cluster.clock() - scene.began_s
     return waited_s > 0.5 and not scene.calls(Pool.PREFILL) and not scene.calls(Pool.DECODE)
 
@@ -101,7 +101,7 @@ def waits_for_blocks(scene: Scene) -> bool:
 
 
 def waits_for_prefill(scene: Scene) -> bool:
-    """Both workers have reserved blocks, and the prefill worker computes another prompt."""
+    """Both workers have reserved blocks. The prefill worker computes another request's prompt."""
     return scene.running(Pool.PREFILL) == scene.running(Pool.DECODE) == 2
 
 
@@ -173,7 +173,7 @@ def new_client(cluster: SimCluster, name: str, timeout_s: float) -> SimClient:
 
 
 def resources(cluster: SimCluster) -> dict[str, object]:
-    """Everything that requests hold, by its owner."""
+    """Return everything that requests hold, by owner."""
     router = cluster.routers[0]
     found: dict[str, object] = {"tasks": asyncio.all_tasks() - cluster.standing_tasks()}
     for name, worker in cluster.workers.items():

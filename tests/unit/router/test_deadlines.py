@@ -45,7 +45,7 @@ async def test_the_router_does_not_tokenise_a_late_request(monkeypatch: pytest.M
 
 
 async def test_workers_know_the_deadline() -> None:
-    """So they end late requests by themselves if the router has died or hangs."""
+    """Workers that know the deadline end late requests even if the router has died or hangs."""
     prefill, decode = FakePrefill(), FakeDecode()
     async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
         call = router.call(token_ids={"ids": (1, 2)}, timeout=20, sampling={"max_tokens": 2})
@@ -53,11 +53,14 @@ async def test_workers_know_the_deadline() -> None:
             pass
         for worker in (prefill, decode):
             (remaining_s,) = worker.remaining_s
-            assert 0 < remaining_s < 21  # gRPC rounds up
+            assert 0 < remaining_s < 21  # gRPC rounds the timeout up
 
 
 async def calls_for_late_turn(seed: int, before_deadline_s: float) -> int:
-    """How many calls workers get for a request whose turn comes this long before its deadline."""
+    """Return how many calls workers get for a request.
+
+    The request leaves the queue ``before_deadline_s`` seconds before its deadline.
+    """
     limits = AdmissionLimits(1, {"only": ClassLimits(weight=1, max_queue=1, queue_timeout_s=60)})
     async with SimCluster(random.Random(seed), limits) as cluster:
         latency = FakeLatency(prefill_ms_per_token=0.1, decode_step_ms=60_000)

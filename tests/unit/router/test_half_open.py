@@ -23,10 +23,10 @@ from tests.unit.router.test_service_failover import dies_after
 pytestmark = pytest.mark.asyncio
 
 PROMPT = (1, 2, 3)
-# A gRPC server that is not configured for pings closes a connection after a few of them. gRPC sends
-# at most one ping a second.
+# After this many pings, a gRPC server with default options has closed the connection. gRPC sends at
+# most one ping a second, so more pings make the test slower.
 ENOUGH_PINGS = 5
-PING_BYTES = 17  # HTTP/2: a frame header and 8 bytes
+PING_BYTES = 17  # HTTP/2: a frame header of 9 bytes and a payload of 8
 _BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in the kernel's struct tcp_info
 
 

@@ -1,4 +1,4 @@
-"""A cancel or a deadline reaches both workers at every stage, and nothing leaks."""
+"""At any stage, a cancel or deadline ends the request on the router and workers. Nothing leaks."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def test_the_default_deadline_is_a_typed_error_from_the_router() -> None:
 
 
 async def test_a_slow_client_holds_back_the_decode_worker() -> None:
-    """Buffers are bounded, so the worker stops when the client does not read."""
+    """Buffers are bounded, so the worker stops sending while the client does not read."""
     produced = 0
 
     async def fast(
@@ -144,7 +144,7 @@ async def test_a_slow_client_holds_back_the_decode_worker() -> None:
         call = router.call(token_ids=PROMPT, sampling={"logprobs": 20})
         await anext(aiter(call))
         before = -1
-        while produced != before:  # until nothing moves for many turns of the loop
+        while produced != before:  # until nothing is produced for 2,000 turns of the event loop
             before = produced
             for _ in range(2000):
                 await _turn()
@@ -170,14 +170,14 @@ async def test_a_cancel_at_any_turn_of_the_loop_leaves_no_request_behind() -> No
 async def test_a_write_to_a_client_that_is_gone_counts_as_a_cancel(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A write fails between the client's cancel and the cancel of the router's task."""
+    """A write can fail after the client cancels and before gRPC cancels the router's task."""
 
     class GoneContext:
         def time_remaining(self) -> float | None:
             return None
 
         async def send_initial_metadata(self, metadata: object) -> None:
-            """Still works."""
+            """Succeed: only writes and aborts fail."""
 
         async def write(self, response: inference_pb2.GenerateResponse) -> None:
             raise grpc.aio.InternalError("the call has ended")
@@ -196,7 +196,7 @@ async def test_a_write_to_a_client_that_is_gone_counts_as_a_cancel(
 
 
 async def _until_refused(router: RouterHarness, request_id: str, reason: str) -> None:
-    """Wait until the router refuses this request id for this reason."""
+    """Wait until the router refuses calls with ``request_id`` for ``reason``."""
     async with asyncio.timeout(10):
         while True:
             probe = router.call(request_id=request_id, model="unknown")
@@ -217,7 +217,7 @@ async def _turn() -> None:
 
 
 async def test_a_client_that_does_not_read_is_ended_and_delays_no_other_client() -> None:
-    """The client can still read what was written before, and then gets the reason."""
+    """The client can still read the responses that were written. Then it gets the error."""
     decode = FakeDecode()
     small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535))
     async with RouterHarness(

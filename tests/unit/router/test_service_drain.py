@@ -23,7 +23,7 @@ SOON_S = 10.0
 
 async def test_running_requests_end_within_the_grace_and_new_ones_are_refused() -> None:
     gate = asyncio.Event()
-    # Its stream pauses after one token. When the gate opens, the stream continues on decode-2.
+    # decode-1 pauses after one token. When the gate opens, decode-1 fails and decode-2 continues.
     first = FakeDecode("decode-1", dies_after(1, gate=gate))
     async with RouterHarness(
         prefill=[FakePrefill()], decode=[first, FakeDecode("decode-2")]
@@ -37,7 +37,7 @@ async def test_running_requests_end_within_the_grace_and_new_ones_are_refused() 
         assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.generate(PROMPT, max_tokens=1)
-        # CANCELLED if the request came before gRPC told the client that this server goes away.
+        # CANCELLED if the client sent the request before it learned that the server shuts down.
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert not stopping.done()
         gate.set()
@@ -61,7 +61,7 @@ async def test_requests_that_outlast_the_grace_get_router_draining() -> None:
 
 
 async def test_streams_that_are_not_requests_do_not_delay_the_shutdown() -> None:
-    """Such streams are a health watch, and a call whose message never comes."""
+    """The streams are a health watch and a call on which the client never sends a message."""
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
         health = health_pb2_grpc.HealthStub(router.channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())

@@ -41,7 +41,7 @@ ERROR_KEY = "baton-error-bin"
 def dies_after(
     tokens: int, error: Exception | None = None, gate: asyncio.Event | None = None
 ) -> DecodeScript:
-    """A decode worker that fails after ``tokens`` responses, once the gate is open."""
+    """Return a script that fails after ``tokens`` responses, once ``gate`` is open."""
 
     async def script(
         request: worker_pb2.DecodeRequest,
@@ -88,7 +88,7 @@ async def prefill_hangs(request: worker_pb2.PrefillRequest) -> worker_pb2.Prefil
 async def generate_stepwise(
     router: RouterHarness, responses: int, gate: asyncio.Event, **sampling: int
 ) -> list[inference_pb2.GenerateResponse]:
-    """Like ``router.generate``; opens the gate when the client has ``responses`` responses."""
+    """Generate as ``router.generate`` does. Open ``gate`` after ``responses`` responses."""
     stream = aiter(router.call(token_ids={"ids": PROMPT}, sampling=sampling))
     received = [await anext(stream) for _ in range(responses)]
     gate.set()
@@ -252,7 +252,7 @@ async def test_a_refused_connection_fails_over_at_once() -> None:
         await dead.stop()
         async with asyncio.timeout(1):
             responses = await router.generate(PROMPT, max_tokens=4)
-            # The worker is a suspect now, so the next request does not try it.
+            # The dead worker is a suspect now, so the next request avoids it.
             again = await router.generate(PROMPT, max_tokens=4)
     assert token_ids(responses) == answer_tokens(PROMPT, 4)
     assert again[-1].phases.attempts == 1
@@ -279,7 +279,7 @@ async def test_unreachable_workers_cost_no_attempt_and_other_workers_are_sent_no
     assert responses[-1].phases.attempts == 6
     assert counters.failovers == 5
     assert [len(worker.requests) for worker in (prefill, decode)] == [1, 1]
-    assert not prefill.released, "an attempt that was not sent holds no KV"
+    assert not prefill.released, "attempts that were not sent have no KV to release"
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
@@ -436,9 +436,9 @@ async def test_a_decode_worker_that_breaks_the_protocol_is_replaced() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 async def test_random_deaths_and_delays_never_change_the_answer(seed: int) -> None:
-    """Many requests run at once on workers that fail and answer in any order."""
+    """Several requests run at once on workers that fail at random and answer in any order."""
     rng = random.Random(seed)
-    deaths = 4  # per pool; more attempts than this are allowed
+    deaths = 4  # per pool; max_attempts is 9, so a request survives all 8 deaths
 
     def slow() -> asyncio.Future[None]:
         turns = rng.randrange(4)

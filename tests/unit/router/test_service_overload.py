@@ -55,7 +55,7 @@ async def test_a_full_router_tokenises_nothing() -> None:
     ) as router:
         running = router.call(token_ids=IDS)
         await first(running)
-        router.codec.close()  # tokenising would fail from here on
+        router.codec.close()  # from here on, tokenising fails
         _, _, detail = await refusal(router, prompt="the quick brown fox")
         assert detail.reason == "QUEUE_FULL"
         assert detail.retry_after_ms

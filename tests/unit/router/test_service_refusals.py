@@ -1,4 +1,4 @@
-"""Bad input and full queues get a clear, typed error and disturb no other request."""
+"""Requests that the router refuses get a clear, typed error and disturb no other request."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_a_full_router_refuses_at_once_with_a_retry_hint() -> None:
         assert detail.reason == "QUEUE_FULL"
         assert detail.retry_after_ms >= 100
         assert "full" in message
-        assert len(decode.requests) == 2  # checked before the cancels, which let others run
+        assert len(decode.requests) == 2  # before the cancels: they let queued requests run
         for call in calls:
             call.cancel()
         codes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -188,7 +188,7 @@ async def test_no_decode_worker_is_unavailable() -> None:
 
 async def test_a_defect_does_not_show_internals_to_the_client() -> None:
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
-        router.codec.close()  # tokenising fails, as if the thread pool had died
+        router.codec.close()  # tokenising then fails: "cannot schedule new futures after shutdown"
         code, message, detail = await refusal(router, prompt="the fox")
     assert code == grpc.StatusCode.INTERNAL
     assert detail.reason == "INTERNAL"

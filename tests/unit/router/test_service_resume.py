@@ -1,4 +1,4 @@
-"""A stream whose router died or shut down continues at another router with the next response."""
+"""Resume continues a stream with its next response, at the same router or at another one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTH = 12
 async def stalls_on_first_attempt(
     request: worker_pb2.DecodeRequest,
 ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-    """Stall after one token, unless the request already has tokens."""
+    """Stall after one token, unless the request carries tokens of an earlier attempt."""
     async for response in decode_answer(request):
         yield response
         if not request.tokens_so_far:
@@ -50,7 +50,7 @@ def resume(stub: Any, last: int | None, request_id: str = "r") -> Any:
 
 
 async def read_two(router: RouterHarness) -> tuple[Any, list[Any]]:
-    """Start the request "r" and read its first two responses, from prefill and from decode."""
+    """Start request "r". Read its first response (from prefill) and its second (from decode)."""
     call = router.call(request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": LENGTH})
     stream = aiter(call)
     return call, [await anext(stream), await anext(stream)]
@@ -75,7 +75,7 @@ async def test_streams_of_a_stopped_router_resume_at_another(received: int) -> N
         responses += [response async for response in resume(other, last)]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
         assert responses[-1].usage.completion_tokens == LENGTH
-        # A client may resume again for an end that it missed, or from the beginning.
+        # A client may resume again, to get an end that it missed or to start from the beginning.
         again = [response async for response in resume(other, LENGTH - 2)]
         assert [each.sequence for each in again] == [LENGTH - 1]
         assert token_ids([each async for each in resume(other, None)]) == token_ids(responses)

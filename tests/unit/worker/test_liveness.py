@@ -112,7 +112,7 @@ def test_a_check_of_a_hanging_engine_takes_less_than_a_second() -> None:
 
 
 def test_an_answer_that_was_not_read_in_time_counts() -> None:
-    """This happens after this process was suspended: time has passed, but nothing has run."""
+    """After a suspension of the worker's process, time has passed, but no task has run."""
 
     async def run(core: Core) -> None:
         now_s = 0.0

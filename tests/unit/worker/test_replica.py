@@ -55,7 +55,7 @@ class WatchedRegistry(MemoryRegistry):
 
 
 class Setup:
-    """A prefill worker. ``async with`` starts it, and stops it if the test has not."""
+    """A prefill worker. ``async with`` starts and stops it; the test may stop it earlier."""
 
     def __init__(self, *, poll_s: float = 0.01, transfer_ms: float = 0.0) -> None:
         self.config = Config.model_validate({"router": {"registry_poll_s": poll_s}})
@@ -126,7 +126,7 @@ async def test_kv_that_is_never_fetched_does_not_delay_the_stop_beyond_the_grace
 
 
 class GatedEngine(WatchedEngine):
-    """Holds requests at a gate. They hold no KV blocks there, like requests in the queue."""
+    """Makes requests wait at a gate. Like queued requests, they hold no KV blocks there."""
 
     def __init__(self, config: Config, pool: Pool) -> None:
         super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
@@ -206,7 +206,7 @@ async def test_a_worker_that_is_asked_to_drain_drains_and_leaves_the_registry() 
 
 
 class PairingEngine(WatchedEngine):
-    """An engine whose KV pairs exist when the test adds them to ``up``."""
+    """An engine that has a KV pair with each worker that the test has added to ``up``."""
 
     def __init__(self, config: Config, pool: Pool) -> None:
         super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
@@ -223,7 +223,7 @@ class PairingEngine(WatchedEngine):
 
 
 class PairingSetup(Setup):
-    """One worker of a pool, and records of the other pool's workers in the registry."""
+    """One worker. ``add`` puts a record of a worker of the other pool into the registry."""
 
     def __init__(self, pool: Pool, *, pair_timeout_s: float = NEVER_S) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Both servicers over a real gRPC connection, with a fake engine."""
+"""The prefill and decode servicers with a fake engine, mostly over real gRPC connections."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Worker:
     decode: Any  # gRPC stub
 
     async def until_idle(self) -> None:
-        """Wait until no request and no block is in use."""
+        """Wait until no request is in flight and all 64 KV blocks are free."""
         async with asyncio.timeout(10):
             await self.intake.drained()
             while self.engine.load().kv_blocks_free < 64:  # noqa: ASYNC110

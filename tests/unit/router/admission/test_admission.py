@@ -59,7 +59,7 @@ def test_a_wait_that_would_be_too_long_is_refused_at_once() -> None:
 
 
 def test_a_request_that_would_be_late_is_refused_at_once() -> None:
-    # The wait is 10 s, and the request must have twice as much to spare.
+    # The wait is 10 s. Apart from its service time, the request must have at least 20 s left.
     assert reason(before=9, rate=1, left_s=25, service_s=5) is None
     assert reason(before=9, rate=1, left_s=24, service_s=5) == "WOULD_BE_LATE"
     assert reason(rate=0, left_s=4, service_s=5) == "WOULD_BE_LATE"
@@ -87,7 +87,7 @@ def test_the_retry_hint_is_the_wait() -> None:
 
 
 def queues(**classes: tuple[int, dict[str, float]]) -> Queues[str]:
-    """Queues of classes. Each class has a weight and items that wait, by deadline in seconds."""
+    """Return filled queues. A class has a weight, and a deadline in seconds for each item."""
     limits = {name: ClassLimits(weight, 99, 99) for name, (weight, _) in classes.items()}
     made: Queues[str] = Queues(limits)
     for name, (_, items) in classes.items():
@@ -145,13 +145,13 @@ def test_the_estimate_of_how_many_run_before_a_request(seed: int) -> None:
     mine = AdmissionRequest(rng.choice("abc"), rng.random())
     expected = waiting.before(mine)
     waiting.push(mine, "mine")
-    # The estimate may be off by one turn of each other class.
+    # Allowed error: 1 + the requests that all classes run while the class of ``mine`` runs one.
     slack = 1 + sum(each.weight for each in classes.values()) / classes[mine.service_class].weight
     assert abs(drain(waiting).index("mine") - expected) <= slack
 
 
 class FakePermit:
-    """Holds one of the places."""
+    """Holds one of the harness's places."""
 
     def __init__(self, harness: GateHarness) -> None:
         self._harness = harness
@@ -166,11 +166,11 @@ class FakePermit:
 
 
 class GateHarness:
-    """An AdmissionGate with ``places`` permits and requests that are tasks.
+    """An AdmissionGate, ``places`` permits, and requests that run as tasks.
 
     Attributes:
-        error: raised instead of giving a permit.
-        order: names of the requests, as they began to run.
+        error: if set, ``acquire`` raises it.
+        order: names of the requests, in the order in which they began to run.
     """
 
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
@@ -284,7 +284,8 @@ async def test_an_expired_request_acquires_no_permit() -> None:
 def test_a_request_whose_wait_would_be_too_long_does_not_wait() -> None:
     async def run() -> None:
         harness = GateHarness(one_class(2, 100, 5))
-        for _ in range(40):  # each runs for 2 s, so two at a time end one a second
+        # Each request runs for 2 s. If two run at a time, one request ends per second.
+        for _ in range(40):
             async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
                 await elapse(2)
         tasks = [harness.start(str(i)) for i in range(2 + 5)]
@@ -377,7 +378,7 @@ async def test_a_permit_granted_in_the_turn_of_a_cancel_goes_to_the_next_request
     async def end_and_cancel() -> None:
         async with harness.gate.admit(AdmissionRequest("c", FAR_S), harness.acquire):
             await turns()
-        second.cancel()  # it has the permit already but has not run since
+        second.cancel()  # its permit is granted, but its task has not run since
 
     first = asyncio.create_task(end_and_cancel())
     await turns(1)

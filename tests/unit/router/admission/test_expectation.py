@@ -12,7 +12,10 @@ from router.phases import PhaseClock
 
 
 def phases(first_s: float, tokens: int, step_s: float = 0.1) -> PhaseClock:
-    """The phases of a request with ``tokens`` tokens. With 0, it has waited for ``first_s``."""
+    """The phases of a request whose first token takes ``first_s``.
+
+    If ``tokens`` is 0, the request has waited for ``first_s`` and has no token yet.
+    """
     now_s = 100.0
 
     def clock() -> float:
@@ -71,7 +74,7 @@ def test_a_resumed_request_that_never_ran_does_not_change_the_times() -> None:
 def test_cut_off_requests_can_only_make_the_first_token_time_longer() -> None:
     known = after(*[21] * 50)
     known.note(phases(0.01, 0), None)
-    assert known.service_s(11) == pytest.approx(0.5 + 10 * 0.1), "it only waited for a moment"
+    assert known.service_s(11) == pytest.approx(0.5 + 10 * 0.1), "a shorter wait does not count"
     for _ in range(50):
         known.note(phases(3.0, 0), None)
     assert known.service_s(1) == pytest.approx(3.0, rel=0.05)

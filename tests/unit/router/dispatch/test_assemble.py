@@ -33,7 +33,7 @@ def tokens_of(batches: tuple[TokenBatch, ...]) -> list[int]:
 def test_any_order_of_arrival_gives_each_token_once(
     data: st.DataObject, tokens: list[int], forwards_first_token: bool, recomputed: bool
 ) -> None:
-    """The prefill answer arrives anywhere among the decode stream's batches, of any size."""
+    """The prefill answer, if any, comes before, between or after the decode stream's batches."""
     start = 0 if recomputed or not forwards_first_token else 1
     batches: list[tuple[int, TokenBatch]] = []
     while start < len(tokens):

@@ -118,7 +118,7 @@ async def test_until_the_first_token_little_is_read_from_the_decode_worker() -> 
     await until(lambda: setup.decode.read_responses, what="the decode worker has sent a response")
     await settled()
     assert setup.decode.read_responses == BUFFER + 1, (
-        "the buffer, and one that waits for room in it"
+        "the held responses, and one that waits for token 0"
     )
     assert setup.tokens == []
     setup.prefill.answer.set_result(worker_pb2.PrefillResponse(token_id=0))
@@ -133,7 +133,8 @@ async def test_while_the_client_reads_nothing_little_is_read_from_the_decode_wor
     setup.prefill.answer.set_result(worker_pb2.PrefillResponse(token_id=0))
     await until(lambda: setup.decode.read_responses, what="the decode worker has sent a response")
     await settled()
-    # The batch that waits for the client may come from the prefill worker or the decode worker.
+    # The buffer is full, and one response waits for room in it. The attempt may hold one more, if
+    # it takes a decode response before the prefill answer.
     assert setup.decode.read_responses <= BUFFER + 2
     setup.client_reads.set()
     await running

@@ -51,7 +51,10 @@ def test_attempts_that_no_worker_accepted_do_not_count() -> None:
 
 
 def test_unreachable_workers_are_tried_until_the_timeout() -> None:
-    """This holds even if tries are so slow that there is always a worker to try again."""
+    """``failed`` must check the timeout, too, because ``wait_s`` may never be called.
+
+    With two workers and tries that take longer than ``avoid_s``, one can always be tried again.
+    """
     retries = Retries(LIMITS)
     failed(retries, UNREACHABLE, now_s=100)
     failed(retries, UNREACHABLE, attempts=2, now_s=110)

@@ -97,7 +97,7 @@ def test_idle_workers_take_turns() -> None:
 
 @pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 2), (3, 2), (4, 2), (3, 3), (4, 6)])
 def test_every_pair_of_idle_workers_gets_its_turn(prefills: int, decodes: int) -> None:
-    """If both pools advanced in lockstep, two pools of two would form only two of four pairs."""
+    """If both pools advanced in lockstep, pools of two workers would form only 2 of 4 pairs."""
     workers = (
         *(worker(f"p{index}") for index in range(prefills)),
         *(worker(f"d{index}") for index in range(decodes)),
@@ -130,7 +130,7 @@ def test_ended_requests_do_not_count_even_if_workers_still_report_them() -> None
 
 def test_load_of_other_routers_counts_too() -> None:
     p1, p2 = worker("p1", queued_tokens=120), worker("p2", queued_tokens=50)
-    own = {p1.key: OwnLoad(1, 20, 2, 80)}  # 40 tokens are of other routers
+    own = {p1.key: OwnLoad(1, 20, 2, 80)}  # 40 reported tokens come from other routers
     assert choose(p1, p2, worker("d1"), state=PlacementState(own)) == ("p2", "d1")
 
 
@@ -155,7 +155,8 @@ def test_a_prefill_worker_may_always_have_two_prompts() -> None:
 
 
 def test_a_new_request_waits_for_kv_room_for_its_growth() -> None:
-    p1 = worker("p1")  # 50 blocks of 16 tokens; the request needs one
+    p1 = worker("p1")
+    # The decode worker has 50 blocks of 16 tokens. The request needs one block.
     assert not must_wait(p1, worker("d1", kv_blocks_free=1))
     assert must_wait(p1, worker("d1", kv_blocks_free=0))
     full = {("d1", "1"): OwnLoad(3, 800 - 15, 3, 800 - 15)}

@@ -1,4 +1,4 @@
-"""A router journals tokens before its client gets them, and another router can resume."""
+"""A router journals tokens before the client gets them. Another router can resume the request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST = inference_pb2.GenerateRequest(request_id="r", token_ids={"ids": [1, 2]
 
 
 class Store(MemoryJournal):
-    """Answers only while ``open`` is set, and records each group of changes."""
+    """A store whose writes wait until ``open`` is set. It records each group of changes."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -50,7 +50,7 @@ class JournalFactory(Protocol):
 
 @pytest.fixture
 async def router(store: Store) -> AsyncIterator[JournalFactory]:
-    """Opens the journal of one more router."""
+    """Yields a function that opens the journal of a new router."""
     journals: list[Journal] = []
 
     def open_journal(patience_s: float = 60, lease_s: float = LEASE_S) -> Journal:
@@ -116,7 +116,7 @@ async def test_a_slow_store_does_not_delay_requests_and_gets_everything_later(
         store.open.clear()
         await entry.add(FIRST)
         assert entry.lagging
-        with pytest.raises(StopIteration):  # it returns without waiting
+        with pytest.raises(StopIteration):  # add returns without waiting
             entry.add(SECOND).send(None)
         store.open.set()
         await until(lambda: not entry.lagging, what="the store has every batch")
@@ -178,7 +178,7 @@ async def test_a_request_without_tokens_keeps_its_lease(
 async def test_an_older_entry_does_not_end_a_request_that_is_not_journaled(
     router: JournalFactory, store: Store
 ) -> None:
-    """A first request with the same id ended. The second came while the store was away."""
+    """A request has ended. A second one with the same id begins while the store is unavailable."""
     journal = router(lease_s=0.03)
     async with journal.begin(REQUEST):
         pass

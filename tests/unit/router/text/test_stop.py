@@ -21,7 +21,7 @@ def cut(text: str, stop_strings: list[str], splits: list[int]) -> tuple[str, boo
 
 
 def expected(text: str, stop_strings: list[str]) -> tuple[str, bool]:
-    """The same by brute force: find the first prefix that ends with a stop string."""
+    """Return what ``cut`` must return. Find the first prefix that ends with a stop string."""
     for end in range(1, len(text) + 1):
         matching = [stop for stop in stop_strings if text[:end].endswith(stop)]
         if matching:

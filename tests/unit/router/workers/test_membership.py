@@ -1,4 +1,6 @@
-"""Snapshots outlive failures of the registry. Channels stay open as long as they are used."""
+"""Snapshots outlive failures of the registry. A channel stays open while its worker
+is in the snapshot or a request uses the channel.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ async def test_a_restarted_store_has_one_lease_to_learn_its_workers(
         setup.registry.available = True
     for record in (setup.record, *others):
         await setup.registry.remove(record.id)
-    if not outage_seen:  # otherwise one worker is back before the first read
+    if not outage_seen:  # if it was seen, one worker is back before the next read
         await setup.workers.refresh()
         assert len(setup.workers.snapshot) == 3
 
@@ -157,7 +159,7 @@ async def test_on_lost_is_called_only_after_a_worker_is_missing_for_a_lease() ->
         await setup.workers.refresh()
         assert setup.lost_calls == 0
 
-        setup.registry.available = False  # an outage of the registry does not count as missing
+        setup.registry.available = False  # during an outage, no worker counts as missing
         setup.now_s = 50.0
         await setup.workers.refresh()
         setup.registry.available = True
