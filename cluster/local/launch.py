@@ -261,7 +261,11 @@ class Cluster:
     def _connect_registry(self, run: RunDir) -> Store:
         cluster, url = self.config.cluster, self.config.redis.url
         if url is None:
-            self._valkey = EmbeddedValkey(cluster.host, run.scratch / "valkey")
+            self._valkey = EmbeddedValkey(
+                cluster.host,
+                run.scratch / "valkey",
+                journal_bytes=int(self.config.router.journal_max_bytes),
+            )
             self._valkey.start()
             self._stack.callback(self._valkey.stop)
             url = self._valkey.url

@@ -23,7 +23,9 @@ _START_TIMEOUT_S = 5.0  # a start takes about 20 ms
 _STOP_TIMEOUT_S = 2.0  # the server writes no data to disk, so it ends immediately
 _PORT_ATTEMPTS = 5  # another program may take the free port before the server does
 _POLL_S = 0.01  # half of a usual start
-_MAX_MEMORY = "64mb"  # bounds journals and faulty clients; a worker's record is under 1 KB
+# Memory for everything but the journal, in bytes. A worker's record is under 1 KB. The limit stops
+# faulty clients.
+_OTHER_BYTES = 32 * 2**20
 
 
 class EmbeddedValkey:
@@ -32,11 +34,13 @@ class EmbeddedValkey:
     Args:
         host: address to bind and advertise.
         folder: existing folder for the server's configuration and log.
+        journal_bytes: memory that the journal may take.
     """
 
-    def __init__(self, host: str, folder: Path) -> None:
+    def __init__(self, host: str, folder: Path, *, journal_bytes: int) -> None:
         self._host = host
         self._folder = folder
+        self._max_bytes = journal_bytes + _OTHER_BYTES
         self._password = secrets.token_urlsafe(24)
         self._port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,7 +99,7 @@ class EmbeddedValkey:
             f"requirepass {self._password}\n"
             f"dir {_quoted(self._folder)}\n"
             f"logfile {_quoted(self._folder / 'valkey.log')}\n"
-            f"maxmemory {_MAX_MEMORY}\n"
+            f"maxmemory {self._max_bytes}\n"
             'save ""\n'
             "appendonly no\n"
             "daemonize no\n"

@@ -250,6 +250,12 @@ class RouterConfig(_Section):
         default=60,
         description="Seconds for which a request can be resumed after its last token.",
     )
+    journal_max_bytes: Size = Field(
+        default=ByteSize(64 * MIB),
+        description="Memory of the store that the journal may take, in bytes. If it is full, "
+        "complete requests are dropped first. After that, further requests run but cannot be "
+        "resumed.",
+    )
     journal_patience_s: Seconds = Field(
         default=0.05,
         description="Longest time in seconds that a token waits to be written to the journal. "

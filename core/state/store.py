@@ -20,6 +20,7 @@ class Store:
     cluster: str  # name of the cluster, which is part of every key
     lease_s: float
     journal_ttl_s: float
+    journal_max_bytes: int
     socket_timeout_s: float
 
     @classmethod
@@ -33,6 +34,7 @@ class Store:
             cluster=config.cluster.name,
             lease_s=config.redis.lease_s,
             journal_ttl_s=config.router.journal_ttl_s,
+            journal_max_bytes=int(config.router.journal_max_bytes),
             socket_timeout_s=config.redis.socket_timeout_s,
         )
 
@@ -56,6 +58,7 @@ class Store:
             cluster=self.cluster,
             lease_s=self.lease_s,
             ttl_s=self.journal_ttl_s,
+            budget_bytes=self.journal_max_bytes,
             socket_timeout_s=self.socket_timeout_s,
         )
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from baton.v1 import inference_pb2
+from baton.v1 import inference_pb2, journal_pb2
 from core.errors import (
     ROUTER_DRAINING,
     AlreadyExistsError,
@@ -46,7 +46,7 @@ from router.dispatch.dispatcher import Dispatcher, Progress
 from router.phases import PhaseClock
 from router.placement.policy import RETRY_AFTER_S
 from router.request import TokenBatch, TokenRequest
-from router.resume.journal import NOT_RESUMABLE, Entry, Journal
+from router.resume.journal import NOT_RESUMABLE, Entry, Journal, batches_of
 from router.text.codec import TextCodec
 from router.text.output import TextOutput
 
@@ -223,35 +223,52 @@ class RequestHandler:
                 await self._dispatcher.run(progress, answer.emit, permit)
                 return
             async with self._journal.begin(_journaled_request(request, ready)) as entry:
+                progress.on_lost_attempt = entry.note_lost_attempts
                 await self._dispatcher.run(progress, _journaled(entry, answer), permit)
 
     async def _resume(self, request: inference_pb2.ResumeRequest, call: _Call) -> None:
         if self._journal is None:
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
-        # A resumed request waits for its turn if others wait or ``max_concurrent`` run. It does not
-        # wait for room on the workers, because it was admitted before.
-        wanted = AdmissionRequest(self.admission.class_of(""), call.deadline_s)
-        async with (
-            self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()),
-            self._journal.resume(call.request_id) as (entry, journaled, batches),
-        ):
-            await call.sink.accept()
-            checked = check_request(journaled, call.request_id, self._text.model)
-            ready = with_prompt(checked, journaled.token_ids.ids, self._text.model)
-            progress = call.progress(ready)
-            answer = Answer(progress, self._output(ready), call.write, first)
-            more = True
-            for batch in batches:
-                progress.token_ids.extend(batch.token_ids)
-                more = await answer.emit(batch)
-            if answer.next_sequence < first:
-                raise NotFoundError(
-                    f"response {first - 1} of {call.request_id!r} is not in the journal",
-                    reason=NOT_RESUMABLE,
-                )
-            if more:
-                await self._dispatcher.run(progress, _journaled(entry, answer))
+        async with self._journal.resume(call.request_id) as (entry, journaled):
+            checked = check_request(journaled.request, call.request_id, self._text.model)
+            ready = with_prompt(checked, journaled.request.token_ids.ids, self._text.model)
+            wanted = AdmissionRequest(
+                self.admission.class_of(journaled.request.service_class),
+                call.deadline_s,
+                service_s=self._dispatcher.service_s(ready),
+                cost=len(ready.prompt),
+            )
+            # The request has been admitted before, so it takes no permit for room on the workers.
+            # If other requests wait, it waits for its turn.
+            async with self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()):
+                await self._continue(entry, journaled, ready, call, first)
+
+    async def _continue(
+        self,
+        entry: Entry,
+        journaled: journal_pb2.JournalEntry,
+        ready: TokenRequest,
+        call: _Call,
+        first: int,
+    ) -> None:
+        """Send the responses from number ``first`` on, and run the rest of the request."""
+        await call.sink.accept()
+        progress = call.progress(ready)
+        progress.lost_attempts = journaled.lost_attempts
+        progress.on_lost_attempt = entry.note_lost_attempts
+        answer = Answer(progress, self._output(ready), call.write, first)
+        more = True
+        for batch in batches_of(journaled):
+            progress.token_ids.extend(batch.token_ids)
+            more = await answer.emit(batch)
+        if answer.next_sequence < first:
+            raise NotFoundError(
+                f"response {first - 1} of {call.request_id!r} is not in the journal",
+                reason=NOT_RESUMABLE,
+            )
+        if more:
+            await self._dispatcher.run(progress, _journaled(entry, answer))
 
     def _output(self, request: TokenRequest) -> TextOutput:
         return TextOutput(self._text.decoder, request.stops, request.sampling.min_tokens)
@@ -298,6 +315,7 @@ def _journaled_request(
         model=request.model,
         token_ids=inference_pb2.TokenIds(ids=ready.prompt),
         sampling=request.sampling,
+        service_class=request.service_class,
     )
 
 

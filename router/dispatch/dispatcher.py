@@ -86,6 +86,8 @@ class Progress:
     phases: PhaseClock
     token_ids: list[int] = field(default_factory=list)
     attempts: int = 0
+    lost_attempts: int = 0  # also those at other routers, before a resume
+    on_lost_attempt: Callable[[int], None] = lambda _count: None  # gets lost_attempts
     prefill_id: str = ""
     decode_id: str = ""
     attempt: Attempt | None = None  # the latest
@@ -160,7 +162,12 @@ class Dispatcher:
             self._expectation.note(progress.phases, len(progress.token_ids) if done else None)
 
     async def _run(self, progress: Progress, emit: Emit, permit: PlacementPermit | None) -> None:
-        retries = Retries(self._settings.retries)
+        retries = Retries(self._settings.retries, progress.lost_attempts)
+        if retries.is_over:
+            raise UnavailableError(
+                f"the request has lost {retries.lost_attempts} workers (router.max_attempts)",
+                reason="TOO_MANY_ATTEMPTS",
+            )
         facts: PlacementFacts | None = None
         while progress.remaining_tokens > 0:
             permit = permit or await self._place(facts or self._facts(progress), retries)
@@ -284,13 +291,12 @@ class Dispatcher:
         if not isinstance(error, RETRYABLE):
             raise error from failed
         worker = failed.failed.key if failed.failed is not None else None
-        retries.failed(
-            error,
-            worker,
-            attempts=progress.attempts,
-            tokens=len(progress.token_ids),
-            now_s=self._clock(),
-        )
+        try:
+            retries.failed(error, worker, tokens=len(progress.token_ids), now_s=self._clock())
+        finally:
+            if progress.lost_attempts != retries.lost_attempts:
+                progress.lost_attempts = retries.lost_attempts
+                progress.on_lost_attempt(retries.lost_attempts)
         self.counters.failovers += 1
         local_prefill: LocalPrefill = "fallback"
         preferred: WorkerKey | None = None

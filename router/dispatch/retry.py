@@ -24,13 +24,17 @@ class RetryLimits:
 class Retries:
     """The failures of one request.
 
+    Attributes:
+        lost_attempts: how many attempts workers accepted and did not end. Each may have killed a
+            worker.
+
     A retry waits only if no worker is left: 50 ms at first, then twice as long each time, up to one
     second. A new token resets the wait.
     """
 
     limits: RetryLimits
+    lost_attempts: int = 0
     last: BatonError | None = None
-    _untaken: int = 0  # attempts that no worker accepted; max_attempts does not limit them
     _avoided_until_s: dict[WorkerKey, float] = field(default_factory=dict)
     _tokens: int = 0
     _failing_since_s: float | None = None
@@ -41,7 +45,6 @@ class Retries:
         error: BatonError,
         worker: WorkerKey | None,
         *,
-        attempts: int,
         tokens: int,
         now_s: float,
     ) -> None:
@@ -49,16 +52,15 @@ class Retries:
 
         Args:
             worker: the worker at fault; None if no worker is at fault.
-            attempts: how many attempts were made, including the failed one.
             tokens: how many tokens the client has by now.
 
         Raises:
-            BatonError: ``error``, if workers have accepted ``max_attempts`` attempts (each may have
-                killed a worker), or if a worker cannot be reached and ``timeout_s`` is over.
+            BatonError: ``error``, if ``max_attempts`` attempts are lost, or if a worker cannot be
+                reached and ``timeout_s`` is over.
         """
         refused = error.reason == WORKER_DRAINING or isinstance(error, CapacityError)
         unreachable = isinstance(error, WorkerUnreachableError)
-        self._untaken += refused or unreachable
+        self.lost_attempts += not (refused or unreachable)
         self.last = error
         if worker is not None:
             hint_s = error.retry_after_s if refused else None
@@ -67,8 +69,13 @@ class Retries:
             self._failing_since_s, self._waits = now_s, 0
         self._tokens = tokens
         late = now_s > self._failing_since_s + self.limits.timeout_s
-        if attempts - self._untaken >= self.limits.max_attempts or (unreachable and late):
+        if self.is_over or (unreachable and late):
             raise error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the request has lost as many attempts as it may."""
+        return self.lost_attempts >= self.limits.max_attempts
 
     def excluded(self, now_s: float) -> frozenset[WorkerKey]:
         """The workers that the request avoids now."""

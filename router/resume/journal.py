@@ -6,20 +6,22 @@ many streams run. Unless the store is slow or fails, another router can send aga
 the client has.
 
 If a write takes longer than ``patience_s``, the request stops waiting for its writes until the
-store has caught up. If the store fails, the request continues too, but its later tokens are not
-written. If the client has a token that was not written, no other router can resume the request.
+store has caught up. If the store fails, requests go on without it. When it answers again, their
+entries are written again as a whole. If the journal is full, an entry is dropped, and its request
+goes on. If the client has a token that the store lacks, no other router can resume the request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2, journal_pb2
 from core.errors import (
     AlreadyExistsError,
     BatonError,
@@ -27,38 +29,52 @@ from core.errors import (
     NotFoundError,
     UnavailableError,
 )
-from core.state.journal import Change, JournalStore, Stored, Written
-from router.request import TokenBatch
+from core.state.journal import After, Change, JournalStore, Mode, Written
+from router.request import UNFINISHED, TokenBatch
 
 logger = logging.getLogger(__name__)
 
 REQUEST_IN_FLIGHT = "REQUEST_IN_FLIGHT"
 NOT_RESUMABLE = "NOT_RESUMABLE"
 
+_WARN_EVERY_S = 60.0  # while the journal is full
+
 
 @dataclass(frozen=True, slots=True)
 class JournalSettings:
-    lease_s: float  # of an entry in the store; an idle journal renews it every lease_s / 3
+    lease_s: float  # how long a silent router keeps the entries of its requests
     patience_s: float  # how long a batch waits for its write
+
+
+@dataclass(slots=True)
+class JournalCounters:
+    """What happened since the start."""
+
+    dropped: int = 0  # requests that cannot be resumed, because the journal was full
+    restored: int = 0  # entries that were written again, because the store had failed
 
 
 class Entry:
     """The journal's entry for one request, while this router serves the request.
 
     Attributes:
-        writer: unique for each time that a router serves a request.
-        abandoned: the store failed or lost the entry, so nothing more is written to it.
+        writer: a random id, new each time that a router begins to serve a request.
+        is_dropped: the journal was full, so nothing more is written.
         refusal: why the request must end at this router; None if it may go on.
-        batches: how many batches were written or are being written.
     """
 
     def __init__(self, journal: Journal, request_id: str) -> None:
         self.request_id = request_id
         self.writer = uuid.uuid4().hex
-        self.abandoned = False
+        self.is_dropped = False
         self.refusal: BatonError | None = None
-        self.batches = 0
         self._journal = journal
+        self._content = bytearray()
+        self._sent = 0  # bytes of the content that the store has, or that are being written
+        self._mode = Mode.BEGIN
+        self._is_complete = False
+        self._is_served = True
+        self._was_sent = False  # since the latest call of ``is_idle``
         self._latest_write: asyncio.Future[None] | None = None
 
     @property
@@ -66,24 +82,91 @@ class Entry:
         """Whether the client has batches that the slow store has not written yet."""
         return self._latest_write is not None and not self._latest_write.done()
 
+    @property
+    def is_written(self) -> bool:
+        """Whether changes to this entry still go to the store."""
+        return not self.is_dropped and self.refusal is None
+
     async def add(self, batch: TokenBatch) -> None:
         """Write a batch; return when it is written, or when the store is slow or has failed.
 
         Raises:
-            AlreadyExistsError: another router already served the request when this router got it.
+            AlreadyExistsError: another router was still serving the request when this router began
+                it.
             CancelledError: another router has resumed the request.
         """
-        if not self.abandoned:
-            change = Change(
-                self.request_id, self.writer, batches={self.batches: _encode_batch(batch)}
-            )
-            self.batches += 1
-            written = self._journal.enqueue(self, change)
-            if not self.lagging:
-                await asyncio.wait([written], timeout=self._journal.patience_s)
-            self._latest_write = written
+        self._is_complete = batch.finish_reason != UNFINISHED
+        record = journal_pb2.JournalBatch(
+            token_ids=batch.token_ids, logprobs=batch.logprobs, finish_reason=batch.finish_reason
+        )
+        written = self.append(journal_pb2.JournalEntry(batches=[record]))
+        if not (written.done() or self.lagging):
+            await asyncio.wait([written], timeout=self._journal.patience_s)
+        self._latest_write = written
         if self.refusal is not None:
             raise self.refusal
+
+    def note_lost_attempts(self, count: int) -> None:
+        """Write in the background how many attempts of the request ended with a lost worker."""
+        self.append(journal_pb2.JournalEntry(lost_attempts=count))
+
+    def append(self, record: journal_pb2.JournalEntry) -> asyncio.Future[None]:
+        """Add a record. The result is done when the store has answered, or has failed."""
+        if not self.is_dropped:
+            self._content += record.SerializeToString()
+        return self._journal.flush(self)
+
+    def taken_over(self, content: bytes) -> None:
+        """Note that the store holds this entry with ``content``, and this router is its writer."""
+        self._content[:] = content
+        self._sent = len(content)
+        self._mode = Mode.APPEND
+
+    def leave(self) -> asyncio.Future[None]:
+        """Give the lease up, because this router no longer serves the request."""
+        self._is_served = False
+        return self._journal.flush(self)
+
+    def is_idle(self) -> bool:
+        """Return whether no change was sent since the previous call."""
+        was_sent, self._was_sent = self._was_sent, False
+        return not was_sent
+
+    def next_change(self) -> Change:
+        """Return everything that the store lacks. A change without data renews the lease."""
+        offset, self._sent = self._sent, len(self._content)
+        self._was_sent = True
+        left = After.COMPLETE if self._is_complete else After.RELEASED
+        return Change(
+            self.request_id,
+            self.writer,
+            data=bytes(self._content[offset:]),
+            offset=offset,
+            mode=self._mode,
+            after=After.SERVED if self._is_served else left,
+        )
+
+    def answered(self, change: Change, answer: Written) -> None:
+        """Note what the store did with a change."""
+        if answer is Written.DONE:
+            self._mode = Mode.APPEND
+        elif answer is Written.FULL:
+            self.is_dropped = True
+            self._content.clear()
+        elif answer is Written.GONE:
+            self.must_restore()
+        elif change.mode is Mode.BEGIN:
+            self.refusal = _in_flight_error(self.request_id, self._journal.lease_s)
+        else:
+            self.refusal = CancelledError(
+                f"the request {self.request_id!r} was resumed at another router"
+            )
+
+    def must_restore(self) -> None:
+        """Write the whole content with the next change, because the store may have lost it."""
+        self._sent = 0
+        if self._mode is Mode.APPEND:
+            self._mode = Mode.RESTORE
 
 
 class Journal:
@@ -96,22 +179,33 @@ class Journal:
     def __init__(self, store: JournalStore, settings: JournalSettings) -> None:
         self._store = store
         self._settings = settings
-        self._entries: set[Entry] = set()
-        self._pending: list[tuple[Entry, Change, asyncio.Future[None]]] = []
+        self._entries: set[Entry] = set()  # of the requests that this router serves
+        self._changed: dict[Entry, None] = {}  # in order; written next
+        self._written: asyncio.Future[None] | None = None  # the next write
         self._wake = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
         self._store_failed = False
+        self._warned_s = float("-inf")
+        self.counters = JournalCounters()
 
     def start(self) -> None:
         """Start to write in the background."""
-        self._writer = asyncio.create_task(self._write_all(), name="journal")
+        self._tasks = [
+            asyncio.create_task(self._write_all(), name="journal"),
+            asyncio.create_task(self._renew_leases(), name="journal leases"),
+        ]
 
     async def close(self) -> None:
-        """Write the pending changes and disconnect. Idempotent."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            self._wake.set()
+        """Write what has changed and disconnect. Idempotent."""
+        self._closing = True
+        self._wake.set()
+        if self._tasks:
+            writer, renewal = self._tasks
+            self._tasks = []
             await writer
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
         await self._store.close()
 
     @asynccontextmanager
@@ -122,16 +216,16 @@ class Journal:
             request: everything that another router needs to run it.
         """
         entry = Entry(self, request.request_id)
-        change = Change(entry.request_id, entry.writer, request=request.SerializeToString())
-        self.enqueue(entry, change)  # the first batch waits for this write too
-        async with self._leased(entry):
+        # The first batch waits for this write too.
+        entry.append(journal_pb2.JournalEntry(request=request))
+        with self._served(entry):
             yield entry
 
     @asynccontextmanager
     async def resume(
         self, request_id: str
-    ) -> AsyncIterator[tuple[Entry, inference_pb2.GenerateRequest, list[TokenBatch]]]:
-        """Take over an entry during the block; yields the entry, its request and its batches.
+    ) -> AsyncIterator[tuple[Entry, journal_pb2.JournalEntry]]:
+        """Take over an entry during the block; yields the entry and its content.
 
         Raises:
             AlreadyExistsError: a router serves the request now; the error has a retry hint.
@@ -139,91 +233,113 @@ class Journal:
             UnavailableError: the store does not answer.
         """
         entry = Entry(self, request_id)
-        stored = await self._store.take(request_id, entry.writer)
-        if stored is Written.TAKEN:
+        content = await self._store.take(request_id, entry.writer)
+        if content is Written.TAKEN:
             raise _in_flight_error(request_id, self._settings.lease_s)
-        if not isinstance(stored, Stored):
+        if isinstance(content, Written):
             raise NotFoundError(
                 f"the request {request_id!r} is not in the journal, so it cannot be resumed",
                 reason=NOT_RESUMABLE,
             )
-        entry.batches = len(stored.batches)
-        request = inference_pb2.GenerateRequest.FromString(stored.request)
-        async with self._leased(entry):
-            yield entry, request, [_decode_batch(batch) for batch in stored.batches]
+        entry.taken_over(content)
+        with self._served(entry):
+            yield entry, journal_pb2.JournalEntry.FromString(content)
 
     @property
     def patience_s(self) -> float:
         """How long a batch waits for its write."""
         return self._settings.patience_s
 
-    def enqueue(self, entry: Entry, change: Change) -> asyncio.Future[None]:
-        """Queue a change. Changes are written in the order in which they are queued.
+    @property
+    def lease_s(self) -> float:
+        """How long a silent router keeps the entries of its requests."""
+        return self._settings.lease_s
 
-        The returned future is done when the store has answered or failed.
-        """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((entry, change, done))
+    def flush(self, entry: Entry) -> asyncio.Future[None]:
+        """Write an entry soon. The result is done when the store has answered, or has failed."""
+        loop = asyncio.get_running_loop()
+        if not entry.is_written or (self._store_failed and not self._closing):
+            # While the store fails, only the renewal of leases tries to write.
+            done: asyncio.Future[None] = loop.create_future()
+            done.set_result(None)
+            return done
+        self._changed[entry] = None
         self._wake.set()
-        return done
+        if self._written is None:
+            self._written = loop.create_future()
+        return self._written
 
-    @asynccontextmanager
-    async def _leased(self, entry: Entry) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def _served(self, entry: Entry) -> Iterator[None]:
         """Renew the entry's lease during the block, then give the lease up."""
         self._entries.add(entry)
         try:
             yield
         finally:
             self._entries.discard(entry)
-            if not entry.abandoned and entry.refusal is None:
-                self.enqueue(entry, Change(entry.request_id, entry.writer, ends=True))
+            entry.leave()
+
+    async def _renew_leases(self) -> None:
+        """Also writes the entries that were not written because the store failed."""
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 3)
+            for entry in self._entries:
+                if entry.is_written and (entry.is_idle() or self._store_failed):
+                    self._changed[entry] = None
+            if self._changed:
+                self._wake.set()
 
     async def _write_all(self) -> None:
-        while self._writer is not None or self._pending:
-            try:
-                async with asyncio.timeout(self._settings.lease_s / 3):
-                    await self._wake.wait()
-            except TimeoutError:
-                for entry in self._entries:
-                    # An abandoned entry may be missing in the store, while an older request's entry
-                    # has the same id. The store would answer TAKEN, which ends the request.
-                    if not entry.abandoned:
-                        self.enqueue(entry, Change(entry.request_id, entry.writer))
+        while not self._closing or self._changed:
+            await self._wake.wait()
             self._wake.clear()
-            pending, self._pending = self._pending, []
-            if pending:
-                await self._write_group(pending)
+            entries, self._changed = [*self._changed], {}
+            written, self._written = self._written, None
+            if entries:
+                await self._write(entries)
+            if written is not None:
+                written.set_result(None)
 
-    async def _write_group(
-        self, pending: Sequence[tuple[Entry, Change, asyncio.Future[None]]]
-    ) -> None:
+    async def _write(self, entries: list[Entry]) -> None:
+        changes = [entry.next_change() for entry in entries]
         try:
-            answers = await self._store.write([change for _, change, _ in pending])
+            answers = await self._store.write(changes)
         except UnavailableError as error:
             if not self._store_failed:
                 logger.warning("journal failed; requests go on without it: %s", error.message)
             self._store_failed = True
-            for entry, _, _ in pending:
-                entry.abandoned = True
-        else:
-            if self._store_failed:
-                logger.warning("journal works again")
-            self._store_failed = False
-            for (entry, change, _), answer in zip(pending, answers, strict=True):
-                self._handle(entry, change, answer)
-        for *_, done in pending:
-            done.set_result(None)
+            for entry in self._entries:
+                entry.must_restore()
+            return
+        if self._store_failed:
+            logger.warning("journal works again")
+        self._store_failed = False
+        for entry, change, answer in zip(entries, changes, answers, strict=True):
+            entry.answered(change, answer)
+            if answer is Written.DONE and change.mode is Mode.RESTORE:
+                self.counters.restored += 1
+            elif answer is Written.GONE and entry in self._entries:
+                self.flush(entry)
+            elif answer is Written.FULL:
+                self._note_full()
 
-    def _handle(self, entry: Entry, change: Change, answer: Written) -> None:
-        if answer is Written.GONE:
-            entry.abandoned = True
-        elif answer is Written.TAKEN:
-            if change.request is not None:
-                entry.refusal = _in_flight_error(entry.request_id, self._settings.lease_s)
-            elif entry.refusal is None:
-                entry.refusal = CancelledError(
-                    f"the request {entry.request_id!r} was resumed at another router"
-                )
+    def _note_full(self) -> None:
+        self.counters.dropped += 1
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._warned_s + _WARN_EVERY_S:
+            self._warned_s = now_s
+            logger.warning(
+                "journal is full (router.journal_max_bytes); %d requests so far cannot be resumed",
+                self.counters.dropped,
+            )
+
+
+def batches_of(content: journal_pb2.JournalEntry) -> list[TokenBatch]:
+    """Return the batches of an entry's content."""
+    return [
+        TokenBatch(tuple(each.token_ids), tuple(each.logprobs), each.finish_reason)
+        for each in content.batches
+    ]
 
 
 def _in_flight_error(request_id: str, lease_s: float) -> AlreadyExistsError:
@@ -232,14 +348,3 @@ def _in_flight_error(request_id: str, lease_s: float) -> AlreadyExistsError:
         reason=REQUEST_IN_FLIGHT,
         retry_after_s=lease_s / 3,
     )
-
-
-def _encode_batch(batch: TokenBatch) -> bytes:
-    return worker_pb2.DecodeResponse(
-        token_ids=batch.token_ids, logprobs=batch.logprobs, finish_reason=batch.finish_reason
-    ).SerializeToString()
-
-
-def _decode_batch(data: bytes) -> TokenBatch:
-    batch = worker_pb2.DecodeResponse.FromString(data)
-    return TokenBatch(tuple(batch.token_ids), tuple(batch.logprobs), batch.finish_reason)

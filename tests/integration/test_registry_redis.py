@@ -19,12 +19,20 @@ from cluster.local.ports import free_port
 from cluster.local.valkey import EmbeddedValkey
 from core.config.schema import Config
 from core.errors import ConfigError, UnavailableError
-from core.state.journal import JournalStore, RedisJournal, Written
+from core.state.journal import (
+    After,
+    Change,
+    JournalStore,
+    RedisJournal,
+    Written,
+    memory_bytes,
+)
 from core.state.orders import ROUTER, Orders, StartFailure, report_failure
 from core.state.redis import RedisClient
 from core.state.registry import RedisRegistry
 from core.state.store import Store
 from core.types import Pool
+from router.api.validate import MAX_REQUEST_ID_CHARS
 from tests.support import journal_rules
 from tests.support import registry_rules as rules
 from tests.support.waiting import until_awaited
@@ -34,11 +42,12 @@ pytestmark = pytest.mark.integration
 HOST = "127.0.0.1"
 LEASE_S = 0.3
 TIMEOUT_S = 1.0
+JOURNAL_BYTES = 4 * 2**20
 
 
 @pytest.fixture(scope="module")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    server = EmbeddedValkey(HOST, tmp_path_factory.mktemp("valkey"))
+    server = EmbeddedValkey(HOST, tmp_path_factory.mktemp("valkey"), journal_bytes=JOURNAL_BYTES)
     server.start()
     yield server
     server.stop()
@@ -173,7 +182,7 @@ async def test_orders_are_taken_once_and_expire(url: str, name: str) -> None:
 
 
 async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str) -> None:
-    server = EmbeddedValkey(HOST, tmp_path)
+    server = EmbeddedValkey(HOST, tmp_path, journal_bytes=JOURNAL_BYTES)
     server.start()
     registry = connect(server.url, name)
     await registry.put(rules.DECODE)
@@ -208,7 +217,7 @@ async def test_the_embedded_server_requires_its_password(valkey: EmbeddedValkey,
 
 
 def test_the_embedded_server_comes_back_after_a_crash(tmp_path: Path) -> None:
-    server = EmbeddedValkey(HOST, tmp_path)
+    server = EmbeddedValkey(HOST, tmp_path, journal_bytes=JOURNAL_BYTES)
     server.start()
     url = server.url
     assert not server.ensure_running()
@@ -221,7 +230,7 @@ def test_the_embedded_server_comes_back_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_other_users_cannot_read_the_embedded_servers_password(tmp_path: Path) -> None:
-    server = EmbeddedValkey(HOST, tmp_path)
+    server = EmbeddedValkey(HOST, tmp_path, journal_bytes=JOURNAL_BYTES)
     with closing(_Stopping(server)):
         server.start()
         assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
@@ -240,8 +249,22 @@ def test_an_invalid_url_is_a_configuration_error() -> None:
         RedisClient("redis://host:port-is-no-number", socket_timeout_s=1)
 
 
-def open_journal(url: str, name: str, *, lease_s: float = 60, ttl_s: float = 60) -> RedisJournal:
-    return RedisJournal(url, cluster=name, lease_s=lease_s, ttl_s=ttl_s, socket_timeout_s=TIMEOUT_S)
+def open_journal(
+    url: str,
+    name: str,
+    *,
+    lease_s: float = 60,
+    ttl_s: float = 60,
+    budget_bytes: int = journal_rules.BUDGET_BYTES,
+) -> RedisJournal:
+    return RedisJournal(
+        url,
+        cluster=name,
+        lease_s=lease_s,
+        ttl_s=ttl_s,
+        budget_bytes=budget_bytes,
+        socket_timeout_s=TIMEOUT_S,
+    )
 
 
 @pytest.mark.parametrize("check", journal_rules.RULES)
@@ -257,11 +280,11 @@ async def test_a_dead_routers_request_can_be_taken_after_its_lease_and_then_expi
     url: str, name: str
 ) -> None:
     journal = open_journal(url, name, lease_s=0.1, ttl_s=0.5)
-    await journal.write([journal_rules.begin("dead")])
-    assert await journal.take("r", "next") is Written.TAKEN
+    await journal.write([journal_rules.begin(journal_rules.A)])
+    assert await journal.take("r", journal_rules.B) is Written.TAKEN
 
     async def is_taken_over() -> bool:
-        return await journal.take("r", "next") is not Written.TAKEN
+        return await journal.take("r", journal_rules.B) is not Written.TAKEN
 
     await until_awaited(is_taken_over, what="the lease has run out")
 
@@ -271,5 +294,51 @@ async def test_a_dead_routers_request_can_be_taken_after_its_lease_and_then_expi
         return not (await client.execute(("KEYS", f"baton:{name}:*")))[0]
 
     await until_awaited(is_forgotten, what="the entry has expired")
+    await client.close()
+    await journal.close()
+
+
+async def test_expired_entries_make_room(url: str, name: str) -> None:
+    content = bytes(journal_rules.ENTRY_BYTES)
+    journal = open_journal(url, name, ttl_s=0.3)
+    for number in range(journal_rules.ENTRIES):
+        await journal.write([journal_rules.begin(journal_rules.A, content, f"r{number}")])
+    assert await journal.write([journal_rules.begin(journal_rules.A)]) == [Written.FULL]
+
+    async def has_room() -> bool:
+        return await journal.write([journal_rules.begin(journal_rules.A)]) == [Written.DONE]
+
+    await until_awaited(has_room, what="the entries have expired")
+    await journal.close()
+
+
+@pytest.mark.parametrize("content_bytes", [0, 100, 5000, 100_000])
+async def test_entries_take_no_more_memory_than_is_counted(
+    url: str, name: str, content_bytes: int
+) -> None:
+    """Each entry grows in many steps. The ids have the maximum length."""
+    journal = open_journal(url, name, budget_bytes=2**30)
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+
+    async def used_bytes() -> int:
+        ((info),) = await client.execute(("INFO", "memory"))
+        return int(info["used_memory"])
+
+    ids = [f"{number:0{MAX_REQUEST_ID_CHARS}}" for number in range(200)]
+    steps = 20
+    await journal.write([journal_rules.begin(journal_rules.A, b"", "warm-up")])
+    before = await used_bytes()
+    await journal.write([journal_rules.begin(journal_rules.A, b"", each) for each in ids])
+    for step in range(steps):
+        size = content_bytes // steps
+        data = secrets.token_bytes(size)
+        await journal.write([Change(each, journal_rules.A, data, step * size) for each in ids])
+    complete = [
+        Change(each, journal_rules.A, b"", content_bytes, after=After.COMPLETE) for each in ids
+    ]
+    assert await journal.write(complete) == [Written.DONE] * len(ids)
+    grown = await used_bytes() - before
+    assert grown <= len(ids) * memory_bytes(content_bytes)
+    await client.execute(("DEL", *(f"baton:{name}:journal:{each}" for each in ids)))
     await client.close()
     await journal.close()

@@ -177,7 +177,7 @@ def test_a_program_can_run_a_cluster_of_its_own(tmp_path: Path, model: Path) -> 
 def test_valkey_runs_in_a_folder_with_a_space(tmp_path: Path) -> None:
     folder = tmp_path / 'my "run" folder'
     folder.mkdir()
-    server = EmbeddedValkey("127.0.0.1", folder)
+    server = EmbeddedValkey("127.0.0.1", folder, journal_bytes=2**20)
     try:
         server.start()
         assert (folder / "valkey.log").exists()

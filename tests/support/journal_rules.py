@@ -1,57 +1,128 @@
-"""Checks that every journal store must pass: the one in memory and the one in Redis."""
+"""Checks that every journal store must pass: the one in memory and the one in Redis.
+
+The budget of the store must have room for ``ENTRIES`` entries of ``ENTRY_BYTES`` of content.
+"""
 
 from __future__ import annotations
 
-from core.state.journal import Change, JournalStore, Stored, Written
+from dataclasses import replace
 
-DONE, TAKEN, GONE = Written.DONE, Written.TAKEN, Written.GONE
+from core.state.journal import (
+    WRITER_CHARS,
+    After,
+    Change,
+    JournalStore,
+    Mode,
+    Written,
+    memory_bytes,
+)
+
+DONE, TAKEN, GONE, FULL = Written.DONE, Written.TAKEN, Written.GONE, Written.FULL
+ENTRIES = 4
+ENTRY_BYTES = 10_000
+BUDGET_BYTES = ENTRIES * memory_bytes(ENTRY_BYTES)
+
+A, B, C = (letter * WRITER_CHARS for letter in "abc")
 
 
-def begin(writer: str, request: bytes = b"asked") -> Change:
-    return Change("r", writer, request=request)
+def begin(writer: str, request: bytes = b"asked", request_id: str = "r") -> Change:
+    return Change(request_id, writer, request, mode=Mode.BEGIN)
 
 
-async def check_batches_come_back_in_order(store: JournalStore) -> None:
-    changes = [begin("a"), Change("r", "a", batches={0: b"zero", 1: b"\0\xff"})]
-    assert await store.write(changes) == [DONE, DONE]
-    numbers = {number: b"%d" % number for number in range(2, 12)}
-    assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
-    # A writer repeats a write if the store's answer is lost.
-    assert await store.write([Change("r", "a", batches=numbers)]) == [DONE]
-    assert await store.write([Change("r", "a", ends=True)]) == [DONE]
-    assert await store.take("r", "b") == Stored(b"asked", (b"zero", b"\0\xff", *numbers.values()))
+def append(writer: str, offset: int, data: bytes, after: After = After.SERVED) -> Change:
+    return Change("r", writer, data, offset, after=after)
+
+
+def release(writer: str, offset: int) -> Change:
+    return append(writer, offset, b"", After.RELEASED)
+
+
+async def check_content_comes_back_in_order(store: JournalStore) -> None:
+    assert await store.write([begin(A), append(A, 5, b"\0\xff")]) == [DONE, DONE]
+    late = append(A, 7, b"more")
+    assert await store.write([late]) == [DONE]
+    assert await store.write([late]) == [DONE]  # repeated, because an answer may be lost
+    assert await store.write([release(A, 11)]) == [DONE]
+    assert await store.take("r", B) == b"asked\0\xffmore"
 
 
 async def check_one_router_serves_a_request(store: JournalStore) -> None:
-    await store.write([begin("a")])
-    assert await store.take("r", "b") is TAKEN
-    assert await store.write([begin("b")]) == [TAKEN]
-    assert await store.write([begin("a")]) == [DONE]  # the same write again
-    await store.write([Change("r", "a", ends=True)])
-    assert await store.write([begin("b", b"anew")]) == [DONE]
-    assert await store.write([Change("r", "b", ends=True)]) == [DONE]
-    assert await store.take("r", "c") == Stored(b"anew", ())
+    await store.write([begin(A)])
+    assert await store.take("r", B) is TAKEN
+    assert await store.write([begin(B)]) == [TAKEN]
+    assert await store.write([begin(A)]) == [DONE]  # the same write again
+    await store.write([release(A, 5)])
+    assert await store.write([begin(B, b"anew")]) == [DONE]
+    assert await store.write([release(B, 4)]) == [DONE]
+    assert await store.take("r", C) == b"anew"
 
 
 async def check_a_replaced_writer_writes_nothing(store: JournalStore) -> None:
-    await store.write([begin("a"), Change("r", "a", batches={0: b"zero"}, ends=True)])
-    assert isinstance(await store.take("r", "b"), Stored)
-    late = [Change("r", "a", batches={1: b"late"}), Change("r", "a", ends=True)]
-    assert await store.write(late) == [TAKEN, TAKEN]
-    assert await store.take("r", "c") is TAKEN, "b still serves the request"
-    await store.write([Change("r", "b", ends=True)])
-    assert await store.take("r", "c") == Stored(b"asked", (b"zero",))
+    await store.write([begin(A), append(A, 5, b"zero", After.RELEASED)])
+    assert await store.take("r", B) == b"askedzero"
+    late = [append(A, 9, b"late"), release(A, 9), replace(begin(A, b"late"), mode=Mode.RESTORE)]
+    assert await store.write(late) == [TAKEN] * 3
+    assert await store.take("r", C) is TAKEN, "b still serves the request"
+    await store.write([release(B, 9)])
+    assert await store.take("r", C) == b"askedzero"
 
 
 async def check_an_unknown_request_is_gone(store: JournalStore) -> None:
-    assert await store.take("r", "a") is GONE
-    assert await store.write([Change("r", "a", batches={0: b"zero"})]) == [GONE]
-    assert await store.take("r", "a") is GONE
+    assert await store.take("r", A) is GONE
+    assert await store.write([append(A, 0, b"zero")]) == [GONE]
+    assert await store.take("r", A) is GONE
+
+
+async def check_content_has_no_holes(store: JournalStore) -> None:
+    """After a failed write, the next one may still be on its way."""
+    await store.write([begin(A)])
+    assert await store.write([append(A, 9, b"late")]) == [GONE]
+    assert await store.write([replace(begin(A, b"askedonce"), mode=Mode.RESTORE)]) == [DONE]
+    assert await store.write([append(A, 9, b"more", After.RELEASED)]) == [DONE]
+    assert await store.take("r", B) == b"askedoncemore"
+
+
+async def check_a_lost_entry_is_restored(store: JournalStore) -> None:
+    whole = replace(begin(A, b"asked and answered"), mode=Mode.RESTORE)
+    assert await store.write([whole]) == [DONE]
+    assert await store.take("r", B) is TAKEN
+    assert await store.write([release(A, 18)]) == [DONE]
+    assert await store.take("r", B) == b"asked and answered"
+
+
+async def check_complete_entries_make_room(store: JournalStore) -> None:
+    """The oldest complete one is dropped first. A released one is not complete."""
+    content = bytes(ENTRY_BYTES)
+    afters = [After.SERVED, After.COMPLETE, After.RELEASED, After.COMPLETE]
+    for number, after in enumerate(afters):
+        change = replace(begin(A, content, f"r{number}"), after=after)
+        assert await store.write([change]) == [DONE]
+    for number, dropped in ((4, "r1"), (5, "r3")):
+        assert await store.write([begin(A, content, f"r{number}")]) == [DONE]
+        assert await store.take(dropped, B) is GONE
+    assert await store.write([begin(A, content, "r6")]) == [FULL]
+    assert await store.take("r6", B) is GONE
+    assert await store.take("r2", B) == content
+    assert await store.take("r5", B) is TAKEN
+
+
+async def check_an_entry_that_outgrows_the_budget_is_dropped(store: JournalStore) -> None:
+    await store.write([begin(A, bytes(ENTRY_BYTES), f"r{n}") for n in range(ENTRIES - 1)])
+    await store.write([begin(A)])
+    assert await store.write([append(A, 5, bytes(ENTRY_BYTES - 5))]) == [DONE]
+    assert await store.write([append(A, ENTRY_BYTES, b"x")]) == [FULL]
+    assert await store.take("r", B) is GONE
+    # Its memory is free again.
+    assert await store.write([begin(A, bytes(ENTRY_BYTES))]) == [DONE]
 
 
 RULES = (
-    check_batches_come_back_in_order,
+    check_content_comes_back_in_order,
     check_one_router_serves_a_request,
     check_a_replaced_writer_writes_nothing,
     check_an_unknown_request_is_gone,
+    check_content_has_no_holes,
+    check_a_lost_entry_is_restored,
+    check_complete_entries_make_room,
+    check_an_entry_that_outgrows_the_budget_is_dropped,
 )

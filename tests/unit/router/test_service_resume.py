@@ -9,7 +9,9 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2, worker_pb2
+from core.errors import WorkerLostError
 from core.state.journal import MemoryJournal
+from router.admission.policy import AdmissionRequest
 from tests.support.fake_workers import (
     FakeDecode,
     FakePrefill,
@@ -18,7 +20,7 @@ from tests.support.fake_workers import (
     until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, token_ids
-from tests.unit.router.test_service_failover import error_detail
+from tests.unit.router.test_service_failover import dies_after, error_detail
 
 pytestmark = pytest.mark.asyncio
 
@@ -121,6 +123,78 @@ async def test_a_client_that_cancelled_can_resume() -> None:
         await router.server.handler.drained()
         responses += [each async for each in resume(router.stub, responses[-1].sequence)]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
+
+
+async def test_a_resumed_request_keeps_its_service_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster() as router:
+        assert router.server.handler is not None
+        gate, admitted = router.server.handler.admission, []
+        admit = gate.admit
+
+        def record(request: AdmissionRequest, acquire: Any) -> Any:
+            admitted.append(request)
+            return admit(request, acquire)
+
+        monkeypatch.setattr(gate, "admit", record)
+        call = router.call(
+            request_id="r",
+            token_ids={"ids": PROMPT},
+            sampling={"max_tokens": LENGTH},
+            service_class="batch",
+        )
+        await anext(aiter(call))
+        call.cancel()
+        await router.server.handler.drained()
+        assert [each async for each in resume(router.stub, 0)]
+        assert [each.service_class for each in admitted] == ["batch", "batch"]
+        assert admitted[0].cost == admitted[1].cost == len(PROMPT)
+
+
+async def test_workers_lost_before_a_resume_count_as_attempts() -> None:
+    """Otherwise a request that kills workers would kill ``max_attempts`` more after each resume."""
+    lost = 0
+
+    async def dies_twice_then_stalls(
+        request: worker_pb2.DecodeRequest,
+    ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+        nonlocal lost
+        stream = decode_answer(request)
+        yield await anext(stream)
+        if lost == 2:
+            await until_cancelled()
+        lost += 1
+        raise WorkerLostError("the engine died")
+
+    decode = [FakeDecode(f"decode-{number}", dies_twice_then_stalls) for number in range(3)]
+    harness = RouterHarness(
+        prefill=[FakePrefill()],
+        decode=decode,
+        router={"max_attempts": 3},
+        journal=MemoryJournal(lease_s=3600),
+    )
+    async with harness as router:
+        call = router.call(
+            request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": LENGTH}
+        )
+        stream = aiter(call)
+        while sum(len(each.requests) for each in decode) < 3:
+            await anext(stream)
+        call.cancel()
+        assert router.server.handler is not None
+        await router.server.handler.drained()
+        for each in decode:
+            each.script = dies_after(1)
+        before = sum(len(each.requests) for each in decode)
+        assert await refusal(resume(router.stub, None)) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "WORKER_LOST",
+        )
+        assert sum(len(each.requests) for each in decode) == before + 1
+        assert await refusal(resume(router.stub, None)) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "TOO_MANY_ATTEMPTS",
+        )
+        assert sum(len(each.requests) for each in decode) == before + 1
 
 
 async def test_requests_that_are_not_in_the_journal_cannot_be_resumed() -> None:

@@ -19,10 +19,8 @@ UNREACHABLE = WorkerUnreachableError("unreachable")
 WORKER = ("decode-1", "incarnation")
 
 
-def failed(
-    retries: Retries, error: BatonError = LOST, attempts: int = 1, tokens: int = 0, now_s: float = 0
-) -> None:
-    retries.failed(error, WORKER, attempts=attempts, tokens=tokens, now_s=now_s)
+def failed(retries: Retries, error: BatonError = LOST, tokens: int = 0, now_s: float = 0) -> None:
+    retries.failed(error, WORKER, tokens=tokens, now_s=now_s)
 
 
 def test_a_worker_that_failed_is_avoided_for_a_while() -> None:
@@ -41,13 +39,21 @@ def test_a_full_worker_is_avoided_as_long_as_it_asks() -> None:
 
 def test_attempts_that_no_worker_accepted_do_not_count() -> None:
     retries = Retries(LIMITS)
-    failed(retries, attempts=1)
-    failed(retries, UnavailableError("drains", reason=WORKER_DRAINING), attempts=2)
-    failed(retries, CapacityError("full"), attempts=3)
-    failed(retries, UNREACHABLE, attempts=4)
-    failed(retries, attempts=5)
+    failed(retries)
+    failed(retries, UnavailableError("drains", reason=WORKER_DRAINING))
+    failed(retries, CapacityError("full"))
+    failed(retries, UNREACHABLE)
+    failed(retries)
     with pytest.raises(InternalError, match="third"):
-        failed(retries, InternalError("third"), attempts=6)
+        failed(retries, InternalError("third"))
+
+
+def test_attempts_lost_at_another_router_count() -> None:
+    retries = Retries(LIMITS, lost_attempts=2)
+    assert not retries.is_over
+    with pytest.raises(WorkerLostError):
+        failed(retries)
+    assert retries.is_over
 
 
 def test_unreachable_workers_are_tried_until_the_timeout() -> None:
@@ -57,28 +63,28 @@ def test_unreachable_workers_are_tried_until_the_timeout() -> None:
     """
     retries = Retries(LIMITS)
     failed(retries, UNREACHABLE, now_s=100)
-    failed(retries, UNREACHABLE, attempts=2, now_s=110)
+    failed(retries, UNREACHABLE, now_s=110)
     with pytest.raises(WorkerUnreachableError):
-        failed(retries, UNREACHABLE, attempts=3, now_s=110.1)
-    failed(retries, UNREACHABLE, attempts=4, tokens=1, now_s=120)  # a token restarts the timeout
+        failed(retries, UNREACHABLE, now_s=110.1)
+    failed(retries, UNREACHABLE, tokens=1, now_s=120)  # a token restarts the timeout
 
 
 def test_waits_grow_and_a_token_resets_them() -> None:
     retries = Retries(LIMITS)
-    failed(retries, tokens=1)
+    failed(retries, UNREACHABLE, tokens=1)
     waits_s = [retries.wait_s(0) for _ in range(7)]
     assert waits_s[:3] == [FIRST_WAIT_S, 2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S]
     assert waits_s[-1] == MAX_WAIT_S
-    failed(retries, tokens=1, attempts=2)
+    failed(retries, UNREACHABLE, tokens=1)
     assert retries.wait_s(0) == MAX_WAIT_S
-    failed(retries, tokens=2, attempts=2)
+    failed(retries, UNREACHABLE, tokens=2)
     assert retries.wait_s(0) == FIRST_WAIT_S
 
 
 def test_without_a_token_a_request_waits_no_longer_than_the_timeout() -> None:
     retries = Retries(LIMITS)
     failed(retries, tokens=1, now_s=100)
-    failed(retries, tokens=1, now_s=109, attempts=2)
+    failed(retries, tokens=1, now_s=109)
     retries.wait_s(109.9)
     with pytest.raises(WorkerLostError):
         retries.wait_s(109.96)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Protocol
 
 import pytest
 
 from baton.v1 import inference_pb2
-from core.errors import AlreadyExistsError, CancelledError, NotFoundError
-from core.state.journal import Change, JournalStore, MemoryJournal, Written
+from core.errors import AlreadyExistsError, CancelledError
+from core.state.journal import After, Change, JournalStore, MemoryJournal, Written
 from router.request import UNFINISHED, TokenBatch
-from router.resume.journal import Journal, JournalSettings
+from router.resume.journal import Journal, JournalSettings, batches_of
 from tests.support import journal_rules
 from tests.support.waiting import until
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.asyncio
 LEASE_S = 3600.0
 FIRST, SECOND = (TokenBatch((token,), (), UNFINISHED) for token in (7, 8))
 REQUEST = inference_pb2.GenerateRequest(request_id="r", token_ids={"ids": [1, 2]})
+OTHER = inference_pb2.GenerateRequest(request_id="other")
 
 
 class Store(MemoryJournal):
@@ -28,7 +30,9 @@ class Store(MemoryJournal):
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        super().__init__(lease_s=LEASE_S, clock=lambda: self.now_s)
+        super().__init__(
+            lease_s=LEASE_S, budget_bytes=journal_rules.BUDGET_BYTES, clock=lambda: self.now_s
+        )
         self.writes: list[list[Change]] = []
         self.open = asyncio.Event()
         self.open.set()
@@ -66,46 +70,50 @@ async def router(store: Store) -> AsyncIterator[JournalFactory]:
 
 @pytest.mark.parametrize("check", journal_rules.RULES)
 async def test_rules(check: Callable[[JournalStore], Awaitable[None]]) -> None:
-    await check(MemoryJournal(lease_s=LEASE_S))
+    await check(MemoryJournal(lease_s=LEASE_S, budget_bytes=journal_rules.BUDGET_BYTES))
 
 
 async def test_another_router_resumes_from_what_was_written(router: JournalFactory) -> None:
     one, two, three = router(), router(), router()
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
+        entry.note_lost_attempts(1)
+        entry.note_lost_attempts(2)
         with pytest.raises(AlreadyExistsError) as busy:
             async with two.resume("r"):
                 pass
         assert busy.value.retry_after_s
     await one.close()
-    async with two.resume("r") as (entry, request, batches):
-        assert request == REQUEST
-        assert batches == [FIRST]
+    async with two.resume("r") as (entry, content):
+        assert content.request == REQUEST
+        assert content.lost_attempts == 2
+        assert batches_of(content) == [FIRST]
         await entry.add(SECOND)
     await two.close()
-    async with three.resume("r") as (_, _, batches):
-        assert batches == [FIRST, SECOND]
+    async with three.resume("r") as (_, content):
+        assert batches_of(content) == [FIRST, SECOND]
+        assert content.lost_attempts == 2
 
 
 async def test_batches_wait_for_the_store_and_are_written_together(
     router: JournalFactory, store: Store
 ) -> None:
     journal = router()
-    async with journal.begin(REQUEST) as entry:
+    async with journal.begin(REQUEST) as entry, journal.begin(OTHER) as other:
         await entry.add(FIRST)
         store.open.clear()
         adding = [asyncio.create_task(entry.add(FIRST))]
-        await until(
-            lambda: len(store.writes[-1]) == 1 and bool(store.writes[-1][0].batches),
-            what="one batch is being written",
-        )
         before = len(store.writes)
-        adding += [asyncio.create_task(entry.add(SECOND)) for _ in range(5)]
+        await until(lambda: len(store.writes) > before, what="one batch is being written")
+        adding += [asyncio.create_task(each.add(SECOND)) for each in (entry, entry, other)]
         await asyncio.sleep(0)
         assert not any(task.done() for task in adding)
         store.open.set()
         await asyncio.gather(*adding)
-        assert [len(write) for write in store.writes[before:]] == [5]
+        assert [len(write) for write in store.writes[before:]] == [1, 2]
+    await journal.close()
+    async with router().resume("r") as (_, content):
+        assert batches_of(content) == [FIRST, FIRST, SECOND, SECOND]
 
 
 async def test_a_slow_store_does_not_delay_requests_and_gets_everything_later(
@@ -125,21 +133,100 @@ async def test_a_slow_store_does_not_delay_requests_and_gets_everything_later(
         assert entry.lagging, "the store is slow again"
         store.open.set()
     await journal.close()
-    async with router().resume("r") as (_, _, batches):
-        assert batches == [FIRST, SECOND, FIRST]
+    async with router().resume("r") as (_, content):
+        assert batches_of(content) == [FIRST, SECOND, FIRST]
 
 
-async def test_a_failed_store_ends_no_request(router: JournalFactory, store: Store) -> None:
+@pytest.mark.parametrize("fails_at_once", [True, False])
+async def test_entries_are_restored_when_the_store_is_back(
+    router: JournalFactory, store: Store, fails_at_once: bool
+) -> None:
+    """The store is away for a while. It may have lost everything meanwhile."""
+    journal = router(lease_s=0.03)
+    async with journal.begin(REQUEST) as entry:
+        if not fails_at_once:
+            await entry.add(FIRST)
+        store.available = False
+        if fails_at_once:
+            await entry.add(FIRST)
+        await entry.add(SECOND)
+        store.forget()
+        store.available = True
+        await until(lambda: "r" in store.entries, what="the entry is written again")
+        await entry.add(FIRST)
+    await journal.close()
+    assert journal.counters.restored == (not fails_at_once)
+    async with router().resume("r") as (_, content):
+        assert content.request == REQUEST
+        assert batches_of(content) == [FIRST, SECOND, FIRST]
+
+
+async def test_a_store_that_lost_everything_gets_the_entry_again(
+    router: JournalFactory, store: Store
+) -> None:
+    journal = router()
+    async with journal.begin(REQUEST) as entry:
+        await entry.add(FIRST)
+        store.forget()
+        await entry.add(SECOND)
+    await journal.close()
+    async with router().resume("r") as (_, content):
+        assert batches_of(content) == [FIRST, SECOND]
+
+
+async def test_no_token_is_missing_if_one_write_of_several_fails(
+    router: JournalFactory, store: Store
+) -> None:
+    """The failed write is slow, so the next batch is queued before it fails."""
+    journal = router(0.01, 0.03)
+    async with journal.begin(REQUEST) as entry:
+        await entry.add(FIRST)
+        store.open.clear()
+        await entry.add(SECOND)
+        await entry.add(FIRST)
+        store.available = False
+        store.open.set()
+        await until(lambda: not entry.lagging, what="the write has failed")
+        store.available = True
+    await journal.close()
+    store.now_s += LEASE_S  # the router may have left without giving its lease up
+    async with router().resume("r") as (_, content):
+        assert batches_of(content) in ([FIRST], [FIRST, SECOND, FIRST])
+
+
+async def test_a_store_that_fails_delays_no_token(router: JournalFactory, store: Store) -> None:
     journal = router()
     async with journal.begin(REQUEST) as entry:
         store.available = False
         await entry.add(FIRST)
-        store.available = True
-        await entry.add(SECOND)
-    await journal.close()
-    with pytest.raises(NotFoundError):
-        async with router().resume("r"):
-            pass
+        before = len(store.writes)
+        for _ in range(100):
+            with pytest.raises(StopIteration):
+                entry.add(SECOND).send(None)
+        await asyncio.sleep(0)
+        assert len(store.writes) == before, "each batch tries the failed store"
+
+
+async def test_a_full_journal_drops_entries_and_ends_no_request(
+    router: JournalFactory, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A running request keeps its entry. Further ones run without one."""
+    long = TokenBatch(tuple(range(2000, 2000 + journal_rules.ENTRY_BYTES // 2)), (), UNFINISHED)
+    journal = router()
+    async with AsyncExitStack() as stack:
+        ids = [f"r{number}" for number in range(journal_rules.ENTRIES + 2)]
+        for request_id in ids:
+            request = inference_pb2.GenerateRequest(request_id=request_id)
+            entry = await stack.enter_async_context(journal.begin(request))
+            await entry.add(long)
+            await entry.add(FIRST)
+        assert journal.counters.dropped >= 2
+        kept = set(store.entries)
+        assert len(kept) == len(ids) - journal.counters.dropped > 0
+        assert entry.is_dropped
+    warnings = [each for each in caplog.records if "journal is full" in each.getMessage()]
+    assert len(warnings) == 1
+    assert "router.journal_max_bytes" in warnings[0].getMessage()
 
 
 async def test_an_id_that_another_router_serves_is_refused(router: JournalFactory) -> None:
@@ -160,34 +247,57 @@ async def test_a_router_whose_request_was_resumed_elsewhere_ends_its_stream(
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
         store.now_s += LEASE_S
-        async with two.resume("r") as (newer, _, _):
+        async with two.resume("r") as (newer, _):
             with pytest.raises(CancelledError, match="resumed"):
                 await entry.add(SECOND)
             await newer.add(SECOND)
 
 
-async def test_a_request_without_tokens_keeps_its_lease(
+async def test_a_router_that_could_not_reach_the_store_does_not_take_a_request_back(
+    router: JournalFactory, store: Store
+) -> None:
+    one, two = router(lease_s=0.03), router()
+    async with one.begin(REQUEST) as entry:
+        await entry.add(FIRST)
+        store.available = False
+        await entry.add(SECOND)
+        store.available = True
+        store.now_s += LEASE_S
+        async with two.resume("r"):
+            await until(lambda: entry.refusal is not None, what="the first router has noticed")
+            assert isinstance(entry.refusal, CancelledError)
+
+
+async def test_a_silent_request_keeps_its_lease_beside_a_busy_one(
     router: JournalFactory, store: Store
 ) -> None:
     journal = router(lease_s=0.03)
-    async with journal.begin(REQUEST):
-        await until(lambda: len(store.writes) > 3, what="the lease is renewed")
-        assert all(not change.batches for write in store.writes for change in write)
+    async with journal.begin(REQUEST), journal.begin(OTHER) as busy:
+        await busy.add(FIRST)
+
+        def renewals() -> int:
+            changes = [change for write in store.writes for change in write]
+            return sum(change.request_id == "r" and not change.data for change in changes)
+
+        async with asyncio.timeout(10):
+            while renewals() < 3:
+                await busy.add(SECOND)
 
 
-async def test_an_older_entry_does_not_end_a_request_that_is_not_journaled(
+async def test_an_older_entry_does_not_end_a_request_that_could_not_be_journaled(
     router: JournalFactory, store: Store
 ) -> None:
     """A request has ended. A second one with the same id begins while the store is unavailable."""
     journal = router(lease_s=0.03)
     async with journal.begin(REQUEST):
         pass
-    await until(lambda: store.writes and store.writes[-1][-1].ends, what="the first request ends")
+    await until(
+        lambda: store.writes and store.writes[-1][-1].after is not After.SERVED,
+        what="the first request ends",
+    )
     store.available = False
     async with journal.begin(REQUEST) as entry:
-        await until(lambda: entry.abandoned, what="the entry is abandoned")
-        store.available = True
-        async with journal.begin(inference_pb2.GenerateRequest(request_id="other")):
-            before = len(store.writes)
-            await until(lambda: len(store.writes) > before + 2, what="leases are renewed")
         await entry.add(FIRST)
+        store.available = True
+        await until(lambda: store.entries["r"].writer == entry.writer, what="it is journaled")
+        await entry.add(SECOND)
