@@ -21,7 +21,7 @@ import grpc
 from baton.v1 import inference_pb2, worker_pb2
 from core.config.schema import Config
 from core.errors import UnavailableError
-from core.state.journal import Change, MemoryJournal, Stored, Written
+from core.state.journal import Change, MemoryJournal, Written
 from core.state.registry import MemoryRegistry
 from core.types import Pool, WorkerRecord, WorkerState
 from decode_worker.servicer import DecodeServicer
@@ -339,7 +339,7 @@ class _RouterStore:
         await self._link()
         return await self._store.write(changes)
 
-    async def take(self, request_id: str, writer: str) -> Stored | Written:
+    async def take(self, request_id: str, writer: str) -> bytes | Written:
         await self._link()
         return await self._store.take(request_id, writer)
 
@@ -479,7 +479,8 @@ class SimCluster:
         """Return the tasks that run as long as their process."""
         tasks = {worker._lease for worker in self.workers.values()}
         for router in self.living_routers():
-            tasks |= {task for task in (router.workers._poller, router.journal._writer) if task}
+            poller = router.workers._poller
+            tasks |= {task for task in (poller, *router.journal._tasks) if task}
         return tasks
 
     def living_routers(self) -> list[SimRouter]:
