@@ -38,14 +38,14 @@ class Client:
 
     Args:
         address: "host:port" of the router's gRPC server.
-        timeout_s: deadline of calls that do not give one. With ``None`` or ``math.inf``, the
-            router's default applies.
+        timeout_s: timeout of calls that give none. With ``None`` or ``math.inf``, the router's
+            default applies.
         tls: credentials such as ``grpc.ssl_channel_credentials(root_ca)``; ``None`` is plaintext.
         max_message_bytes: largest message in either direction. The router has a limit of its own.
         options: more gRPC channel arguments. They override the client's own.
         resume_timeout_s: how long to try to resume a stream after its router died or shut down.
             The client calls the same address again, and the responses continue where they
-            stopped. With 0, the stream ends with ``UnavailableError`` at once.
+            stopped. With 0, the stream ends with ``UnavailableError`` instead.
     """
 
     def __init__(

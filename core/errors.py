@@ -41,7 +41,7 @@ ROUTER_DRAINING = "ROUTER_DRAINING"
 
 
 class WorkerLostError(UnavailableError):
-    """The worker that held the request died, hung or was cut off."""
+    """The worker that served the request died, hung or lost its connection."""
 
     default_reason = "WORKER_LOST"
 

@@ -98,8 +98,9 @@ class Engine(Protocol):
     async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
         """Make KV pairs with workers of the other pool before a request needs them.
 
-        A decode worker begins to make the pairs. A prefill worker only checks which pairs exist.
-        The call does not wait until a pair exists.
+        A pair connects one prefill rank and one decode rank. On a decode worker, this call starts
+        to make the pairs and does not wait for them. On a prefill worker, it only checks which
+        pairs exist.
 
         Args:
             others: KV control addresses of the other workers, by incarnation.
@@ -118,7 +119,7 @@ class Engine(Protocol):
         """Raise WorkerLostError if the engine can no longer serve requests."""
 
     async def ping(self) -> None:
-        """Return when the engine's own loop has answered. It answers between two steps.
+        """Return when the engine's own loop has answered. The loop answers between two steps.
 
         Raises:
             WorkerLostError: the engine died.

@@ -1,9 +1,9 @@
-"""A datagram socket on which a rank "rings" so that its idle engine core wakes when KV has arrived.
+"""A datagram socket on which a rank "rings" to wake its idle engine core.
 
-An engine core that only waits for KV asks its ranks every millisecond whether a transfer is
-complete. On CPUs this costs a third of a core on which the other pool computes. With the doorbell,
-the engine core sleeps instead. A ring is only a hint: if one is lost, the engine core wakes at its
-timeout.
+A rank rings when it has the result of a transfer, complete or not. Without the doorbell, an engine
+core that only waits for KV asks its ranks for results every millisecond. On CPUs this takes a third
+of a core away from the other pool. With the doorbell, the engine core sleeps instead. A ring is
+only a hint: if one is lost, the engine core wakes at its timeout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Doorbell:
     def wait(self, timeout_s: float) -> None:
         """Sleep until a rank rings, at most ``timeout_s``.
 
-        Return at once if a rank has rung since the last wait.
+        Return immediately if a rank has rung since the last wait.
         """
         self._poll.poll(timeout_s * 1000)
         with contextlib.suppress(BlockingIOError):

@@ -1,11 +1,11 @@
-"""What a KV cache looks like, and how one rank's cache maps onto another's.
+"""Describes a rank's KV cache, and maps a prefill rank's cache onto a decode rank's.
 
 A layer's cache is logically ``[blocks, kv_heads, block_tokens, content]`` (vLLM's B, H, N, C;
 ``content`` is K and V of one head and token). A request's tokens lie in blocks in order: token
 ``t`` is in the request's block ``t // block_tokens``. A tensor-parallel rank holds a range of the
-model's heads. If there are more ranks than heads, it holds a copy of one head.
+model's heads. If there are more ranks than heads, each rank holds a copy of one head.
 
-When two ranks meet, they plan once what travels between them (``plan_pair``): which heads, and how
+When two ranks make a pair, both compute the same plan (``plan_pair``): which heads travel, and how
 many tokens form a *block unit* (short: unit). The size of a unit is the greatest common divisor of
 the two block sizes, so the blocks of both sides consist of whole units. A unit is sent after all of
 its tokens have been computed. The last unit of a prompt is sent whole, even if the prompt fills
@@ -101,7 +101,7 @@ def sources(decode_rank: int, decode_tp: int, prefill_tp: int, total: int) -> di
 
     Every head comes from exactly one rank. Prefill ranks that hold copies of a head divide the
     decode ranks among themselves. A prefill rank that no decode rank needs is listed with an empty
-    range at one decode rank, so that it learns how each transfer ends.
+    range at one decode rank, so that the prefill rank learns how each transfer ends.
     """
     return dict(_all_sources(decode_tp, prefill_tp, total)[decode_rank])
 
@@ -217,7 +217,7 @@ def split_into_messages(block_range: LayerBlockRange, max_units: int) -> Iterato
     """Cut a range into messages of at most ``max_units`` units, counted over all layers.
 
     The messages are ordered by layer, so that each can leave while the engine computes later
-    layers. A message has several layers if the layers are small, and a part of one layer if not.
+    layers. If the layers are small, a message has several. Otherwise it has one layer or a part.
     """
     per_layer = block_range.unit_end - block_range.unit_start
     layers = max(1, max_units // per_layer)

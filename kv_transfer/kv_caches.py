@@ -3,7 +3,7 @@
 Each layer's cache is a tensor ``[blocks, kv_heads, block_tokens, content]`` whose strides give its
 layout. A ``UnitView`` gives access to the heads and units of one pair's plan, with the elements of
 a unit in the same order on both sides. It cuts each unit into rows. All rows have the same length,
-and each row is contiguous in memory, so one ``index_select`` per layer gathers a message. A whole
+and each row is contiguous in memory, so one indexed copy per layer gathers a message. A whole
 block is one row. A single token of a packed CPU block is many short rows.
 
 On CPUs NumPy copies the rows. torch starts a team of threads for each thread that copies, and the
@@ -24,7 +24,7 @@ from kv_transfer.geometry import HeadRange, LayerBlockRange, PairPlan
 
 _Rows = npt.NDArray[np.int64]
 
-# The types as which rows are copied, by their size in bytes. A copy does not change the bits.
+# Element types by size in bytes. Rows are copied as these types, which does not change the bits.
 _WORDS = {8: torch.float64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -187,7 +187,7 @@ class UnitView:
 def _run_length(elements: torch.Tensor, block_stride: int) -> int:
     """Return the greatest run length into which all units can be cut.
 
-    Each run is contiguous in memory. Its offset in its block is a multiple of the run length.
+    Each run is contiguous in memory. A run's offset in its block is a multiple of the run length.
     """
     places = elements.flatten()
     breaks = (places.diff() != 1).nonzero().flatten() + 1  # indices at which a new run begins

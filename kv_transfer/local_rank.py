@@ -1,4 +1,4 @@
-"""What one tensor-parallel rank of this worker brings to each of its pairs."""
+"""Holds what all pairs of one tensor-parallel rank of this worker share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class LocalRank:
     geometry: KvGeometry
     options: TransferOptions
     clock: Callable[[], float]  # monotonic, seconds
-    # Any thread may call this, with the reason, if it cannot abort a process group. The worker
-    # should then be replaced.
+    # A thread that cannot abort a process group calls this with the reason. The worker should then
+    # be replaced.
     on_stuck: Callable[[str], None]

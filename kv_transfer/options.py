@@ -12,16 +12,16 @@ class TransferOptions:
     incarnation: str  # of this worker, new at each process start
     token: str  # shared secret of the cluster; every HELLO and RELEASE must carry it
     message_bytes: int  # largest message on a pair, unless a single unit is larger
-    staging_buffers: int  # most messages in flight per pair, on each side
+    staging_buffers: int  # largest number of messages in flight per pair, on each side
     pair_timeout_s: float  # longest time for each step of making a pair, and for an abort
     reserve_timeout_s: float  # longest time that prefill holds computed KV that nobody reserves
     prefill_timeout_s: float  # longest time that a reservation waits for its prefill to begin
     transfer_timeout_s: float  # longest time without progress once KV flows
     peer_lease_s: float  # a peer that is silent for this long counts as dead
     pair_idle_s: float  # a pair without a transfer for this long is closed
-    max_pairs: int  # of one rank
-    # On decode: most transfers at once. On prefill: most transfers with a waiting reservation, and
-    # most ids of ended transfers to remember.
+    max_pairs: int  # largest number of pairs of one rank
+    # On decode: largest number of concurrent transfers. On prefill: largest number of transfers
+    # whose reservation waits for the prefill, and of ended transfers whose id is remembered.
     max_pending: int
     # Cores for the stream's threads. If empty, the threads inherit the cores of the thread that
     # starts them. If that thread is bound to the engine's cores, the stream's threads then compete

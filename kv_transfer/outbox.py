@@ -1,4 +1,4 @@
-"""Messages that any thread may post for the one thread that owns a ZeroMQ socket.
+"""Lets any thread pass messages to the one thread that owns a ZeroMQ socket.
 
 A ZeroMQ socket belongs to one thread. Other threads append to the outbox and write one byte to a
 socket pair. The owner's poller watches the socket pair.
@@ -29,12 +29,12 @@ class Outbox(Generic[T]):
         return self._reader
 
     def post(self, message: T) -> None:
-        """Queue a message and wake the owner. From any thread; never blocks."""
+        """Queue a message and wake the owner. Any thread may call this. Never blocks."""
         self._messages.append(message)
         self.wake()
 
     def wake(self) -> None:
-        """Wake the owner. From any thread; never blocks."""
+        """Wake the owner. Any thread may call this. Never blocks."""
         # If the socket is full, the owner has a wake-up to read. If it is closed, the owner ended.
         with contextlib.suppress(OSError):
             self._writer.send(b"\0")

@@ -147,7 +147,7 @@ class PendingWork:
     def __init__(self, work: Any, device: torch.device) -> None:
         self._work = work
         if device.type == "cuda":
-            work.wait()  # returns at once: NCCL only makes the current stream wait
+            work.wait()  # returns immediately: NCCL only makes the current stream wait
         self._event = mark(device)
 
     def wait(self, timeout_s: float) -> None:
@@ -176,21 +176,22 @@ class _GlooGroup:
 
 
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
-    # The ranks meet at the store first, because gloo waits there for less than ``timeout``.
+    # gloo's constructor also waits at the store for the other rank, but for less than ``timeout``.
+    # Therefore the ranks first meet at the store with the full ``timeout``.
     store.set(f"here/{rank}", "yes")
     store.wait([f"here/{1 - rank}"], timeout)
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    # For its first connection, gloo waits for five times this timeout. Each wait for a message has
-    # a timeout of its own.
+    # gloo waits for its first connection for five times the timeout that is set here. Waits for
+    # messages do not use this timeout, because each has its own.
     options._timeout = timeout / 5
     options._threads = 1
     try:
         return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
     finally:
-        # After a failure the traceback keeps this frame alive, and without this line the frame
-        # keeps the device. A device that still listens hands a late connection to a group that no
-        # longer exists: SIGSEGV.
+        # After a failure, the traceback keeps this frame alive. Without this line, the frame keeps
+        # the device, which still listens. If a connection then arrives late, the device hands it to
+        # a group that no longer exists, and the process dies of SIGSEGV.
         del options
 
 

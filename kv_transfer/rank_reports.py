@@ -1,4 +1,4 @@
-"""Reports of an engine's ranks to the engine's front end, over a socket that vLLM does not know.
+"""Carries reports from an engine's ranks to the engine's front end, over a socket of Baton's own.
 
 A prefill rank reports the address of its control server. Any rank reports why it cannot serve.
 """
@@ -84,7 +84,7 @@ class RankReports:
 
         Waits at most ``timeout_s`` for each report.
         """
-        for _ in range(_FRAMES_AT_A_TIME):  # a stranger that never stops must not block the caller
+        for _ in range(_FRAMES_AT_A_TIME):  # a stranger that never stops sending must not block us
             if not self._pull.poll(int(timeout_s * 1000)):
                 break
             report = self._receive()

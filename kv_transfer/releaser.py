@@ -1,4 +1,4 @@
-"""How an engine's front end makes its own ranks drop KV that nobody will fetch."""
+"""Lets an engine's front end tell the engine's ranks to drop KV that nobody will fetch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kv_transfer import wire
 
 
 class Releaser:
-    """Connections to the control servers of all ranks. Only one thread may use it."""
+    """Sends messages to the control servers of all ranks. Only one thread may use it."""
 
     def __init__(self, addresses: tuple[str, ...], token: str) -> None:
         self._token = token

@@ -1,4 +1,7 @@
-"""One transfer as a state machine on each side. No sockets, threads or clocks.
+"""The state machines of one transfer. This module uses no sockets, threads or clocks.
+
+A *leg* is the share of a transfer between one prefill rank and one decode rank. The *manifest* of
+a leg is its END message, which says what the prefill rank has sent.
 
     Prefill rank: a transfer
 
@@ -99,7 +102,7 @@ RECEIVE_ENDED = frozenset({_R.COMPLETE, _R.CANCELLED, _R.FAILED})
 
 @dataclass(slots=True)
 class _Chunk:
-    """Tokens of one engine step; the first chunk includes the prefix hits.
+    """The tokens that one engine step computes. The first chunk also includes the prefix hits.
 
     Only the newest chunk may have layers that are not written yet.
     """
@@ -114,11 +117,11 @@ class _Leg:
     """What one decode rank gets, and how much of it was sent."""
 
     plan: PairPlan
-    max_units: int  # most units in one message
+    max_units: int  # largest number of units in one message, over all layers
     token_start: int
-    messages: deque[LayerBlockRange] = field(default_factory=deque)  # of one chunk, not yet taken
+    messages: deque[LayerBlockRange] = field(default_factory=deque)  # the next ones, of one chunk
     chunks_planned: int = 0  # chunks that have been cut into messages
-    in_flight: int = 0
+    in_flight: int = 0  # number of messages
     messages_sent: int = 0
     bytes_sent: int = 0
     hidden_bytes_sent: int = 0  # part of bytes_sent, sent before all layers were computed
@@ -128,8 +131,8 @@ class _Leg:
 class SendSession:
     """One transfer on a prefill rank: what was computed, and what was sent to which decode rank.
 
-    Chunks arrive in token order and accumulate. For each reservation, the tokens that its decode
-    rank lacks are cut into messages.
+    Chunks arrive in token order and accumulate. For each decode rank that has reserved, the session
+    cuts the tokens that the rank lacks into messages.
     """
 
     def __init__(self, transfer_id: str, num_tokens: int, num_layers: int) -> None:
@@ -157,7 +160,7 @@ class SendSession:
     def reserve(
         self, rank: int, plan: PairPlan, message_bytes: int, token_start: int, token_end: int
     ) -> None:
-        """Decode rank ``rank`` lacks ``[token_start, token_end)`` and holds blocks for it."""
+        """Add the leg of decode rank ``rank``, which holds blocks for these tokens."""
         if (
             not 0 <= token_start < token_end == self.num_tokens
             or token_start % plan.unit_tokens
@@ -191,7 +194,7 @@ class SendSession:
         self._chunks[-1].layers_done = layers_done
 
     def request_finished(self, first_token_id: int | None) -> None:
-        """The engine has sampled and computes nothing more for this request."""
+        """The engine has sampled the first token and computes nothing more for this request."""
         self._request_finished = True
         self._first_token_id = first_token_id
 
@@ -208,7 +211,7 @@ class SendSession:
         return [rank for rank, leg in self._legs.items() if self._next_ready(leg) is not None]
 
     def next_message(self, rank: int) -> LayerBlockRange | None:
-        """Take a rank's next message if all of its layers are written. It is then in flight."""
+        """Return a rank's next message if all of its layers are written, and count it in flight."""
         if self.state is not SendState.SENDING or self._next_ready(self._legs[rank]) is None:
             return None
         leg = self._legs[rank]
@@ -219,7 +222,7 @@ class SendSession:
         """The message has left.
 
         Args:
-            hidden: the engine was still computing this prompt when the message's last byte left.
+            hidden: whether the engine was still computing this prompt when the last byte left.
         """
         leg = self._legs[rank]
         num_bytes = block_range.num_units * leg.plan.unit_bytes
@@ -298,7 +301,7 @@ class SendSession:
 class ReceiveSession:
     """One leg on a decode rank. It is complete only when every layer of every unit has arrived.
 
-    The plan is known when the pair is up, which may be after the reservation.
+    ``set_plan`` is called when the pair is open, which may be after the reservation.
     """
 
     def __init__(self, transfer_id: str, token_start: int, token_end: int) -> None:
@@ -328,7 +331,7 @@ class ReceiveSession:
             ) from None
 
     def set_plan(self, plan: PairPlan) -> None:
-        """The pair is up; this plan says what will arrive."""
+        """Set the plan, which says what will arrive."""
         self._plan = plan
         self._end_unit = plan.units_of(self.token_end)
         first_unit = self.token_start // plan.unit_tokens if plan.heads else self._end_unit

@@ -1,9 +1,9 @@
-"""CUDA streams and events that order KV copies after the engine's kernels.
+"""This module orders KV copies after the engine's kernels, with CUDA streams and events.
 
 A CUDA call returns when its kernel is queued, not when the kernel is done. A thread that copies KV
-beside the engine therefore needs to know two times: when the engine has written the KV, and when
-the thread's own copy is done. No function here waits for the whole device. On CPUs a call returns
-when its work is done, so all functions here do nothing.
+while the engine runs therefore needs to know two times: when the engine has written the KV, and
+when the thread's own copy is done. No function here waits for the whole device. On CPUs a call
+returns when its work is done, so all functions here do nothing.
 """
 
 from __future__ import annotations

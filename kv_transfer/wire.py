@@ -1,13 +1,13 @@
 """The control messages between a decode worker's rank (D) and a prefill worker's rank (P).
 
-The messages are ZeroMQ frames with msgpack inside (msgspec: typed, no pickle). D connects and sends
-HELLO first. P answers other messages of D with REFUSE if it has not accepted a HELLO from D.
+Each message is a ZeroMQ frame of msgpack, which msgspec checks against the types below. D connects
+and sends HELLO first. Until P has accepted D's HELLO, P answers any other message of D with REFUSE.
 
     D ▸ P   HELLO RESERVE CANCEL PING BYE      P's own front end ▸ P   RELEASE
     P ▸ D   WELCOME REFUSE HEADER END FAIL PONG
 
-HEADERs travel in the same order as the tensors that they announce. D starts a receive only when it
-has a HEADER, so each receive matches the tensor that P sends next.
+P sends HEADERs in the same order as the tensors that they announce. D starts one receive for each
+HEADER, so each receive gets the tensor that its HEADER announces.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
-_SHOWN_CHARS = 120  # an error message quotes at most this much of the decoder's error
+_SHOWN_CHARS = 120  # characters of the decoder's error message that we quote, at most
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -32,7 +32,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     version: int
     token: str  # shared secret of the cluster
     expected_incarnation: str  # of the prefill worker that D wants to reach
-    incarnation: str  # of D
+    incarnation: str  # of D's worker
     geometry: KvGeometry
     backend: str  # "gloo" or "nccl"
     pair_id: str  # prefix of the pair's keys in D's TCPStore
@@ -90,8 +90,8 @@ class Bye(msgspec.Struct, tag="bye", frozen=True):
 class Header(msgspec.Struct, tag="header", frozen=True):
     """The next tensor on the pair is this block range of this transfer."""
 
-    # Counts the tensors of this pair. Without it, a lost HEADER would put one transfer's KV into
-    # another's blocks.
+    # Position of the tensor in the pair's stream, from 0. Without this number, D does not notice a
+    # lost HEADER and writes the KV of one transfer into the blocks of another transfer.
     sequence: int
     transfer_id: str
     block_range: LayerBlockRange
@@ -108,9 +108,10 @@ class End(msgspec.Struct, tag="end", frozen=True):
     num_bytes: int
     hidden_bytes: int  # part of num_bytes, sent before P had computed all layers
     first_token_id: int | None  # None if D samples the first token itself
-    # Time from the last computed layer to the last sent byte; 0 if all bytes were sent before.
+    # Time from the end of the prefill's last layer to the last sent byte. 0 if no byte was sent
+    # after that layer.
     tail_ms: float = 0.0
-    # Time that P waited for the link, because all staging buffers were in flight.
+    # How long P waited for the link because all staging buffers were in flight.
     stall_ms: float = 0.0
 
 

@@ -1,4 +1,4 @@
-"""The Prefill service over gRPC: token ids in, the first token out."""
+"""The gRPC service of a prefill worker: takes token ids and returns the first token."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
     async def _first_token(self, request: EngineRequest) -> EngineOutput:
         """Return the first output of the engine's stream.
 
-        Reads the stream to its end. Closing the stream earlier aborts the request, which drops its
-        KV blocks.
+        Reads the stream to its end, because closing the stream earlier aborts the request and drops
+        its KV blocks.
 
         Raises InternalError if the engine samples no token.
         """
@@ -58,7 +58,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
 
 
 def add_prefill_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-    """Register the Prefill service on ``server``."""
+    """Register the PrefillWorker service on ``server``."""
     worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
 
 

@@ -63,10 +63,11 @@ class InferenceServicer(object):
 
     def Resume(self, request, context):
         """Continues a request after its stream broke. Any router can serve the call.
-        It streams exactly the responses after last_sequence and has a deadline of
-        its own. It fails with ALREADY_EXISTS and a retry hint while a router still
-        serves the request. It fails with NOT_FOUND if the cluster keeps no journal,
-        or if the journal does not hold the request or no longer holds it.
+        The call streams exactly the responses after last_sequence. The call's gRPC
+        deadline replaces that of Generate. While a router still serves the request,
+        the call fails with ALREADY_EXISTS; a later call may succeed. If the cluster
+        keeps no journal of requests, or if the journal lacks the request or the
+        response last_sequence, the call fails with NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

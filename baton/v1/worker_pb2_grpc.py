@@ -59,8 +59,8 @@ class PrefillWorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Drops KV that is held for a transfer that no decode worker will fetch.
-        Idempotent; an unknown key is not an error.
+        """Drops the KV of a transfer that no decode worker will fetch. Idempotent; an
+        unknown key is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

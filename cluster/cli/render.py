@@ -96,7 +96,7 @@ def _ms(value_ms: float) -> str:
 def printable(text: str) -> str:
     """Replace the characters that could control a terminal, because model output is not trusted.
 
-    Invisible characters that scripts and emoji need (joiners, wide and non-breaking spaces) stay.
+    Invisible characters that languages and emoji need stay: joiners, wide and non-breaking spaces.
     """
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text

@@ -16,12 +16,12 @@ def scale(
 ) -> None:
     """Ask the launcher for the numbers of workers in ``targets``.
 
-    Return when each of these pools has exactly its number of ready workers.
+    Return when each pool in ``targets`` has exactly the requested number of ready workers.
 
     Raises:
         ConfigError: a number is out of its pool's bounds, or the cluster is not ready.
-        UnavailableError: the numbers are not reached within ``cluster.start_timeout_s``, or the
-            registry does not answer.
+        UnavailableError: a pool does not reach its number within ``cluster.start_timeout_s``, or
+            the registry does not answer.
     """
     if state.phase != "ready":
         raise ConfigError(f"the cluster {state.name!r} is {state.phase}; wait until it is ready")

@@ -1,6 +1,6 @@
-"""``baton status``: reads the workers that hold a lease, and formats them.
+"""``baton status``: reads the workers from the registry, and formats them.
 
-``baton scale`` and ``baton drain`` use ``wait_for_workers`` to wait until the workers change.
+``baton scale`` and ``baton drain`` use ``wait_for_workers`` to wait until they take effect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from core.errors import UnavailableError
 from core.state.registry import RedisRegistry
 from core.types import WorkerRecord
 
-_POLL_S = 0.2  # workers renew their leases less often
+_POLL_S = 0.2  # by default, workers report their load every 0.5 s
 _COLUMNS = (
     "id",
     "pool",
@@ -31,7 +31,7 @@ _COLUMNS = (
 
 
 def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
-    """Return the workers that hold a lease.
+    """Return the workers in the registry: those whose lease has not expired.
 
     Raises:
         UnavailableError: the registry does not answer, or the cluster has no registry yet.
@@ -52,7 +52,7 @@ def wait_for_workers(
     """Poll the workers until ``remaining`` returns None.
 
     Args:
-        remaining: returns what is still missing, as text for the user. None if nothing is missing.
+        remaining: returns what is still missing, as text for the user, or None if nothing is.
         progress: called with each text that ``remaining`` returns.
 
     Raises:

@@ -14,9 +14,9 @@ from typing import Final, Protocol
 
 from cluster.local.signals import StopSignal
 
-_ROUTER_SHARE: Final = 0.8  # of the grace period; the rest is for workers and engines
-_LATE_S: Final = 1.0  # extra time for a Ray call that still runs: an abandoned call logs errors
-_MIN_STEP_S: Final = 0.1  # a step that starts late still gets this long
+_ROUTER_SHARE: Final = 0.8  # the router's part of the grace period; workers get what is left
+_LATE_S: Final = 1.0  # a Ray call may end this late, because an abandoned call logs errors
+_MIN_STEP_S: Final = 0.1  # a step gets this time even if it starts after the deadline
 _POLL_S: Final = 0.05  # how soon a second signal is noticed
 
 

@@ -1,4 +1,4 @@
-"""The environment that every process of a cluster inherits."""
+"""Sets the environment variables that every process of a cluster inherits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ def cluster_environment(
 
     Args:
         host: address of this machine (``cluster.host``).
-        scratch: the cluster's own folder, for files that would otherwise stay in /tmp.
+        scratch: the cluster's own folder for temporary files. It is removed with the cluster.
         model_is_local: whether the model is on disk, so that no process needs the hub.
     """
     variables = {
         CLUSTER_ID_VARIABLE: cluster_id,
-        # Processes that change their title must leave their environment readable for the reaper.
+        # A process that changes its title must not overwrite its environment: the reaper reads it.
         "SPT_NOENV": "1",
         "TMPDIR": str(scratch / "tmp"),
         "VLLM_RPC_BASE_PATH": str(scratch / "tmp"),  # sockets between vLLM's processes
         "VLLM_NO_USAGE_STATS": "1",
-        # PyTorch's default is in TMPDIR, which is removed, so every start would compile again.
+        # PyTorch's default folder is in TMPDIR, which is removed when the cluster ends. With it,
+        # every start would compile again.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torchinductor"),
-        # At more verbose levels, gRPC logs what any peer sends in a GOAWAY, unescaped.
+        # At more verbose levels, gRPC logs the text of a GOAWAY frame unescaped. Any peer can send
+        # such a frame.
         "GRPC_VERBOSITY": "ERROR",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -42,9 +44,9 @@ def cluster_environment(
         # cluster have the token.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Without this, Ray takes the launcher's parent for the raylet. If the parent is process 1,
-        # Ray assumes that the raylet died, and ends the launcher without a message. The launcher
-        # itself watches the raylet.
+        # Without this, Ray assumes that the launcher's parent is the raylet. If the parent is
+        # process 1, Ray assumes that the raylet died, and ends the launcher without a message. The
+        # launcher itself watches the raylet.
         "RAY_RAYLET_PID": str(os.getpid()),
         # Baton does not use Ray's own metrics. Sampling them costs CPU time that engines need.
         "RAY_enable_metrics_collection": "0",
@@ -57,7 +59,8 @@ def cluster_environment(
         # completion queue of grpc.aio and would wake each other up with every token.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Ray gives its workers a lower priority than its daemons. Here the workers do the serving.
+        # By default, Ray gives workers a lower priority than its daemons. Baton's workers serve
+        # requests, so they get the same priority.
         "RAY_worker_niceness": "0",
     }
     if is_loopback(host):

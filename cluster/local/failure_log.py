@@ -12,8 +12,8 @@ _LINES_PER_FILE = 200  # a traceback of vLLM has about 100
 def keep_logs(name: str, logs: Sequence[Path]) -> Path:
     """Copy the last lines of each log (200 at most) into one file and return its path.
 
-    The file is $XDG_STATE_HOME/baton/<name>-failure.log (default ~/.local/state/baton). The next
-    failure of a cluster of this name replaces the file.
+    The file is $XDG_STATE_HOME/baton/<name>-failure.log. Without this variable, the file is in
+    ~/.local/state/baton. The next failure of a cluster of this name replaces the file.
 
     Raises:
         OSError: the file cannot be written, or a log cannot be read.

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
-_POLL_S = 0.2  # how soon orders and deaths are noticed
+_POLL_S = 0.2  # how soon scale orders and ended processes are noticed
 
 
 class StartInterruptedError(Exception):
@@ -54,11 +54,12 @@ class Cluster:
     Call ``start`` and ``stop`` from the main thread. A process can start only one cluster in
     its life, because Ray keeps the settings that its first start read from the environment.
     ``with`` and ``async with`` start the cluster on entry and stop it on exit. Both block the
-    thread. A signal during the start then raises KeyboardInterrupt.
+    thread. If a signal comes while they start the cluster, they raise KeyboardInterrupt.
 
     Args:
         progress: called with a description of each step.
-        signal: polled during each wait; by default it never comes. A ``with`` block ignores it.
+        signal: polled during each wait. The default is a signal that never comes. ``with`` and
+            ``async with`` ignore this argument.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Cluster:
             raise
 
     def workers(self) -> tuple[WorkerRecord, ...]:
-        """Return the workers that hold a lease.
+        """Return the workers in the registry: those whose lease has not expired.
 
         Raises:
             UnavailableError: the registry does not answer.
@@ -185,7 +186,7 @@ class Cluster:
 
         Args:
             graceful: let running requests end, for at most ``cluster.stop_grace_s``, or until
-                the signal says hurry. If False, running requests are ended at once.
+                the signal says hurry. If False, running requests are aborted immediately.
         """
         try:
             if self._run is not None:
@@ -213,7 +214,7 @@ class Cluster:
         self.stop()
 
     async def __aenter__(self) -> Self:
-        """Do the same as ``with``. This blocks the event loop."""
+        """Start the cluster, as ``with`` does. This blocks the event loop."""
         return self.__enter__()
 
     async def __aexit__(self, *_: object) -> None:
@@ -281,8 +282,8 @@ class Cluster:
 
     def _start_ray(self, run: RunDir, model: ResolvedModel, store: Store) -> None:
         self._progress("starting Ray")
-        # Imported only here, because the import takes seconds, and because Ray then reads its
-        # settings from the environment, which is set by now.
+        # Imported only here for two reasons: the import takes seconds, and during the import Ray
+        # reads its settings from the environment, which ``_start`` has set by now.
         from cluster.ray.app import build_app
         from cluster.ray.head import RayRuntime
 
@@ -341,7 +342,10 @@ class Cluster:
         return InternalError(f"the {failure.part} could not start: {message}; {self._keep_logs()}")
 
     def _keep_logs(self) -> str:
-        """Save the ends of the workers' logs outside the run folder. Return where they are."""
+        """Save the ends of the workers' logs outside the run folder.
+
+        Return text for the error message: the file's path, or why the logs could not be saved.
+        """
         assert self._runtime is not None
         try:
             return f"logs: {keep_logs(self.config.cluster.name, self._runtime.worker_logs())}"

@@ -22,7 +22,7 @@ def count_ready(workers: Iterable[WorkerRecord]) -> dict[Pool, int]:
 
 
 def router_serves(address: str) -> bool:
-    """Return whether the router's health service reports within one second that it serves."""
+    """Return whether the router reports within one second that it serves requests."""
     with baton.Client(address) as client:
         try:
             return client.health(timeout_s=_HEALTH_TIMEOUT_S)

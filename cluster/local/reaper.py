@@ -1,16 +1,16 @@
 """The reaper: a process that cleans up after a cluster, even if its launcher is killed.
 
-    launcher ──starts first──▶ reaper          (own session; holds the run folder's lock)
+    launcher ──starts first──▶ reaper          (own session; also holds the name's lock)
         └─────── pipe ───────────┘  closes when the launcher ends, even on kill -9
 
 When the pipe closes, the reaper kills every process that has the cluster's id in its
 environment, and all descendants of those processes. Then it removes the cluster's folders and
-the shared memory that its processes had open. The cluster's processes inherit the id from the
-launcher. The launcher itself is not found: /proc shows its environment as it was at its start,
-without the id.
+the shared memory that those processes had open. The cluster's processes inherit the id from the
+launcher. The reaper does not find the launcher itself: /proc shows a process's environment as it
+was when the process started, and the launcher sets the id later.
 
 This file runs as a script with only the standard library (``python -I -S``). So it needs little
-memory, and a fault that breaks the cluster does not break the reaper.
+memory, and a broken package that stops the cluster does not stop the reaper.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pathlib import Path
 
 CLUSTER_ID_VARIABLE = "BATON_CLUSTER_ID"
 
-KILL_TIMEOUT_S = 10.0  # SIGKILL works at once unless a process is stuck in a driver
+KILL_TIMEOUT_S = 10.0  # SIGKILL works immediately unless a process is stuck in a driver
 _FINISH_TIMEOUT_S = 2 * KILL_TIMEOUT_S  # also covers removing folders and shared memory
 _POLL_S = 0.02  # a killed process is gone within milliseconds
-_WATCH_S = 1.0  # between two looks at /dev/shm while the cluster runs
+_WATCH_S = 1.0  # time between two looks at /dev/shm while the cluster runs
 _WATCH_TRIES = 5  # a file without an owner after this many looks is not the cluster's
 _SHM = "/dev/shm/"
 
@@ -90,7 +90,7 @@ class SharedMemoryWatch:
     def __init__(self, cluster_id: str) -> None:
         self._cluster_id = cluster_id
         self._owners: dict[int, set[int]] = {}  # pids by inode
-        self._unclaimed: dict[int, int] = {}  # calls of look that found no owner, by inode
+        self._unclaimed: dict[int, int] = {}  # number of looks that found no owner, by inode
 
     def look(self) -> None:
         """Find the owners of new files. Remove the files whose owners have all ended."""
@@ -203,7 +203,8 @@ def _shared_files() -> dict[int, str]:
 def _open_shared(pid: int) -> set[int]:
     """Return the inodes of the files in /dev/shm that a process maps or has open.
 
-    An inode identifies a file even after a rename: a semaphore is mapped under a temporary name.
+    An inode still identifies a file that is renamed. A semaphore's file gets its name only after
+    it is mapped.
     """
     inodes = set()
     for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
@@ -219,7 +220,7 @@ def _open_shared(pid: int) -> set[int]:
 
 
 def _remove_shared(inodes: Set[int]) -> None:
-    """Remove the files with these inodes that this user owns and that no visible process uses."""
+    """Remove the files with these inodes, except files that are in use or another user's."""
     files = _shared_files() if inodes else {}
     present = inodes & files.keys()
     if not present:
@@ -234,8 +235,8 @@ def _remove_shared(inodes: Set[int]) -> None:
 def _all_open_shared() -> set[int]:
     """Return the inodes of all files in /dev/shm that a process has open or maps.
 
-    Processes that this user may not inspect are left out. This reads the memory map of every
-    other process on the machine, so call it once per removal.
+    Processes that this user may not inspect are left out. The call is slow, because it reads the
+    memory maps of all processes on the machine, so call it once per removal.
     """
     inodes: set[int] = set()
     for entry in os.listdir("/proc"):

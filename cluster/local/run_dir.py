@@ -1,10 +1,11 @@
-"""The run folder of a cluster. It reserves the name and holds what commands need to connect.
+"""Reserves a cluster's name and manages its run folder, <run_dir>/<name>.
 
 <run_dir>/<name>.lock         locked by launcher and reaper while the name is in use
-<run_dir>/<name>/state.json   the ClusterState, for other commands; mode 0600: contains a password
+<run_dir>/<name>/state.json   the ClusterState, which other commands need to connect to the cluster;
+                              mode 0600, because it contains a password
 <scratch>/                    files and sockets of Ray, Valkey and the engines. The scratch folder
-                              is <run_dir>/<name>, or a folder in /tmp if that path is too long
-                              for a socket
+                              is the run folder, or a folder in /tmp if the run folder's path is
+                              too long for a socket
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _STATE = "state.json"
 _STATE_NEW = f"{_STATE}.new"  # renamed to _STATE when it is complete
 _SCRATCH = ("ray", "tmp", "valkey")
 _OWN_ENTRIES = {_STATE, _STATE_NEW, *_SCRATCH}  # a folder with other entries is not a cluster's
-_LOCK_ATTEMPTS = 10  # another one follows only if a reaper just removed the file or its folder
+_LOCK_ATTEMPTS = 10  # _lock tries again only if the file or its folder was just removed
 
 # Linux limits a socket's path to 107 bytes. Ray's longest path is the scratch folder's path plus
 # "/ray", the session's name and "/sockets/plasma_store".
@@ -40,7 +41,7 @@ class ClusterState:
     name: str
     cluster_id: str
     pid: int  # of the launcher
-    pid_started: int  # clock ticks after boot; differs for a new process with the same pid
+    pid_started: int  # clock ticks after boot; tells the launcher from a later process with its pid
     phase: str  # "starting", "ready" or "stopping"
     address: str  # gRPC address of the router, "host:port"
     model: str  # served name
@@ -56,7 +57,10 @@ class ClusterState:
 
 
 class RunDir:
-    """A cluster's run folder. Its lock is held until launcher and reaper have both released it."""
+    """A cluster's run folder, and the lock on its name.
+
+    The lock is held until launcher and reaper have both released it.
+    """
 
     def __init__(self, base: Path, name: str) -> None:
         """Lock the name, remove what a dead cluster left, and create the folder.
@@ -173,7 +177,8 @@ def process_started(pid: int) -> int | None:
 def _lock(lock_file: Path, base: Path, name: str) -> int:
     """Lock the name and return the descriptor that holds the lock.
 
-    A reaper may remove the file and its folder during this call, so it tries several times.
+    Another launcher or a reaper may remove the file or its folder during this call. So the call
+    tries several times.
 
     Raises:
         ConfigError: the name is in use, or the folder belongs to another user.

@@ -13,7 +13,7 @@ class StopSignal(Protocol):
     """Tells a cluster whether it should end."""
 
     requested: bool  # drain, then end
-    hurry: bool  # end at once, without waiting for requests
+    hurry: bool  # end immediately, without waiting for requests
 
 
 class NeverStop:
@@ -26,7 +26,7 @@ class NeverStop:
 class Signals:
     """Handles signals inside a ``with`` block.
 
-    The first signal sets ``requested``, the second sets ``hurry``. Must be entered from the main
+    The first signal sets ``requested``, the second sets ``hurry``. Enter the block from the main
     thread. Leaving the block restores the former handlers.
     """
 

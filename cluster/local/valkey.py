@@ -20,10 +20,10 @@ from core.errors import ConfigError, InternalError
 from core.net import bracketed
 
 _START_TIMEOUT_S = 5.0  # a start takes about 20 ms
-_STOP_TIMEOUT_S = 2.0  # the server writes no data to disk, so it ends at once
+_STOP_TIMEOUT_S = 2.0  # the server writes no data to disk, so it ends immediately
 _PORT_ATTEMPTS = 5  # another program may take the free port before the server does
 _POLL_S = 0.01  # half of a usual start
-_MAX_MEMORY = "64mb"  # a worker's record is under 1 KB; this bounds journals and faulty clients
+_MAX_MEMORY = "64mb"  # bounds journals and faulty clients; a worker's record is under 1 KB
 
 
 class EmbeddedValkey:
@@ -110,7 +110,10 @@ class EmbeddedValkey:
         )
 
     def _wait_until_ready(self, port: int) -> bool:
-        """Return whether the server answers in time. A server whose port is taken ends first."""
+        """Return whether the server answers in time.
+
+        If another program uses the port, the server ends, and the result is False.
+        """
         assert self._process is not None
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while self._process.poll() is None:

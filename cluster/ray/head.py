@@ -142,7 +142,7 @@ class RayRuntime:
         return True
 
     def stop(self, *, disconnect: bool = True) -> None:
-        """End Ray at once. Idempotent.
+        """End Ray immediately. Idempotent.
 
         Args:
             disconnect: whether to shut down Ray's client in this process first. Must be False
@@ -190,7 +190,7 @@ class RayRuntime:
 
 @contextmanager
 def _keep_sigterm_handler() -> Iterator[None]:
-    """Keep this process's SIGTERM handler. Ray's handler would end the process at once.
+    """Keep this process's SIGTERM handler. Ray's handler would end the process immediately.
 
     Ray's Python code must not install its handler at all, because that handler would be active
     for the seconds that ``ray.init`` takes. Ray's C++ code installs another handler, which prints

@@ -1,4 +1,4 @@
-"""What a replica needs from Ray and Ray Serve: its slot, its node's address, process set-up."""
+"""Gets a replica's index and node address from Ray, and prepares the replica's process."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def prepare_process(host: str) -> None:
 def _bind_internal_server(host: str) -> None:
     """Make Serve's internal gRPC server in this replica listen on ``host`` only.
 
-    Serve starts this server in each replica for calls between deployments. It accepts pickles
-    from anyone, on all interfaces, and Ray 2.60 has no option to change that. Serve starts it
+    Serve uses this server for calls between deployments. By default, the server accepts pickles
+    from anyone, on all interfaces, and Ray 2.60 has no option to restrict it. Serve starts it
     after the replica's constructor returns, so the constructor must call this function.
     """
     original = serve_replica.add_port_to_grpc_server

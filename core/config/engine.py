@@ -8,8 +8,11 @@ from typing import Any
 from core.config.engine_args import ENGINE_ARGS, VLLM_VERSION
 from core.config.errors import nearest
 
-_REPLICAS = "set the pool's field replicas; Baton scales a pool only by replicas"
-_TP_ONLY = "set the pool's field tensor_parallel_size; Baton splits a model over GPUs only this way"
+_REPLICAS = (
+    "set prefill.replicas or decode.replicas; Baton scales a pool only by its number of replicas"
+)
+_TP = "set prefill.tensor_parallel_size or decode.tensor_parallel_size"
+_TP_ONLY = f"{_TP}; Baton splits a model over GPUs only by tensor parallelism"
 _TOKENS_ONLY = "workers get token ids only; the router uses the tokenizer of model.path"
 
 # Arguments that Baton sets itself or does not support: name -> what to do instead.
@@ -20,7 +23,7 @@ RESERVED_ENGINE_ARGS: Mapping[str, str] = {
     "dtype": "set model.dtype",
     "max_model_len": "set model.max_model_len",
     "trust_remote_code": "set model.trust_remote_code",
-    "tensor_parallel_size": "set the pool's field tensor_parallel_size",
+    "tensor_parallel_size": _TP,
     "kv_transfer_config": "Baton uses its own connector; set the fields of kv_transfer",
     "worker_extension_cls": "Baton uses its own extension class for the KV stream",
     "pipeline_parallel_size": _TP_ONLY,

@@ -45,7 +45,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return one line per mistake: its path, what is wrong and what to write instead."""
+    """Return one line per mistake: the field's path, what is wrong and what to write instead."""
     return "\n".join(without_passwords(_describe_one(entry, model)) for entry in error.errors())
 
 

@@ -28,7 +28,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(
                     None,
                     None,
-                    "a key must be a plain value; {{ }} is a template that was not filled in",
+                    "a key must be a plain value; if it is {{ }}, a template was not filled in",
                     key.start_mark,
                 )
             if (key.tag, key.value) in seen:
@@ -78,9 +78,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _section(value: Any) -> Any:
-    """Return a copy of a section, because YAML aliases share one object.
+    """Return a copy of a section. YAML reads an empty section as None; it becomes ``{}``.
 
-    An empty section, which YAML reads as None, becomes ``{}``.
+    Aliases of one YAML section share one object. Without the copy, an override of one section
+    would change the others.
     """
     if value is None:
         return {}
@@ -99,8 +100,8 @@ def _apply_override(raw: dict[str, Any], dotted: str, value: Any) -> None:
 def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
     """Bind the initial replicas of every pool without ``cpu_binding`` to equal shares of cores.
 
-    Two engines on the same cores are several times slower. Therefore engines do not choose their
-    cores by default. The cores that the other pool names are used only if there are no others.
+    If engines chose their own cores, two engines could choose the same cores and would be several
+    times slower. The cores that the other pool names are used only if there are no others.
     If there are more cores than ranks, at least one core is left to the router and Ray.
     """
     pools = [raw.setdefault(name, {}) for name in ("prefill", "decode")]
@@ -126,9 +127,9 @@ def _fill_cpu_bindings(raw: dict[str, Any], cores: Sequence[int]) -> None:
 
 
 def _named_cores(binding: Any) -> list[tuple[int, int]]:
-    """Return the first and last core of each range in a pool's bindings, before they are checked.
+    """Return the first and last core of each range in a pool's ``cpu_binding``.
 
-    ``binding`` is the raw value of ``cpu_binding`` and may be malformed.
+    ``binding`` is the raw value, which is not checked yet and may be malformed.
     """
     lists = binding if isinstance(binding, list | tuple) else ()
     parts = re.findall(r"(\d+)(?:-(\d+))?", " ".join(map(str, lists)))

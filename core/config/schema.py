@@ -35,7 +35,8 @@ from core.types import Pool
 KIB = 1024
 MIB = 1024 * KIB
 
-# Strict types refuse a quoted number, yes and no, because these are usually mistakes.
+# Strict types refuse a quoted number or a boolean (such as yes in YAML) in place of a number. Such
+# a value is usually a mistake.
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
@@ -162,12 +163,12 @@ class ServiceClass(_Section):
         ge=0,
         strict=True,
         description="Largest number of requests of this class that wait to be dispatched. Further "
-        "requests are refused at once.",
+        "requests are refused immediately.",
     )
     queue_timeout_s: Seconds = Field(
         default=30,
         description="Seconds that a request may wait to be dispatched. A request that is expected "
-        "to wait longer is refused at once.",
+        "to wait longer is refused immediately.",
     )
 
 
@@ -256,8 +257,8 @@ class RouterConfig(_Section):
     )
     stream_buffer_responses: Count = Field(
         default=64,
-        description="Largest number of responses held for a client that reads more slowly than "
-        "tokens are decoded.",
+        description="Largest number of responses that are buffered for a client that reads more "
+        "slowly than tokens are decoded.",
     )
     tokenizer_threads: Count = Field(
         default=1,
@@ -290,10 +291,10 @@ class PoolConfig(_Section):
     )
     cpu_binding: tuple[str, ...] = Field(
         default=(),
-        description="CPU backend: one entry for each replica's engine, a list of cores such as 0-3 "
-        "or 0,2. If there are more replicas than entries, the entries are reused in order. With "
-        "tensor parallelism, an entry holds one list per rank, separated by |. Empty: vLLM "
-        "chooses. Default: Baton divides this machine's cores evenly.",
+        description="CPU backend: one entry for each replica. An entry lists the cores of the "
+        "engine, such as 0-3 or 0,2. If there are more replicas than entries, the entries are "
+        "reused in order. With tensor parallelism, an entry holds one list per rank, separated by "
+        "|. Empty: vLLM chooses. Default: Baton divides this machine's cores evenly.",
     )
     kv_cache_gib: Count = Field(
         default=1,
@@ -398,8 +399,8 @@ class KvTransferConfig(_Section):
     )
     staging_buffers: Count = Field(
         default=3,
-        description="Buffers of message_bytes on each side of a pair. One buffer is filled while "
-        "the others are being sent.",
+        description="Number of buffers on each side of a pair, each of message_bytes. One buffer "
+        "is filled while the others are being sent.",
     )
     max_pending: Count = Field(
         default=1024,

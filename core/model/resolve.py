@@ -58,7 +58,7 @@ _EMBEDDED = {
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """Where the model is and what requests call it."""
+    """The model's location, and the name that requests give for it."""
 
     path: str  # an absolute folder, or a name on the model hub
     served_name: str
@@ -165,7 +165,7 @@ def _is_complete(target: Path) -> bool:
 
 @contextlib.contextmanager
 def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[None]:
-    """Hold the lock on a file during the block. The kernel releases it if this process dies."""
+    """Hold a file lock during the block. If this process dies, the kernel releases the lock."""
     deadline_s = time.monotonic() + timeout_s
     with lock.open("w") as file:
         while True:
@@ -184,9 +184,9 @@ def _exclusive(lock: Path, timeout_s: float, progress: Progress) -> Iterator[Non
 
 
 def _convert(gguf: Path, target: Path, timeout_s: float, progress: Progress) -> None:
-    """Run ``core.model.convert`` in a separate process, whose end frees the memory of torch.
+    """Run ``core.model.convert`` in a separate process. Its exit frees the memory of torch.
 
-    The caller holds the lock. The folder gets its final name only when it is complete.
+    The caller must hold the lock. The folder gets its final name only when it is complete.
     """
     for stale in target.parent.glob(f"{target.name}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)  # left by a conversion that was killed

@@ -1,4 +1,4 @@
-"""The calls that one server has in flight, and how they end when the server shuts down."""
+"""Tracks the calls that one server has in flight, and ends them when the server shuts down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InFlight:
 
     def __init__(self, leaving: Callable[[], BatonError]) -> None:
         self._leaving = leaving
-        # None: the call is being sent away, and its task is cancelled.
+        # None: ``send_away`` has cancelled the call's task, which has not ended yet.
         self._tasks: dict[str, asyncio.Task[Any] | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -39,7 +39,7 @@ class InFlight:
         ``key`` must not be in flight already.
 
         Raises:
-            BatonError: the call was sent away. This error replaces the task's CancelledError.
+            BatonError: ``send_away`` ended the call. This error replaces the task's CancelledError.
         """
         self._tasks[key] = asyncio.current_task()
         self._idle.clear()

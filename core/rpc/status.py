@@ -30,7 +30,7 @@ async def accept(context: grpc.aio.ServicerContext[Any, Any]) -> None:
     cancelled during that send, ``abort`` fails afterwards and the caller never gets a status.
 
     Raises:
-        CancelledError: the caller has gone away.
+        errors.CancelledError: the caller has gone away.
     """
     try:
         await context.send_initial_metadata(())
@@ -42,7 +42,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Baton
     """End a server-side call with ``error``. Never returns.
 
     Raises:
-        grpc.aio.AbortError: the status was sent. The handler must let this error pass.
+        grpc.aio.AbortError: the status was sent. The handler must not catch this error.
         asyncio.CancelledError: the caller has gone away, so no status could be sent.
     """
     detail = error_detail(error).SerializeToString()

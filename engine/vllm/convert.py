@@ -25,7 +25,7 @@ _FINISH_REASONS = {
 
 
 def sampling_params(request: EngineRequest) -> SamplingParams:
-    """Convert the sampling parameters of ``request`` to vLLM's, with the KV transfer's parameters.
+    """Return vLLM's parameters for ``request``, including those of the KV transfer.
 
     Fields that are not set take the defaults that the protocol documents. These are vLLM's
     defaults, except for ``max_tokens``. The router has checked the ranges. Stop strings are left
@@ -42,7 +42,7 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         extra_args={"kv_transfer_params": kv} if (kv := _kv_params(request)) else None,
     )
     if torch.cuda.is_available():
-        return params  # vLLM's V2 model runner continues a request by itself
+        return params  # vLLM's V2 model runner samples continued requests correctly
     return continued(params, len(request.token_ids) - request.tokens_so_far, request.tokens_so_far)
 
 

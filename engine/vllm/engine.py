@@ -38,7 +38,7 @@ from kv_transfer.rank_reports import RankReports
 from kv_transfer.releaser import Releaser
 from kv_transfer.vllm.metrics import ReceiveReport
 
-_FAULT_WAIT_S = 0.5  # wait for a fault report of a rank after the engine has failed to start
+_FAULT_WAIT_S = 0.5  # how long to wait for a rank's fault report if the engine does not start
 
 
 class VllmEngine:
@@ -152,8 +152,8 @@ class VllmEngine:
         """See ``Engine``."""
         llm = self._running()
         check_prompt(request, self._max_model_len)
-        # vLLM refuses the id of a request that it has not forgotten yet, and a later request may
-        # have the same transfer id. The suffix makes the engine's id unique.
+        # A later request may have the same transfer id while vLLM still knows the earlier one.
+        # vLLM refuses an id that it still knows. The suffix makes the engine's id unique.
         engine_id = f"{request.transfer_id}-{uuid4().hex[:8]}"
         report: asyncio.Future[ReceiveReport] | None = None
         if isinstance(request.kv, KvReceive):

@@ -3,8 +3,8 @@
 vLLM configures logging when it is imported and again with its first engine. Python then closes all
 existing handlers. A file handler opens its file again with the next line, but a buffer
 (MemoryHandler) has lost its target and then grows without bound. Ray Serve needs the target, too:
-when its controller starts, it asks each replica for its log file. If a replica's buffer has no
-target, the controller treats this replica as broken and ends it.
+when Ray Serve's controller starts, it asks each replica for the replica's log file. If a replica's
+buffer has no target, the controller treats this replica as broken and ends it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Sampling that one engine can continue where another engine stopped.
 
 vLLM's V1 model runner, which runs on CPUs, keeps two pieces of state per request that the tokens
-do not carry: the random generator of a seed, and which tokens are output (for the penalties). After
-a failover, or after the prefill worker's first token, the engine's prompt ends with output tokens.
+do not carry: the state of the seeded random generator, and which tokens are output (the penalties
+depend on this). After a failover, or after the prefill worker's first token, the engine's prompt
+ends with output tokens.
 Without this module, V1 then draws the noise of the first output token again, and its penalties
 treat these output tokens as prompt.
 

@@ -20,9 +20,9 @@ from kv_transfer.receive.transfers import ReceiveTransfers
 class DecodeClient:
     """Reserves and receives KV.
 
-    The engine's thread calls all methods, and none of them waits for the network, except ``stop``.
-    The caches must stay valid until ``stop`` returns. ``on_result`` is called with the lock held
-    whenever ``take_results`` has something new. See ``LocalRank`` for ``on_stuck``.
+    The engine's thread calls all methods. Only ``stop`` waits for the network. The caches must stay
+    valid until ``stop`` returns. ``on_result`` is called whenever ``take_results`` has something
+    new. The caller of ``on_result`` holds ``transfers.lock``. See ``LocalRank`` for ``on_stuck``.
     """
 
     def __init__(
@@ -47,7 +47,10 @@ class DecodeClient:
             self.transfers.reserve(reservation, block_ids)
 
     def cancel(self, transfer_id: str, addresses: tuple[str, ...], incarnation: str) -> None:
-        """The engine has dropped the request. Its reservation, if any, still gets one result."""
+        """Cancel the transfer of a request that the engine has dropped.
+
+        If its reservation has no result yet, ``take_results`` still returns one later.
+        """
         with self.transfers.lock:
             self.transfers.cancel(transfer_id, addresses, incarnation)
 
@@ -61,7 +64,7 @@ class DecodeClient:
                 self.transfers.peers_for(addresses, incarnation)
 
     def paired_with(self) -> set[str]:
-        """Return the incarnations of the prefill workers with which all started pairs are up."""
+        """Return the incarnations of the prefill workers with which all started pairs are open."""
         with self.transfers.lock:
             return self.transfers.paired_with()
 

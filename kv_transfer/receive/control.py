@@ -62,12 +62,12 @@ class ControlConnection:
 
         Raises:
             IncompatibleError: the prefill worker refuses the pair.
-            PairError: no answer came in time, or the pair is not needed any longer.
+            PairError: no answer came in time, or this worker no longer needs the pair.
             ProtocolError: the answer is malformed or is another message.
         """
         timeout_s = rank.options.pair_timeout_s
         deadline_s = rank.clock() + timeout_s
-        # The monitor is not polled here: a lost connection counts only once the pair is open.
+        # The monitor is not polled here: before WELCOME, a lost connection shows as a timeout.
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_socket, zmq.POLLIN)
@@ -117,7 +117,7 @@ def _connect(
 def send_bye(control: zmq.Socket[bytes]) -> None:
     """Tell the peer that the pair closes, also after an error.
 
-    Without BYE, the peer may notice this only after ``peer_lease_s`` of silence.
+    Without BYE, the peer may keep the pair until it has heard nothing for ``peer_lease_s``.
     """
     with contextlib.suppress(zmq.ZMQError):
         control.send(wire.encode(wire.Bye()), zmq.NOBLOCK)

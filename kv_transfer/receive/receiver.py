@@ -41,7 +41,7 @@ class _Incoming:
 
     header: wire.Header
     buffer: torch.Tensor
-    message: torch.Tensor
+    message: torch.Tensor  # the part of ``buffer`` that the message fills
     work: PendingWork
     began_s: float
 
@@ -49,11 +49,11 @@ class _Incoming:
 class Receivers:
     """Starts the receivers of one rank and joins their threads.
 
-    ``ReceiveTransfers`` refers to this object, never the reverse: a reference cycle would keep
-    closed process groups and their files until a garbage collection.
+    ``ReceiveTransfers`` refers to this object, and this object does not refer back. A reference
+    cycle would keep closed process groups and their open files until a garbage collection.
 
     Args:
-        store: the store that this rank hosts; HELLO tells its port to the peers.
+        store: the TCPStore that this rank hosts; HELLO tells the store's port to the peers.
     """
 
     def __init__(self, rank: LocalRank, store: TCPStore) -> None:
@@ -86,7 +86,7 @@ class Receiver:
         self._view: UnitView | None = None
         self._staging: list[torch.Tensor] = []  # free buffers
         self._incoming: deque[_Incoming] = deque()  # in the order of their headers
-        self._announced = 0  # messages
+        self._announced = 0  # number of messages announced so far
         self._last_heard_s = rank.clock()
 
     def _run(self) -> None:
@@ -116,11 +116,12 @@ class Receiver:
         pair_id = uuid.uuid4().hex
         control.send(self._hello(pair_id))
         plan = plan_pair(control.wait_welcome(pair_id, rank).geometry, rank.geometry)
-        # Reservations leave before the group is made, so that the peer can prepare meanwhile.
+        # Send the posted reservations before the group is made. Otherwise the peer might drop the
+        # KV meanwhile, because nobody has reserved it.
         control.flush()
         if plan.heads:
             host, timeout_s = options.host, options.pair_timeout_s
-            # Each pair connects to the store by itself: a wait blocks all users of its connection.
+            # Each pair has its own store connection: a wait blocks all users of its connection.
             store = join_store(host, self._store.port, timeout_s)
             peer.pair = Pair(store, pair_id, DECODE_RANK, rank.caches.device, host, timeout_s)
         view = self._view = rank.caches.view(plan, rank.geometry.heads)
@@ -154,7 +155,7 @@ class Receiver:
                 next_ping_s = now_s + _PING_S
                 control.send(wire.Ping())
                 self._expire(now_s)
-            # Read before the flush, so that all messages posted before the close are sent.
+            # Read ``closing`` before the flush, so that all messages posted before the close leave.
             closing = self.peer.closing
             control.flush()
             if closing:
@@ -163,7 +164,7 @@ class Receiver:
                 self._handle(control.receive())
             elif self._incoming:
                 self._finish_oldest()
-            elif ready.lost:  # only after all messages that came before
+            elif ready.lost:  # handled after all messages that arrived before the loss
                 raise PairError("the prefill worker closed its control connection")
 
     def _handle(self, message: wire.ToDecode) -> None:

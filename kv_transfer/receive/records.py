@@ -1,7 +1,10 @@
-"""What the decode side knows of reservations, transfers, their legs, results and peers.
+"""The decode side's records: reservations, transfers and their legs, results, and peers.
 
-``ReceiveTransfers.lock`` guards all fields that change, with exceptions in ``Peer``: its receiver
-thread sets and reads ``pair`` and reads ``closing`` without the lock, and ``outbox`` needs no lock.
+``ReceiveTransfers.lock`` guards all fields that change, except these fields of ``Peer``:
+
+* ``pair``: the receiver thread sets and reads it without the lock.
+* ``closing``: the receiver thread reads it without the lock.
+* ``outbox`` needs no lock.
 """
 
 from __future__ import annotations
@@ -37,16 +40,16 @@ class TransferResult:
     transfer_id: str
     request_id: str
     complete: bool
-    first_token_id: int | None  # None if this engine samples the first token itself
+    first_token_id: int | None  # None without END, or if this engine samples the first token itself
     backend: str
     num_bytes: int
     messages: int
     tokens: int
-    transfer_ms: float  # first header -> last manifest
+    transfer_ms: float  # from the first HEADER to this result
     hidden_bytes: int = 0  # share of num_bytes sent while the prefill was still computing
-    tail_ms: float = 0.0  # the prefill's last layer -> last byte sent
-    stall_ms: float = 0.0  # the prefill waited for the link: all buffers were in flight
-    retries: int = 0  # reservations repeated over a new pair
+    tail_ms: float = 0.0  # from the prefill's last layer to the last byte sent
+    stall_ms: float = 0.0  # how long the prefill waited because all buffers were in flight
+    retries: int = 0  # number of reservations repeated over a new pair
 
 
 @dataclass(slots=True)
@@ -79,13 +82,13 @@ class Peer:
     address: str  # of its control server
     incarnation: str  # of its worker
     last_used_s: float
-    plan: PairPlan | None = None  # set when the pair is up
-    pair: Pair | None = None  # stays None if the plan carries nothing
+    plan: PairPlan | None = None  # None until the pair is open
+    pair: Pair | None = None  # stays None if no KV moves between the two ranks
     closing: bool = False
     outbox: Outbox[wire.ToPrefill] = field(default_factory=Outbox)
 
     def post(self, message: wire.ToPrefill) -> None:
-        """Send a control message, by way of the receiver thread. Does not need the lock."""
+        """Queue a control message for the receiver thread to send. Does not need the lock."""
         self.outbox.post(message)
 
     def reserve(self, leg: Leg) -> None:
@@ -96,7 +99,7 @@ class Peer:
         self.post(wire.Reserve(session.transfer_id, session.token_start, session.token_end))
 
     def close(self) -> None:
-        """Close the pair after all posted messages have been sent."""
+        """Make the receiver thread close the pair after it has sent all posted messages."""
         self.closing = True
         self.outbox.wake()
 

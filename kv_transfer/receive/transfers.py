@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class ReceiveTransfers:
-    """All methods must be called with ``lock`` held. The two callbacks are called with it held.
+    """Call all methods with ``lock`` held. Both callbacks are called with ``lock`` held, too.
 
     Args:
-        start_receiver: starts the receiver thread of a new peer, for these transfers.
+        start_receiver: called with a new peer and this object; starts the peer's receiver thread.
         on_result: called whenever ``take_results`` has something new.
     """
 
@@ -48,7 +48,7 @@ class ReceiveTransfers:
     # ---- engine thread -------------------------------------------------------------------
 
     def reserve(self, reservation: Reservation, block_ids: torch.Tensor) -> None:
-        """See ``DecodeClient.reserve``; ``block_ids`` are the reservation's, as int64."""
+        """See ``DecodeClient.reserve``; ``block_ids`` has the reservation's blocks as int64."""
         transfer_id, options = reservation.transfer_id, self._rank.options
         transfer = self.by_id[transfer_id] = Transfer(reservation, block_ids)
         peers = self.peers_for(reservation.addresses, reservation.incarnation)
@@ -119,9 +119,10 @@ class ReceiveTransfers:
         return [self.peers[name] for name in needed]
 
     def _make_room(self, keep: set[tuple[str, str]]) -> bool:
-        """Make room for one more pair. Return False if all pairs are busy or in ``keep``.
+        """Make room for one more pair. Return whether there is room.
 
-        If there is no room, the pair outside ``keep`` that has been idle for longest is closed.
+        If ``max_pairs`` pairs exist, close the pair that has been idle for longest. Busy pairs and
+        those in ``keep`` are never closed.
         """
         if len(self.peers) < self._rank.options.max_pairs:
             return True
@@ -149,15 +150,16 @@ class ReceiveTransfers:
 
     def _remove(self, peer: Peer) -> None:
         name = peer.address, peer.incarnation
-        if self.peers.get(name) is peer:  # the name may belong to a successor
+        if self.peers.get(name) is peer:  # a newer peer may have this name
             del self.peers[name]
 
     def pair_closed(self, peer: Peer, reason: str, *, retry: bool) -> None:
         """A pair has closed; its transfers fail, except those that are retried.
 
         Args:
-            retry: the peer closed the pair with REFUSE. A leg of which nothing has arrived is then
-                reserved once more over a new pair: the peer may not have seen the reservation.
+            retry: the peer closed the pair with REFUSE. If nothing of a leg has arrived, the leg is
+                then reserved once more over a new pair, because the peer may not have seen the
+                first reservation.
         """
         self._remove(peer)
         for transfer in list(self.by_id.values()):

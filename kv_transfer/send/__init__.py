@@ -14,7 +14,8 @@
 One lock, ``SendTransfers.lock``, guards all state. Every method of SendTransfers needs it, except
 ``post``. No thread waits for a peer while it holds the lock, so the engine's step never waits for a
 peer. Only ``preempt`` waits for a sender. The wait takes as long as one gather, and ``preempt``
-releases the lock meanwhile. A sender sleeps until its pair has a whole message to send.
+releases the lock meanwhile. A sender sleeps until its pair may have a whole message or an END to
+send.
 
 Other threads never use the control thread's socket: they post to the outbox.
 """

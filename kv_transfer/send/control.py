@@ -1,4 +1,8 @@
-"""The control thread of a prefill rank: its socket, and what it does with each message."""
+"""The control thread of a prefill rank.
+
+It owns the control socket, handles the messages that arrive and sends those that other threads
+post.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ class ControlServer:
         self.sender_threads: list[threading.Thread] = []  # including those of closed pairs
         self._rank = rank
         self._transfers = transfers
-        self._bad_frames = 0  # since the last sweep
+        self._bad_frames = 0  # number of messages dropped since the last sweep
         self._socket = _router_socket(rank.options)
         host = bracketed(rank.options.host)
         port: int = self._socket.bind_to_random_port(f"tcp://{host}")
@@ -66,7 +70,7 @@ class ControlServer:
         outbox.close()
 
     def _receive_some(self) -> None:
-        """Handle a bounded number of messages, so that a peer that floods us delays no answers."""
+        """Handle a bounded number of messages, so that answers leave even if a peer floods us."""
         for _ in range(_FRAMES_AT_A_TIME):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)

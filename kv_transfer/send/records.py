@@ -1,7 +1,7 @@
-"""What the prefill side knows of a step's chunks, of transfers, reservations and peers.
+"""The prefill side's records: chunks of an engine step, transfers, reservations and peers.
 
-``SendTransfers.lock`` guards all fields that change. Sender threads read two of them without the
-lock: ``Transfer.block_ids`` and ``Peer.pair``.
+``SendTransfers.lock`` guards all fields that change. Sender threads read two of these fields
+without the lock: ``Transfer.block_ids`` and ``Peer.pair``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Transfer:
     gathering: int = 0  # number of senders that are reading its blocks
     request_finished: bool = False
     computed_at_s: float | None = None  # when all layers of all tokens were computed
-    last_sent_s: float = 0.0  # to any decode rank
-    stall_s: float = 0.0
+    last_sent_s: float = 0.0  # when the last message to any decode rank was sent
+    stall_s: float = 0.0  # how long senders waited because all buffers were in flight
 
 
 @dataclass(slots=True)
@@ -63,9 +63,9 @@ class Peer:
     wake: threading.Condition  # uses the lock; notified when the sender may have work
     last_heard_s: float
     last_used_s: float
-    up: bool = False
+    up: bool = False  # the sender has opened the pair
     closed: bool = False
-    pair: Pair | None = None  # stays None if the plan carries nothing
+    pair: Pair | None = None  # stays None if no KV moves between the two ranks
     transfer_ids: dict[str, None] = field(default_factory=dict)  # in order of reservation
 
     @property

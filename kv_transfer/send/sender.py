@@ -38,7 +38,7 @@ class Sender:
         self.thread = threading.Thread(target=self._run, name="kv-send", daemon=True)
         self._transfers = transfers
         self._rank = rank
-        self._announced = 0  # messages
+        self._announced = 0  # number of messages announced so far
 
     def _run(self) -> None:
         peer, transfers, rank = self.peer, self._transfers, self._rank
@@ -66,7 +66,7 @@ class Sender:
         return Pair(store, hello.pair_id, PREFILL_RANK, device, options.host, timeout_s)
 
     def _stream(self) -> None:
-        """Send ready messages until the pair is closed. Each one in flight has its own buffer."""
+        """Send ready messages until the pair is closed. Each message in flight has a buffer."""
         peer, transfers, options = self.peer, self._transfers, self._rank.options
         view = self._rank.caches.view(peer.plan, self._rank.geometry.heads)
         max_units = peer.plan.max_units(options.message_bytes)

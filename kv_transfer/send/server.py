@@ -18,7 +18,7 @@ from kv_transfer.side_stream import mark
 class PrefillServer:
     """Holds the KV of running and finished prefills and streams it to the ranks that reserved it.
 
-    The engine's thread calls all methods, and none of them waits for the network, except ``stop``.
+    The engine's thread calls all methods. Only ``stop`` waits for the network.
     The caches must stay valid until ``stop`` returns. See ``LocalRank`` for ``on_stuck``.
     """
 
@@ -88,7 +88,7 @@ class PrefillServer:
             return self.transfers.take_released()
 
     def paired_with(self) -> set[str]:
-        """Return the incarnations of decode workers whose pairs with this rank are all up."""
+        """Return the incarnations of decode workers whose pairs with this rank all exist."""
         with self.transfers.lock:
             return self.transfers.paired_with()
 

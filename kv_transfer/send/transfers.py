@@ -30,13 +30,13 @@ class SendTransfers:
 
     def __init__(self, rank: LocalRank) -> None:
         self.lock = threading.Lock()
-        self.outbox: Outbox[tuple[bytes, wire.ToDecode]] = Outbox()  # with the routing id
+        self.outbox: Outbox[tuple[bytes, wire.ToDecode]] = Outbox()  # routing id, message
         self.by_id: dict[str, Transfer] = {}
         self.waiting: dict[str, list[WaitingReservation]] = {}  # by transfer id
         self.ended_ids: OrderedDict[str, str] = OrderedDict()  # reasons by transfer id, newest last
         self.peers: dict[bytes, Peer] = {}  # by routing id
         self.closed_peers: dict[bytes, str] = {}  # incarnations by routing id, newest last
-        self.computed: torch.cuda.Event | None = None  # covers all layers written so far
+        self.computed: torch.cuda.Event | None = None  # recorded after the newest written layers
         self.stopping = False
         self._rank = rank
         self._released: set[str] = set()  # request ids
@@ -52,8 +52,8 @@ class SendTransfers:
         transfer, token_start = self.by_id.get(chunk.transfer_id), chunk.token_start
         if transfer is None:
             transfer = self._open(chunk)
-            # Send prefix hits with this step's layers, not at once: vLLM may count a block as a hit
-            # that another request has yet to compute in this step.
+            # Send prefix hits together with this step's layers, not earlier. vLLM may count a block
+            # as a hit although another request computes this block in the same step.
             token_start = 0
         if transfer.session.ended:
             return None
@@ -149,7 +149,7 @@ class SendTransfers:
     # ---- any thread ----------------------------------------------------------------------
 
     def post(self, peer: Peer, message: wire.ToDecode) -> None:
-        """Send a control message, by way of the control thread. Does not need the lock."""
+        """Queue a control message for the control thread to send. Does not need the lock."""
         self.outbox.post((peer.routing_id, message))
 
     def fail_transfer(self, transfer: Transfer, reason: str) -> None:
@@ -188,7 +188,7 @@ class SendTransfers:
                 self.post(peer, wire.Fail(transfer.session.transfer_id, reason))
 
     def _end_unopened(self, transfer_id: str, reason: str) -> None:
-        """End a transfer whose prefill has not begun. Later reservations of it fail at once."""
+        """End a transfer whose prefill has not begun. Later reservations of it fail immediately."""
         for waiting in self.waiting.pop(transfer_id, ()):
             self.post(waiting.peer, wire.Fail(transfer_id, reason))
         self._remember_ended(transfer_id, reason)
@@ -288,8 +288,8 @@ class SendTransfers:
     def _reserved_by_another(self, transfer_id: str, incarnation: str) -> bool:
         """Whether another decode worker has reserved this transfer.
 
-        An attempt has one decode worker. A reservation or CANCEL by a second one is a defect. It
-        must not end the transfer of the first one.
+        An attempt has one decode worker. A reservation or CANCEL by a second decode worker is a
+        defect, and must not end the transfer of the first.
         """
         transfer = self.by_id.get(transfer_id)
         peers = [] if transfer is None else list(transfer.peers.values())
@@ -317,9 +317,11 @@ class SendTransfers:
         self._release_ended()
 
     def expire(self) -> None:
-        """Fail what was not reserved in time, or whose prefill did not begin in time.
+        """Apply the timeouts.
 
-        Close the pairs of silent peers.
+        * Fail transfers that were not reserved in time.
+        * Fail reservations whose prefill did not begin in time.
+        * Close the pairs of silent peers.
         """
         now_s, options = self._rank.clock(), self._rank.options
         for transfer in self.by_id.values():

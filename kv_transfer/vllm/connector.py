@@ -50,11 +50,11 @@ class RankCalls:
     """Methods that the front end calls on each rank through vLLM's ``collective_rpc``."""
 
     def kv_prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
-        """Start to make the pairs with a prefill worker; returns at once."""
+        """Start to make the pairs with a prefill worker, and return before they are open."""
         self._worker_side().prewarm(tuple(addresses), incarnation)
 
     def kv_paired_with(self) -> list[str]:
-        """Return the incarnations of the other pool's workers whose pairs with this rank are up."""
+        """Return the incarnations of the workers with which all pairs of this rank are open."""
         return sorted(self._worker_side().paired_with())
 
     def _worker_side(self) -> WorkerSide:
@@ -64,7 +64,7 @@ class RankCalls:
 
 
 class BatonConnector(KVConnectorBase_V1):
-    """Implements vLLM's connector interface. ``role`` decides to which side it forwards."""
+    """Implements vLLM's connector interface. ``role`` is scheduler or worker (a rank)."""
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -96,7 +96,7 @@ class BatonConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """The scheduler calls this each time it tries to start a request without computed tokens.
+        """The scheduler calls this when it tries to start a request that has no computed tokens.
 
         Returns:
             How many tokens the prefill worker supplies, and whether they arrive asynchronously.
@@ -146,9 +146,9 @@ class BatonConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """The model runner calls this in each step, before the forward pass.
 
-        The step begins here, because ``start_load_kv`` runs after the forward pass. There, a
-        reservation would wait for a decode step, and the END of a finished prefill would wait for
-        a chunk of another prompt.
+        The worker side begins the step here, because ``start_load_kv`` runs only after the forward
+        pass. By then, a reservation has waited for a whole decode step, and the END of a finished
+        prefill has waited for a chunk of another prompt.
         """
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepPlan)
@@ -187,7 +187,7 @@ class BatonConnector(KVConnectorBase_V1):
     # ---- statistics ---------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """vLLM asks both sides after each step. Only the scheduler side has statistics."""
+        """vLLM calls this on both sides after each step. Only the scheduler side has statistics."""
         return None if self._worker_side is not None else self.scheduler_side.take_stats()
 
     @classmethod

@@ -1,8 +1,8 @@
-"""The order in which vLLM's CPU attention kernels store the elements of a block.
+"""Finds the order in which vLLM's CPU attention kernels store the elements of a block.
 
 The kernels interleave the attention keys of a block's tokens, in an order that depends on the
-instruction set. We do not repeat their arithmetic. Instead, the kernel that writes the cache gets
-each element's number as the element's value. The cache then shows where the kernel put it.
+instruction set. We do not repeat their arithmetic. Instead, we number the elements and let the
+kernel store the numbers. Each place then contains the number of the element that belongs there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def packed_positions(cache: torch.Tensor, isa: str) -> torch.Tensor | None:
     _, _, tokens, content = cache.shape
     head_size = content // 2
     element = torch.arange(tokens * content).view(tokens, 1, content)
-    found = torch.zeros(tokens * content, dtype=torch.int64)  # the element at each place
+    found = torch.zeros(tokens * content, dtype=torch.int64)  # number of the element at each place
     scale = 1
     while scale < element.numel():
         digit = (element // scale % _BASE).to(cache.dtype)

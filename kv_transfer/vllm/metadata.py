@@ -20,21 +20,22 @@ class StepPlan(KVConnectorMetadata):
     ``preempted`` and ``aborted`` are transfer ids.
     """
 
-    # prefill
+    # On a prefill worker:
     chunks: list[StepChunk] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    # Requests that have finished with a token: transfer id, and the token's id if it is forwarded.
+    # Requests that have finished with a token: the transfer id, and the token's id or, if the
+    # token is not forwarded, None.
     sampled: list[tuple[str, int | None]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    # decode
+    # On a decode worker:
     reservations: list[Reservation] = field(default_factory=list)
-    # Transfer id, and the prefill worker's control addresses and incarnation.
+    # For each transfer: its id, and the prefill worker's control addresses and incarnation.
     cancelled: list[tuple[str, tuple[str, ...], str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class RankResults(KVConnectorWorkerMetadata):
-    """Results that some ranks have reported since the last step."""
+    """The results of receives that one or more ranks report in one step."""
 
     results: list[TransferResult]
 

@@ -1,8 +1,8 @@
-"""Reports of receives, as vLLM statistics and as Prometheus metrics.
+"""Reports how receives ended, as vLLM statistics and as Prometheus metrics.
 
 The scheduler side of a decode worker makes one report for each receive, unless the request is
-aborted first. vLLM carries the report to the front end together with the first token. The front end
-adds the report to the request's phases and to the metrics below.
+aborted before its first token. vLLM carries the report to the front end together with the first
+token. The front end adds the report to the request's phases and to the metrics below.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ReceiveReport(msgspec.Struct):
     transfer_ms: float
     hidden_bytes: int  # part of num_bytes, sent while the prefill was still computing
     tail_ms: float  # the prefill's last layer -> last byte sent
-    stall_ms: float  # the prefill rank waited because all its buffers were in flight
+    stall_ms: float  # how long the prefill rank waited because all its buffers were in flight
     retries: int  # reservations repeated over a new pair
     cached_tokens: int  # positions found in this engine's prefix cache
     computed_tokens: int  # positions that this engine computed to sample its first token

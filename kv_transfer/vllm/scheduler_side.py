@@ -1,4 +1,4 @@
-"""The connector in vLLM's scheduler: which requests send or receive KV, and with which blocks."""
+"""The connector in vLLM's scheduler. It chooses the requests and blocks that send or receive KV."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SchedulerSide:
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Return the number of tokens to receive, and whether there are any."""
-        # A transfer is used once. After a failure or a preemption, this engine recomputes.
+        # A transfer is used once. After a failure or preemption, this engine computes the prompt.
         if _params(request, "receive") is None or request.request_id in self._receives:
             return 0, False
         if request.num_preemptions or request.num_output_tokens:
@@ -60,9 +60,10 @@ class SchedulerSide:
         return tokens, tokens > 0
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
-        """Plan a reservation for the last ``num_external`` tokens of the prompt, unless it is 0.
+        """Plan what the request needs now that it has blocks.
 
-        If the request sends, ``_sends`` holds it from now on.
+        If the request receives and ``num_external`` is not 0, reserve the KV of the last
+        ``num_external`` tokens of the prompt. If the request sends, add it to ``_sends``.
         """
         if _params(request, "send") is not None:
             self._sends[request.request_id] = request
@@ -102,9 +103,9 @@ class SchedulerSide:
         return plan
 
     def _sleep_until_kv_arrives(self, *, busy: bool) -> None:
-        """Sleep from the second empty step in a row on.
+        """Sleep until a rank rings if KV is pending and this step and the previous one are empty.
 
-        By then, the engine core has delivered the tokens of all earlier steps.
+        After one empty step, the engine core has delivered the tokens of all earlier steps.
         """
         if (
             self._doorbell is not None
@@ -197,10 +198,10 @@ class SchedulerSide:
 
 
 def _append_first_token(receive: _Receive) -> None:
-    """Append P's first token to the prompt. The token has no KV yet, so this engine computes it.
+    """Append P's first token, if forwarded, to the prompt. This engine computes the token's KV.
 
-    These are the steps of vLLM's own ``Scheduler._update_request_as_session``. The model runner
-    does not know the request yet, because the request waits for remote KV.
+    These are the steps of vLLM's own ``Scheduler._update_request_as_session``. Only the scheduler
+    knows the request yet, because the request waits for remote KV.
     """
     token_ids = {result.first_token_id for result in receive.rank_results}
     if token_ids == {None}:

@@ -1,4 +1,4 @@
-"""The connector in one rank: starts the KV stream and tells it about the engine's steps."""
+"""The connector in one rank. It starts the KV stream and tells it about the engine's steps."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from kv_transfer.vllm.metadata import RankResults, StepPlan
 
 
 class WorkerSide:
-    """Used by the thread that computes.
+    """Used only by the rank's thread that runs the model.
 
-    A prefill rank has a server. A decode rank has a client.
+    A prefill rank has a ``PrefillServer``. A decode rank has a ``DecodeClient``.
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -50,7 +50,7 @@ class WorkerSide:
         A prefill rank reports its control address to the front end.
 
         Raises:
-            IncompatibleError: the caches cannot be streamed. The front end has got the reason.
+            IncompatibleError: the caches cannot be streamed. The front end gets the reason, too.
         """
         extra = dict(self._config.kv_connector_extra_config)
         report_to: str = extra.pop("report_to")
@@ -78,7 +78,7 @@ class WorkerSide:
         isa = self._cpu_kernel(names[0]) if cache.device.type == "cpu" else None
         positions = None if isa is None else packed_positions(cache, isa)
         caches = KvCaches([kv_caches[name] for name in names], positions)
-        # On CPUs the strides do not tell the order of a block's elements: the kernel packs them.
+        # On CPUs the strides do not show the order of a block's elements: the kernel packs them.
         positions_known = isa is None or positions is not None
         geometry = self._geometry(model, spec, cache, len(names), isa, positions_known)
         if self._config.is_kv_producer:
@@ -152,12 +152,12 @@ class WorkerSide:
         self._client.prewarm(addresses, incarnation)
 
     def paired_with(self) -> set[str]:
-        """Return the incarnations of the other pool's workers whose pairs with this rank are up."""
+        """Return the incarnations of the workers with which all pairs of this rank are open."""
         end = self._server if self._server is not None else self._client
         return set() if end is None else end.paired_with()
 
     def layer_done(self, layer_name: str) -> None:
-        # Layers run in order. ``end_step`` counts a layer that does not, such as a draft model's.
+        # ``end_step`` counts a layer that runs out of order, such as a draft model's.
         if self._server is not None and self._layer_index[layer_name] == self._layers_done:
             self._layers_done += 1
             self._server.layer_done(self._layers_done)
@@ -167,7 +167,7 @@ class WorkerSide:
             self._server.end_step()
 
     def take_results(self) -> KVConnectorTransferResults:
-        """Return requests whose blocks may be freed (prefill) or whose receives ended (decode)."""
+        """Return requests whose blocks may be freed (prefill) or whose receive is over (decode)."""
         if self._server is not None:
             return KVConnectorTransferResults(finished_sending=self._server.take_released())
         assert self._client is not None

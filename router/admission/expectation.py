@@ -1,4 +1,4 @@
-"""Estimates what a request will need, from the latest requests. Pure: times are passed in."""
+"""Estimates output length and run time from the latest requests. Pure: times are passed in."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from router.phases import PhaseClock
 
 KNOWN_REQUESTS = 256  # output lengths are estimated from this many of the latest requests
 FEW_REQUESTS = 16  # after fewer requests, output lengths count as unknown
-# Assumed while output lengths are unknown. The whole context would admit hardly any request.
+# Output length assumed while output lengths are unknown. If the whole remaining context were
+# assumed, workers would have room for hardly any request.
 FIRST_GROWTH_TOKENS = 512
-GROWTH_QUANTILE = 0.9  # of output lengths; high, because an underestimate costs a preemption
+# KV is reserved for this quantile of output lengths. It is high, because an underestimate costs a
+# preemption.
+GROWTH_QUANTILE = 0.9
 SMOOTHING = 0.1  # weight of the newest request in the means
 
 
@@ -21,15 +24,16 @@ class Expectation:
         self._lengths: deque[int] = deque(maxlen=KNOWN_REQUESTS)  # output tokens per request
         self._growth_tokens: int | None = None
         self._median_tokens = 0
-        self._first_token_s = 0.0  # dispatch to first token
-        self._token_s = 0.0  # between two tokens
+        self._first_token_s = 0.0  # mean, dispatch to first token
+        self._token_s = 0.0  # mean, one token to the next
 
     def note(self, phases: PhaseClock, output_tokens: int | None) -> None:
         """Learn from a request that has ended.
 
         Args:
-            output_tokens: None if the request was cut off. The measured time to its first token may
-                then be too short, so this time counts only if it exceeds the mean.
+            output_tokens: None if the request was cut off. If that was before its first token,
+                ``phases.first_s`` is too short. So the ``first_s`` of a request that was cut off
+                counts only if it exceeds the mean.
         """
         first_s, step_s = phases.first_s, phases.step_s
         if first_s is not None and (output_tokens is not None or first_s > self._first_token_s):

@@ -49,7 +49,7 @@ class AdmissionGate:
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
-        self._mean_run_s = 0.0  # of the latest requests; 0 if unknown
+        self._mean_run_s = 0.0  # smoothed over the latest requests; 0 if unknown
         self._queues: Queues[_Waiter[Any]] = Queues(limits.classes)
         self.running = 0
 
@@ -80,10 +80,12 @@ class AdmissionGate:
         return next(iter(self._limits.classes))
 
     def check(self, request: AdmissionRequest) -> None:
-        """Raise early if ``admit`` would refuse now. If not, ``admit`` may still refuse later.
+        """Raise early if ``admit`` would refuse the request now.
+
+        If this raises nothing, ``admit`` may still refuse the request.
 
         Raises:
-            CapacityError: the queue is full, or the wait would be too long.
+            CapacityError: the queue is full, or the request would wait too long.
             DeadlineError: the deadline has passed.
         """
         self._check_deadline(request)
@@ -97,7 +99,8 @@ class AdmissionGate:
         The permit is closed when the block ends.
 
         Raises:
-            CapacityError: the queue is full, or the wait was or would be too long.
+            CapacityError: the queue is full, the request has waited too long, or it would wait too
+                long or miss its deadline.
             DeadlineError: the deadline passed before the request ran.
             BatonError: from ``acquire``.
         """
@@ -116,7 +119,7 @@ class AdmissionGate:
             self._end_run()
 
     def wake(self) -> None:
-        """Start waiting requests in turn while there is capacity. Call when it may have grown."""
+        """Start waiting requests in turn while there is room. Call when room may have grown."""
         while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
             request, waiter = head
             try:

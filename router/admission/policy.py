@@ -1,10 +1,10 @@
-"""Which requests wait, which are refused, and which one runs next. Pure; ``gate`` applies it.
+"""Decides which requests wait, which are refused and which runs next. Pure; used by ``gate``.
 
-A request runs at once if no other request waits, fewer than ``max_concurrent`` run, and workers
+A request runs immediately if no other request waits, fewer than ``max_concurrent`` run, and workers
 have room for it (``router.placement``). Otherwise it waits in the queue of its service class.
 Classes share free capacity by their weights. Within a class the earliest deadline comes first. Each
-queue is bounded in requests and in time. A request that would wait too long, or likely miss its
-deadline, is refused at once.
+queue is bounded in requests and in time. A request is refused if its queue is full, or if it would
+wait too long or likely miss its deadline.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Generic, TypeVar
 
 MIN_RETRY_AFTER_S = 0.1  # a busy loop of retries would add to the load
 MAX_RETRY_AFTER_S = 60.0  # a longer estimate is too inaccurate to be of use
-# The share of its spare time that a request may wait. If a request could wait for all of it, the
-# queue would fill with requests that have no time to spare, and half of them would be late.
+# A request may wait for this share of its spare time: the time until its deadline, less the
+# expected run time. If a request could wait for all its spare time, the queue would fill with
+# requests that have no time to spare, and half of them would be late.
 WAIT_SHARE = 0.5
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def decide_admission(
     ends_per_s: float,
     now_s: float,
 ) -> Refusal | None:
-    """Whether to refuse a request that cannot run at once; None lets it wait.
+    """Whether to refuse a request that cannot run immediately; None lets it wait.
 
     Args:
         waiting: requests of its class that wait.
@@ -126,13 +127,14 @@ class Queues(Generic[T]):
 
     Stride scheduling (Waldspurger and Weihl, 1995) keeps the shares: a class is charged
     cost / weight for each waiting request that it starts, and the class with the smallest charge is
-    next. An empty class gathers no credit: when a request waits in it again, its charge becomes at
-    least the charge of the class that ran last.
+    next. An empty class gathers no credit: when a request joins it, the charge of the class becomes
+    at least ``_latest_charge``.
     """
 
     def __init__(self, classes: Mapping[str, ClassLimits]) -> None:
         self._queues = {name: _Queue[T](limits) for name, limits in classes.items()}
-        self._latest_charge = 0.0  # of the class that ran last, before that run
+        # The charge of the class whose request was popped last, before that request was charged.
+        self._latest_charge = 0.0
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -143,10 +145,11 @@ class Queues(Generic[T]):
         return len(self._queues[service_class].entries)
 
     def before(self, request: AdmissionRequest) -> float:
-        """About how many waiting requests would run before one that arrives now."""
+        """About how many waiting requests would run before ``request`` if it were queued now."""
         queue = self._queues[request.service_class]
         earlier = bisect.bisect(queue.entries, request.deadline_s, key=lambda entry: entry[0])
-        # Per request of its own class, another class runs (other weight / own weight) requests.
+        # While the request's class runs one request, another class runs n requests:
+        # n = weight of the other class / weight of the request's class.
         return earlier + sum(
             min(len(other.entries), (earlier + 1) * other.limits.weight / queue.limits.weight)
             for other in self._queues.values()

@@ -1,4 +1,4 @@
-"""The stream of responses of one request."""
+"""Turns the output of one request into its stream of responses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class Answer:
         self.next_sequence = 0
 
     async def emit(self, batch: TokenBatch) -> bool:
-        """Write a response if the batch adds anything. Returns False after the last response."""
+        """Write a response if the batch adds text or tokens, or ends the request.
+
+        Returns False after the last response.
+        """
         piece = self._output.push(batch)
         last = piece.finish_reason != UNFINISHED
         if not (piece.token_ids or piece.text or last):

@@ -3,7 +3,7 @@
     validate ▸ render and tokenise ▸ admit ▸ place ▸ dispatch ▸ journal ▸ text ▸ sink
 
 A transport (``servicer`` is the one for gRPC) calls ``generate`` or ``resume`` with a deadline and
-a sink for the responses, and translates the ``BatonError`` that they may raise.
+a sink for the responses. If the call raises a ``BatonError``, the transport translates the error.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ResponseSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """From the configuration (``router.default_deadline_s`` and so on)."""
+    """From the configuration (``router.default_deadline_s``, ``router.client_stall_s``)."""
 
     default_deadline_s: float
     client_stall_s: float
@@ -90,7 +90,7 @@ class _Call:
     phases: PhaseClock
 
     def progress(self, request: TokenRequest) -> Progress:
-        # Clients may use an id again. The random suffix keeps the workers' ids unique.
+        # A client may use an id again. The random suffix makes the workers' id unique to this call.
         worker_request_id = f"{self.request_id}~{uuid.uuid4().hex[:12]}"
         return Progress(request, worker_request_id, self.deadline_s, self.phases)
 
@@ -111,7 +111,7 @@ class RequestHandler:
     Args:
         clock: the event loop's time, seconds. Deadlines are times of this clock.
         journal: None if requests cannot be resumed.
-        phase_clock: measures durations. The event loop's clock may only count milliseconds.
+        phase_clock: measures durations, seconds. The event loop's clock may be too coarse (1 ms).
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class RequestHandler:
         """Serve a new request to its end.
 
         Args:
-            deadline_s: on the handler's clock; None takes the configured default.
+            deadline_s: on the handler's clock; None means the configured default.
 
         Raises:
             BatonError: why the request ended without a finish reason; it carries the request's id.
@@ -229,8 +229,8 @@ class RequestHandler:
         if self._journal is None:
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
-        # A resumed request has been admitted before, so it takes no permit for room on the workers.
-        # If other requests wait, it waits for its turn.
+        # A resumed request waits for its turn if others wait or ``max_concurrent`` run. It does not
+        # wait for room on the workers, because it was admitted before.
         wanted = AdmissionRequest(self.admission.class_of(""), call.deadline_s)
         async with (
             self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()),
@@ -265,7 +265,10 @@ class RequestHandler:
 
     @contextlib.contextmanager
     def _tracked(self, request_id: str) -> Iterator[None]:
-        """Count the request as in flight. The bound includes requests that are being tokenised."""
+        """Count the request as in flight during the block.
+
+        The number of requests in flight is bounded. Requests that are being tokenised count, too.
+        """
         if request_id in self._in_flight:
             raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
         if len(self._in_flight) >= self.admission.max_requests:
@@ -289,7 +292,7 @@ def _draining() -> UnavailableError:
 def _journaled_request(
     request: inference_pb2.GenerateRequest, ready: TokenRequest
 ) -> inference_pb2.GenerateRequest:
-    """The request for the journal: with its token ids, so that no router tokenises it again."""
+    """The request for the journal. It has token ids, so no router tokenises the prompt again."""
     return inference_pb2.GenerateRequest(
         request_id=ready.request_id,
         model=request.model,

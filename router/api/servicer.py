@@ -1,4 +1,4 @@
-"""The gRPC transport of the public protocol: deadlines, responses and errors of one call."""
+"""Serves the public protocol over gRPC: translates the deadline, responses and error of a call."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from core.errors import InvalidArgumentError, NotFoundError
 from router.request import TokenRequest, shown
 from router.text.codec import ChatTurn, ModelFacts
 
-# The limits that inference.proto documents. Those of sampling bound the work per token.
+# The limits that inference.proto documents. The limits on sampling fields bound the work per token.
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -141,7 +141,8 @@ def _prompt(
     if kind == "token_ids":
         if not request.token_ids.ids:
             raise _empty("token_ids")
-        model.check_fits(len(request.token_ids.ids))  # first: there may be a million ids
+        # The cheap check comes first: there may be a million ids.
+        model.check_fits(len(request.token_ids.ids))
         _check_token_ids("token_ids", request.token_ids.ids, model)
         return PromptTokens(tuple(request.token_ids.ids))
     raise InvalidArgumentError(

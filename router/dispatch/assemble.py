@@ -3,13 +3,13 @@
 The order of the output follows from positions, never from the order of arrival::
 
     position        0                1   2   3 ...
-    prefill worker  t0, if asked
+    prefill worker  t0, if asked for
     decode worker   t0, if computed  t1  t2  t3 ...
 
-If token 0 came with the KV, the decode stream begins at position 1. Otherwise the decode worker
-computes token 0, and its stream begins at position 0.
+If the decode worker gets token 0 with the KV, the decode stream begins at position 1. Otherwise the
+decode worker computes token 0, and the decode stream begins at position 0.
 
-Pure. No token is lost, repeated or invented, whichever side answers first.
+Pure. No token is lost, repeated or invented, whichever worker answers first.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Assembler:
         The token is dropped if the decode worker has computed token 0 itself and was faster.
 
         Raises:
-            ProtocolViolationError: the prefill worker was not asked for a first token.
+            ProtocolViolationError: the prefill worker was not asked for a first token, or the batch
+                does not have exactly one token.
         """
         if not self._forwards_first_token or len(batch.token_ids) != 1:
             raise ProtocolViolationError("the prefill worker was not asked for a first token")

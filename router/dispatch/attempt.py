@@ -1,7 +1,7 @@
 """One attempt at a request: a Decode stream and a Prefill call, started together.
 
-Two readers put the workers' answers into one bounded queue. ``run`` takes them out, orders them by
-position and emits them. When ``run`` ends, for any reason, both calls are ended.
+Two readers put the workers' answers into one bounded queue. ``run`` takes them out, orders
+the tokens by position and emits them. When ``run`` ends, for any reason, it ends both calls.
 
     prefill reader --+
                      +--> events (bounded) --> run --> Assembler --> emit
@@ -95,7 +95,7 @@ class Attempt:
 
     Args:
         clock: monotonic time, seconds.
-        on_prefill_ended: called when the prefill call has ended; True if it was answered.
+        on_prefill_ended: called when the prefill call has ended, with True if it was answered.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Attempt:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of ``plan.token_ids`` that the worker that prefilled found in its prefix cache."""
+        """How many of ``plan.token_ids`` the prefilling worker found in its prefix cache."""
         if self._prefill_answer is not None:
             return self._prefill_answer.cached_tokens
         if self._prefill is None and self.kv is not None:
@@ -143,7 +143,10 @@ class Attempt:
         return self.kv is None or self.kv.outcome != inference_pb2.KV_OUTCOME_TRANSFERRED
 
     def worker_lost(self, worker: WorkerRecord) -> None:
-        """Note that a worker's lease is gone. If the worker is silent too, the attempt fails."""
+        """Note that a worker's lease is gone.
+
+        If the worker has been silent for ``plan.lost_after_s``, too, the attempt fails.
+        """
         if worker is self._prefill and self._prefill_answer is not None:
             return  # it has answered; the decode worker notices if the transfer breaks
         if worker is self._decode and self._decode_held_back:
@@ -164,7 +167,7 @@ class Attempt:
             BatonError: it has not ended, and another attempt would not help.
         """
         # Connect before the first call. If a worker cannot be reached, nothing has been sent, so
-        # the attempt cannot have killed a worker.
+        # the attempt cannot have killed a worker, and it does not count against max_attempts.
         for client, worker in ((prefill, self._prefill), (decode, self._decode)):
             if client is not None and worker is not None and not await client.connected():
                 error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
@@ -184,7 +187,7 @@ class Attempt:
             while not await self._step(await self._events.get(), emit):
                 pass
         finally:
-            # Cancel the calls, too: a reader that is cancelled before it starts ends no call.
+            # Cancel the calls, too: a reader that is cancelled before it starts cannot end a call.
             for each in (*calls, *readers):
                 each.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
@@ -225,7 +228,8 @@ class Attempt:
         try:
             return self._assembler.decode(response.first_index, batch)
         except FirstTokenDiffersError as err:
-            # No worker is at fault. The decode worker holds the prompt's KV for the next attempt.
+            # No worker is at fault. The next attempt prefers this decode worker, which
+            # has computed the prompt's KV and likely keeps the KV in its prefix cache.
             error: BatonError = UnavailableError(
                 f"worker {self._decode_id} computed another first token: {err}",
                 reason="FIRST_TOKEN_DIFFERS",

@@ -1,8 +1,8 @@
-"""Hostile clients of the gRPC servers of the router and of the workers.
+"""Hostile clients attack the gRPC servers of the router and of the workers.
 
-Their calls end in a status that says whose fault the error is. Meanwhile, the streams of other
-clients get exactly their tokens. Afterwards no request runs, no KV block is held, no new file is
-open, and the log has no traceback.
+Each hostile call ends in a status that says whose fault the error is. Meanwhile, the streams of
+other clients get exactly their tokens. Afterwards no request runs, no KV block is in use, no
+additional file is open, and the log has no traceback.
 """
 
 from __future__ import annotations
@@ -264,12 +264,12 @@ async def _call_hostile(
     allowed: Iterable[Code] = (), timeout_s: float = WITHIN_S, metadata: Any = None,
     cancel_early: bool = False,
 ) -> None:  # fmt: skip
-    """Call ``method`` and check that the status is an expected one. An error must carry our detail
-    unless gRPC itself may have caused it."""
+    """Call ``method`` and check that the status is an expected one. An error must carry Baton's
+    error detail, unless gRPC itself may have caused the error."""
     unary_stream: Any = channel.unary_stream(method)  # sends and returns bytes
     call = unary_stream(request, timeout=timeout_s, metadata=metadata)
     code, error = Code.OK, None
-    # gRPC itself may refuse the other calls, or its health service answers them.
+    # Whether the call reaches Baton's code. gRPC itself or its health service may end other calls.
     ours = method in server.methods and len(request) <= MAX_MESSAGE_BYTES and not metadata
     try:
         async for _ in call:
@@ -318,7 +318,8 @@ async def test_bytes_that_are_not_grpc(name: str, caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("name", SERVERS)
 async def test_a_path_that_is_not_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """grpcio before 1.84, which we require, ends and logs such a call. 1.84 ends the server."""
+    """In grpcio 1.84, such a call ends the server. We require an older grpcio, in which only the
+    call ends and an error is logged."""
     rng = dice(f"path {name}")
     async with (
         SERVERS[name]() as server,

@@ -1,7 +1,7 @@
-"""Faults in a cluster with real engines, during streams whose tokens are known.
+"""Faults strike a cluster with real engines during streams whose tokens are known.
 
-The tests share one cluster. Each waits at its end until the cluster has recovered, except for the
-one marked ``ends_cluster``.
+The tests share one cluster. Each test waits at its end until the cluster has recovered, except for
+the test marked ``ends_cluster``.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from tests.support.stream_load import (
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 # dtype: in bfloat16, batching alone changes the last bits and sometimes a token.
-# enable_prefix_caching: if it is off, the prefill worker computes a repeated prompt again in full.
-# journal_patience_s: engines that use all cores delay writes to the journal, and a stream can be
-# resumed only from what was written.
+# enable_prefix_caching: off, because the prefill worker must compute a repeated prompt in full.
+# journal_patience_s: engines that use all cores delay writes to the journal. A stream can be
+# resumed only if its tokens were written.
 CONFIG = """\
 model: {dtype: float32, max_model_len: 2048}
 router: {port: 0, journal_patience_s: 1}
@@ -67,7 +67,7 @@ decode:
   engine: {max_num_batched_tokens: 256}
 """
 SIZES = {Pool.PREFILL: 1, Pool.DECODE: 2}
-RESTORED_S = 120.0  # until all workers are replaced and idle
+RESTORED_S = 120.0  # longest time until all workers are replaced and idle
 
 STREAMS = [PlannedRequest(tuple(random_prompt(40 + 30 * n, 200 + n)), 150) for n in range(4)]
 SHORT = [PlannedRequest(tuple(random_prompt(30, 400 + n)), 8) for n in range(2)]
@@ -102,7 +102,7 @@ def reference(cluster: LiveCluster) -> Reference:
 
 
 def run(cluster: LiveCluster, requests: Sequence[PlannedRequest]) -> list[Outcome]:
-    """Send all requests at once and wait for their ends."""
+    """Send all requests at the same time and wait for their ends."""
     with Load(cluster.state.address, each_alone(requests)) as load:
         pass
     return load.outcomes
@@ -176,7 +176,7 @@ def test_streams_do_not_notice(
 def test_streams_move_to_another_decode_worker_and_prompts_wait(
     cluster: LiveCluster, reference: Reference, decode_fault: Fault, prefill_fault: Fault | None
 ) -> None:
-    """``prefill_fault`` strikes without a wait for the decode worker to be replaced."""
+    """``prefill_fault`` strikes even if the decode worker has not been replaced yet."""
     with Load(cluster.state.address, each_alone(STREAMS)) as load:
         load.wait_for_tokens(20)
         decode_fault.strike(cluster)
@@ -192,7 +192,8 @@ def test_streams_move_to_another_decode_worker_and_prompts_wait(
 def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> None:
     """Strike the only prefill worker while it computes prompts.
 
-    Check that their requests end well, at least one after a retry. Running streams must not notice.
+    Check that all requests end well, and that at least one prompt needs a retry. The streams that
+    already run must not notice.
     """
     with Load(cluster.state.address, each_alone(STREAMS[:2])) as streams:
         streams.wait_for_tokens(5)

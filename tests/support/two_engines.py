@@ -25,7 +25,7 @@ GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 @dataclass
 class Engines:
-    """Both engines, and what requests need to name them."""
+    """Both engines, and the names that requests use for them."""
 
     prefill: VllmEngine
     decode: VllmEngine
@@ -49,7 +49,7 @@ class Engines:
         """Return all outputs of one request. A prefill (``KvSend``) generates one token.
 
         Args:
-            so_far: how many tokens at the prompt's end are output of an earlier attempt.
+            so_far: how many tokens at the prompt's end are the output of an earlier attempt.
         """
         wanted = pb.SamplingParams()
         wanted.CopyFrom(sampling)

@@ -70,7 +70,7 @@ def test_tests_do_not_sleep() -> None:
 
 
 def test_no_clock_that_can_jump_is_read() -> None:
-    """Deadlines and leases use monotonic time. Benchmarks may compare with wall times in a log."""
+    """Deadlines and leases use monotonic time. Benchmarks may read wall time."""
     packages = [ROOT.joinpath(*name.split(".")) for name in PACKAGES if name != "bench"]
     files = [path for package in packages for path in package.glob("*.py")]
     clocks = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\b|\bCLOCK_REALTIME\b")
