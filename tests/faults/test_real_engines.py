@@ -164,17 +164,17 @@ def test_streams_do_not_notice(
         (StopEngine(Pool.DECODE), KillWorker(Pool.PREFILL)),
         (StopWorker(Pool.DECODE), FullLogDisk(Pool.PREFILL)),
         (FullLogDisk(Pool.DECODE), StopWorker(Pool.PREFILL)),
-        (DrainWorker(Pool.DECODE), None),
+        (DrainWorker(Pool.DECODE), StopEngine(Pool.PREFILL)),
         (CutWorker(Pool.DECODE), CutWorker(Pool.PREFILL)),
         (
             SilenceWorker(Pool.DECODE, 2 * SILENCE_S),
             SilenceWorker(Pool.PREFILL, 2 * SILENCE_S),
         ),
     ],
-    ids=lambda fault: title(fault) if fault else "no prefill fault",
+    ids=title,
 )
 def test_streams_move_to_another_decode_worker_and_prompts_wait(
-    cluster: LiveCluster, reference: Reference, decode_fault: Fault, prefill_fault: Fault | None
+    cluster: LiveCluster, reference: Reference, decode_fault: Fault, prefill_fault: Fault
 ) -> None:
     """``prefill_fault`` strikes even if the decode worker has not been replaced yet."""
     with Load(cluster.state.address, each_alone(STREAMS)) as load:
@@ -184,7 +184,9 @@ def test_streams_move_to_another_decode_worker_and_prompts_wait(
     moved = sorted_attempts(load.outcomes)
     assert set(moved) <= {1, 2}
     assert moved[-1] == 2
-    if prefill_fault is not None:
+    if isinstance(prefill_fault, StopEngine):
+        hang_prefill(cluster, reference, prefill_fault)
+    else:
         hit_prefill(cluster, reference, prefill_fault)
     check_restored(cluster, reference)
 
@@ -208,18 +210,18 @@ def hit_prefill(cluster: LiveCluster, reference: Reference, fault: Fault) -> Non
     assert sorted_attempts(prompts.outcomes)[-1] > 1
 
 
-def test_a_hung_prefill_engine_is_found_and_replaced(
-    cluster: LiveCluster, reference: Reference
-) -> None:
-    """Meanwhile, a decode worker that waits for KV may give up and compute the prompt itself."""
+def hang_prefill(cluster: LiveCluster, reference: Reference, fault: StopEngine) -> None:
+    """Let the only prefill engine hang. Check that its worker is found and removed.
+
+    Meanwhile, a decode worker that waits for KV may give up and compute the prompt itself.
+    """
     (hung,) = cluster.workers(Pool.PREFILL)
-    StopEngine(Pool.PREFILL).strike(cluster)
+    fault.strike(cluster)
     check(run(cluster, STREAMS), reference)
     cluster.wait(
         lambda: hung.id not in {each.id for each in cluster.workers()},
         "the worker with the hung engine has gone",
     )
-    check_restored(cluster, reference)
 
 
 def test_clients_resume_at_the_next_router(cluster: LiveCluster, reference: Reference) -> None:

@@ -49,9 +49,8 @@ class Shape:
 
 SHAPES = [
     Shape(),
-    Shape(tp=(1, 2)),
+    Shape(tp=(1, 2), block_tokens=(128, 32)),
     Shape(tp=(2, 1), block_tokens=(32, 128)),
-    Shape(block_tokens=(128, 32)),
     Shape(layer_types=("sliding_attention", "full_attention")),
 ]
 
