@@ -74,9 +74,10 @@ def caches(geometry: KvGeometry, blocks: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """What to send: the KV of ``pairs`` prompts of equal length, at the same time.
+    """What to send: the KV of several prompts of equal length, all at the same time.
 
-    Each prompt has ``tokens`` tokens and its own pair of a prefill rank and a decode rank.
+    Each prompt has ``tokens`` tokens and its own pair of a prefill rank and a decode rank. So
+    ``pairs`` is also the number of prompts.
     """
 
     geometry: KvGeometry

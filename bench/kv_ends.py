@@ -26,7 +26,7 @@ from kv_transfer.receive.records import Reservation, TransferResult
 from kv_transfer.send.records import StepChunk
 from kv_transfer.send.server import PrefillServer
 
-CHUNK_TOKENS = 512  # tokens of all prompts that one engine step computes
+CHUNK_TOKENS = 512  # most tokens of an engine step, over all prompts together
 
 
 # ---- the prefill process -------------------------------------------------------------------
@@ -189,7 +189,8 @@ class DecodeSide:
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        torch.set_num_threads(1)  # for memcpy_s; NumPy copies the stream's messages in one thread
+        # memcpy_s must copy in one thread, as the stream does.
+        torch.set_num_threads(1)
         self._options = options("d", case.message_bytes, case.staging_buffers)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()

@@ -269,7 +269,8 @@ async def _call_hostile(
     unary_stream: Any = channel.unary_stream(method)  # sends and returns bytes
     call = unary_stream(request, timeout=timeout_s, metadata=metadata)
     code, error = Code.OK, None
-    # Whether the call reaches Baton's code. gRPC itself or its health service may end other calls.
+    # Whether the call is sure to reach Baton's code. gRPC itself or its health service may end other
+    # calls.
     ours = method in server.methods and len(request) <= MAX_MESSAGE_BYTES and not metadata
     try:
         async for _ in call:
@@ -350,7 +351,7 @@ async def test_calls_with_random_messages_methods_and_metadata(
                 await _call_hostile(server, channel, method, request, allowed={Code.UNIMPLEMENTED})
             case "health":
                 method = rng.choice([f"/{HEALTH}/Check", f"/{HEALTH}/Watch"])
-                # A Watch call runs until its deadline, whatever service it names.
+                # A Watch call that can be parsed runs until its deadline.
                 await _call_hostile(server, channel, method, request, timeout_s=0.2)
             case "size":
                 await _call_hostile(server, channel, rng.choice(ours), bytes(MAX_MESSAGE_BYTES + 1))
@@ -376,7 +377,7 @@ def _prompt_of(message: Any) -> Any:
 
 
 def _plausible(kind: type[Message], rng: random.Random) -> Message:
-    """Return a random request of type ``kind`` that the server accepts."""
+    """Return a random request of type ``kind``. The server accepts it, unless it is a Resume."""
     message = kind()
     names = message.DESCRIPTOR.fields_by_name
     if "key" in names:
@@ -402,7 +403,7 @@ async def test_requests_with_hostile_fields(name: str, caplog: pytest.LogCapture
         await _call_hostile(server, channel, method, request, cancel_early=rng.random() < 0.2)
 
     async def huge(server: Server, channel: grpc.aio.Channel) -> None:
-        """Send each method that takes token ids a request that is nearly as large as allowed."""
+        """Call each method that takes token ids. The request is nearly as large as allowed."""
         for method, kind in server.methods.items():
             message = _plausible(kind, rng)
             if "token_ids" in message.DESCRIPTOR.fields_by_name:
