@@ -269,8 +269,8 @@ async def _call_hostile(
     unary_stream: Any = channel.unary_stream(method)  # sends and returns bytes
     call = unary_stream(request, timeout=timeout_s, metadata=metadata)
     code, error = Code.OK, None
-    # Whether the call is sure to reach Baton's code. gRPC itself or its health service may end other
-    # calls.
+    # Whether the call is sure to reach Baton's code. gRPC itself or its health service may end
+    # other calls.
     ours = method in server.methods and len(request) <= MAX_MESSAGE_BYTES and not metadata
     try:
         async for _ in call:

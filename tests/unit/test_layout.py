@@ -99,8 +99,8 @@ def test_the_cpu_lock_has_no_cuda_builds() -> None:
     assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "llm"}
 
 
-# Matches a constant that bounds a wait, a queue, a message or a count. The suffix of its name tells,
-# which is usually a unit.
+# Matches a constant that bounds a wait, a queue, a message or a count. The suffix of its name
+# tells, which is usually a unit.
 BOUND = re.compile(
     r"^_?[A-Z][A-Z0-9_]*_(?:S|MS|BYTES|CHARS|TOKENS|TOKEN_IDS|STOPS|LOGPROBS|ATTEMPTS|TRIES|LEASES"
     r"|CONNECTIONS|REQUESTS|LINES_PER_FILE|FRAMES_AT_A_TIME|CALLS|MARGIN|GRACE)(?:: \S+)? = [-\d.]"
