@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any, Final, Unpack
 
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 
 from baton.errors import (
     AlreadyExistsError,
@@ -45,6 +46,11 @@ _RESUMABLE_REASONS: Final = frozenset({"CONNECTION_FAILED", "ROUTER_DRAINING"})
 # If Resume fails with one of these, a later Resume may succeed.
 _RETRIABLE_ERRORS: Final = (UnavailableError, AlreadyExistsError, CapacityError)
 _MIN_RESUME_WAIT_S: Final = 0.2  # avoids a tight loop while the router is down
+
+# Asks a router by the name of its service, because other gRPC servers serve the name "", too.
+HEALTH_REQUEST: Final = health_pb2.HealthCheckRequest(
+    service=pb.DESCRIPTOR.services_by_name["Inference"].full_name
+)
 
 ChannelOptions = Sequence[tuple[str, str | int]]
 

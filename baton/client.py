@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton._wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_RESUME_TIMEOUT_S,
+    HEALTH_REQUEST,
     ChannelOptions,
     Resumption,
     StreamReader,
@@ -121,9 +122,7 @@ class Client:
             BatonError: the router did not answer.
         """
         try:
-            answer = self._health.Check(
-                health_pb2.HealthCheckRequest(), timeout=self._call_timeout_s(timeout_s)
-            )
+            answer = self._health.Check(HEALTH_REQUEST, timeout=self._call_timeout_s(timeout_s))
         except grpc.RpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
