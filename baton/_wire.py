@@ -1,4 +1,7 @@
-"""Translates between public values and protocol messages. Pure; both clients share it."""
+"""Translates between public values and protocol messages, and decides when to resume a stream.
+
+Both clients use this module. It reads no clock and does no I/O.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any, Final, Unpack
 
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 
 from baton.errors import (
     AlreadyExistsError,
@@ -37,11 +41,16 @@ DEFAULT_RESUME_TIMEOUT_S: Final = 30.0  # a router that died is replaced within 
 # Three years. gRPC treats a deadline far beyond this as one that has already passed.
 _ENDLESS_TIMEOUT_S: Final = 1e8
 
-# A stream that ends with one of these can be resumed: its router died or is shutting down.
+# A stream whose error has one of these reasons can be resumed: its router died or shuts down.
 _RESUMABLE_REASONS: Final = frozenset({"CONNECTION_FAILED", "ROUTER_DRAINING"})
 # If Resume fails with one of these, a later Resume may succeed.
 _RETRIABLE_ERRORS: Final = (UnavailableError, AlreadyExistsError, CapacityError)
 _MIN_RESUME_WAIT_S: Final = 0.2  # avoids a tight loop while the router is down
+
+# Asks a router by the name of its service, because other gRPC servers serve the name "", too.
+HEALTH_REQUEST: Final = health_pb2.HealthCheckRequest(
+    service=pb.DESCRIPTOR.services_by_name["Inference"].full_name
+)
 
 ChannelOptions = Sequence[tuple[str, str | int]]
 
@@ -63,7 +72,7 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
         ("grpc.max_receive_message_length", max_message_bytes),
         # A web proxy in the environment must not receive calls to the cluster.
         ("grpc.enable_http_proxy", 0),
-        # Without this bound, a backend that starts before its cluster may connect minutes late.
+        # Without this bound, a client that starts before the cluster may connect minutes late.
         ("grpc.max_reconnect_backoff_ms", 2000),
         # If the router's host vanishes, nothing closes the connection. These pings detect the
         # failure, so the client can resume the stream.
@@ -92,7 +101,7 @@ def grpc_timeout_s(timeout_s: float | None) -> float | None:
 def build_request(
     prompt: str | None, max_message_bytes: int, **fields: Unpack[RequestFields]
 ) -> pb.GenerateRequest:
-    """Build the message for one request. The router checks whether its values are in range.
+    """Build the message for one request. The router, not this function, checks value ranges.
 
     Raises:
         InvalidArgumentError: there is not exactly one input, the protocol cannot carry a value,

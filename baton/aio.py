@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton._wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_RESUME_TIMEOUT_S,
+    HEALTH_REQUEST,
     ChannelOptions,
     Resumption,
     StreamReader,
@@ -110,9 +111,7 @@ class AsyncClient:
         """
         stub = health_pb2_grpc.HealthStub(self._connect())
         try:
-            answer = await stub.Check(
-                health_pb2.HealthCheckRequest(), timeout=self._call_timeout_s(timeout_s)
-            )
+            answer = await stub.Check(HEALTH_REQUEST, timeout=self._call_timeout_s(timeout_s))
         except grpc.aio.AioRpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton._wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_RESUME_TIMEOUT_S,
+    HEALTH_REQUEST,
     ChannelOptions,
     Resumption,
     StreamReader,
@@ -38,14 +39,14 @@ class Client:
 
     Args:
         address: "host:port" of the router's gRPC server.
-        timeout_s: deadline of calls that do not give one. With ``None`` or ``math.inf``, the
-            router's default applies.
+        timeout_s: timeout of calls that give none. With ``None`` or ``math.inf``, the router's
+            default applies.
         tls: credentials such as ``grpc.ssl_channel_credentials(root_ca)``; ``None`` is plaintext.
         max_message_bytes: largest message in either direction. The router has a limit of its own.
         options: more gRPC channel arguments. They override the client's own.
         resume_timeout_s: how long to try to resume a stream after its router died or shut down.
             The client calls the same address again, and the responses continue where they
-            stopped. With 0, the stream ends with ``UnavailableError`` at once.
+            stopped. With 0, the stream ends with ``UnavailableError`` instead.
     """
 
     def __init__(
@@ -121,9 +122,7 @@ class Client:
             BatonError: the router did not answer.
         """
         try:
-            answer = self._health.Check(
-                health_pb2.HealthCheckRequest(), timeout=self._call_timeout_s(timeout_s)
-            )
+            answer = self._health.Check(HEALTH_REQUEST, timeout=self._call_timeout_s(timeout_s))
         except grpc.RpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

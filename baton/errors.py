@@ -1,8 +1,9 @@
-"""The tree of all errors, and its mapping to gRPC status codes.
+"""Defines the tree of errors and maps it to gRPC status codes.
 
 The class of an error says who is at fault. The server raises the same classes; ``core.errors`` adds
 classes that only servers use. A client raises the class that matches the status code from the
-router. The typed detail travels in trailing metadata as an ``ErrorDetail``.
+router. An ``ErrorDetail`` in the trailing metadata carries the reason, the request id and the time
+after which to retry.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class NotFoundError(BatonError):
 
 
 class AlreadyExistsError(BatonError):
-    """A request with this id is in flight."""
+    """Another request with the same id is in flight."""
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
     default_reason = "DUPLICATE_REQUEST_ID"
@@ -161,7 +162,7 @@ def from_status(
 def read_detail(
     metadata: Iterable[tuple[str, str | bytes]],
 ) -> inference_pb2.ErrorDetail | None:
-    """The typed detail in a call's trailing metadata; None if it is missing or unreadable."""
+    """The ``ErrorDetail`` in a call's trailing metadata; None if it is missing or unreadable."""
     for key, value in metadata:
         if key == ERROR_DETAIL_KEY and isinstance(value, bytes):
             try:

@@ -96,7 +96,8 @@ class TokenLogprobs:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
-    # Found in the prefix cache of the prefill worker; if none took part, of the decode worker.
+    # Prompt tokens found in the prefix cache of the prefill worker. If no prefill worker took part:
+    # in the prefix cache of the decode worker.
     cached_prompt_tokens: int
 
 
@@ -109,9 +110,9 @@ class KvReport:
     bytes: int
     messages: int
     tokens: int  # positions whose KV was received
-    transfer_ms: float  # first header -> manifest complete
+    transfer_ms: float  # first message announced -> all messages received and checked
     cached_tokens: int  # positions found in the decode worker's prefix cache
-    computed_tokens: int  # positions that the decode engine computed itself
+    computed_tokens: int  # positions that the decode worker computed to get its first token
     hidden_bytes: int  # the part of bytes that was sent while prefill was computing
     tail_ms: float  # prefill's last layer -> last byte sent; 0 if all bytes were hidden
     stall_ms: float  # how long prefill waited because all its buffers were in flight
@@ -131,7 +132,7 @@ class Phases:
     kv: KvReport | None
     prefill_worker: str  # empty if no prefill worker took part
     decode_worker: str  # empty if no decode worker took part
-    attempts: int  # dispatches; 1 if nothing failed
+    attempts: int  # number of dispatches; 1 if nothing failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class Response:
 
     request_id: str
     sequence: int  # 0, 1, 2, … without gaps
-    text: str  # never changes later; may be empty although token_ids are not
+    text: str  # never changes later; may be empty although token_ids is not
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]  # one per token if requested
     finish_reason: FinishReason | None = None

@@ -1,4 +1,4 @@
-"""How long a cancelled request still holds KV blocks.
+"""Measures how long a cancelled request still holds KV blocks.
 
 A router and two workers with real engines (P: prefill, D: decode) run in one event loop. Each
 engine reports every finished step to this loop. The measured times:
@@ -6,11 +6,11 @@ engine reports every finished step to this loop. The measured times:
 freed     the client cancels -> neither engine has the request or one of its blocks
 step      length of the engine step during which the client cancels; a step is not interrupted. The
           engine is P in the first two phases below and D in the last two
-beyond    the end of that step -> freed; 0 if the request is freed before
+beyond    the end of that step -> freed; 0 if the request is freed before that end
 
 The phases in which a request is cancelled:
 
-queued       its blocks are reserved on D while P computes another prompt
+queued       D has reserved blocks for the request; P computes another prompt
 prefilling   P has computed the first chunk
 handed over  the client has received P's token
 decoding     the client has received BEFORE_CANCEL tokens
@@ -56,7 +56,7 @@ _ONE_TOKEN = inference_pb2.SamplingParams(temperature=0, max_tokens=1, ignore_eo
 
 
 class EngineWatch:
-    """Records when one engine reported a step, and whether the engine holds requests."""
+    """Records when one engine reports a step, and tells whether the engine holds requests."""
 
     def __init__(self, engine: VllmEngine) -> None:
         self.engine = engine

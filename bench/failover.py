@@ -1,15 +1,15 @@
-"""How long a stream stops when its decode worker is killed (kill -9).
+"""Measures how long a stream pauses when its decode worker is killed (kill -9).
 
 In each round, one stream runs on one of two decode workers, and this worker is killed. The next
-round begins when another worker has replaced the killed one.
+round begins when a new worker has replaced the killed one.
 
 next token    kill -> the first token of the second attempt at the client
-break         kill -> the kernel has ended the process and closes its connections; the benchmark
-              sees this on a connection of its own
-notice        break -> the router logs that the attempt failed and begins the second one; the log's
-              times have milliseconds
+break         kill -> the kernel closes the connections of the killed process; the benchmark sees
+              this on its own connection to the worker
+notice        break -> the router logs that the attempt failed and begins the second one; the
+              log's times are in whole milliseconds
 resume        the second attempt begins -> its first token at the client: the prefill worker
-              computes the prompt and the tokens so far, and the router forwards its first token
+              computes the prompt and the tokens so far, and sends the next token
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cluster.local.run_dir import read_state
 from core.config.schema import load_config
 from core.types import Pool, WorkerRecord, WorkerState
 
-TOKENS = 300  # of an answer; enough to kill the worker in the middle of it
+TOKENS = 300  # in an answer; enough to kill the worker in the middle of the answer
 BEFORE_KILL = 30  # the worker is killed once the client has received this many tokens
 REPLACE_TIMEOUT_S = 120.0  # a new worker must load the model and warm up
 _POLL_S = 0.25
@@ -69,7 +69,7 @@ class Failover:
 
 
 class WorkerConnection:
-    """A connection to a worker that records when it breaks."""
+    """Connects to a worker and records when the connection breaks."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -79,7 +79,7 @@ class WorkerConnection:
         self._thread.start()
 
     def wait_broken(self) -> datetime:
-        """Wait until the connection breaks. Return when it did."""
+        """Wait until the connection breaks. Return the time of the break."""
         self._thread.join()
         self._socket.close()
         assert self._broken_at is not None
@@ -149,7 +149,7 @@ def decode_workers(cluster: Cluster) -> list[WorkerRecord]:
 
 
 def wait_replaced(cluster: Cluster, before: Sequence[WorkerRecord]) -> None:
-    """Wait until a new worker has replaced the one in ``before`` that was killed."""
+    """Wait until a new worker has replaced the killed one of the workers in ``before``."""
     known = {each.id for each in before}
     deadline_s = time.monotonic() + REPLACE_TIMEOUT_S
     while time.monotonic() < deadline_s:

@@ -1,4 +1,7 @@
-"""What the journal costs: a cluster with fake engines runs with and without it.
+"""Measures what the journal costs.
+
+With ``router.journal`` on, the router writes the tokens of each stream to Redis. A cluster with
+fake engines runs with and without the journal. The measured values:
 
 step      time between two responses of a stream, measured at the client, over all streams; the
           fake engine makes one token every 3 ms
@@ -63,7 +66,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 async def steps_ms(client: baton.AsyncClient, prompt_token: int) -> list[float]:
-    """Run one stream. Return the times between its responses, from the second on."""
+    """Run one stream. Return the times between its responses, starting at the second one."""
     stream = client.generate(token_ids=[prompt_token], temperature=0, max_tokens=TOKENS)
     at_s = [time.perf_counter() async for _ in stream]
     return [1000 * (after - before) for before, after in itertools.pairwise(at_s[1:])]
@@ -96,8 +99,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = Report(args.json)
-    # Ray keeps the authentication token of its first cluster for the life of the process, so each
-    # cluster gets a process of its own.
+    # In one process, Ray keeps using the authentication token of the first cluster. Each cluster
+    # therefore runs in its own process.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as executor:
         for rows in executor.map(measure_cluster, (False, True, False, True)):

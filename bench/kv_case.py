@@ -1,4 +1,4 @@
-"""Shared by the measurements of the KV stream: cache geometries, options and cases."""
+"""Defines cache geometries, options and cases that the measurements of the KV stream share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kv_transfer.options import TransferOptions
 MIB = 1 << 20
 TIMEOUT_S = 120.0
 GEOMETRIES = {
-    # With the block size of vLLM's CPU build.
+    # The block size is the default of vLLM's CPU build.
     "smollm2-135m": KvGeometry(
         model="smollm2-135m",
         dtype="bfloat16",
@@ -29,7 +29,7 @@ GEOMETRIES = {
         tp_size=1,
         tp_rank=0,
     ),
-    # With the default block size of vLLM's CUDA build.
+    # The block size is the default of vLLM's CUDA build.
     "llama-3-8b": KvGeometry(
         model="llama-3-8b",
         dtype="bfloat16",
@@ -74,7 +74,11 @@ def caches(geometry: KvGeometry, blocks: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """``pairs`` prompts of ``tokens`` tokens each, all sent at once, each over its own pair."""
+    """What to send: the KV of several prompts of equal length, all at the same time.
+
+    Each prompt has ``tokens`` tokens and its own pair of a prefill rank and a decode rank. So
+    ``pairs`` is also the number of prompts.
+    """
 
     geometry: KvGeometry
     tokens: int

@@ -1,7 +1,8 @@
-"""How fast block units are gathered and scattered, compared with a plain copy of as many bytes.
+"""Measures how fast block units are gathered and scattered.
 
-Blocks are in random order, as in an engine that has run for a while. On a GPU, the plain copy stays
-on the device, and CUDA events measure all times. ``gbps`` means gigabytes per second.
+A plain copy of the same number of bytes is the reference. Blocks are in random order, as in an
+engine that has run for a while. On a GPU, all copies stay on the device, and CUDA events measure
+the times. ``gbps`` means gigabytes per second. ``kv_transfer.geometry`` defines block units.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bench.report import Report
 from kv_transfer.geometry import LayerBlockRange, plan_pair, split_into_messages
 from kv_transfer.kv_caches import KvCaches
 
-_TOTAL_BYTES = 512 * MIB  # KV to copy; larger than the caches of most CPUs and GPUs
+_TOTAL_BYTES = 512 * MIB  # of KV; larger than the L3 of most CPUs and the L2 of most GPUs
 
 
 def seconds(device: torch.device, run: Callable[[], None]) -> float:

@@ -1,6 +1,6 @@
-"""The two processes that measure the KV stream: a prefill side and a decode side.
+"""Runs the two ends of the KV stream for ``bench.kv_stream``, each in its own process.
 
-The decode process starts the prefill process and calls it over a pipe.
+The decode process starts the prefill process and calls methods there over a pipe.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from kv_transfer.receive.records import Reservation, TransferResult
 from kv_transfer.send.records import StepChunk
 from kv_transfer.send.server import PrefillServer
 
-CHUNK_TOKENS = 512  # computed in one engine step, over all prompts
+CHUNK_TOKENS = 512  # most tokens of an engine step, over all prompts together
 
 
 # ---- the prefill process -------------------------------------------------------------------
 
 
 class PrefillSide:
-    """What runs in the prefill process. ``prefill_process`` calls its methods."""
+    """The prefill end of the stream. ``prefill_process`` calls the methods of this class."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -50,7 +50,7 @@ class PrefillSide:
         return self._server.address
 
     def calibrate(self, tokens_per_s: float) -> None:
-        """Set how many matrix products one layer of a full chunk takes at this speed."""
+        """Set the number of matrix products for a layer of a full chunk, to reach this speed."""
         layer_s = CHUNK_TOKENS / tokens_per_s / self._case.geometry.num_layers
         self._work(200)
         began_s = time.monotonic()
@@ -103,12 +103,12 @@ class PrefillSide:
         return began_s, computed_s, sampled_s
 
     def plain(self) -> float:
-        """Return the seconds that the same prefill takes without the stream."""
+        """Return the seconds that a prefill of all prompts takes without the stream."""
         began_s, computed_s, _ = self.prefill([], work=True)
         return computed_s - began_s
 
     def raw(self, port: int, pair_ids: list[str]) -> None:
-        """On each pair, send as many bytes as one prompt's KV has, once the receiver is ready."""
+        """On each pair, wait for the receiver, then send as many bytes as one prompt's KV has."""
         messages = [raw_messages(self._case) for _ in pair_ids]
 
         def send(pair: Pair) -> None:
@@ -123,7 +123,7 @@ class PrefillSide:
 
 
 def prefill_process(case: Case, pipe: Connection) -> None:
-    """Answer calls ``(method, *arguments)``. A dict at the end holds keyword arguments."""
+    """Answer calls ``(method, *arguments)``. A dict at the end contains keyword arguments."""
     side = PrefillSide(case)
     while True:
         name, *arguments = pipe.recv()
@@ -137,7 +137,7 @@ def prefill_process(case: Case, pipe: Connection) -> None:
 
 
 def raw_messages(case: Case) -> tuple[torch.Tensor, ...]:
-    """Return as many contiguous bytes as the KV of one prompt has, cut into messages."""
+    """Return contiguous messages. Together, they have the size of one prompt's KV."""
     data = torch.ones(case.num_bytes // case.pairs // 8, dtype=torch.int64)
     messages: tuple[torch.Tensor, ...] = data.split(case.message_bytes // 8)
     return messages
@@ -160,7 +160,7 @@ def with_pairs(
     settings: TransferOptions, host: str, port: int, pair_ids: list[str], rank: int,
     use: Callable[[Pair], None],
 ) -> None:  # fmt: skip
-    """Make a process group for each id, and use each in its own thread."""
+    """In one thread for each id, make a pair and call ``use`` with it. Wait for all threads."""
     device = torch.device("cpu")
 
     def run(pair_id: str) -> None:
@@ -182,14 +182,15 @@ def with_pairs(
 
 
 class DecodeSide:
-    """What runs in the decode process, with one client for each pair.
+    """The decode end of the stream, with one client for each pair.
 
-    ``call`` calls a method in the prefill process.
+    The constructor starts the prefill process. ``call`` calls a method of ``PrefillSide`` there.
     """
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        torch.set_num_threads(1)  # for memcpy_s; the stream copies a message in one thread anyway
+        # memcpy_s must copy in one thread, as the stream does.
+        torch.set_num_threads(1)
         self._options = options("d", case.message_bytes, case.staging_buffers)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -213,7 +214,7 @@ class DecodeSide:
         return self._pipe.recv()
 
     def begin_prefill(self, transfer_ids: list[str]) -> None:
-        """Start the prefill. Call ``end_prefill`` before the next ``call``."""
+        """Start a prefill without waiting for it. Call ``end_prefill`` before the next ``call``."""
         self._pipe.send(("prefill", transfer_ids, {"work": True}))
 
     def end_prefill(self) -> tuple[float, float, float]:
@@ -256,7 +257,7 @@ class DecodeSide:
         return found, at_s
 
     def bulk_s(self) -> float:
-        """Return the seconds that the transfer of all KV takes if it is already computed."""
+        """Return the seconds that the transfer takes if all KV is already computed."""
         transfer_ids = self.new_transfer_ids()
         self.call("prefill", transfer_ids, {"work": False})
         began_s = time.monotonic()
@@ -265,7 +266,7 @@ class DecodeSide:
         return at_s[-1] - began_s
 
     def raw_s(self) -> float:
-        """Return the seconds that send and receive alone take for the same number of bytes."""
+        """Return the seconds that send and receive alone take for the bytes of ``bulk_s``."""
         case = self._case
         store = host_store("127.0.0.1", TIMEOUT_S)
         pair_ids = [uuid.uuid4().hex for _ in range(case.pairs)]

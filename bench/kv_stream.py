@@ -1,4 +1,4 @@
-"""The KV stream alone, between two processes: its bandwidth, and how much it slows prefill.
+"""Measures the KV stream between two processes: its bandwidth, and how much it slows prefill.
 
 A prefill process simulates prefill on the first core: for each layer of each chunk of 512 tokens,
 it computes some matrix products and calls the hooks that vLLM would call. A decode process reserves
@@ -9,8 +9,9 @@ per second.
     raw_gbps          ProcessGroup.send/recv alone, from and to contiguous memory: the same number
                       of bytes, in messages of the same size, with the same number in flight
     memcpy_gbps       one thread copies messages of this size (each byte counts once)
-    hidden_share      share of the bytes that was sent before the last layer was computed
-    prefill_slowdown  prefill time with the stream / without; the two take turns
+    hidden_share      share of the bytes that are sent before the last layer is computed
+    prefill_slowdown  prefill time with the stream / prefill time without it. Prefills with and
+                      without the stream take turns
     tail_ms           last layer computed -> the decode process has the result
     handoff_ms        first token sampled -> the decode process has the result
 
@@ -35,7 +36,7 @@ from bench.report import Report, quantile
 
 
 def memcpy_s(case: Case) -> float:
-    """Return the seconds that one thread takes to copy as many bytes, message by message."""
+    """Return the seconds that one thread takes to copy the case's bytes, message by message."""
     source = torch.ones(64 * MIB // 8, dtype=torch.int64)
     target = torch.zeros_like(source).add_(1)  # writes to it, so that its memory is mapped
     words = case.message_bytes // 8
@@ -110,9 +111,9 @@ def main() -> None:
     parser.add_argument("--staging-buffers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
-        "--budget-s", type=float, default=30, help="limits the prefills of a case; at least 3 run"
+        "--budget-s", type=float, default=30, help="for a case's prefills; at least 3 rounds run"
     )
-    parser.add_argument("--tokens-per-s", type=float, default=1000, help="of simulated prefill")
+    parser.add_argument("--tokens-per-s", type=float, default=1000, help="simulated prefill speed")
     parser.add_argument("--engines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -130,7 +131,7 @@ def main() -> None:
 
 
 async def measure_engines(args: argparse.Namespace) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """Measure real engines. Return one row for each geometry, tokens and pairs."""
+    """Measure real engines. Return the rows by (geometry, tokens, pairs)."""
     from bench import prefill  # imports vLLM, which takes seconds
 
     if "smollm2-135m" not in args.geometry or 1 not in args.pairs:

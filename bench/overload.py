@@ -2,14 +2,14 @@
 
 peak        requests per second that succeed while a fixed number of clients send requests, each
             client one at a time
-goodput     requests per second that succeed by their deadline during the overload: for
-            ``--seconds``, arrivals are a Poisson process at ``--times`` times the peak
+goodput     requests per second that succeed by their deadline during the overload. For
+            ``--seconds``, requests arrive as a Poisson process at ``--times`` times the peak
 share       goodput / peak
-refused_ms  how long a refusal takes
+refused_ms  time until a refusal with QUEUE_FULL or WOULD_BE_LATE
 late        requests that have not ended one second after their deadline
-recovery_s  from the end of the overload until the last request is sent that fails, or whose TTFT is
-            more than twice the longest TTFT before the overload. Before and after the overload,
-            arrivals are at half the peak
+recovery_s  from the end of the overload until the last request is sent that fails or is slow. Slow
+            means a TTFT of more than twice the longest TTFT before the overload. Before and after
+            the overload, requests arrive at half the peak
 rss         memory of the router's process in MiB: after ten seconds of overload, and its maximum
             from then on
 """

@@ -1,17 +1,23 @@
-"""How much the KV stream slows prefill: compares engines with and without the connector.
+"""Measures how much the KV stream slows prefill in vLLM.
 
-There are three engines. Two prefill engines, one without the connector and one with it (P), are
-bound to core 0. A decode engine (D) is bound to core 1. The three kinds of request take turns, with
-prompts of the same length, so that drift of the machine affects all of them:
+There are three engines. Two prefill engines, one without the KV connector and one with it (P), are
+bound to core 0. A decode engine (D) is bound to core 1. Three kinds of request take turns, with
+prompts of the same length, so that drift of the machine affects all kinds equally:
 
     plain       runs on the engine without the connector
     held        runs on P; D does not fetch the KV
     streamed    runs on P and D at the same time; D reserves and receives the KV
 
-``prefill_slowdown`` is streamed / plain and ``connector_slowdown`` is held / plain. They differ by
-the cost of sending the KV and, on two cores, by the decode engine's own work on the request.
-``handoff_ms`` is the request's first token (from P) -> its second token (from D), minus one decode
-step. ``tail_ms`` is P's last layer computed -> last byte sent.
+The results:
+
+    prefill_slowdown    time to first token, streamed / plain
+    connector_slowdown  time to first token, held / plain
+    handoff_ms          the request's first token (from P) -> its second token (from D), minus one
+                        decode step
+    tail_ms             P's last layer computed -> last byte sent
+
+The two slowdowns differ by the cost of sending the KV. On a machine with only two cores, D's work
+on the request also slows P, and adds to this difference.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ _EIGHT_TOKENS = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
-    """Return random prompts that share no prefix, so that no prefix cache hits."""
+    """Return random prompts that share no prefix, so that every prompt misses the prefix cache."""
     rng = random.Random(seed)
     return [tuple(rng.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
 
@@ -139,7 +145,7 @@ async def measure(
         incarnation=f"{incarnation}-p",
     )
     facts = await prefill.start()
-    # The start of P has set environment variables that bind this engine to the same core.
+    # P's start has set environment variables, which bind the plain engine to P's core, too.
     plain = await asyncio.to_thread(start_llm, engine_arguments(config, Pool.PREFILL, model))
     decode = VllmEngine(
         config,
@@ -164,7 +170,7 @@ async def measure(
                 streamed.append(
                     await run_streamed(prefill, decode, receive, next(fresh_prompts), f"{name}#2")
                 )
-            # The first round warms up and opens the pair.
+            # The first round is a warm-up. In it, P and D also connect.
             del plain_ms[0], held_ms[0], streamed[0]
             base_ms = statistics.median(plain_ms)
             first_ms = [one.first_ms for one in streamed]

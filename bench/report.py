@@ -1,4 +1,4 @@
-"""The rows of a measurement: printed as they come and saved as JSON."""
+"""Prints the rows of a measurement as they come, and saves them as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Return the ``q``-quantile of the values, which is one of them."""
+    """Return the ``q``-quantile of the values, without interpolation."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 

@@ -1,14 +1,14 @@
-"""Runs a whole cluster on this machine. Measures the hand-off and the TTFT that the router adds.
+"""Measures a whole cluster on this machine: its hand-off, and the TTFT that its router adds.
 
 hand-off      the request's first token (from the prefill worker) -> its second token (from the
               decode worker), both at the router, minus one decode step (the mean time between later
               tokens of the same stream). "tail" is the prefill's last layer -> last byte of KV
-              sent. The rest is mostly by how much the decode worker's first step is longer than a
-              later one.
+              sent. The rest of the hand-off is mostly the time by which the decode worker's first
+              step is longer than a later step.
 router adds   TTFT at a client of the router, minus TTFT at a client that calls the prefill worker
               directly. The calls take turns, with prompts of the same length that are in no prefix
-              cache. "alone" generates one token, so no KV is streamed; "streamed" generates more,
-              so the decode worker and the KV stream take part.
+              cache. "alone": the router's client asks for one token, so no KV is streamed.
+              "streamed": it asks for 8 tokens, so the KV is streamed to the decode worker.
 """
 
 from __future__ import annotations

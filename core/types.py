@@ -45,7 +45,7 @@ class WorkerRecord:
     state: WorkerState
     incarnation: str
     address: str  # gRPC, "host:port"
-    kv_addresses: tuple[str, ...]  # KV control, "tcp://host:port", one per TP rank
+    kv_addresses: tuple[str, ...]  # KV control, "tcp://host:port" per prefill rank
     model: str  # served name of the model
     load: WorkerLoad
     metrics: str = ""  # Prometheus, "http://host:port/metrics"

@@ -40,7 +40,7 @@ def wait_done(event: torch.cuda.Event | None, timeout_s: float) -> None:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """Make a new CUDA stream the calling thread's current stream during the ``with`` block."""
+    """During the ``with`` block, the calling thread's current stream is a new CUDA stream."""
     if device.type != "cuda":
         return nullcontext()
     stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))

@@ -1,4 +1,4 @@
-"""How long each phase of a request took, as the router sees it. Pure: the clock is passed in."""
+"""Measures the phases of a request, as the router sees them. Pure: the clock is passed in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from baton.v1 import inference_pb2
 
 
 class PhaseClock:
-    """The times at which one request was accepted, dispatched, and produced tokens.
+    """The times at which one request was accepted and dispatched, and its tokens arrived.
 
     Args:
         clock: monotonic time, seconds.

@@ -1,4 +1,4 @@
-"""The values of a request that all parts of the router share."""
+"""Defines a tokenised request and its output, for several parts of the router."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TokenBatch:
 
 
 def shown(value: object) -> str:
-    """A value that a client sent, cut to a length that suits an error message."""
+    """A value that a client sent, as text for an error message. Long strings are cut."""
     if not isinstance(value, str):
         return str(value)
     short = value if len(value) <= _SHOWN_CHARS else value[:_SHOWN_CHARS] + "…"

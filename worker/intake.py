@@ -1,4 +1,4 @@
-"""The requests that one worker has in flight: how they are admitted, drained and sent away."""
+"""Admits requests to one worker, waits until all have ended, and can end them early."""
 
 from __future__ import annotations
 

@@ -13,16 +13,17 @@ from typing import Any
 
 from core.errors import WorkerLostError
 
-# Time to read an answer that has already arrived. After a suspension of this process alone, the
-# ping looks overdue although the engine has answered it.
+# Time to read an answer that has already arrived. If only this process was suspended, the ping
+# looks overdue although the engine has answered it.
 _LATE_ANSWER_WAIT_S = 0.5
 
 
 class LivenessProbe:
     """Pings one engine and waits for each answer. Belongs to one event loop.
 
-    The probe does not watch the requests: if each ends at its deadline before ``timeout_s``, none
-    of them shows the hang. While the engine's loop runs, each request ends by its deadline.
+    The probe does not watch the requests. If each request reaches its deadline before
+    ``timeout_s``, no request shows the hang. While the engine's loop runs, no request can hang,
+    because each ends by its deadline.
 
     Args:
         ping: returns when the engine's loop has answered. The loop answers between two steps.

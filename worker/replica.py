@@ -1,12 +1,12 @@
-"""One worker: an engine, its gRPC server, and its lease in the registry.
+"""Runs one worker: an engine, its gRPC server, and its lease in the registry.
 
     start: engine ▸ gRPC server ▸ lease STARTING ▸ KV pairs with the other pool ▸ lease READY
            (routers send requests from here on)
     stop:  lease DRAINING ▸ wait until routers have seen it ▸ refuse new requests
            ▸ wait until requests have ended and held KV was fetched
            ▸ stop server ▸ stop engine ▸ remove lease
-           If ``grace_s`` is over first, the worker ends the remaining requests, and their
-           routers continue them on other workers.
+           If the waits take longer than ``grace_s``, the worker ends the remaining
+           requests, and their routers continue them on other workers.
 
 This module knows neither Ray nor the protocol of a pool. ``add_service`` adds the pool's servicer.
 """
@@ -316,8 +316,8 @@ class WorkerReplica:
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
         await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
-        # Cancel the ping only now. Until the engine stops, a health check would find the cancelled
-        # ping and raise CancelledError. Afterwards, the check fails earlier, with WorkerLostError.
+        # Cancel the ping after the engine has stopped: a health check then raises WorkerLostError
+        # before it looks at the ping. While the engine runs, the check would raise CancelledError.
         await self._liveness.close()
         tasks = [task for task in (self._lease, self._pairing) if task is not None]
         for task in tasks:
@@ -339,7 +339,7 @@ class WorkerReplica:
             await asyncio.sleep(2 * self._config.router.registry_poll_s)
 
     async def _kv_fetched(self) -> None:
-        """Return when all KV blocks are free: no decode worker still has to fetch KV from here."""
+        """Return when all KV blocks are free. Then no decode worker has KV to fetch from here."""
         while True:
             # Sleep first: the engine updates its number of free blocks just after the last output.
             await asyncio.sleep(_KV_POLL_S)
@@ -350,7 +350,7 @@ class WorkerReplica:
     async def _try_update(self, update: Coroutine[None, None, None]) -> None:
         """Await an update of the registry. Log a warning if the registry is not reachable.
 
-        A lost update does no harm. The next renewal repeats a new state, and a lease that is not
+        A lost update does no harm. The next renewal writes the new state, and a lease that is not
         removed expires by itself.
         """
         try:

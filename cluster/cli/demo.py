@@ -1,4 +1,4 @@
-"""``make demo``: starts a cluster on this machine, sends two requests at once, and stops it.
+"""``make demo``: starts a cluster on this machine, sends two requests to it, and stops it.
 
 At the end, the demo checks that no process, port or folder of the cluster is left.
 """
@@ -63,7 +63,7 @@ class Conversation:
     """Sends all requests at the same time and prints the answers as they arrive.
 
     Args:
-        requests: by label.
+        requests: the requests by label.
         progress: shows which requests still wait for their first token.
     """
 

@@ -13,16 +13,16 @@ from cluster.local import reaper
 from cluster.local.run_dir import ClusterState, is_held, read_state
 from core.errors import ConfigError, InternalError
 
-_STOP_MARGIN_S = 7.0  # after the grace period, Ray, Valkey and the reaper still have to end
-_KILL_TIMEOUT_S = 15.0  # SIGKILL works at once; the reaper may need 10 s
+_STOP_MARGIN_S = 7.0  # for Ray, Valkey and the reaper to end after the grace period
+_KILL_TIMEOUT_S = 15.0  # SIGKILL works immediately, but the reaper may need 10 s
 _POLL_S = 0.05  # nobody notices such a short delay
 
 
 def take_down(base: Path, name: str, progress: Callable[[str], None]) -> None:
     """Stop the cluster ``name`` and return when nothing of it is left.
 
-    The launcher gets SIGTERM first. If it still holds the name some seconds after its grace period,
-    it gets SIGKILL.
+    The launcher gets SIGTERM first. If the name is still locked some seconds after the grace
+    period, the launcher gets SIGKILL.
 
     Raises:
         ConfigError: no cluster of this name runs, or its state file cannot be read.

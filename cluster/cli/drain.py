@@ -14,12 +14,12 @@ from core.types import WorkerRecord
 def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) -> None:
     """Drain a worker, and return when it has left the registry.
 
-    By then its streams have ended or continue on other workers.
+    By then the worker's streams have ended or continue on other workers.
 
     Raises:
         ConfigError: there is no such worker.
-        UnavailableError: the worker has not left within ``cluster.start_timeout_s``, or the
-            registry does not answer.
+        UnavailableError: the worker has not left within ``cluster.start_timeout_s``, the registry
+            does not answer, or the cluster has no registry yet.
     """
     known = sorted(worker.id for worker in read_workers(state))
     if worker_id not in known:

@@ -20,9 +20,10 @@ _NOT_TEXT = "standard input holds bytes that are not UTF-8 text"
 
 
 def generate(options: argparse.Namespace, address: str) -> int:
-    """Send one prompt and print the answer as it arrives. The phases go to stderr.
+    """Send one prompt and print the answer as it arrives.
 
-    Returns the exit status. Raises BatonError if the request fails.
+    Without ``--json``, a last line on stderr tells how long each phase took. Returns the exit
+    status. Raises BatonError if the request fails.
     """
     prompt = _prompt(options)
     fields = _fields(options)
@@ -69,7 +70,7 @@ def chat(options: argparse.Namespace, address: str) -> int:
             messages.append(ChatMessage("user", text))
             answer = _answer(client, messages, fields)
             if answer is None:
-                messages.pop()  # the message may have caused the error, and would cause it again
+                messages.pop()  # if it caused the error, the next request would fail, too
             else:
                 messages.append(ChatMessage("assistant", answer))
 

@@ -3,8 +3,12 @@
 Each command imports its modules only when it runs. Commands that talk to a running cluster never
 import Ray, vLLM or PyTorch, so they start in well under a second.
 
-Exit status: 0 success, 1 failure (one sentence on stderr, or none if the pipe of stdout is closed),
-2 wrong usage, 130 interrupted (except ``up``, which then stops the cluster and returns 0).
+Exit status:
+
+    0    success; also ``up`` when it is interrupted, after it has stopped the cluster
+    1    failure: one sentence on stderr, or none if the pipe of stdout is closed
+    2    wrong usage
+    130  interrupted
 """
 
 from __future__ import annotations
@@ -163,7 +167,7 @@ def _address(options: argparse.Namespace) -> str:
     config = _load(options)
     try:
         state = read_state(config.cluster.run_path, config.cluster.name)
-    except ConfigError:  # unreadable state; the configured router may be on another machine
+    except ConfigError:  # use the configured address; it may be on another machine
         state = None
     if state is not None:
         return state.address
@@ -214,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands: Any, name: str, run: Command, about: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--name", help="cluster's name (default: baton)")
+    parser.add_argument("--name", help="cluster's name (default: the configured one)")
     parser.set_defaults(run=run)
     return parser
 

@@ -19,7 +19,7 @@ _DEL_AND_C1: Final = re.compile(r"[\x7f-\x9f]")
 
 
 def response_json(response: Response) -> str:
-    """Return one response as one line of JSON, without the keys that have no value.
+    """Return one response as one line of JSON, without the top-level keys that have no value.
 
     All control characters are escaped, so the line cannot control a terminal.
     """
@@ -96,7 +96,8 @@ def _ms(value_ms: float) -> str:
 def printable(text: str) -> str:
     """Replace the characters that could control a terminal, because model output is not trusted.
 
-    Invisible characters that languages and emoji need stay: joiners, wide and non-breaking spaces.
+    Keep the invisible characters that languages and emoji need: joiners, wide and non-breaking
+    spaces.
     """
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if _controls_terminal(char) else char for char in text

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from core.config.schema import Config
 from core.errors import ConfigError
 
+# Below the ports that the system gives to outgoing connections and to servers without a port of
+# their own (``ip_local_port_range``; 32768 by default), and below the NodePorts of Kubernetes.
+_PORTS = range(20_000, 30_000)
+_TRIES = 100
+_SYSTEM_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
 
 def free_port(host: str, host_field: str = "cluster.host") -> int:
-    """Return a port that is free now. Another program may take it before the caller does.
+    """Return a port that is free now, and that the system gives to no other program.
+
+    A program that chooses this port itself may still take it before the caller does.
 
     Args:
         host_field: the configuration field that holds ``host``, for the error message.
@@ -18,7 +30,24 @@ def free_port(host: str, host_field: str = "cluster.host") -> int:
     Raises:
         ConfigError: ``host`` is not an address of this machine.
     """
-    return _try_bind(host, 0, host_field, host_field)
+    for port in (*random.sample(_own_ports(), _TRIES), 0):
+        with suppress(_InUseError):
+            return _try_bind(host, port, host_field, host_field)
+    raise ConfigError(f"{host_field}: {host} has no free port")
+
+
+class _InUseError(ConfigError):
+    """The port is in use."""
+
+
+def _own_ports() -> Sequence[int]:
+    """Return the ports that the system does not give away. If there are few, return all."""
+    try:
+        low, high = map(int, _SYSTEM_RANGE.read_text().split())
+    except (OSError, ValueError):
+        return _PORTS
+    own = [port for port in _PORTS if not low <= port <= high]
+    return own if len(own) >= _TRIES else _PORTS
 
 
 def check_port_is_free(host: str, port: int, host_field: str = "cluster.host") -> None:
@@ -67,7 +96,7 @@ def _try_bind(host: str, port: int, host_field: str, field: str) -> int:
         raise ConfigError(f"{host_field}: {host!r} cannot be resolved: {error.strerror}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
+            raise _InUseError(
                 f"{field}: port {port} on {host} is in use by another program; "
                 "stop it, or choose another port"
             ) from None

@@ -56,10 +56,10 @@ def _marking_malformed(deserialize: Callable[[bytes], Any]) -> Callable[[bytes],
 
 
 def _with_check(behaviour: Any, check: Callable[[Any, _Context], Awaitable[Any]]) -> Any:
-    """Return a handler that passes its request through ``check`` before it calls ``behaviour``.
+    """Return a function that passes its request through ``check`` and then calls ``behaviour``.
 
-    The handler is an async generator function if ``behaviour`` is one, because gRPC calls async
-    generator functions and coroutine functions differently.
+    The function is an async generator function if ``behaviour`` is one, and otherwise a coroutine
+    function. gRPC calls the two kinds differently.
     """
     if inspect.isasyncgenfunction(behaviour):
 

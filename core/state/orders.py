@@ -1,7 +1,7 @@
-"""Messages through Redis to the launcher: scale orders and start failures.
+"""Sends scale orders and start failures to the launcher through Redis.
 
-The command line gives scale orders. Workers and the router report why they could not start. Each
-key is read once. It also expires, so that nothing remains if no launcher reads it.
+``baton scale`` sends scale orders. Workers and the router report why they could not start. Reading
+a key deletes it. A key that no launcher reads expires.
 
     baton:{cluster}:scale:{pool}     number of workers that the pool should have
     baton:{cluster}:failure:{part}   why a worker of a pool, or the router, could not start
@@ -21,7 +21,7 @@ from core.types import Pool
 ROUTER = "router"  # the part of a cluster that is not a pool
 _PARTS = (*Pool, ROUTER)
 
-_ORDER_TTL_MS = 60_000  # an order that no launcher has taken by then is outdated
+_ORDER_TTL_MS = 60_000  # an order or failure that no launcher has read by then is outdated
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class StartFailure:
 
 
 class Orders:
-    """The orders of one cluster in Redis or Valkey.
+    """The scale orders and start failures of one cluster, in Redis or Valkey.
 
     All methods except ``close`` raise UnavailableError when the store does not answer.
 
@@ -51,7 +51,7 @@ class Orders:
         self._prefix = f"baton:{cluster}"
 
     async def ask_scale(self, pool: Pool, replicas: int) -> None:
-        """Ask the launcher for ``replicas`` workers in ``pool``. A later order replaces it."""
+        """Ask the launcher for ``replicas`` workers in ``pool``. Replaces an unread order."""
         await self._client.execute(
             ("SET", f"{self._prefix}:scale:{pool}", replicas, "PX", _ORDER_TTL_MS)
         )
@@ -71,7 +71,7 @@ class Orders:
         return orders
 
     async def report_failure(self, failure: StartFailure) -> None:
-        """Report why a part could not start. A later report on the same part replaces it."""
+        """Report why a part could not start. Replaces an unread report on the same part."""
         await self._client.execute(
             (
                 "SET",

@@ -46,7 +46,7 @@ class RedisClient:
                 max_connections=_MAX_CONNECTIONS,
                 protocol=2,  # supported by every server since Redis 2
             )
-        except ValueError:  # not chained, because its text may quote a part of the password
+        except ValueError:  # not chained: the driver's text may quote a part of the password
             raise ConfigError(
                 "redis.url: not a valid address; write special characters in a user name or "
                 "password as %XX"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-if TYPE_CHECKING:  # importing the driver takes 0.1 s; most users open nothing
+if TYPE_CHECKING:  # these modules import the driver, which takes 0.1 s
     from core.config.schema import Config
     from core.state.journal import RedisJournal
     from core.state.orders import Orders
@@ -18,10 +18,10 @@ class Store:
 
     url: str = field(repr=False)  # may contain a password
     cluster: str  # name of the cluster, which is part of every key
-    lease_s: float
-    journal_ttl_s: float
-    journal_max_bytes: int
-    socket_timeout_s: float
+    lease_s: float  # lifetime of a lease that is not renewed
+    journal_ttl_s: float  # lifetime of a journal entry after its last change
+    journal_max_bytes: int  # memory that the journal may take
+    socket_timeout_s: float  # bound on one wait for the store
 
     @classmethod
     def of(cls, config: Config, url: str) -> Self:

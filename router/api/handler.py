@@ -90,7 +90,7 @@ class _Call:
     phases: PhaseClock
 
     def progress(self, request: TokenRequest) -> Progress:
-        # A client may use an id again. The random suffix makes the workers' id unique to this call.
+        # A client may use an id again. The random suffix makes the id that workers see unique.
         worker_request_id = f"{self.request_id}~{uuid.uuid4().hex[:12]}"
         return Progress(request, worker_request_id, self.deadline_s, self.phases)
 
@@ -163,7 +163,8 @@ class RequestHandler:
         await self._in_flight.drained()
 
     def send_away(self) -> None:
-        """End the requests in flight; their clients resume them at another router."""
+        """End the requests in flight. If there is a journal, their clients can resume them at
+        another router."""
         self._in_flight.send_away()
 
     async def _serve(

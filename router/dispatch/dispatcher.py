@@ -1,4 +1,4 @@
-"""Runs a request on the workers: attempts, failover, and the release of unused KV.
+"""Runs a request on the workers: starts attempts, fails over, and releases unused KV.
 
 Every attempt sends the prompt, the tokens so far, and the number of these tokens. So a first try, a
 retry and a failover are the same operation. docs/failure.md says which results are exactly the same
@@ -54,8 +54,8 @@ class DispatchSettings:
     retries: RetryLimits
     buffer_responses: int
     release_timeout_s: float
-    # Releases in progress at a time. Further releases are dropped: the prefill worker frees the KV
-    # after its own timeout.
+    # The most releases in progress at a time. Further releases are dropped: the prefill worker
+    # frees the KV after its own timeout.
     max_releases: int
 
 
@@ -72,7 +72,7 @@ class DispatchCounters:
 
     @property
     def local_prefills(self) -> int:
-        """Attempts whose decode worker prefilled."""
+        """Attempts that were placed without a prefill worker."""
         return self.placements[LOCAL_PREFILL]
 
 
@@ -184,7 +184,7 @@ class Dispatcher:
         await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
     async def _place(self, facts: PlacementFacts, retries: Retries) -> PlacementPermit:
-        """Choose workers. If none is usable, wait, but only after an earlier attempt has failed."""
+        """Choose workers. If none is usable, a retry waits, and the first attempt raises."""
         while True:
             facts = replace(facts, excluded=retries.excluded(self._clock()))
             try:

@@ -1,9 +1,10 @@
-"""Whether the router may forward the prefill worker's first token at once. Pure.
+"""Decides whether the router may forward the prefill worker's first token. Pure.
 
 If the router forwards it, the decode worker continues from prompt + token as if both were the
 prompt. This is wrong if sampling must know which tokens are output, or if the decode engine must
 produce the first token itself. In these cases the decode worker recomputes the last prompt position
-and samples the first token. A seed is no obstacle: its noise depends only on the token's position.
+and samples the first token. A seed does not prevent forwarding, because seeded noise depends only
+on the seed and the token's position in the output.
 """
 
 from __future__ import annotations

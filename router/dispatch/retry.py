@@ -1,4 +1,4 @@
-"""How often and when a request that lost a worker is tried again. Pure: times are passed in."""
+"""Decides whether and when a retry follows a failed attempt. Pure: times are passed in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RetryLimits:
     """From the configuration (``router.max_attempts`` and so on)."""
 
     max_attempts: int
-    timeout_s: float  # from the first failure since the latest new token
+    timeout_s: float  # time to find a worker, from the first failure since the latest new token
     avoid_s: float  # how long to avoid a failed worker; a dead worker has lost its lease by then
 
 

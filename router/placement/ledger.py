@@ -1,4 +1,4 @@
-"""Counts what this router has sent to each worker, and places requests by these counts."""
+"""Counts this router's requests on each worker, and applies the placement policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from router.placement.policy import (
     tokens_on,
 )
 
-RATE_MEMORY = 0.98  # decay of a prefill worker's rate per prompt: about the latest 50 count
+RATE_MEMORY = 0.98  # decay of a prefill rate at each prompt; about the latest 50 prompts count
 
 
 class PlacementPermit:
@@ -127,7 +127,7 @@ class PlacementLedger:
         self.on_room()
 
     def suspect(self, key: WorkerKey) -> None:
-        """Avoid a worker that failed a request, for ``suspect_s``."""
+        """Avoid a worker for ``suspect_s``, because it failed a request."""
         self._suspects[key] = self._clock() + self._suspect_s
 
     def new_snapshot(self, keys: frozenset[WorkerKey]) -> None:
@@ -178,7 +178,7 @@ class _Account:
         self._peaks.append((self.requests, self._tokens))
 
     def load(self) -> OwnLoad:
-        # Leave out the last pair: the known reports are from before the time that it covers.
+        # Leave out the last pair: the latest reports are older than the time that this pair covers.
         reported = list(self._peaks)[:-1]
         return OwnLoad(
             self.requests,

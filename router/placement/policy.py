@@ -1,14 +1,14 @@
-"""Which workers serve a request. Pure; ``ledger`` applies it.
+"""Decides which workers serve a request. Pure; ``ledger`` applies the decisions.
 
 The least loaded worker of each pool wins. Equally loaded workers take turns, so that over time
-every pair of workers serves. A worker's load has two parts. The first part is what this router has
-put on the worker, which is exact. The second part is the load from other routers: what the worker
-reports beyond the first part.
+every prefill worker is paired with every decode worker. A worker's load has two parts. The first
+part is what this router has put on the worker. This part is exact. The second part is the load from
+other routers: what the worker reports beyond the first part.
 
-A new request waits at the router, where deadlines decide the order, until both pools have room. A
-decode worker has room if all the KV that the request will likely need fits. A prefill worker has
-room if its backlog is short. A request that already runs does not wait: if no worker has room, it
-takes the least loaded ones.
+A new request waits at the router until both pools have room. A decode worker has room if all the KV
+that the request will likely need fits. A prefill worker has room if its backlog is short. A worker
+that runs ``max_concurrent`` requests of this router has no room. A request that already runs does
+not wait: if no worker has room, the least loaded workers serve it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PlacementLimits:
 
 @dataclass(frozen=True, slots=True)
 class OwnLoad:
-    """What this router has on one worker now, and the most it can have had at the latest report."""
+    """This router's load on one worker: now, and the peak that the latest report can include."""
 
     requests: int = 0
     tokens: int = 0  # prefill: prompt tokens to compute; decode: tokens that need KV in the end

@@ -1,4 +1,4 @@
-"""Chat template and tokeniser, run in threads beside the event loop.
+"""Renders chats and tokenises prompts, in threads beside the event loop.
 
 Each request is tokenised once, in a thread and without the GIL, so a long prompt does not hold up
 other requests' streams. Very long prompts have a thread of their own, so short ones never wait for
@@ -77,7 +77,7 @@ class TextCodec:
 
     @property
     def decoder(self) -> TokenDecoder:
-        """Decodes output tokens. It takes microseconds a token, so the event loop may call it."""
+        """Decodes output tokens. A token takes microseconds, so the event loop may decode."""
         return self._tokenizer
 
     async def encode_prompt(self, prompt: str) -> tuple[int, ...]:
@@ -142,7 +142,8 @@ def load_text_codec(
     from transformers import AutoConfig, AutoTokenizer  # this import takes seconds
 
     name = str(path)
-    # The tokeniser's own threads would share the texts of a batch, but each batch has one text.
+    # The tokeniser's own threads are of no use: they share the texts of a batch, and each batch has
+    # one text.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

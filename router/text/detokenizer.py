@@ -1,4 +1,4 @@
-"""Turns token ids into text, one token at a time, and never splits a character.
+"""Turns a stream of token ids into text, and never splits a character.
 
 Each step decodes only a window of the latest tokens. The new text is the window's text without the
 part that was returned already. Replacement characters at the end are held back, because they may
@@ -7,12 +7,12 @@ become a character when the missing bytes arrive::
     window   t7 t8 t9 t10 t11      decode ->  " brown f\ufffd"
     returned   " brown"            new    ->         " f"     held -> "\ufffd"
 
-All replacement characters at the end are held, not just one. Decoders with byte fallback (Llama 2,
-Gemma) write one for every byte of a run of byte tokens until the run is complete, even for bytes
-whose characters were returned already.
+All replacement characters at the end are held, not just one. If a run of byte tokens ends inside a
+character, decoders with byte fallback (Llama 2, Gemma) write a replacement character for every byte
+of the run, even for bytes whose characters were returned already.
 
 A window that has become long is cut at the front, but only if the text of the shorter window has
-the same end. A cut inside a character or inside a run of byte tokens would change the end.
+the same end. A cut inside a character or inside a run of byte tokens may change the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-REPLACEMENT = "\ufffd"  # decoders write this for bytes that are not a character, or not yet
+REPLACEMENT = "\ufffd"  # decoders write this for bytes that form no complete character
 WINDOW_TOKENS = 24  # a longer window is cut
 KEEP_TOKENS = 12  # the window's length after a cut
 AGREE_CHARS = 4  # a cut is safe if this many characters before the held ones stay the same
@@ -35,13 +35,13 @@ class TokenDecoder(Protocol):
 class IncrementalDetokenizer:
     """The text of one stream of tokens, without special tokens.
 
-    The pieces that ``push`` and ``flush`` return, joined, equal ``decode`` of all tokens.
+    The pieces that ``push`` and ``flush`` return add up to ``decode`` of all tokens.
     """
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._decoder = decoder
         self._window: list[int] = []
-        self._returned_chars = 0  # of the window's text
+        self._returned_chars = 0  # how much of the window's text was returned
         self._window_limit = WINDOW_TOKENS
 
     def push(self, token_ids: Iterable[int]) -> str:

@@ -40,7 +40,7 @@ class TextOutput:
 
         Tokens after the one that completes a stop string are dropped.
         """
-        # Workers report STOP only for an end-of-sequence token or a stop token. Both add no text.
+        # Workers report STOP only for an end-of-sequence token or a stop token. Neither adds text.
         end_tokens = 1 if batch.finish_reason == STOP and batch.token_ids else 0
         text_tokens = len(batch.token_ids) - end_tokens
         text = ""

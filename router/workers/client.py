@@ -16,7 +16,7 @@ READY = grpc.ChannelConnectivity.READY
 PrefillCall = grpc.aio.UnaryUnaryCall[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
 DecodeCall = grpc.aio.UnaryStreamCall[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 
-MAX_RECONNECT_BACKOFF_MS = 1000  # so a worker that is back is noticed within about a second
+MAX_RECONNECT_BACKOFF_MS = 1000  # a worker that is back is noticed within about a second
 
 
 class WorkerClient:
@@ -50,8 +50,8 @@ class WorkerClient:
     async def connected(self) -> bool:
         """Connect if the channel is not connected. Returns False if the worker is unreachable now.
 
-        Takes at most ``connect_timeout_s``. Begin a call only if this returns True: if a call
-        fails, it is unknown whether the worker received the request.
+        Takes at most ``connect_timeout_s``. Check this before a call. If it returns False, no
+        request was sent. If a call fails, it is unknown whether the worker received the request.
         """
         while (state := self._channel.get_state(try_to_connect=True)) in (IDLE, CONNECTING):
             await self._channel.wait_for_state_change(state)

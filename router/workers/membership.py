@@ -23,9 +23,9 @@ class WorkerList(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkersSettings:
-    poll_s: float  # between two reads of the registry
+    poll_s: float  # time between two reads of the registry
     poll_timeout_s: float  # a read that takes longer counts as failed
-    lost_after_s: float  # length of a lease; a worker not in the registry this long may be lost
+    lost_after_s: float  # length of a lease; a worker missing for this long may be lost
     connect_timeout_s: float
     max_message_bytes: int
     connection_silence_s: float  # a connection silent for this long counts as broken
@@ -43,9 +43,9 @@ class Workers:
     """Polls the registry, and owns the channels to the workers in it.
 
     If the registry fails, the last snapshot stays. A restarted store does not know a worker until
-    the worker renews its lease. Missing workers therefore stay in the snapshot for one lease after
-    a possible restart. A channel is closed when its worker has left the snapshot and nothing uses
-    the channel.
+    the worker renews its lease. After a possible restart, missing workers therefore stay in the
+    snapshot for the length of one lease. A channel is closed when its worker has left the snapshot
+    and nothing uses the channel.
 
     Args:
         clock: monotonic time, seconds.
@@ -75,7 +75,7 @@ class Workers:
 
     @property
     def lost_after_s(self) -> float:
-        """How long a worker is missing from the registry before it may be lost."""
+        """How long a worker must be missing from the registry before it may be lost."""
         return self._settings.lost_after_s
 
     @property

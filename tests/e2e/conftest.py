@@ -1,9 +1,9 @@
-"""One real cluster for all end-to-end tests: ``baton up`` as a user starts it, with one prefill and
-one decode worker, each with a vLLM engine.
+"""Starts one real cluster for all end-to-end tests, with ``baton up``, as a user does.
 
-The files run in any order, except that the tests marked ``ends_cluster`` run last. A test that
-changes the cluster's workers ends with ``RunningCluster.wait_restored``. If a test expects a prompt
-to be uncached, no test of another file uses the prompt.
+The cluster has one prefill worker and one decode worker, each with a vLLM engine. The test files
+run in any order, except that the tests marked ``ends_cluster`` run last. A test that changes the
+cluster's workers ends with ``RunningCluster.wait_restored``. If a test expects a prompt to be
+uncached, no test of another file uses the prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.waiting import wait_until
 
 NAME = "e2e"
 HOST = "127.0.0.1"
-# float32: in bfloat16, batching alone changes the last bits and sometimes a token.
+# float32: in bfloat16, batching alone changes the last bits of the logits and sometimes a token.
 CONFIG = """\
 cluster:
   name: {name}

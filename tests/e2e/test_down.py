@@ -1,6 +1,6 @@
-"""Nothing of a cluster with real engines is left when its launcher is killed.
+"""Nothing of a cluster with real engines is left after its launcher is killed.
 
-tests/integration tests ``baton down``, Ctrl-C and SIGTERM with fake engines.
+The integration tests cover ``baton down``, Ctrl-C and SIGTERM with fake engines.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The cluster gives the same tokens as an aggregated engine. D does not recompute the prompt.
+"""The cluster gives the same tokens as an aggregated engine. The prompt is not computed twice.
 
-Below, P and D are the prefill and the decode worker.
+Below, P and D are the prefill and the decode worker. D computes at most one token of a prompt.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def test_eight_at_once_and_cold(cluster: RunningCluster) -> None:
 def test_a_cold_prefix_shared_by_prompts_at_once(
     cluster: RunningCluster, reference: dict[str, list[int]]
 ) -> None:
-    """A prompt may hit blocks that another prompt of the same step has yet to compute."""
+    """A prompt may hit blocks that another prompt of the same step still has to compute."""
     with ThreadPoolExecutor(len(SHARED_PREFIX)) as pool:
         answers = list(pool.map(lambda case: complete(cluster, case.prompt), SHARED_PREFIX))
     for case, answer in zip(SHARED_PREFIX, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Without a prefill worker, requests get UNAVAILABLE with a retry hint until Serve starts one."""
+"""Requests get UNAVAILABLE with a retry hint until Serve has replaced the killed prefill worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of the fault tests that share a cluster. Only tests of one module share a cluster."""
+"""Runs the tests marked ``ends_cluster`` last in their module. Modules do not share a cluster."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Random faults, one after the other, in a cluster of real processes with fake engines.
+"""Random faults strike a cluster of real processes with fake engines, one fault after the other.
 
-test_schedules runs thousands of such series in virtual time. This one runs with Ray, gRPC and
-Valkey. ``BATON_FAULT_SEED=n`` chooses another series.
+test_schedules runs thousands of such series in virtual time. This module runs one series with
+Ray, gRPC and Valkey. ``BATON_FAULT_SEED=n`` chooses another series.
 
-The tests share one cluster. Each restores it, except for the one marked ``ends_cluster``.
+The tests share one cluster. Each test restores the cluster, except for the test marked
+``ends_cluster``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ SIZES = {Pool.PREFILL: 2, Pool.DECODE: 2}
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
 FAULTS = 40
 CLIENTS = 6
-RESTORED_S = 90.0  # until all workers are replaced and idle
+RESTORED_S = 90.0  # longest time until all workers are replaced and idle
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_no_request_is_lost_in_a_series_of_faults(cluster: LiveCluster) -> None:
 
 
 def test_a_fault_strikes_only_what_is_up(cluster: LiveCluster) -> None:
-    """If an earlier fault has just killed or stopped the victim, a fault waits until it is up."""
+    """If a fault's victim has just been killed or stopped, ``strike`` waits until it runs again."""
     for fault in (
         *(KillStore(), StopStore(), KillStore(), JumpClock()),
         *(KillController(), KillController()),

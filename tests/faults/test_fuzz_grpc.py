@@ -1,8 +1,8 @@
-"""Hostile clients of the gRPC servers of the router and of the workers.
+"""Hostile clients attack the gRPC servers of the router and of the workers.
 
-Their calls end in a status that says whose fault the error is. Meanwhile, the streams of other
-clients get exactly their tokens. Afterwards no request runs, no KV block is held, no new file is
-open, and the log has no traceback.
+Each hostile call ends in a status that says whose fault the error is. Meanwhile, the streams of
+other clients get exactly their tokens. Afterwards no request runs, no KV block is in use, no
+additional file is open, and the log has no traceback.
 """
 
 from __future__ import annotations
@@ -264,12 +264,13 @@ async def _call_hostile(
     allowed: Iterable[Code] = (), timeout_s: float = WITHIN_S, metadata: Any = None,
     cancel_early: bool = False,
 ) -> None:  # fmt: skip
-    """Call ``method`` and check that the status is an expected one. An error must carry our detail
-    unless gRPC itself may have caused it."""
+    """Call ``method`` and check that the status is an expected one. An error must carry Baton's
+    error detail, unless gRPC itself may have caused the error."""
     unary_stream: Any = channel.unary_stream(method)  # sends and returns bytes
     call = unary_stream(request, timeout=timeout_s, metadata=metadata)
     code, error = Code.OK, None
-    # gRPC itself may refuse the other calls, or its health service answers them.
+    # Whether the call is sure to reach Baton's code. gRPC itself or its health service may end
+    # other calls.
     ours = method in server.methods and len(request) <= MAX_MESSAGE_BYTES and not metadata
     try:
         async for _ in call:
@@ -318,7 +319,8 @@ async def test_bytes_that_are_not_grpc(name: str, caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("name", SERVERS)
 async def test_a_path_that_is_not_text(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """grpcio before 1.84, which we require, ends and logs such a call. 1.84 ends the server."""
+    """In grpcio 1.84, such a call ends the server. We require an older grpcio, in which only the
+    call ends and an error is logged."""
     rng = dice(f"path {name}")
     async with (
         SERVERS[name]() as server,
@@ -349,7 +351,7 @@ async def test_calls_with_random_messages_methods_and_metadata(
                 await _call_hostile(server, channel, method, request, allowed={Code.UNIMPLEMENTED})
             case "health":
                 method = rng.choice([f"/{HEALTH}/Check", f"/{HEALTH}/Watch"])
-                # A Watch call runs until its deadline, whatever service it names.
+                # A Watch call that can be parsed runs until its deadline.
                 await _call_hostile(server, channel, method, request, timeout_s=0.2)
             case "size":
                 await _call_hostile(server, channel, rng.choice(ours), bytes(MAX_MESSAGE_BYTES + 1))
@@ -375,7 +377,7 @@ def _prompt_of(message: Any) -> Any:
 
 
 def _plausible(kind: type[Message], rng: random.Random) -> Message:
-    """Return a random request of type ``kind`` that the server accepts."""
+    """Return a random request of type ``kind``. The server accepts it, unless it is a Resume."""
     message = kind()
     names = message.DESCRIPTOR.fields_by_name
     if "key" in names:
@@ -401,7 +403,7 @@ async def test_requests_with_hostile_fields(name: str, caplog: pytest.LogCapture
         await _call_hostile(server, channel, method, request, cancel_early=rng.random() < 0.2)
 
     async def huge(server: Server, channel: grpc.aio.Channel) -> None:
-        """Send each method that takes token ids a request that is nearly as large as allowed."""
+        """Call each method that takes token ids. The request is nearly as large as allowed."""
         for method, kind in server.methods.items():
             message = _plausible(kind, rng)
             if "token_ids" in message.DESCRIPTOR.fields_by_name:

@@ -1,8 +1,8 @@
-"""Strangers and defective peers at all ports of the KV stream.
+"""Strangers and defective peers attack all ports of the KV stream.
 
-The ports are control channels, stores, gloo and rank reports. Whatever strangers send, transfers of
-others arrive unchanged. Strangers are dropped with a few lines in the log, and no block, thread or
-file is kept for them.
+A stranger is a client that is not part of the cluster. The ports are those of the control channel,
+the store, gloo and the rank reports. Whatever attackers send, the transfers of other peers arrive
+unchanged. The log gets only a few lines, and no block, thread or file is kept for attackers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.support.kv_stream import (
 )
 from tests.support.waiting import wait_until
 
-MIN_TRANSFERS = 10  # during a storm
+MIN_TRANSFERS = 10  # least number of correct transfers during a storm
 FRAMES = 600
 CONNECTIONS = 120
 WRONG_MESSAGES = 40  # from a defective prefill worker
@@ -58,7 +58,7 @@ class GoodPair:
         self._transfer_ids = (
             f"{decode.client.options.incarnation}-{n}#1" for n in itertools.count()
         )
-        self.transfer_id = ""  # of the newest transfer
+        self.transfer_id = ""  # id of the newest transfer
 
     def transfer(self) -> None:
         transfer_id = self.transfer_id = next(self._transfer_ids)
@@ -181,10 +181,11 @@ def test_bytes_on_the_control_channel(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_bytes_on_the_store_and_on_gloo(caplog: pytest.LogCaptureFixture) -> None:
-    """A new pair can be made while strangers are connected. Closing a pair disconnects them."""
+    """A new pair can be made while strangers are connected. Afterwards, no file is left open."""
     rng = dice("store")
     with stream() as (prefill, decode):
-        GoodPair(prefill, decode, rng).transfer()  # torch opens some files once and keeps them
+        # At its first use, torch opens some files and keeps them open.
+        GoodPair(prefill, decode, rng).transfer()
     del prefill, decode
     files = OpenFiles()
     _store_and_gloo(rng)
@@ -249,7 +250,7 @@ def hostile_message(rng: random.Random, known: dict[str, Any]) -> bytes:
     """Return one of our messages with some fields wrong or missing.
 
     Args:
-        known: by field name, values that mean something to the receiver.
+        known: values that mean something to the receiver, by field name.
     """
     fields = msgspec.to_builtins(rng.choice(MESSAGES))
     for name in list(fields):
@@ -273,9 +274,9 @@ def dealer(address: str) -> Iterator[zmq.Socket[bytes]]:
 
 
 def heard_all(socket: zmq.Socket[bytes]) -> None:
-    """Send a PING and wait for an answer, so that the server handles this connection's messages.
+    """Send a PING and wait for an answer, so that the server has read the socket's messages.
 
-    The server refuses the PING, because this connection has no pair.
+    The answer is a REFUSE, because the connection has no pair.
     """
     while socket.poll(0):
         socket.recv_multipart()
@@ -405,7 +406,8 @@ def test_a_peer_at_anothers_transfer(caplog: pytest.LogCaptureFixture) -> None:
         prefill.server.begin_step([chunk_of("mine#1", tuple(source), 0, tokens, tokens)])
         meddle()
         stranger.send(wire.Bye())
-        stranger.send(wire.Cancel("mine#1"))  # as if it had crossed the answer to BYE
+        # A CANCEL may be on its way while the prefill worker answers BYE.
+        stranger.send(wire.Cancel("mine#1"))
         stranger.hello()
         wait_until(lambda: isinstance(stranger.receive(), wire.Welcome), what="all was handled")
         prefill.server.end_step()
@@ -463,7 +465,7 @@ def _run_defective_prefill(pair: GoodPair, rng: random.Random) -> None:
             decode.reserve(defective, transfer_id, target, 0, tokens, incarnation="p2")
             wait_until(
                 lambda: any(peer.up for peer in [*server.transfers.peers.values()]),
-                what="the pair is up",
+                what="the pair is open",
             )
             with server.transfers.lock:
                 for peer in server.transfers.peers.values():
@@ -490,7 +492,7 @@ def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
             transfer_id = f"noise{number}#1"
             pair.decode.reserve(address, transfer_id, [5], 0, 9)
             said: Any = None
-            while not isinstance(said, wire.Hello):  # the BYE of the last pair may come first
+            while not isinstance(said, wire.Hello):  # the BYE of the previous pair may come first
                 assert router.poll(10_000), "no HELLO"
                 routing_id, frame = router.recv_multipart()
                 said = wire.decode_to_prefill(frame)

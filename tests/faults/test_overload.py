@@ -1,6 +1,6 @@
-"""In virtual time: an overloaded cluster still completes requests at about its peak rate.
+"""An overloaded cluster still completes requests at about its peak rate.
 
-``bench.overload`` measures the same with real processes.
+The tests run in virtual time. ``bench.overload`` measures the same with real processes.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def test_overload_costs_no_goodput(
 
 
 def test_a_slower_worker_still_serves_its_peak_rate_in_time() -> None:
-    """At first every request misses its deadline. The router must still learn the new speed."""
+    """At first every request is late. The router must still learn the slower worker's speed."""
 
     async def run() -> None:
         limits = AdmissionLimits(256, {"only": ClassLimits(1, 256, 30)})

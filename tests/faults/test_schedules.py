@@ -1,10 +1,10 @@
-"""Thousands of schedules of the router's dispatch, in virtual time.
+"""Runs thousands of random schedules of the router's dispatch, in virtual time.
 
-Each seed makes a cluster, a load and some faults. If the client does not cancel a request and its
-deadline is far, the request ends in exactly the tokens of an undisturbed run. The exception is a
-request that cannot be resumed after a fault of the store. Every other request ends once, in time
-and with a status, unless its client gives up between two calls. After the faults, no KV block is in
-use and no call or task is left.
+Each seed makes a cluster, a load and some faults. Every request ends once, by its deadline and with
+a status, unless its client gives up between two calls. A request ends with exactly the tokens of an
+undisturbed run if its deadline is far and its client does not cancel it. The exception is a request
+that cannot be resumed after a fault of the store. After the faults, no KV block is in use and no
+call or task is left.
 
 ``BATON_SCHEDULE_SEED=n`` runs one seed alone.
 """
@@ -40,7 +40,7 @@ LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 # Refusals before the router does anything for the request. The client sends the request again.
 REFUSALS = {
     *("NO_PREFILL_WORKER", "NO_DECODE_WORKER", "QUEUE_FULL", "QUEUE_TIMEOUT", "OVERLOADED"),
-    # The request may still count as running at its former router, or the store is away.
+    # The request may still count as running at its former router, or the store is unavailable.
     *(REQUEST_IN_FLIGHT, "DUPLICATE_REQUEST_ID", "REGISTRY_UNAVAILABLE"),
 }
 FAR_S = 200.0  # a deadline that no schedule reaches
@@ -218,9 +218,9 @@ def random_client(cluster: SimCluster, number: int) -> SimClient:
 
 
 async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) -> None:
-    """Call as an application does.
+    """Call a router as an application does.
 
-    It calls again after a refusal or the router's death. It cancels after ``patience_s``.
+    Call again after a refusal or the router's death. Cancel after ``patience_s``.
     """
     calling: asyncio.Task[None] | None = None
     try:

@@ -1,4 +1,7 @@
-"""The liveness probe finds a hung vLLM core, although no request lasts as long as its timeout."""
+"""The liveness probe finds a hung vLLM core.
+
+It does so even if every request is shorter than the probe's timeout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where replicas run and which address they use. The tests do not start Ray."""
+"""Test on which nodes replicas run and which addresses they use, without starting Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The parts of the store on real servers: the embedded Valkey and the system's redis-server."""
+"""Test the registry, the scale orders, the start failures and the journal on real servers.
+
+The servers are the embedded Valkey and the system's redis-server.
+"""
 
 from __future__ import annotations
 

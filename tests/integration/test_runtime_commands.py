@@ -76,7 +76,8 @@ def test_everything_listens_on_loopback_only(cluster: FakeEngineCluster) -> None
 
 
 def test_all_processes_of_the_cluster_carry_its_id(cluster: FakeEngineCluster) -> None:
-    """No other process except the reaper has a file in the cluster's folders open."""
+    """Only the launcher, the processes that carry the id, and descendants of these processes have
+    files open in the cluster's folders."""
     state = cluster.state
     known = reaper.find(state.cluster_id) | {cluster.launcher.pid}
     for entry in os.listdir("/proc"):
@@ -89,7 +90,8 @@ def test_all_processes_of_the_cluster_carry_its_id(cluster: FakeEngineCluster) -
             command = Path(f"/proc/{entry}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"cluster/local/reaper.py" in command:  # holds the lock file beside the run folder
+        # The reaper holds <run folder>.lock, whose path begins like the folder's.
+        if b"cluster/local/reaper.py" in command:
             continue
         assert not any(file.startswith(state.folders) for file in files), command
 

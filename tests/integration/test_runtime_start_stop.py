@@ -91,14 +91,15 @@ def test_nothing_is_left_however_the_launcher_ends(tmp_path: Path, model: Path, 
 
 
 def test_a_launcher_that_init_adopted_says_why_it_ends(tmp_path: Path, model: Path) -> None:
-    """Without RAY_RAYLET_PID, Ray takes the launcher's parent, process 1, for a dead raylet.
+    """The launcher's parent is process 1.
 
-    Ray then ends the launcher without a message.
+    If the launcher did not set RAY_RAYLET_PID, Ray would take process 1 for a dead raylet and end
+    the launcher without a message.
     """
     file, log = write_config(tmp_path, model, "daemon"), tmp_path / "daemon.log"
     started = subprocess.run(
         [
-            *("sh", "-c", '"$@" >"$0" 2>&1 & echo $!', str(log)),  # the shell exits at once
+            *("sh", "-c", '"$@" >"$0" 2>&1 & echo $!', str(log)),  # the shell does not wait
             *(sys.executable, "-m", "cluster.cli.main", "up", "--config", str(file)),
         ],
         capture_output=True,

@@ -40,7 +40,7 @@ class Shape:
 
     tp: tuple[int, int] = (1, 1)
     block_tokens: tuple[int, int] = (64, 64)  # per KV block
-    layer_types: tuple[str, ...] = ()  # vLLM's name of each layer; empty: all have full attention
+    layer_types: tuple[str, ...] = ()  # one per layer; if empty, all layers have full attention
 
     def __str__(self) -> str:
         name = "tp{}to{}-block{}to{}".format(*self.tp, *self.block_tokens)
@@ -49,9 +49,8 @@ class Shape:
 
 SHAPES = [
     Shape(),
-    Shape(tp=(1, 2)),
+    Shape(tp=(1, 2), block_tokens=(128, 32)),
     Shape(tp=(2, 1), block_tokens=(32, 128)),
-    Shape(block_tokens=(128, 32)),
     Shape(layer_types=("sliding_attention", "full_attention")),
 ]
 

@@ -116,7 +116,7 @@ async def test_the_chosen_token_is_in_the_top_list_only_if_its_rank_is_high_enou
 async def test_a_single_rank_runs_in_the_engine_cores_process_and_is_bound_to_its_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM keeps the executor class. The OpenMP variables are set before vLLM starts."""
+    """vLLM keeps Baton's executor class. Baton sets the OpenMP variables before vLLM starts."""
     import os
 
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -20,8 +20,8 @@ from cluster.local import reaper
 from cluster.local.run_dir import ClusterState, read_state
 from tests.support import waiting
 
-# A start takes about 10 s. Ray waits 60 s for a worker process to register
-# (worker_register_timeout_seconds) before it starts another one.
+# A start takes about 10 s. If a worker process does not register with Ray within 60 s
+# (worker_register_timeout_seconds), Ray starts a new process, and the start takes 60 s longer.
 START_S = 120.0
 GONE_S = 15.0  # the longest that a cluster may take to end and remove everything
 PROMPT = [5, 6, 7]
@@ -44,7 +44,7 @@ class FakeEngineCluster:
     name: str
     launcher: subprocess.Popen[str]
     log: Path
-    pids: set[int] = field(default_factory=set)  # processes that must not listen at the end
+    pids: set[int] = field(default_factory=set)  # processes that must have no open port at the end
 
     @property
     def state(self) -> ClusterState:
@@ -175,7 +175,7 @@ def wait_or_show_log(condition: Callable[[], bool], within_s: float, log: Path) 
 
 
 def check_nothing_is_left(cluster: FakeEngineCluster, state: ClusterState) -> None:
-    """Check that no process, folder or port of ``state`` is left after ``GONE_S``."""
+    """Check that the processes, folders and port of ``state`` are gone within ``GONE_S``."""
 
     def is_gone() -> bool:
         folders = [cluster.run_dir, *map(Path, state.folders)]

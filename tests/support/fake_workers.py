@@ -1,7 +1,7 @@
 """Prefill and decode workers as real gRPC servers with scripted behaviour.
 
 The workers compute each token from all tokens before it. So every worker continues an answer in the
-same way, as with a greedy model.
+same way, as with greedy sampling.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class _FakeWorker:
             load=IDLE,
         )
         self.requests: list[Any] = []
-        self.remaining_s: list[float] = []  # until the deadline, at the start of each call
+        self.remaining_s: list[float] = []  # time to the deadline when each call starts
         self.running: set[tuple[str, int]] = set()
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
@@ -140,7 +140,7 @@ class _FakeWorker:
         await self._server.start()
 
     async def stop(self) -> None:
-        """End at once, as a killed process does."""
+        """End immediately, as a killed process does. All running calls break."""
         if self._server is not None:
             await self._server.stop(None)
 

@@ -1,4 +1,7 @@
-"""Hostile input for servers: bytes, HTTP/2 frames, and messages with hostile fields."""
+"""Makes hostile input for servers: bytes, HTTP/2 frames, and messages with hostile fields.
+
+Also checks that a process closes its files and sockets.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from google.protobuf.message import Message
 from tests.support.waiting import until, wait_until
 
 SEED = int(os.environ.get("BATON_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
-WITHIN_S = 20.0  # limit for what a server does at once unless the machine is busy
+WITHIN_S = 20.0  # longest wait for an action that takes milliseconds on an idle machine
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 
@@ -72,7 +75,10 @@ def huge_length(rng: random.Random) -> bytes:
 
 
 def hostile_call(path: bytes, *, sound: bool = False) -> Callable[[random.Random], bytes]:
-    """Return a function that makes hostile calls. If ``sound``, only ``path`` can be hostile."""
+    """Return a function that makes hostile calls.
+
+    If ``sound``, the call is valid gRPC with this ``path``, but its message is random bytes.
+    """
 
     def call(rng: random.Random) -> bytes:
         def pick(valid: bytes, *hostile: bytes) -> bytes:
@@ -179,7 +185,10 @@ def hostile_text(rng: random.Random) -> str:
 
 
 def scramble(message: Message, rng: random.Random, share: float = 0.5) -> None:
-    """Set about ``share`` of the fields to hostile values. Do the same in nested messages."""
+    """Set about ``share`` of the fields to hostile values. Do the same in nested messages.
+
+    In the elements of repeated fields, the share is 0.8.
+    """
     for field in message.DESCRIPTOR.fields:
         if rng.random() > share:
             continue
@@ -212,7 +221,7 @@ def _scalar(field: Any, rng: random.Random) -> Any:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Return ``data`` with some bytes replaced. Some new bytes are surrogates: invalid UTF-8."""
+    """Return ``data`` with some bytes replaced. The new bytes can be invalid UTF-8."""
     damage = bytearray(data or b"\0")
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(damage))
@@ -246,7 +255,7 @@ class OpenFiles:
             raise AssertionError(f"{error}; {self._describe()}") from None
 
     def wait_as_at_first(self) -> None:
-        """``until_as_at_first`` for a test without an event loop."""
+        """Do the same as ``until_as_at_first``, in a test without an event loop."""
         try:
             wait_until(self._are_closed, what="all new files are closed", within_s=WITHIN_S)
         except AssertionError as error:

@@ -1,4 +1,7 @@
-"""Correct decode ranks for tests that run a prefill server one step at a time (``kv_stepped``)."""
+"""Simulates correct decode ranks.
+
+Tests use them to run a real prefill server one step at a time (``kv_stepped``).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Prompt:
     computed: int = 0
     preempted: bool = False
     finished: bool = False
-    spoilt: bool = False  # need not arrive: preempted, or not reserved by all decode ranks
+    spoilt: bool = False  # its KV need not arrive: preempted, or not reserved by all decode ranks
 
 
 @dataclass(slots=True)
@@ -46,7 +49,7 @@ class Leg:
 
 
 class Router:
-    """Replaces the control server's socket. Its messages reach the decode ranks at once."""
+    """Replaces the control server's ROUTER socket. A message is delivered while it is sent."""
 
     def __init__(self) -> None:
         self.ranks: dict[bytes, DecodeRank] = {}  # by routing id
@@ -129,7 +132,7 @@ class DecodeRank:
                 self._end(message)
 
     def _match(self) -> None:
-        """Write each tensor that has arrived to the blocks that its header names."""
+        """Pair headers and tensors in order. Write each tensor to the blocks of its header."""
         while self._headers and self._tensors:
             header, tensor = self._headers.popleft(), self._tensors.popleft()
             leg = self.legs[header.transfer_id]

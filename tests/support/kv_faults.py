@@ -1,4 +1,7 @@
-"""Faults for tests of the KV stream, and prefill and decode ends that suffer them."""
+"""Injects faults into the prefill and decode ends of a KV stream, for tests.
+
+An end is one rank: a prefill server or a decode client.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,8 @@ from tests.support.kv_stream import (
 from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
-# pair_timeout_s. For each connection, torch's store asks the name server for the name of the peer's
-# address. If the name server does not answer, the connection takes 5 s longer.
+# Value of pair_timeout_s. For each connection, torch's store asks the name server for the name of
+# the peer's address. If the name server does not answer, the connection takes 5 s longer.
 PATIENT_S = 15
 CHILD_TOKENS = 30 * BLOCK_TOKENS  # "child#1" fills blocks 0 to 29: dozens of messages
 

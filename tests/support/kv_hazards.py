@@ -1,8 +1,9 @@
-"""Common parts of test_hazards_*: what broke for others who stream KV, tried on real ends.
+"""Common parts of test_hazards_*. These tests try what broke in other projects' KV streams.
 
-Each test is named after the hazard. References in the tests are to public issue trackers:
+Each test is named after its hazard. References in the tests are to public issue trackers:
 V vllm-project/vllm, S sgl-project/sglang, D ai-dynamo/dynamo, A vllm-project/aibrix, N NVIDIA/nccl.
-Other tests cover these hazards:
+Other tests cover the following hazards. The right column has each test's file
+and a part of its name:
 
     prefix blocks in suffix slots (V#48633)    test_stream: exactly_the_lacking_blocks_arrive,
                                                a_message_that_was_not_reserved; test_shapes
@@ -10,13 +11,14 @@ Other tests cover these hazards:
     (V#46283, V#50425, D#7489)                 blocks and threads after many of them: test_soak
     a decode rank never reserves (V#41269)     test_shapes: does_not_hold_prefill_for_ever
     abandoned prefills compute on (D#13691)    test_connector_scheduler: an_abort_after_a_step
-    others go on after a kill (S#12779)        test_stream: death_of_prefill_fails_its_transfers
+    a kill fails other transfers (S#12779)     test_stream: death_of_prefill_fails_its_transfers
     no notice if a prefill fails before it     test_stream: a_reservation_for_an_aborted_prefill,
     begins (S#36033)                           preemption_fails_the_transfer
-    failed transfers are recomputed            test_connector_scheduler: recomputed_from_the_start
-    a drain ends when all KV is acknowledged   test_connector_scheduler: sent_blocks_stay_until_a_
-    (D#13559)                                  rank_releases_them
-    a sleeping engine (V#41180)                test_connector_scheduler, while nothing is aborted
+    a failed transfer is not recomputed        test_connector_scheduler: recomputed_from_the_start
+    a drain ends before all KV has been        test_connector_scheduler: sent_blocks_stay_until_a_
+    acknowledged (D#13559)                     rank_releases_them
+    an engine without requests takes no step   the same test; test_hazards_peers has the case of
+    that would free blocks (V#41180)           an abort
     a pickled frame (CVE-2025-47277)           test_stream: no_pickle_on_the_wire
 """
 
@@ -44,9 +46,9 @@ from tests.support.kv_stream import (
 )
 from tests.support.waiting import wait_until
 
-LONG = 20 * BLOCK_TOKENS  # dozens of messages, of which few fit into the staging buffers
+LONG = 20 * BLOCK_TOKENS  # dozens of messages; only a few fit into the staging buffers
 SOURCE, TARGET = list(range(20)), list(range(30, 50))
-# Longer than every wait in these tests: a timeout of this length ends nothing.
+# Longer than every wait in these tests, so a timeout of this length never expires.
 NEVER_S = 600.0
 ends = partial(stream, pair_timeout_s=PATIENT_S)
 
@@ -65,7 +67,7 @@ def step(prefill: Prefill, transfer_id: str, start: int, end: int, tokens: int =
 
 
 def delivers(prefill: Prefill, decode: Decode, transfer_id: str) -> bool:
-    """Whether a whole transfer works. Check that no call of the engine waits for a peer."""
+    """Return whether a transfer delivers the right KV. Check that no engine call hangs."""
     decode.reserve(prefill, transfer_id, [60, 61], 0, 20)
     engine = threading.Thread(
         target=compute, args=(prefill, transfer_id, [62, 63], 20), daemon=True
@@ -78,7 +80,7 @@ def delivers(prefill: Prefill, decode: Decode, transfer_id: str) -> bool:
 
 
 def fill(caches: list[torch.Tensor], blocks: list[int], value: float) -> None:
-    """Overwrite blocks, as an engine does that gives them to another request."""
+    """Overwrite blocks, as an engine does when it gives them to another request."""
     for cache in caches:
         cache[blocks] = value
 
@@ -100,7 +102,7 @@ def close_only_pair(prefill: Prefill, *_: Any) -> None:
 
 
 def record_receivers(monkeypatch: pytest.MonkeyPatch) -> list[Receiver]:
-    """Return a list that gets each receiver that is made from now on."""
+    """Return a list to which each receiver made from now on is added."""
     made: list[Receiver] = []
 
     def record(*args: Any) -> Receiver:

@@ -1,4 +1,4 @@
-"""One example of each control message, for tests that send them over the wire or damage them."""
+"""One example of each control message, for tests that encode, send or damage them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from kv_transfer import wire
 from kv_transfer.geometry import LayerBlockRange
 from tests.support.kv_stream import GEOMETRY
 
-WRONG_TOKEN = "guess"  # not the cluster's
+WRONG_TOKEN = "guess"  # not the cluster's token
 
 TO_PREFILL: list[wire.ToPrefill] = [
     wire.Hello(

@@ -1,7 +1,7 @@
-"""Ranks with KV caches of different shapes, for tests; also prefill ranks in their own process.
+"""Runs ranks with KV caches of different shapes. Prefill ranks can run in another process.
 
-The content of the caches is known for each token, head and layer (``kv_of``). It is written and
-read by plain indexing; no code here knows about block units.
+``kv_of`` returns the KV of a prompt for each layer, head and token. This module writes and reads KV
+by plain indexing, without the block units of ``kv_transfer.geometry``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def geometry_of(
     """Return rank 0's geometry.
 
     Args:
-        layout: "HNC" or "NHC"; with "/7", a kernel packs each head's share of a block in an order
-            with this seed.
+        layout: "HNC" or "NHC": the order of heads (H), tokens (N) and content (C) in a block. With
+            a suffix such as "/7", each head's share of a block is packed in a random order with
+            this seed.
     """
     return KvGeometry(
         model="tiny",
@@ -64,7 +65,7 @@ def random_kv(seed: int | str, dtype: str, *shape: int) -> torch.Tensor:
 
 
 def kv_of(transfer_id: str, geometry: KvGeometry, tokens: int) -> torch.Tensor:
-    """Return what a model computes for a prompt: ``[layers, all heads, tokens, content]``."""
+    """Return the KV of a prompt: ``[layers, all heads, tokens, content]``."""
     shape = (geometry.num_layers, geometry.total_kv_heads, tokens, geometry.content)
     return random_kv(transfer_id, geometry.dtype, *shape)
 
@@ -73,9 +74,9 @@ class RankCaches:
     """One rank's caches, filled with noise.
 
     Args:
-        interleaved: the layers of a block are neighbours in memory; otherwise the blocks of a layer
-            are.
-        offset: elements before the first block.
+        interleaved: if True, the layers of a block are adjacent in memory. If False, the blocks of
+            a layer are adjacent.
+        offset: number of elements before the first block.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class RankCaches:
     def write(
         self, layer: int, blocks: Sequence[int], start: int, end: int, kv: torch.Tensor
     ) -> None:
-        """Write tokens ``[start, end)`` of a request.
+        """Write the KV of a request's tokens ``[start, end)`` into one layer.
 
         Args:
             kv: ``[heads of the rank, tokens, content]``.
@@ -122,7 +123,7 @@ class RankCaches:
     def fill(
         self, transfer_id: str, blocks: Sequence[int], start: int, end: int, tokens: int
     ) -> None:
-        """Write what a model computes for ``[start, end)`` of a prompt, in all layers."""
+        """Write the KV of a prompt's tokens ``[start, end)`` into all layers."""
         for layer in range(self.geometry.num_layers):
             self.fill_layer(layer, transfer_id, blocks, start, end, tokens)
 
@@ -204,7 +205,7 @@ class PrefillRanks:
         self.servers[rank].preempt([transfer_id])
 
     def released(self) -> list[set[str]]:
-        """Return, by rank, all requests that were released; check that none was twice."""
+        """Return all released requests of each rank. Check that none is released twice."""
         for seen, server in zip(self._released, self.servers, strict=True):
             released = server.take_released()
             assert not seen & released, f"released twice: {seen & released}"
@@ -212,11 +213,11 @@ class PrefillRanks:
         return self._released
 
     def waiting(self) -> list[int]:
-        """Return, by rank, how many reservations wait for their prefill."""
+        """Return for each rank how many reservations wait for their prefill."""
         return [sum(map(len, server.transfers.waiting.values())) for server in self.servers]
 
     def peers(self) -> list[int]:
-        """Return, by rank, how many decode ranks are paired."""
+        """Return for each rank how many decode ranks are paired with it."""
         return [len(server.transfers.peers) for server in self.servers]
 
     def stop(self) -> None:
@@ -226,7 +227,7 @@ class PrefillRanks:
 
 
 def _serve(pipe: Connection) -> None:
-    """Serve calls of PrefillRanks' methods until EOF; the main function of the process."""
+    """Main function of the other process: serve calls of PrefillRanks' methods until EOF."""
     torch.set_num_threads(1)
     ranks: PrefillRanks | None = None
     while True:
@@ -239,12 +240,12 @@ def _serve(pipe: Connection) -> None:
                 ranks = PrefillRanks(*args)
                 method, args = "addresses", []
             pipe.send((getattr(ranks, method)(*args), None))
-        except Exception:  # noqa: BLE001 - raised on the other side
+        except Exception:  # noqa: BLE001 - passed to the caller
             pipe.send((None, traceback.format_exc()))
 
 
 class PrefillProcess:
-    """PrefillRanks in another process, one set of ranks after another."""
+    """A process that runs PrefillRanks. Each call of "open" makes new ranks."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -300,7 +301,7 @@ class DecodeRanks:
         )
 
     def take_results(self) -> list[dict[str, TransferResult]]:
-        """Return, by rank, all results so far; check that each transfer is reported once."""
+        """Return all results so far of each rank. Check that none is reported twice."""
         for seen, client in zip(self._results, self.clients, strict=True):
             for result in client.take_results():
                 assert result.transfer_id not in seen, f"{result.transfer_id} was reported twice"
@@ -324,7 +325,7 @@ class DecodeRanks:
 
 
 def _wait_for_threads() -> None:
-    """Wait, because a thread that aborts a group while the interpreter exits would crash it."""
+    """Wait until the stream's threads end: an abort during interpreter exit crashes the process."""
     wait_until(
         lambda: not any(thread.name.startswith("kv-") for thread in threading.enumerate()),
         what="all threads of the stream have ended",
@@ -335,7 +336,10 @@ def _wait_for_threads() -> None:
 def shapes(
     process: PrefillProcess, prefill: KvGeometry, decode: KvGeometry, blocks: int, **options: Any
 ) -> Iterator[tuple[tuple[str, ...], DecodeRanks]]:
-    """Run prefill ranks in the process, decode ranks here; check that nothing stays held."""
+    """Run prefill ranks in ``process`` and decode ranks in this process.
+
+    At the end, check that decode holds no transfer and that nothing is reported or released twice.
+    """
     addresses = process.call("open", prefill, blocks, options)
     ranks = DecodeRanks(decode, blocks, options)
     try:

@@ -1,12 +1,12 @@
-"""Worker processes for the soak test: the calls of an engine, without an engine.
+"""Worker processes for the soak test. They make the calls of an engine, without an engine.
 
 One parent process imports everything once and forks a worker for each ``Spec`` that it gets
-(``main``). A worker follows orders that come over a packet socket and reports there what it sees.
-It ends when that socket is closed. It checks all results itself and reports a failed check as
-``Wrong``.
+(``main``). A worker gets its orders over a packet socket and sends its reports over the same
+socket. The worker ends when the socket is closed. It checks all results itself and reports a failed
+check as ``Wrong``.
 
-The KV of a prompt depends only on its transfer id, layer, head and token. Free blocks hold numbers
-that KV never has.
+The KV of a prompt depends only on its transfer id, layer, head and token. A block that has been
+freed holds a number that KV never has.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ OPTIONS = TransferOptions(
     host="",
     incarnation="",
     token="secret",
-    # Some layers of a short prompt, or a share of one layer of a long prompt.
+    # A message has several layers of a short prompt, or a part of one layer of a long prompt.
     message_bytes=3 * 16 * HEADS * CONTENT * 4,
     staging_buffers=2,
     pair_timeout_s=2,
@@ -77,13 +77,13 @@ OPTIONS = TransferOptions(
     prefill_timeout_s=2,
     transfer_timeout_s=2,
     peer_lease_s=1,
-    pair_idle_s=6,  # longer than all others: blocks must become free while their pair is open
-    max_pairs=5,  # two more than the live ones, for pairs with dead workers
+    pair_idle_s=6,  # the longest timeout: blocks must become free while their pair is open
+    max_pairs=5,  # at most 3 with live workers, and 2 more for pairs with dead ones
     max_pending=64,
 )
-_PING_S, _SWEEP_S = 0.2, 0.1  # in proportion to the lease
-_IDLE_POLL_S = 0.01  # of an idle prefill engine
-_NEVER_KV = 1000  # KV never has greater numbers
+_PING_S, _SWEEP_S = 0.2, 0.1  # short, because peer_lease_s is short
+_IDLE_POLL_S = 0.01  # how long an idle prefill engine waits for orders
+_NEVER_KV = 1000  # all numbers in KV are smaller
 
 
 class Worker:
@@ -100,7 +100,7 @@ class Worker:
         self._fills = _NEVER_KV
 
     def report(self, report: Report) -> None:
-        """Report something; any thread may call this, because a packet is sent whole."""
+        """Send a report. Any thread may call this, because a packet is sent as a whole."""
         self._link.send(packet(report))
 
     def stuck(self, reason: str) -> None:
@@ -113,7 +113,7 @@ class Worker:
         return -(-tokens // self._tokens)
 
     def give_back(self, blocks: list[int]) -> None:
-        """Free blocks for another request; until then they hold a number of their own."""
+        """Free blocks. Fill them with a number that differs between calls and that KV never has."""
         self._fills += 1
         self.fill(blocks, self._fills)
         self.free += blocks
@@ -123,7 +123,11 @@ class Worker:
             layer[blocks] = value
 
     def orders(self, timeout_s: float, *others: int) -> list[Order] | None:
-        """Return the orders that come within the time, or None if the link is closed."""
+        """Return the orders that have arrived, or None if the link is closed.
+
+        If none has arrived, wait until the link or one of the descriptors ``others`` is readable,
+        for at most ``timeout_s``.
+        """
         link = self._link.fileno()
         ready, _, _ = select.select([link, *others], [], [], timeout_s)
         orders: list[Order] = []
@@ -143,11 +147,11 @@ class _Prompt:
     order: Compute
     blocks: list[int] = field(default_factory=list)
     next_token: int = 0
-    released_by: int = 0  # ranks
+    released_by: int = 0  # number of ranks that have released the blocks
 
 
 class PrefillWorker(Worker):
-    """Computes several prompts per step, layer by layer; keeps blocks until their release."""
+    """Computes some prompts per step, layer by layer. Keeps blocks until all ranks release them."""
 
     def __init__(self, spec: Spec, link: socket.socket, options: TransferOptions) -> None:
         super().__init__(spec, link)
@@ -157,14 +161,14 @@ class PrefillWorker(Worker):
             for rank in self.ranks
         ]
         self._front_end = Releaser(self.addresses(), options.token)
-        self._front_end.release("")  # opens its connections before threads and files are counted
+        self._front_end.release("")  # connects before the test counts threads and files
         wait_until(
             lambda: all("" in server.transfers.ended_ids for server in self._servers),
             what="the release has arrived",
         )
         self._waiting: deque[_Prompt] = deque()
         self._running: list[_Prompt] = []
-        self._kept: dict[str, _Prompt] = {}  # were in a step, and are not released
+        self._kept: dict[str, _Prompt] = {}  # in at least one step, not yet released
 
     def addresses(self) -> tuple[str, ...]:
         return tuple(server.address for server in self._servers)
@@ -221,7 +225,7 @@ class PrefillWorker(Worker):
                 self._finish(prompt, 42, computed=True)
 
     def _begin(self, prompt: _Prompt) -> None:
-        # Oldest first, so that free blocks keep their numbers for long.
+        # Take the blocks that were freed first, so that each block stays free for a long time.
         prompt.blocks = [self.free.popleft() for _ in range(self.blocks_of(prompt.order.tokens))]
         prompt.next_token = prompt.order.cached
         self.fill(prompt.blocks, 0)
@@ -252,7 +256,7 @@ class PrefillWorker(Worker):
         for server in self._servers:
             server.request_finished(prompt.order.transfer_id, first_token_id, computed=computed)
         (self._running if prompt in self._running else self._waiting).remove(prompt)
-        if prompt.order.transfer_id not in self._kept:  # in no step: nobody will release it
+        if prompt.order.transfer_id not in self._kept:  # it was in no step, so no rank releases it
             self._report_released(prompt)
         self.report(Computed(prompt.order.transfer_id))
 
@@ -285,21 +289,22 @@ class PrefillWorker(Worker):
 class _Reserved:
     order: Reserve
     blocks: list[int]
-    first_block: int  # index of the first block that is received
-    reports: dict[int, bool] = field(default_factory=dict)  # by rank: whether it is complete
+    first_block: int  # index of the first block into which KV is received
+    reports: dict[int, bool] = field(default_factory=dict)  # by rank: TransferResult.complete
     retries: int = 0
 
 
 class DecodeWorker(Worker):
-    """Reuses blocks when their transfer is reported, and notices if another thread writes to them.
+    """Reuses blocks as soon as their transfer is reported, and detects later writes to them.
 
-    ``_known`` is what each block of each rank must hold, except blocks for which a rank waits.
+    ``_known`` is the expected content of each rank's blocks. While a rank has not reported a
+    transfer, the rank's blocks of this transfer are not checked.
     """
 
     def __init__(self, spec: Spec, link: socket.socket, options: TransferOptions) -> None:
         super().__init__(spec, link)
         hits = range(128 // spec.block_tokens)
-        self._prefix = [self.free.popleft() for _ in hits]  # the same blocks for every request
+        self._prefix = [self.free.popleft() for _ in hits]  # shared by all requests
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
         self._known = [[layer.clone() for layer in rank.layers] for rank in self.ranks]
         self._clients = [
@@ -332,7 +337,7 @@ class DecodeWorker(Worker):
 
     def _reserve(self, order: Reserve) -> None:
         first = order.cached // self._tokens
-        # Take a block that was freed last or first; a late write shows in both.
+        # Take the newest or the oldest free blocks. The checks find a late write in both cases.
         take = random.choice([self.free.pop, self.free.popleft])
         lacking = range(first, self.blocks_of(order.tokens))
         blocks = self._prefix[:first] + [take() for _ in lacking]
@@ -409,7 +414,7 @@ class DecodeWorker(Worker):
 
 
 def _slow_down_copies(worker: Worker) -> None:
-    """Make some copies take so long that everything else happens meanwhile."""
+    """Delay some copies, so that other events happen meanwhile. Report reads of freed blocks."""
     gather, scatter = UnitView.gather, UnitView.scatter
 
     def wait_sometimes() -> None:
@@ -431,7 +436,7 @@ def _slow_down_copies(worker: Worker) -> None:
 
 
 class _Exceptions(logging.Handler):
-    """Reports every logged exception: the stream logs its own defects in this way."""
+    """Reports every logged exception, because the stream logs its own defects as exceptions."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(logging.ERROR)
@@ -454,7 +459,7 @@ def _work(spec: Spec, link: socket.socket) -> None:
     )
     worker = kind(spec, link, replace(OPTIONS, incarnation=spec.incarnation, host=host))
     _slow_down_copies(worker)
-    faulthandler.register(signal.SIGUSR1)  # prints where all threads are
+    faulthandler.register(signal.SIGUSR1)  # prints the stacks of all threads
     logging.getLogger().addHandler(_Exceptions(worker))
     threading.excepthook = lambda args: worker.report(Wrong(f"{args.thread}: {args.exc_value!r}"))
     try:
@@ -467,8 +472,8 @@ def _work(spec: Spec, link: socket.socket) -> None:
 
 
 def main(nursery: socket.socket) -> None:
-    """Fork a worker for each Spec that arrives; the worker gets the socket that came with it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child is waited for
+    """Fork a worker for each Spec that arrives. The Spec comes with the worker's socket."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     while (handed := socket.recv_fds(nursery, MAX_PACKET_BYTES, 1))[0]:
         data, (fd,), _, _ = handed
         link = socket.socket(fileno=fd)

@@ -1,7 +1,8 @@
-"""How the connections of a soak test's workers are led through proxies that the test disturbs.
+"""Leads the connections of a soak test's workers through links: proxies that the test disturbs.
 
-The test listens on a "router" port. A worker asks there for a link to an address, and connects to
-the link instead. The workers get their control addresses through links from the test itself.
+The test listens on a "router" port. There a worker asks for a link to an address, and then connects
+to the link instead of the address. A worker does not ask for links for its control connections: the
+control addresses that the test gives to the workers are those of links.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kv_transfer import pair
 from kv_transfer.errors import PairError
 from kv_transfer.send import sender
 
-# The gloo side with the greater address connects to the other: here, decode to prefill.
+# Gloo connects from the side with the greater address to the other side. Here, decode connects.
 PREFILL_HOST, LINK_HOST, DECODE_HOST = "127.0.0.1", "127.0.0.1", "127.0.0.2"
 
 
@@ -30,7 +31,7 @@ def linked(router_port: int, kind: str, host: str, port: int) -> int:
 
 
 def lead_through_links(role: str, router_port: int) -> None:
-    """In this process, lead gloo's connections and those to a store through links."""
+    """Lead decode's gloo connections, or prefill's connections to stores, through links."""
     gloo: Callable[..., Any] = pair._gloo
     join_store = pair.join_store
 
@@ -74,16 +75,16 @@ class _RoutedStore(ForwardingStore):
     def get(self, key: str) -> bytes:
         blob = super().get(key)
         if not (at := _port_at(blob)):
-            return blob  # decode's own address
+            return blob  # not prefill's address
         port = int.from_bytes(blob[at : at + 2], "big")
         link = linked(self._router_port, "data", PREFILL_HOST, port)
         return blob[:at] + link.to_bytes(2, "big") + blob[at + 2 :]
 
 
 def _port_at(blob: bytes) -> int:
-    """Return the index of prefill's port in gloo's address, which contains a sockaddr_in.
+    """Return the index of the port in prefill's gloo address, which contains a sockaddr_in.
 
-    Return 0 if it is another address.
+    Return 0 if ``blob`` is not prefill's address.
     """
     return max(0, blob.find(socket.inet_aton(PREFILL_HOST)) - 2)
 
@@ -94,13 +95,13 @@ class _StoreOfSilentPeer(Store):
     def __init__(self) -> None:
         super().__init__()
         self._values: dict[str, bytes] = {}
-        self.port = 0  # of this process
+        self.port = 0  # on which gloo listens in this process
 
     def set(self, key: str, value: bytes) -> None:
         self._values[key] = bytes(value)
 
     def wait(self, keys: list[str], *timeout: Any) -> None:
-        """Return at once: every key exists."""
+        """Return immediately, because every key exists."""
 
     def get(self, key: str) -> bytes:
         ours = next(blob for blob in self._values.values() if _port_at(blob))
@@ -110,9 +111,9 @@ class _StoreOfSilentPeer(Store):
 
 
 def abort_and_accept_late_connection() -> None:
-    """Abort a pair that was never made, then connect to it.
+    """Let the making of a pair time out, then connect to the pair's port.
 
-    A process dies here if the connection reaches what is left of the pair.
+    If the connection reaches what is left of the pair, the process dies.
     """
     store = _StoreOfSilentPeer()
     try:

@@ -1,4 +1,4 @@
-"""What a soak test and its worker processes (``kv_soak``) tell each other: orders and reports."""
+"""The orders of a soak test to its worker processes (``kv_soak``), and the workers' reports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Preempt(msgspec.Struct, tag=True, frozen=True):
-    """To prefill: the engine takes some prompt's blocks away and computes it again later."""
+    """To prefill: the engine preempts a random prompt, and computes this prompt again later."""
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
@@ -46,7 +46,7 @@ class Release(msgspec.Struct, tag=True, frozen=True):
 
 
 class Reserve(msgspec.Struct, tag=True, frozen=True):
-    """To decode: fetch all tokens after the first ``cached`` ones."""
+    """To decode: fetch the KV of all tokens after the first ``cached`` ones."""
 
     transfer_id: str
     addresses: tuple[str, ...]
@@ -71,7 +71,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     """From both: the worker has started."""
 
     pid: int
-    addresses: tuple[str, ...]  # of a prefill worker's ranks
+    addresses: tuple[str, ...]  # control addresses by rank; empty for a decode worker
 
 
 class Computed(msgspec.Struct, tag=True, frozen=True):
@@ -87,7 +87,7 @@ class Released(msgspec.Struct, tag=True, frozen=True):
 
 
 class Result(msgspec.Struct, tag=True, frozen=True):
-    """From decode: all ranks have reported this reservation."""
+    """From decode: the transfer has ended on all ranks."""
 
     transfer_id: str
     complete: bool
@@ -101,7 +101,7 @@ class Free(msgspec.Struct, tag=True, frozen=True):
 
 
 class Wrong(msgspec.Struct, tag=True, frozen=True):
-    """From both: a check in the worker has failed."""
+    """From both: a check has failed in the worker, or an error has occurred there."""
 
     what: str
 

@@ -1,8 +1,8 @@
-"""Runs the threads of a real server or client one step at a time.
+"""Runs the threads of a real prefill server or decode client one step at a time.
 
-The test controls the clock, the network and the threads. A thread runs when the test tells it to,
-and pauses where it would wait, send a message or copy. Everything else can happen in between:
-cancels, failures of other legs, evictions.
+The test controls the clock, the network and the threads. A thread runs when the test tells it to.
+It pauses where it waits, sends or receives a message, or copies. While it pauses, anything else can
+happen: a request is cancelled, a transfer fails on another rank, a pair is closed.
 """
 
 from __future__ import annotations
@@ -56,35 +56,35 @@ OPTIONS = TransferOptions(
     max_pending=3,
 )
 
-_PAUSES = 12  # enough for a few messages
-# The places where threads pause; "copy" is drawn more often.
+_PAUSES = 12  # maximum per ``go_to``; enough for a few messages
+# Places to which a test lets a thread run. "copy" is drawn more often.
 PLACES = ["group", "sent", "received", "wait", "copy", "copy", "copy", "idle"]
 
-index = st.integers(0, 7)  # of a list, modulo its length
+index = st.integers(0, 7)  # index into a list, used modulo the length of the list
 
 
 class Stepped(threading.Thread):
-    """A thread that runs only when told to, until it pauses or ends."""
+    """A thread that runs only when the test calls ``go``, and then until it pauses or ends."""
 
     def __init__(
         self, target: Callable[..., None], args: tuple[Any, ...] = (), name: str = "",
         daemon: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(target=target, args=args, name=name, daemon=daemon)
-        self.owner = getattr(target, "__self__", None)  # of the method that it runs
+        self.owner = getattr(target, "__self__", None)  # the object whose method the thread runs
         self.ended = False
         self.blocked = False  # waits for a condition
         self.place = "start"
         self._may_go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
 
     def start(self) -> None:
-        """Do nothing: the thread runs from the first ``go`` on."""
+        """Do nothing. The first ``go`` starts the thread."""
 
     def go(self) -> None:
         if self.ident is None:
             super().start()
         self._may_go.release()
-        assert self._stopped.acquire(timeout=10), "a thread waits at a place where it should not"
+        assert self._stopped.acquire(timeout=10), "a thread is blocked, but not at a pause"
 
     def run(self) -> None:
         self._may_go.acquire()
@@ -107,7 +107,10 @@ class Stepped(threading.Thread):
             self.go_to("nowhere")
 
     def go_to(self, place: str) -> None:
-        """Run until the thread pauses at this place, for at most ``_PAUSES`` pauses."""
+        """Run until the thread pauses at this place, ends or blocks.
+
+        Stop after ``_PAUSES`` pauses at other places.
+        """
         for _ in range(_PAUSES):
             if self.ended or self.blocked:
                 break
@@ -123,7 +126,7 @@ def pause(place: str) -> None:
 
 
 class SteppedCondition:
-    """A condition whose waiters continue only when notified, and when told to."""
+    """A condition. A waiter continues when it has been notified and the test tells it to run."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -150,7 +153,7 @@ class SteppedCondition:
 
 
 class Poller:
-    """A poller that never waits: it returns what is readable when the thread continues."""
+    """A poller that pauses instead of waiting, and then returns the sources that are readable."""
 
     def __init__(self) -> None:
         self._sources: list[Any] = []
@@ -172,7 +175,7 @@ class Poller:
 
 
 class AccidentError(Exception):
-    """An exception that our code never raises, such as that of a copy that fails."""
+    """Stands for an exception that our own code does not raise, for example an error in a copy."""
 
 
 def random_caches() -> list[torch.Tensor]:
@@ -180,12 +183,12 @@ def random_caches() -> list[torch.Tensor]:
 
 
 def tokens_of(cache: torch.Tensor, block_ids: tuple[int, ...]) -> torch.Tensor:
-    """Return ``[tokens, heads, content]`` of a request."""
+    """Return a request's KV in one layer: ``[tokens, heads, content]``."""
     return cache[list(block_ids)].transpose(1, 2).flatten(0, 1)
 
 
 class Machine(RuleBasedStateMachine):
-    """An engine's blocks, and checks that nobody copies them at the wrong time."""
+    """Tracks which transfer owns each block. Checks that a block keeps its owner during a copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,11 +196,14 @@ class Machine(RuleBasedStateMachine):
         self.transfer_ids: list[str] = []
         self.owners: dict[int, str] = {}  # by block: the transfer for which the engine holds it
         self.used: dict[Stepped, str] = {}  # by copying thread: the transfer that owns the blocks
-        self.broken: list[str] = []  # failed checks of other threads
+        self.broken: list[str] = []  # checks that ``expect`` found false, and logged exceptions
         self.patch = pytest.MonkeyPatch()
 
     def fake(self, module: ModuleType, **fakes: object) -> None:
-        """Replace names in a module; exceptions that it logs count as broken."""
+        """Replace names in a module.
+
+        If the module logs an exception other than ``AccidentError``, the test fails.
+        """
         for name, fake in fakes.items():
             self.patch.setattr(module, name, fake)
         if hasattr(module, "logger"):
@@ -208,7 +214,7 @@ class Machine(RuleBasedStateMachine):
         raise NotImplementedError
 
     def slow(self, copy: Callable[..., None]) -> Callable[..., None]:
-        """Make a copy that pauses, and check that its blocks stay with their request meanwhile."""
+        """Wrap ``copy`` to pause first. Check that its blocks keep their owner until it ends."""
 
         def slow_copy(
             view: UnitView,
@@ -224,7 +230,7 @@ class Machine(RuleBasedStateMachine):
             )
             blocks = block_ids.tolist()[units]
             before = {self.owners.get(block) for block in blocks}
-            self.expect(len(before) == 1 and None not in before, "copied blocks without an owner")
+            self.expect(len(before) == 1 and None not in before, "copied blocks without one owner")
             self.used[thread] = before.pop() or ""
             try:
                 thread.pause("copy")
@@ -234,12 +240,12 @@ class Machine(RuleBasedStateMachine):
             finally:
                 owner = self.used.pop(thread)
                 after = {self.owners.get(block) for block in blocks}
-                self.expect(after == {owner}, "a block changed hands while it was copied")
+                self.expect(after == {owner}, "a block changed its owner while it was copied")
 
         return slow_copy
 
     def expect(self, true: bool, what: str) -> None:
-        """Check inside the code under test, which would catch and log an assertion."""
+        """Record a failed check. An assert would be caught and logged by the code under test."""
         if not true:
             self.broken.append("".join(traceback.format_stack()) + what)
 

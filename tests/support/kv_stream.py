@@ -1,4 +1,7 @@
-"""Both ends of a KV stream on small caches, for tests; also a prefill end as a process to kill."""
+"""Runs both ends of a KV stream for tests: a prefill and a decode rank with small KV caches.
+
+As a program, this module runs only a prefill end, which a test can kill.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def random_caches(seed: int) -> list[torch.Tensor]:
 def chunk_of(
     transfer_id: str, blocks: tuple[int, ...], start: int, end: int, tokens: int
 ) -> StepChunk:
-    """Tokens ``[start, end)`` of a prompt of ``tokens`` tokens."""
+    """Return a chunk with tokens ``[start, end)`` of a prompt of ``tokens`` tokens."""
     return StepChunk(
         transfer_id=transfer_id,
         request_id=f"engine-{transfer_id}",
@@ -89,7 +92,7 @@ class Prefill:
     def compute(
         self, transfer_id: str, block_ids: list[int], tokens: int, cached: int = 0, chunk: int = 40
     ) -> None:
-        """Run engine steps until the prompt is computed. The caches already hold random KV."""
+        """Run engine steps for a prompt. They write no KV: the caches already hold random KV."""
         for start in range(cached, tokens, chunk):
             end = min(tokens, start + chunk)
             blocks = tuple(block_ids[: blocks_of(end)])
@@ -150,7 +153,7 @@ class Decode:
 
 @contextmanager
 def stream(**options: Any) -> Iterator[tuple[Prefill, Decode]]:
-    """Yield one prefill and one decode end; at the end, check that no thread of either is left."""
+    """Yield one prefill and one decode end. At the exit, check that all of their threads end."""
     before = set(threading.enumerate())
     prefill = Prefill(random_caches(1), **options)
     decode = Decode(random_caches(2), **options)
@@ -170,13 +173,13 @@ def same_blocks(
     source: list[torch.Tensor], source_ids: list[int], target: list[torch.Tensor],
     target_ids: list[int], first: int = 0,
 ) -> bool:  # fmt: skip
-    """Whether the blocks agree in all layers, from the ``first`` block of the lists on."""
+    """Return whether the listed blocks are equal in all layers. Start at list index ``first``."""
     return all(
         torch.equal(a[source_ids[first:]], b[target_ids[first:]])
         for a, b in zip(source, target, strict=True)
     )
 
 
-if __name__ == "__main__":  # a prefill process: prints its address, then idles until killed
+if __name__ == "__main__":  # print the address, then wait to be killed
     print(Prefill(random_caches(1)).server.address, flush=True)
     os.read(sys.stdin.fileno(), 1)

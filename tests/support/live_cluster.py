@@ -1,4 +1,4 @@
-"""``baton up`` in its own process, and what can be seen from outside: workers, processes, log."""
+"""Runs ``baton up`` in its own process, and observes its workers, processes and log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from core.types import Pool, WorkerRecord, WorkerState
 from tests.support.waiting import wait_until
 
 START_S = 240.0  # engines load one after the other on a small machine
-GRACE_S = 30.0  # for running streams when the cluster goes down
+GRACE_S = 30.0  # ``cluster.stop_grace_s``: how long running streams may go on
 STOP_S = GRACE_S + 30.0
 SILENCE_S = 4.0  # ``cluster.connection_silence_s``
 
@@ -38,9 +38,10 @@ STORE = "valkey-server"
 GCS = "gcs_server"
 RAYLET = "raylet"
 # vLLM sets the title of its engine core. Sometimes this fails and the core keeps this command line.
-# With one rank, a replica spawns only this core and Python's resource tracker.
+# This identifies the core: with one rank, a replica spawns only the core and Python's resource
+# tracker, which has another command line.
 _ENGINE_UNNAMED = b"from multiprocessing.spawn import spawn_main"
-_FILES_OF_RAY = 5  # Ray's connections between replicas, controller and raylet come and go
+_FILES_OF_RAY = 5  # allowed additional files, because Ray's connections come and go
 _KINDS = (ROUTER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
 
 
@@ -91,14 +92,14 @@ class LiveCluster:
         )
 
     def scale_router(self, number: int) -> None:
-        """Let Ray Serve run ``number`` routers, 0 or 1. Does not wait for them."""
+        """Let Ray Serve run ``number`` routers, 0 or 1. Does not wait for the change."""
         (raylet,) = self.processes(RAYLET)
         (address,) = (
             word.partition("=")[2]
             for word in psutil.Process(raylet.pid).cmdline()
             if word.startswith("--gcs-address=")
         )
-        settings = {  # the secret of Ray, and its use of loopback
+        settings = {  # they contain Ray's token, and make Ray use loopback
             name: value
             for name, value in psutil.Process(raylet.pid).environ().items()
             if name.startswith("RAY_")
@@ -125,17 +126,17 @@ class LiveCluster:
         return [line for line in lines if words in line]
 
     def workers(self, pool: Pool | None = None) -> list[WorkerRecord]:
-        """Return the workers that hold a lease now. Empty while the store is away."""
+        """Return the workers that hold a lease now; none if the store cannot be reached."""
         with suppress(UnavailableError):
             return [each for each in read_workers(self.state) if pool in (None, each.pool)]
         return []
 
     def processes(self, kind: str | None = None) -> list[ClusterProcess]:
-        """``processes_of`` this cluster."""
+        """Return ``processes_of`` this cluster."""
         return processes_of(self.state.cluster_id, kind)
 
     def replica_of(self, worker: WorkerRecord) -> ClusterProcess | None:
-        """Return the process of ``worker``. None if it is dead and only its lease is left."""
+        """Return the process of ``worker``, or None if only its lease is left."""
         port = int(worker.address.rpartition(":")[2])
         for process in self.processes(REPLICAS[worker.pool]):
             if port in _listening(process.pid):
@@ -167,7 +168,7 @@ class LiveCluster:
         return Counter(kinds | ({ENGINE: sum(self.sizes.values())} if self.has_engines else {}))
 
     def open_files(self) -> Counter[str]:
-        """Return how many files and sockets a process has open, at most, by kind of process."""
+        """Return for each kind of process the largest number of open files in one process."""
         found: Counter[str] = Counter()
         for kind in (ROUTER, *REPLICAS.values()):
             for process in self.processes(kind):
@@ -177,7 +178,10 @@ class LiveCluster:
         return found
 
     def wait_files_closed(self, before: Counter[str]) -> None:
-        """Wait until no process has more files open than ``open_files`` returned ``before``."""
+        """Wait until no kind has more files open than in ``before``, a result of ``open_files``.
+
+        Routers and replicas may have up to ``_FILES_OF_RAY`` more.
+        """
 
         def left_open() -> list[str]:
             return [
@@ -236,7 +240,7 @@ def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> Li
     """Start a cluster and wait until it is ready. ``stop`` ends it.
 
     Args:
-        folder: for its files.
+        folder: for the cluster's files.
         config: YAML without the section ``cluster``.
         sizes: number of workers in each pool.
     """
@@ -278,7 +282,7 @@ def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> Li
 
 
 def stop(cluster: LiveCluster) -> None:
-    """End the cluster, by SIGKILL after ``STOP_S``. Idempotent."""
+    """End the launcher by SIGINT, or by SIGKILL if it still runs after ``STOP_S``. Idempotent."""
     if cluster.launcher.poll() is None:
         cluster.launcher.send_signal(signal.SIGINT)
         try:
@@ -289,7 +293,7 @@ def stop(cluster: LiveCluster) -> None:
 
 
 def _kind(pid: int) -> str:
-    """Return the kind of a process: one of ``_KINDS``, or its command line if it is of none."""
+    """Return the kind of a process: one of ``_KINDS``, or its command line if no kind matches."""
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

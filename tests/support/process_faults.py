@@ -1,8 +1,8 @@
-"""Faults of the processes of a running cluster. Each fault is a named object.
+"""Causes faults in a running cluster. Each kind of fault is a frozen dataclass.
 
-``strike`` first waits until its victim is up, because an earlier fault may just have hit the same
-process. It returns when the fault has happened. By then, a process that only paused has resumed.
-The cluster must replace a process that is dead or hangs for good.
+``strike`` first waits until its victim runs, because an earlier fault may just have hit the same
+process. A fault that only pauses something ends before ``strike`` returns. If a process is dead or
+hangs for good, the cluster must replace it.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True)
 class StallWorker:
-    """As ``StopWorker``, but the process resumes when the worker's lease has ended. By then,
-    no router has moved its requests to another worker."""
+    """As ``StopWorker``, but the process resumes when the worker's lease has ended. At that time,
+    no router has moved the worker's requests to another worker yet."""
 
     pool: Pool
 
@@ -118,8 +118,8 @@ class StopEngine:
 
 @dataclass(frozen=True, slots=True)
 class CutWorker:
-    """All connections of the pool's busiest worker to the router, the store and the other pool end.
-    The processes keep running."""
+    """All connections of the pool's busiest worker to the router, the store and the other pool are
+    cut. The processes keep running."""
 
     pool: Pool
 
@@ -145,8 +145,8 @@ class SilenceWorker:
 
 @dataclass(frozen=True, slots=True)
 class JumpClock:
-    """The store's clock jumps far ahead. All keys that have an expiry are gone, so all leases end.
-    Baton's own processes read no clock that can jump."""
+    """All keys that have an expiry are deleted, as if the store's clock had jumped far ahead. This
+    ends all leases. Baton's own processes read no clock that can jump."""
 
     def strike(self, cluster: LiveCluster) -> None:
         _store_pid(cluster)
@@ -189,7 +189,8 @@ class RestartRouter:
 @dataclass(frozen=True, slots=True)
 class KillStore:
     """The registry's store is killed with kill -9, and all leases are lost. ``strike`` returns when
-    the launcher has started another store. A fault before that would only make this start fail."""
+    the launcher has started another store. If the next fault came earlier, it would only prevent
+    this start."""
 
     def strike(self, cluster: LiveCluster) -> None:
         started = cluster.log.read_text().count(_STORE_STARTED)
@@ -203,7 +204,7 @@ class KillStore:
 
 @dataclass(frozen=True, slots=True)
 class StopStore:
-    """The registry's store hangs until the launcher has noticed this, and then resumes."""
+    """The registry's store hangs. It resumes when the launcher has noticed that it hangs."""
 
     def strike(self, cluster: LiveCluster) -> None:
         store = _store_pid(cluster)

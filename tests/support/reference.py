@@ -1,8 +1,8 @@
-"""Generates the tokens that a cluster must generate, with one vLLM engine and no KV connector.
+"""Runs one vLLM engine without a KV connector. A cluster must generate the same tokens.
 
     python -m tests.support.reference < job.json > answers.json
 
-This runs in its own process, so that the engine's memory is free before a cluster starts.
+The engine runs in its own process, so that its memory is free before a cluster starts.
 """
 
 from __future__ import annotations

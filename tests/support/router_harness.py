@@ -57,13 +57,13 @@ def make_codec(context_tokens: int = CONTEXT_TOKENS) -> TextCodec:
 
 
 class RouterHarness:
-    """``async with`` starts and stops all servers. Unless the block raised an error, it then checks
-    that no task is left.
+    """``async with`` starts all servers and, at the end of the block, stops them. If the block
+    raised no error, the harness then checks that no task is left.
 
     Args:
         router: fields of the section ``router``, which override the harness's defaults.
         redis: fields of the section ``redis``.
-        journal: the store that all routers of the harness share.
+        journal: the journal's store, which all routers of the harness share.
         silence_s: ``cluster.connection_silence_s``.
     """
 

@@ -1,4 +1,4 @@
-"""The order of tests that share one cluster."""
+"""Sorts the tests that share one cluster."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 def run_cluster_ends_last(
     items: list[pytest.Item], cluster_of: Callable[[pytest.Item], Hashable | None]
 ) -> None:
-    """Sort ``items`` in place. A test marked ``ends_cluster`` then runs after all other tests that
-    share its cluster.
+    """Sort ``items`` in place, so that a test marked ``ends_cluster`` runs after all other tests
+    that share its cluster.
 
     Args:
-        cluster_of: returns a key of the cluster that a test shares, or None if it shares none.
+        cluster_of: returns the key of a test's shared cluster. None: the test shares no cluster.
     """
     places_by_cluster: dict[Hashable, list[int]] = defaultdict(list)
     for place, item in enumerate(items):

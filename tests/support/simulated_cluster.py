@@ -1,4 +1,4 @@
-"""Routers and their workers in virtual time, without sockets, Redis or vLLM.
+"""Runs routers and workers in virtual time, without sockets, Redis or vLLM.
 
 The routers' and workers' code that handles requests is real. The engines are fake, and the stores
 are in memory. ``SimCall`` replaces a gRPC call. It delays messages, and loses some of them if its
@@ -51,7 +51,7 @@ CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_s=0.05)
 MAX_UNREAD = 4  # a sender waits while a call has this many unread messages
-SETTLE_S = 100.0  # after the last request; nothing may be left after this time
+SETTLE_S = 100.0  # wait after the last request; after this wait, nothing may be left
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 CONNECTION_LOST = ""  # the client's reason if the connection broke before a status came
@@ -102,7 +102,7 @@ class SimCall:
         self._server.add_done_callback(lambda _: worker.calls.discard(self))
 
     def cancel(self) -> None:
-        """Cancel the call. It ends at once for the caller, and a little later on the worker."""
+        """Cancel the call. It ends immediately for the caller, and a little later on the worker."""
         if self._cancel is None and not self._server.done():
             self._cancel = asyncio.create_task(self._cancel_server())
         self._end()
@@ -427,7 +427,8 @@ class SimRouter:
 
 
 class SimCluster:
-    """Routers and workers in a ``VirtualLoop``. ``async with`` starts one router and stops all.
+    """Routers and workers in a ``VirtualLoop``. ``async with`` starts one router. At the end of the
+    block, it stops all routers and workers.
 
     Args:
         limits: the limits of each router's admission.
@@ -493,8 +494,8 @@ class SimCluster:
         limit: int = 8,
         kv_blocks: int = KV_BLOCKS,
     ) -> SimWorker:
-        """Start a worker that takes ``limit`` requests at once. It is ready with its first lease.
-        If ``latency`` is None, latency and limit are random."""
+        """Start a worker that runs at most ``limit`` requests at the same time. The worker is ready
+        when it has its first lease. If ``latency`` is None, latency and limit are random."""
         self._numbers += 1
         name = f"{pool}-{self._numbers}"
         if latency is None:

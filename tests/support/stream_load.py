@@ -11,7 +11,8 @@ from typing import Self
 import baton
 from tests.support.waiting import wait_until
 
-# Reasons of refusals. If no response has come, the client sends the request again.
+# If a request is refused for one of these reasons before its first response, the client sends it
+# again.
 REFUSALS = {
     "NO_PREFILL_WORKER",
     "NO_DECODE_WORKER",
@@ -41,7 +42,7 @@ class Outcome:
     refusals: list[str] = field(default_factory=list)  # reasons, one for each refusal
     responses: list[baton.Response] = field(default_factory=list)
     errors: list[baton.BatonError] = field(default_factory=list)
-    ends: int = 0  # how often the stream ended, with or without an error
+    ends: int = 0  # how many times the stream ended, with or without an error
     given_up: bool = False  # refused, and not sent again because the load was ending
 
     @property
@@ -50,7 +51,7 @@ class Outcome:
 
     @property
     def attempts(self) -> int:
-        """How often the router dispatched the request. The request must have ended well."""
+        """How many times the router dispatched the request. The request must have ended well."""
         phases = self.responses[-1].phases
         assert phases is not None
         return phases.attempts
@@ -112,8 +113,8 @@ class Load:
         self._finished.set()
 
     def wait_for_tokens(self, count: int, within_s: float = 60) -> None:
-        """Wait until the number of requests with ``count`` tokens reaches the number of clients. A
-        client can count several times if it sends several requests."""
+        """Wait until the number of requests with at least ``count`` tokens reaches the number of
+        clients. If a client sends several requests, each of them counts."""
 
         def have_come() -> bool:
             tokens = [len(outcome.token_ids) for outcome in self.outcomes]

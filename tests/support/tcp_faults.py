@@ -1,4 +1,4 @@
-"""Faults of TCP connections between running processes: a connection is cut, or nothing arrives.
+"""Cuts TCP connections between running processes, or drops everything that arrives at their ends.
 
 This module duplicates the processes' sockets. It needs Linux, and processes of the same user.
 """
@@ -45,7 +45,7 @@ class End:
 
 
 def ends(pid: int, *, port: int | None = None) -> list[End]:
-    """Return a process's ends of its open connections. If the process has ended, return none.
+    """Return a process's ends of its open connections. If the process has ended, return no end.
 
     ``port``: if given, return only connections that have this port at either end.
     """
@@ -71,7 +71,7 @@ def cut(connections: list[End]) -> None:
 @contextmanager
 def silence(connections: list[End]) -> Iterator[None]:
     """During the block, drop all packets that arrive at these ends, acknowledgements included. The
-    connections stay open, and nothing tells either side."""
+    connections stay open: neither side receives a FIN or RST."""
     program = struct.pack("HL", 1, ctypes.addressof(_DROP_ALL))
     _set_option(connections, _SO_ATTACH_FILTER, program)
     try:

@@ -40,12 +40,12 @@ class Link:
         self._flowing.clear()
 
     def clear(self) -> None:
-        """Forward held and new data at once. Only a chunk whose delay has begun stays delayed."""
+        """Stop holding and slowing data. Only a chunk whose delay has begun stays delayed."""
         self.delay_s, self.bytes_per_s = 0.0, float("inf")
         self._flowing.set()
 
     def cut(self, at_most: int | None = None) -> int:
-        """Reset all open connections, or ``at_most`` of them, at both ends. Return how many."""
+        """Reset open connections at both ends: all, or at most ``at_most``. Return their number."""
         connections = list(self._connections)[:at_most]
         for connection in connections:
             connection.cancel()

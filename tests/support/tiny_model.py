@@ -1,6 +1,6 @@
-"""A tiny random Llama model with SmolLM2's tokenizer, for quick tests of real engines.
+"""Makes a tiny random Llama model with SmolLM2's tokenizer, for quick tests of real engines.
 
-``python -m tests.support.tiny_model FOLDER`` writes such a model in a few seconds.
+``python -m tests.support.tiny_model FOLDER`` writes the model in a few seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KV_HEADS = 2
 HEAD_DIM = 32
 MAX_MODEL_LEN = 4096  # tokens
 WINDOW = 40  # tokens that a layer of sliding attention sees
-BYTES_PER_VALUE = 4  # float32: batching changes no token
+BYTES_PER_VALUE = 4  # float32, so that batching changes no token
 KV_BYTES_PER_TOKEN = 2 * LAYERS * KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -44,7 +44,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0, layer_types: Sequence[str] =
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         max_position_embeddings=MAX_MODEL_LEN,
-        initializer_range=0.2,  # so large that the most probable token wins clearly
+        initializer_range=0.2,  # large, so that the most probable token wins clearly
         tie_word_embeddings=False,  # with tied random weights, the model repeats its input
         bos_token_id=1,
         eos_token_id=2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ GREEDY = pb.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 @dataclass
 class Engines:
-    """Both engines, and what requests need to name them."""
+    """Both engines, and the names that requests use for them."""
 
     prefill: VllmEngine
     decode: VllmEngine
@@ -48,7 +49,7 @@ class Engines:
         """Return all outputs of one request. A prefill (``KvSend``) generates one token.
 
         Args:
-            so_far: how many tokens at the prompt's end are output of an earlier attempt.
+            so_far: how many tokens at the prompt's end are the output of an earlier attempt.
         """
         wanted = pb.SamplingParams()
         wanted.CopyFrom(sampling)
@@ -128,8 +129,16 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
         incarnation=names[1],
     )
     try:
-        facts = await prefill.start()
-        await decode.start()
+        before = len(multiprocessing.active_children())
+        starting = asyncio.create_task(prefill.start())
+        # vLLM reads the core binding from the environment, so the prefill engine's process must
+        # have its environment before that of the decode engine is set.
+        await until(
+            lambda: len(multiprocessing.active_children()) > before or starting.done(),
+            what="the process of the prefill engine has started",
+            within_s=30,
+        )
+        _, facts = await asyncio.gather(decode.start(), starting)
         receive = KvReceive(names[0], facts.kv_addresses, True)
         yield Engines(prefill, decode, receive, names[1])
     finally:

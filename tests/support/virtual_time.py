@@ -1,8 +1,9 @@
 """An event loop in virtual time. It runs tasks in an order that depends on a seed.
 
-Time passes only when no task can run, so waits cost no real time. Any of the tasks that can run may
-run first. asyncio's own loop runs tasks in the order in which they became ready, so it never shows
-a test most orders that occur on a busy machine. The same seed gives the same run.
+When no task can run, the time jumps to the next timer, so waits cost no real time. Any of the tasks
+that can run may run first. asyncio's own loop always runs tasks in the order in which they became
+ready, so a test in that loop never meets most orders that occur on a busy machine. The same seed
+gives the same run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class DeadlockError(Exception):
 
 
 class _NoSelector(selectors.SelectSelector):
-    """Never waits for files. A wait with a timeout advances the loop's time at once."""
+    """Never waits for files. A wait with a timeout only advances the loop's time."""
 
     now_s = 0.0
 
@@ -33,7 +34,7 @@ class _NoSelector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """``time()`` starts at 0 s. Only the steps of tasks are shuffled, no other callbacks."""
+    """``time()`` starts at 0 s. Only the steps of tasks are shuffled. Other callbacks are not."""
 
     def __init__(self, seed: int) -> None:
         self._clock = _NoSelector()

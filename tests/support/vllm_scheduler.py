@@ -1,7 +1,7 @@
-"""vLLM's own scheduler with the scheduler side of Baton's connector. The model is simulated.
+"""Runs vLLM's own scheduler with the scheduler side of Baton's connector. The model is simulated.
 
-There is no engine and no other process. A step is one call, so a test chooses what the ranks report
-at each step.
+There is no engine and no other process. Each call of ``SchedulerBench.step`` is one engine step. A
+test passes what the ranks report at this step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Step:
     plan: StepPlan  # for the ranks
     computed: dict[str, int]  # number of tokens, by request id
     tokens: dict[str, list[int]] = field(default_factory=dict)  # sampled ids, by request id
-    reports: list[dict[str, Any]] = field(default_factory=list)  # of receives
+    reports: list[dict[str, Any]] = field(default_factory=list)  # one for each KV receive
 
 
 class SchedulerBench:
@@ -50,7 +50,7 @@ class SchedulerBench:
 
     Args:
         pool: "kv_producer" (prefill) or "kv_consumer" (decode).
-        blocks: KV blocks of the engine, including the null block.
+        blocks: number of the engine's KV blocks, including the null block.
         step_tokens: maximum number of tokens that one step computes.
     """
 

@@ -1,4 +1,4 @@
-"""Waits for a condition or for a time. No other module of the tests sleeps in real time."""
+"""Waits for a condition or for a time. No other test module calls ``sleep`` in real time."""
 
 from __future__ import annotations
 

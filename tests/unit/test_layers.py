@@ -1,7 +1,7 @@
-"""``make lint`` fails for code in no layer, for an upward import, and for Ray outside its folder.
+"""``make lint`` fails for code in no layer, for an upward import, and for Ray outside cluster/ray.
 
-The tests work in a copy of the tree. They plant a mistake there, or none, and run the commands of
-``make lint`` that check layers and imports.
+The tests work in a copy of the tree. One test leaves the copy as it is, and the others plant a
+mistake in it. Each test runs the commands of ``make lint`` that check layers and imports.
 """
 
 from __future__ import annotations

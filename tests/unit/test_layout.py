@@ -70,7 +70,7 @@ def test_tests_do_not_sleep() -> None:
 
 
 def test_no_clock_that_can_jump_is_read() -> None:
-    """Deadlines and leases use monotonic time. Benchmarks may compare with wall times in a log."""
+    """Deadlines and leases use monotonic time. Benchmarks may read wall time."""
     packages = [ROOT.joinpath(*name.split(".")) for name in PACKAGES if name != "bench"]
     files = [path for package in packages for path in package.glob("*.py")]
     clocks = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\b|\bCLOCK_REALTIME\b")
@@ -99,8 +99,8 @@ def test_the_cpu_lock_has_no_cuda_builds() -> None:
     assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "llm"}
 
 
-# Matches a constant that bounds a wait, a queue, a message or a count. The suffix of its name shows
-# this, usually the unit.
+# Matches a constant that bounds a wait, a queue, a message or a count. The suffix of its name
+# tells, which is usually a unit.
 BOUND = re.compile(
     r"^_?[A-Z][A-Z0-9_]*_(?:S|MS|BYTES|CHARS|TOKENS|TOKEN_IDS|STOPS|LOGPROBS|ATTEMPTS|TRIES|LEASES"
     r"|CONNECTIONS|REQUESTS|LINES_PER_FILE|FRAMES_AT_A_TIME|CALLS|MARGIN|GRACE)(?:: \S+)? = [-\d.]"

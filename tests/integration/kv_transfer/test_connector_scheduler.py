@@ -1,7 +1,7 @@
-"""What the connector assumes about vLLM's scheduler, checked on vLLM's scheduler itself.
+"""Checks on vLLM's own scheduler what the connector assumes about it.
 
-If an upgrade of vLLM breaks an assumption, KV is corrupted, blocks leak or requests hang. In
-that case these tests must fail.
+If an upgrade of vLLM breaks an assumption, these tests must fail. Without them, KV would be
+corrupted, blocks would leak or requests would hang.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def test_an_abort_between_the_transfer_and_the_first_step(bench: Make) -> None:
 
 
 def test_an_abort_before_blocks_are_free_cancels_at_prefill(bench: Make) -> None:
-    """V#41269: without the CANCEL, prefill would hold KV that no decode worker fetches."""
+    """V#41269: without the CANCEL, P would hold KV that no decode worker fetches."""
     decode = bench("kv_consumer")
     decode.add("r", prompt(40), "receive")
     decode.abort("r")
@@ -233,7 +233,7 @@ def test_only_an_idle_step_that_waits_for_kv_sleeps(
     assert not sleeps, "nothing to wait for"
     decode.add("r", prompt(40), "receive")
     first = decode.step()
-    assert not sleeps, "a reservation is sent at once"
+    assert not sleeps, "a step that reserves blocks does not sleep"
     decode.step()
     assert len(sleeps) == 1
     decode.add("s", prompt(40, seed=1), "receive")
@@ -241,4 +241,4 @@ def test_only_an_idle_step_that_waits_for_kv_sleeps(
     assert len(sleeps) == 1
     assert decode.step().computed == {"r": 1}
     decode.step()
-    assert len(sleeps) == 1, "r is being decoded, although s waits"
+    assert len(sleeps) == 1, "a step that decodes r does not sleep, although s waits"

@@ -1,4 +1,4 @@
-"""Received blocks are as vLLM's CPU kernels would have written them, for each element order."""
+"""Received blocks equal blocks that vLLM's CPU kernels write, for each order of the elements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.kv_shapes import geometry_of, ranks_of
 pytestmark = pytest.mark.integration
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
-TOKENS = 201  # ends inside a unit, for all unit sizes
+TOKENS = 201  # not a multiple of any of the unit sizes
 BLOCKS = 16
 
 
@@ -33,7 +33,7 @@ class Rank:
 
     geometry: KvGeometry
     isa: str
-    blocks: list[int]  # of the prompt
+    blocks: list[int]  # ids of the blocks with the prompt's KV
 
     def __post_init__(self) -> None:
         own = self.geometry
@@ -44,7 +44,7 @@ class Rank:
         self.kv_caches = KvCaches(self.layers, positions)
 
     def compute(self, kv: torch.Tensor, start: int = 0) -> None:
-        """Write KV from token ``start`` on. ``kv`` is ``[layers, tokens, heads, K and V]``."""
+        """Write KV from token ``start`` on. Axes of ``kv``: layers, tokens, heads, K and V."""
         own = self.geometry
         token = torch.arange(start, kv.shape[1])
         block = torch.tensor(self.blocks)[token // own.block_tokens]
@@ -75,7 +75,10 @@ def ranks(isa: str, dtype: str, block_tokens: int, tp: int) -> list[Rank]:
 
 
 def send(source: Rank, target: Rank, start: int) -> None:
-    """Copy KV from token ``start`` on, in messages of a few units."""
+    """Copy KV from token ``start`` on, in messages of at most three units.
+
+    The number of tokens in a unit is the greatest common divisor of both block sizes.
+    """
     plan = plan_pair(source.geometry, target.geometry)
     views = [rank.kv_caches.view(plan, rank.geometry.heads) for rank in (source, target)]
     block_range = LayerBlockRange(0, LAYERS, start // plan.unit_tokens, plan.units_of(TOKENS))
@@ -128,7 +131,7 @@ def test_quantised_caches_have_no_known_order(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_size", [32, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_place_holds_one_element(head_size: int, dtype: torch.dtype) -> None:
-    """``packed_positions`` needs two digits for some of these shapes, and three for the others."""
+    """``packed_positions`` writes element numbers with two or three digits, by the shape."""
     cache = torch.zeros(1, 1, 128, 2 * head_size, dtype=dtype)
     positions = packed_positions(cache, "vec16")
     assert positions is not None

@@ -100,7 +100,10 @@ def test_late_read_of_an_aborted_request_keeps_its_blocks(
 
 
 def test_first_failed_leg_waits_for_its_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#56104: one of two prefill ranks stops while D writes the leg of the other rank."""
+    """V#56104: one of two prefill ranks stops while D writes KV of the other rank.
+
+    A leg is the part of a transfer between one pair of ranks.
+    """
     ranks = [PrefillEnd(tp_rank=rank, tp_size=2) for rank in (0, 1)]
     decode, successor = DecodeEnd(), PrefillEnd(tp_rank=0, tp_size=2)
 
@@ -186,13 +189,13 @@ def test_lease_of_unreserved_kv_expires_before_a_reservation_arrives() -> None:
 
 
 def test_receive_and_use_on_different_streams_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#20263: a wrong order corrupts KV only on CUDA. On CPUs, this checks the order of the calls.
+    """V#20263: a wrong order corrupts no KV on CPUs, so this test checks the order of the calls.
 
     P: the engine's thread marks written layers ▸ the sender's stream queues behind this mark ▸
     gather ▸ the sender waits for its own mark ▸ send.
     D: wait for the message ▸ scatter ▸ the receiver waits for its own mark ▸ report.
     """
-    log: dict[str, list[tuple[str, object]]] = {}  # by thread: calls, with mark or first argument
+    log: dict[str, list[tuple[str, object]]] = {}  # by thread: (call, mark or first argument)
 
     def note(owner: Any, name: str, call: Callable[..., Any] | None = None) -> None:
         call = call or getattr(owner, name)
@@ -272,7 +275,10 @@ class FakeCuda:
 
 
 def test_receive_and_use_on_different_streams_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V#20263, on a fake: the side stream runs after the mark. A thread waits with a timeout."""
+    """V#20263, with a fake of CUDA: work on the side stream waits for the engine's mark.
+
+    A thread waits for the device with a timeout.
+    """
     device, cuda = torch.device("cuda", 0), FakeCuda(monkeypatch)
     computed = side_stream.mark(device)
     with side_stream.side_stream(device):
@@ -373,7 +379,7 @@ def test_missing_message_is_a_failed_transfer(monkeypatch: pytest.MonkeyPatch, l
 def test_missing_header_moves_no_kv_into_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If a HEADER is lost, D must not take its message for the next one of the same size."""
+    """If a HEADER is lost, D must not write this HEADER's KV into the blocks of the next HEADER."""
     original, lost = SendTransfers.post, list[wire.Header]()
 
     def lossy(transfers: SendTransfers, peer: Any, message: wire.ToDecode) -> None:

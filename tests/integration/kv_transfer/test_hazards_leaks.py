@@ -111,11 +111,11 @@ def test_cancel_does_not_delay_the_next_request(monkeypatch: pytest.MonkeyPatch)
         assert decode.result("b#1").complete
         prefill.server.request_finished("a#1", None, computed=False)
         prefill.wait_released("a#1")
-        assert read == [SOURCE[0], 63, 63], "of a#1, only the message that was being read"
+        assert read == [SOURCE[0], 63, 63], "P has read another message of a#1"
 
 
 def test_received_kv_is_admitted_like_any_other() -> None:
-    """S#30033: D reserves only if it has blocks. A transfer keeps its blocks until it ends."""
+    """S#30033: D reserves only if enough blocks are free. A transfer holds blocks until it ends."""
     bench = SchedulerBench("kv_consumer", blocks=11)  # ten usable ones and the null block
     try:
         for name in "abc":

@@ -60,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("all_threads_end")
 
 
 def test_request_ids_of_the_two_engines_may_differ() -> None:
-    """V#42839: an id may mean another request on the other engine. Only transfer ids count."""
+    """V#42839: one id may name different requests on the two engines. Only transfer ids count."""
     with ends() as (prefill, decode):
         requests = {"a#1": ("1", "2", 1, 30), "b#1": ("2", "1", 2, 31)}
         for transfer_id, (_, its_id, _, block) in requests.items():
@@ -204,9 +204,10 @@ class FakeNccl:
 
 
 def test_communicators_take_little_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N#522, N#1431, V#18242, on a fake: few channels, to save memory and SMs; a timeout.
+    """N#522, N#1431, V#18242, with a fake of NCCL: few channels save memory and SMs.
 
-    The group is connected before the first message. NCCL's watchdog must not end the process.
+    The group has a timeout and is connected before the first message. NCCL's watchdog must not
+    end the process.
     """
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
@@ -275,7 +276,7 @@ def test_a_connection_to_a_vanished_host_is_closed() -> None:
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_groups_are_bounded_where_all_are_busy(side: str, caplog: pytest.LogCaptureFixture) -> None:
-    """V#18242: a pair for which there is no room is refused at once, with a clear reason."""
+    """V#18242: a pair for which there is no room is refused immediately, with a clear reason."""
     prefill, decode = PrefillEnd(max_pairs=1), DecodeEnd(max_pairs=1)
     late = (
         (prefill, DecodeEnd(incarnation="d2"))
@@ -297,7 +298,8 @@ def test_groups_are_bounded_where_all_are_busy(side: str, caplog: pytest.LogCapt
 def test_groups_are_bounded_under_load() -> None:
     """V#18242: four decode workers use P at the same time. P has room for two pairs.
 
-    New pairs replace idle ones. Completed transfers are right. Others fail and release their KV.
+    New pairs replace idle ones. A transfer either delivers the right KV, or fails and P releases
+    its KV.
     """
     clock, engine, most = Clock(), threading.Lock(), list[int]()
     prefill = PrefillEnd(max_pairs=2, peer_lease_s=NEVER_S, clock=clock)
@@ -375,7 +377,7 @@ def test_groups_are_closed_when_idle() -> None:
 
 
 def test_groups_are_bounded_although_a_pair_is_closed_twice() -> None:
-    """V#18242: D closes the same pair twice, to make room and because it is idle.
+    """V#18242: D closes the same pair twice: to make room, and because the pair is idle.
 
     The second close must not remove the new pair, which must still be counted and stopped.
     """

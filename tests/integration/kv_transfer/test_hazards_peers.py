@@ -1,4 +1,7 @@
-"""Hazards of peers that die, restart, stop or misbehave. See ``kv_hazards``."""
+"""Hazards of peers that die, restart, stop or misbehave. See ``kv_hazards``.
+
+P2pNccl is a KV connector of vLLM.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +146,7 @@ def test_decode_is_told_of_every_failure_in_mid_stream(
     monkeypatch: pytest.MonkeyPatch,
     disrupt: Callable[[Prefill, pytest.MonkeyPatch], None],
 ) -> None:
-    """S#36033, A#2289, V#55870: D is told at once, without a timeout."""
+    """S#36033, A#2289, V#55870: D is told immediately, not only after a timeout."""
     with ends(peer_lease_s=60, transfer_timeout_s=60) as (prefill, decode):
         decode.reserve(prefill, "a#1", TARGET, 0, LONG)
         step(prefill, "a#1", 0, LONG - BLOCK_TOKENS)
@@ -238,7 +241,7 @@ def test_one_bad_peer_that_stops_reading_costs_its_lease_only() -> None:
 def test_one_bad_peer_that_never_stops_sending_stalls_no_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P2pNccl has one listener. A stranger always has one more frame, but others get answers."""
+    """P2pNccl: one listener serves all peers. A stranger sends without end. Others get answers."""
     caplog.set_level("ERROR", "kv_transfer.send.control")
     original = zmq.Socket.recv_multipart
 

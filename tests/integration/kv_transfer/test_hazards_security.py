@@ -39,7 +39,7 @@ def test_no_pickle_is_read_or_written_during_a_transfer(monkeypatch: pytest.Monk
 
 
 def test_explicit_bind_address_is_the_only_one() -> None:
-    """CVE-2025-47277: bind to an address that no library would choose by itself."""
+    """CVE-2025-47277: all sockets listen at the given address. No library chooses it by itself."""
     host = "127.0.0.2"
     before = listening()
     prefill, decode = PrefillEnd(host=host), DecodeEnd(host=host)
@@ -59,7 +59,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 def test_token_is_needed_for_every_control_message() -> None:
-    """CVE-2025-47277: HELLO and RELEASE need the token. Without HELLO, all others are refused."""
+    """CVE-2025-47277: HELLO and RELEASE need the token. Other messages need an earlier HELLO."""
     with ends() as (prefill, decode), Stranger(prefill.server.address) as stranger:
         decode.reserve(prefill, "a#1", [30], 0, 9)
         wait_until(lambda: prefill.server.transfers.waiting, what="the reservation has arrived")

@@ -1,4 +1,4 @@
-"""Which of vLLM's kinds of KV cache are streamed, and how others are refused."""
+"""A KV cache of vLLM is refused unless all of its layers share one full-attention spec."""
 
 from __future__ import annotations
 

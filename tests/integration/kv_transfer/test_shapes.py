@@ -1,4 +1,8 @@
-"""The stream between workers of different shapes, with several ranks and real process groups."""
+"""Test the stream between workers of different shapes, with several ranks and real process groups.
+
+A leg is the part of a transfer between one pair of ranks. A unit is the smallest range of tokens
+that is sent. Its size is the greatest common divisor of the two block sizes.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,7 @@ def reserved_by(geometry: KvGeometry, starts: dict[str, int], rng: random.Random
 
 
 def check(caches: RankCaches, reserved: Reserved, unit_tokens: int) -> None:
-    """Check the KV of the reserved tokens. Only the rest of the last unit may have changed, too."""
+    """Check the KV of the reserved tokens. No other KV may change, except in the last unit."""
     expected = RankCaches(caches.geometry, BLOCKS)
     for transfer_id, (blocks, start) in reserved.items():
         tokens = PROMPTS[transfer_id]
@@ -209,7 +213,7 @@ def test_a_cancel_frees_all_ranks(
 def test_a_leg_that_a_prefill_rank_fails(
     process: PrefillProcess, pair: tuple[KvGeometry, KvGeometry], failing: int, reached: list[int]
 ) -> None:
-    """The decode ranks in ``reached`` fail at once. Others complete. All blocks are released."""
+    """The decode ranks in ``reached`` fail immediately. The others complete. P frees all blocks."""
     with shapes(process, *pair, BLOCKS) as (addresses, ranks):
         begin(process, addresses, ranks)
         process.call("preempt", LONG, failing)
@@ -251,7 +255,7 @@ def test_a_decode_rank_that_never_reserves_does_not_hold_prefill_for_ever(
 
 
 def test_a_decode_rank_that_has_its_leg_may_close_its_pair(process: PrefillProcess) -> None:
-    """It makes room for another pair. A slower decode rank must still get its own leg."""
+    """Decode rank 0 makes room for another pair. The slower rank must still get its own leg."""
     with shapes(process, *pair_of(2, (1, 2)), BLOCKS) as (addresses, ranks):
         ranks.reserve(0, addresses, LONG, SOURCE, 0, TOKENS)
         process.call("compute", LONG, SOURCE, 0, HALF, TOKENS)
@@ -284,7 +288,7 @@ def test_a_waiting_transfer_takes_all_of_its_reservations(process: PrefillProces
 
 
 def paired(prefill: Prefill, decode: Decode) -> None:
-    """Complete a transfer, so that the pair is up."""
+    """Complete a transfer, so that the pair is made."""
     decode.reserve(prefill, "first#1", [5], 0, 9)
     prefill.compute("first#1", [1], 9)
     prefill.server.request_finished("first#1", 42, computed=True)
@@ -296,7 +300,7 @@ def paired(prefill: Prefill, decode: Decode) -> None:
 def test_an_abort_ends_waits_at_both_ends(
     waiting_for: Callable[[Pair, torch.Tensor], PendingWork], aborting: int
 ) -> None:
-    """Otherwise a thread could wait for a silent peer for up to transfer_timeout_s."""
+    """Without the abort, a thread waits for a silent peer for up to transfer_timeout_s."""
     store, cpu = host_store("127.0.0.1", 5), torch.device("cpu")
     with ThreadPoolExecutor() as pool:
         pairs = list(

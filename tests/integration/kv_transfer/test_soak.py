@@ -1,11 +1,11 @@
-"""Two prefill and two decode workers, thousands of transfers, and all kinds of faults at once.
+"""Run thousands of transfers between four workers while faults of all kinds occur.
 
 Load, faults and checks are separate: ``_Soak.transfer`` does what a router and two engines do, and
 ``_Soak.fault`` injects a fault. The workers (``tests.support.kv_soak``) check results while they
 run, and the test checks the state at the end.
 
 BATON_SOAK_TRANSFERS sets the number of transfers. BATON_SOAK_SEED seeds the choice of transfers and
-faults. It repeats neither the timing of a run nor the random choices inside the workers.
+faults. The same seed repeats neither the timing nor the random choices inside the workers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ MAX_GROWTH_BYTES = 8 * 2**20
 
 
 class _Process:
-    """A worker process, and the transfers for which it owes a Released (prefill) or a Result."""
+    """A worker process.
+
+    ``owed`` holds the transfers that lack a Released (prefill) or a Result (decode).
+    """
 
     def __init__(self, spec: Spec, link: socket.socket, ready: Ready, wrong: list[str]) -> None:
         self.spec = spec
@@ -99,7 +102,7 @@ class _Process:
         return self._process.num_threads(), self._process.num_fds()
 
     async def as_at_first(self) -> None:
-        """Wait until its pairs are closed and it has as many threads and files as at its start."""
+        """Wait until the process has no pairs and as many threads and files as at its start."""
         try:
             await until(
                 lambda: self.threads_and_files() == self._at_first,
@@ -139,7 +142,7 @@ class _Process:
         os.kill(self.ready.pid, number)
 
     async def free_blocks(self) -> int:
-        """Return the number of free blocks. In a decode worker, prefix blocks count as free."""
+        """Return the number of free blocks. In decode, the blocks of prefix hits count as free."""
         answer = self.next_report(Free)
         self.order(Count())
         free = await answer
@@ -316,7 +319,7 @@ class _Soak:
     # ---- load ----------------------------------------------------------------------------
 
     async def transfer(self, plan: _Plan) -> None:
-        """Run one transfer. The caller has acquired ``room``. It is released when decode ends."""
+        """Run one transfer. The caller has acquired ``room``. Release ``room`` when decode ends."""
         async with asyncio.TaskGroup() as sides:
             try:
                 prefill, decode = await self._alive(plan.prefill), await self._alive(plan.decode)
@@ -451,7 +454,7 @@ def _nursery(log: Path) -> Iterator[socket.socket]:
 
 
 async def _load(soak: _Soak, transfers: int) -> int:
-    """Run all transfers with faults. Return the largest growth in bytes of a surviving worker."""
+    """Run transfers and faults. Return by how many bytes the survivor that grew most has grown."""
     dice = random.Random(SEED)
     survivors = [soak.workers[name] for name in SHAPES if name not in KILLABLE]
     at_first: list[int] = []
@@ -469,7 +472,7 @@ async def _load(soak: _Soak, transfers: int) -> int:
 
 
 async def _check_settled(soak: _Soak) -> None:
-    """Check that no report is owed, all blocks are free, and threads and files are as at first."""
+    """Check that no report is owed, all blocks are free, and all new threads and files are gone."""
     for name, process in soak.workers.items():
         await until(
             lambda process=process: not process.owed,  # type: ignore[misc]
@@ -489,7 +492,10 @@ class _StoreOfDyingPeer(ForwardingStore):
 
 
 def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
-    """Prefill holds KV while gloo waits for the first connection: for five times its timeout."""
+    """Prefill holds KV while gloo waits for the first connection.
+
+    gloo waits for five times its own timeout, so ``Pair`` sets this to a fifth of ``timeout_s``.
+    """
     host, cpu = "127.0.0.1", torch.device("cpu")
     store = host_store(host, timeout_s=15)
     failed = []
@@ -515,7 +521,7 @@ def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
 
 
 def test_a_late_connection_to_an_aborted_pair_does_no_harm() -> None:
-    """If gloo's device still listens, it hands the connection to a freed pair: SIGSEGV."""
+    """If gloo's device still listened, it would pass the connection to a freed pair: SIGSEGV."""
     call = "abort_and_accept_late_connection"
     script = f"from tests.support.kv_soak_links import {call}; {call}()"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The stream between two real ends: ZeroMQ control messages, a gloo process group, threads."""
+"""Test the stream between two real ends: with ZeroMQ, a gloo process group and threads."""
 
 from __future__ import annotations
 

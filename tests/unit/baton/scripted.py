@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from baton._wire import HEALTH_REQUEST
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 
@@ -63,7 +64,7 @@ def serve(
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
     servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    servicer.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    servicer.health.set(HEALTH_REQUEST.service, health_pb2.HealthCheckResponse.SERVING)
     server.start()
     try:
         yield servicer

@@ -6,10 +6,11 @@ import math
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from baton import (
     AlreadyExistsError,
@@ -24,6 +25,7 @@ from baton import (
     NotFoundError,
     UnavailableError,
 )
+from baton._wire import HEALTH_REQUEST
 from baton.v1 import inference_pb2 as pb
 from tests.unit.baton.scripted import WAIT_S, answer, endless, fail, say, serve
 
@@ -218,8 +220,23 @@ def test_an_unreachable_router_raises_unavailable() -> None:
 def test_health() -> None:
     with serve(say("a")) as server, Client(server.address) as client:
         assert client.health(timeout_s=WAIT_S)
-        server.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        server.health.set(HEALTH_REQUEST.service, health_pb2.HealthCheckResponse.NOT_SERVING)
         assert not client.health(timeout_s=WAIT_S)
+
+
+def test_another_grpc_server_is_not_healthy() -> None:
+    """Each of Ray's servers, for example, serves the name ""."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    servicer = health.HealthServicer()
+    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(f"127.0.0.1:{port}") as client, pytest.raises(NotFoundError):
+            client.health(timeout_s=WAIT_S)
+    finally:
+        server.stop(None)
 
 
 def test_with_tls_nothing_is_sent_in_plaintext() -> None:

@@ -99,7 +99,7 @@ def test_a_stream_that_cannot_be_resumed_raises_the_error_that_broke_it(kind: st
     [
         (breaks_after(2), 0),
         (breaks_after(0), 10),  # the caller can send the request again and loses nothing
-        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router is up
+        (breaks_after(2, pb.ErrorDetail(reason="NO_DECODE_WORKER")), 10),  # the router is alive
     ],
     ids=["disabled", "nothing received", "answered"],
 )

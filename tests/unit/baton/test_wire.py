@@ -1,4 +1,4 @@
-"""Translation of requests and responses, and of a status into an error. No server runs."""
+"""Requests, responses and errors are translated to and from the protocol. No server runs."""
 
 from __future__ import annotations
 

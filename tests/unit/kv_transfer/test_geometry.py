@@ -1,4 +1,4 @@
-"""Each decode rank gets every head and unit that it needs once, in messages of bounded size."""
+"""All KV that a decode rank needs reaches it exactly once, in messages of bounded size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_block_bytes_of_smollm2() -> None:
     ],
 )
 def test_heads_of_each_rank(tp_size: int, total: int, ranks: list[tuple[int, int]]) -> None:
-    """If there are more ranks than heads, neighbours hold copies of one head, as in vLLM."""
+    """If there are more ranks than heads, neighbouring ranks hold copies of a head, as in vLLM."""
     assert [heads_of(rank, tp_size, total) for rank in range(tp_size)] == [
         HeadRange(*heads) for heads in ranks
     ]
@@ -106,11 +106,11 @@ def test_every_head_comes_from_one_rank_and_every_rank_learns_of_each_transfer(
             got += range(heads.start, heads.end)
         lacking = heads_of(decode_rank, decode_tp, total)
         assert sorted(got) == list(range(lacking.start, lacking.end))
-    assert all(readers.values()), "no decode rank reserves from some prefill rank"
+    assert all(readers.values()), "a prefill rank from which no decode rank reserves"
     copies = max(1, prefill_tp // total)
     for first in range(0, prefill_tp, copies):
         loads = [with_heads[rank] for rank in range(first, first + copies)]
-        assert max(loads) - min(loads) <= 1, "decode ranks are shared unevenly"
+        assert max(loads) - min(loads) <= 1, "copies serve decode ranks unevenly"
 
     for prefill_rank, served in readers.items():
         prefill = replace(GEOMETRY, total_kv_heads=total, tp_size=prefill_tp, tp_rank=prefill_rank)
@@ -128,7 +128,7 @@ def test_every_head_comes_from_one_rank_and_every_rank_learns_of_each_transfer(
 
 
 def test_planning_for_many_ranks_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HELLO states the peer's TP size, and the engine waits for the lock that planning holds."""
+    """A peer may state a large TP size, and the engine waits for the lock that planning holds."""
     counted = 0
 
     def counting(rank: int, tp_size: int, total: int) -> HeadRange:

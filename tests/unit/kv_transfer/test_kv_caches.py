@@ -1,4 +1,4 @@
-"""Gather on a prefill rank, scatter on a decode rank: each slot that D lacks is written once."""
+"""Tests gather and scatter: each slot that a decode rank lacks is written exactly once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def unlike_pairs(draw: st.DrawFn) -> tuple[KvGeometry, KvGeometry]:
 
 @dataclass
 class Leg:
-    """What one prefill rank sends to one decode rank."""
+    """The part of a transfer that one prefill rank sends to one decode rank."""
 
     plan: PairPlan
     source: UnitView
@@ -229,7 +229,7 @@ def move(
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2", "bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["HNC", "NHC"])
 def test_blocks_that_are_no_multiple_of_eight_bytes(dtype: str, layout: str) -> None:
-    """Such blocks are copied as integers of an element's size: NumPy lacks some of the types."""
+    """Such blocks are copied as integers of an element's size, as NumPy lacks some of the types."""
     source, target = (
         RankCaches(
             geometry_of(1, 1, tokens, layout, content=3, dtype=dtype), 4, offset=1, interleaved=True
@@ -288,7 +288,7 @@ def test_a_whole_block_travels_as_it_lies() -> None:
 
 
 def test_a_copy_takes_one_thread() -> None:
-    """torch would start a team of threads, which would compete with the engine for its cores."""
+    """If torch copied, it would start threads that compete with the engine for its cores."""
     caches = KvCaches([torch.zeros(512, 8, 16, 128) for _ in range(2)])
     geometry = geometry_of(8, 1, 16, content=128)
     view = caches.view(plan_pair(geometry, geometry), geometry.heads)

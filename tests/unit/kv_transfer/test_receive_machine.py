@@ -143,7 +143,7 @@ class PrefillRank:
 
 
 class Work:
-    """A receive that has started; its bytes arrive at once."""
+    """A receive that has started. Its bytes arrive immediately."""
 
     def __init__(self, rank: PrefillRank, tensor: torch.Tensor) -> None:
         self._rank = rank
@@ -195,7 +195,8 @@ class DecodeMachine(Machine):
         self.legs: dict[str, dict[str, Leg]] = {}  # by transfer id and control address
         self.peers: list[HeldPeer] = []
         self.held: dict[str, Reservation] = {}  # by transfer id, if not yet reported
-        self.workers: dict[str, tuple[tuple[str, ...], str]] = {}  # by transfer id
+        # By transfer id: the prefill worker's control addresses and incarnation.
+        self.workers: dict[str, tuple[tuple[str, ...], str]] = {}
         self.sources: dict[str, tuple[int, ...]] = {}  # by transfer id: blocks in ``prefill``
         self.prefill, self.caches = random_caches(), random_caches()
         self.fake(client, host_store=lambda *_: SimpleNamespace(port=1))
@@ -289,7 +290,7 @@ class DecodeMachine(Machine):
             self.meet()
 
     def meet(self) -> None:
-        """Let all pairs come up."""
+        """Run the receivers until every pair is open."""
         while starting := [peer for peer in self.peers if peer.alive and peer.peer.plan is None]:
             starting[0].thread.go()
             self.welcome(starting[0])
@@ -352,7 +353,7 @@ class DecodeMachine(Machine):
     def send_next(self, which: int, worker: str, messages: int, place: str, then: str) -> None:
         """Let a prefill rank send, and run its peer up to some place.
 
-        Then perhaps cancel a transfer, or let the other prefill ranks fail this one.
+        Then perhaps cancel a transfer, or let the other prefill ranks fail the same transfer.
         """
         if not self.to_send():
             self.reserve(worker, "a", 2, 0, 0, welcome=True, too_many=False)
@@ -379,7 +380,7 @@ class DecodeMachine(Machine):
 
     @rule(rounds=st.integers(1, 3))
     def all_goes_well(self, rounds: int) -> None:
-        """Let pairs come up, and send what was reserved."""
+        """Open the pairs, send what was reserved, and run the receivers."""
         for peer in rounds * self.peers:
             self.welcome(peer)
             for transfer_id in peer.rank.sends:
@@ -457,7 +458,7 @@ class DecodeMachine(Machine):
 
     def reported(self, result: TransferResult) -> None:
         reservation = self.held.pop(result.transfer_id)  # KeyError if it is reported twice
-        legs = self.legs.get(result.transfer_id, {})  # empty if it was refused at once
+        legs = self.legs.get(result.transfer_id, {})  # empty if ``reserve`` refused it
         states = [leg.session.state for leg in legs.values()]
         assert all(leg.session.ended and not leg.scattering for leg in legs.values())
         assert result.transfer_id not in self.used.values(), "its blocks are being written"

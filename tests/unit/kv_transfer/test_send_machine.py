@@ -52,7 +52,7 @@ class PrefillMachine(Machine):
         ending=st.sampled_from(["calm", "calm", "silence", "stop"]),
     )  # fmt: skip
     def begin(self, idle: bool, peaceful: bool, ending: str) -> None:
-        """If ``idle``, the prefill rank holds a second copy of a head, which no rank fetches."""
+        """If ``idle``, the rank holds a second copy of a head. No decode rank fetches this copy."""
         self.ending, self.peaceful = ending, peaceful
         self.geometry = replace(
             GEOMETRY,
@@ -67,7 +67,7 @@ class PrefillMachine(Machine):
         self.step: list[tuple[Prompt, int, int]] = []  # prompt, first token, end
         self.layers_done = 0
         self.preempting: tuple[Stepped, Prompt] | None = None
-        self.open: dict[str, DecodeRank] = {}  # the newest one of each name
+        self.open: dict[str, DecodeRank] = {}  # by name: the newest rank
         self.threads: list[Stepped] = []
         self.router = Router()
         self.ranks = self.router.ranks
@@ -305,7 +305,7 @@ class PrefillMachine(Machine):
 
     @rule(number=index, first=st.integers(0, 2), all_ranks=st.sampled_from([True, True, False]))
     def reserve(self, number: int, first: int, all_ranks: bool) -> None:
-        """Reserve a recent or future prompt for all ranks of its decode worker, or for the last."""
+        """Reserve a recent or future prompt for all ranks of its decode worker or only the last."""
         prompt = self.prompt(max(0, len(self.transfer_ids) + AHEAD[number]))
         start = min(first, (prompt.tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
         names = [name for name in DECODE_RANKS if name.startswith(prompt.worker)]
@@ -448,7 +448,7 @@ class PrefillMachine(Machine):
             self.patch.undo()
 
     def end_quietly(self) -> None:
-        """Check that all blocks are released and that every decode rank is told."""
+        """Check that all blocks are released, and that no decode rank waits for a leg to end."""
         for rank in self.open.values():
             rank.lost |= self.ending == "silence"
         for turn in range(16):
@@ -484,7 +484,7 @@ def test_a_server_that_stops_makes_no_new_pair() -> None:
 
 
 def test_without_faults_all_legs_complete() -> None:
-    """Tests the machine: its checks would all pass if no decode rank ever reserved anything."""
+    """Tests the machine: its checks would pass even if no decode rank ever reserved anything."""
     machine = PrefillMachine()
     machine.begin(idle=False, peaceful=True, ending="calm")
     machine.reserve(0, 0, all_ranks=True)

@@ -1,4 +1,7 @@
-"""Every event in every state of both state machines. No leg completes with KV missing."""
+"""Every event in every state of both state machines. No leg completes while KV is missing.
+
+A leg is the part of a transfer between one pair of ranks.
+"""
 
 from __future__ import annotations
 
@@ -241,12 +244,12 @@ def test_a_repeated_message_is_refused() -> None:
 
 
 def test_a_chunk_whose_layers_are_not_all_written_holds_the_manifest_back() -> None:
-    """The engine has already begun the next chunk and finished the request."""
+    """The engine has already computed the next chunk and finished the request."""
     session = SendSession("r#1", 2 * BLOCK, LAYERS)
     reserve(session, max_units=100)
     session.add_chunk(0, BLOCK)
     session.advance(LAYERS - 1)
-    with contextlib.suppress(ProtocolError):  # the session may refuse the chunk instead
+    with contextlib.suppress(ProtocolError):  # refusing the chunk would be correct, too
         session.add_chunk(BLOCK, 2 * BLOCK)
         session.advance(LAYERS)
     session.request_finished(7)

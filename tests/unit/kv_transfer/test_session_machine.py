@@ -1,8 +1,11 @@
-"""Both sides of a transfer, if the network reorders, loses, repeats, delays and forges messages.
+"""Tests transfers from a prefill rank (P) to decode ranks (D) over a network that is unreliable.
 
-The sessions are real. Each KV element is a tuple that names its transfer, layer, token and head.
-Hypothesis draws the events. The test keeps the expected state by itself, as sets of units, and
-compares the sessions with it.
+The network reorders, loses, repeats, delays and forges messages. The sessions are real. Each KV
+element is a tuple that names its transfer, layer, token and head. Hypothesis draws the events. The
+test tracks the expected state separately, and compares the sessions with this state.
+
+* leg: the part of a transfer between P and one decode rank
+* unit: ``UNIT_TOKENS`` consecutive tokens; the last unit of a prompt may have fewer tokens
 """
 
 from __future__ import annotations
@@ -112,11 +115,11 @@ def event(session: SendSession | ReceiveSession, call: Callable[[], None], allow
 
 @dataclass(slots=True)
 class Mail:
-    rank: int  # of the decode side
+    rank: int  # the decode rank that sends or receives the message
     message: Message
 
 
-which = st.sampled_from([-1, -1, -1, -2])  # the newest attempt, sometimes the one before
+which = st.sampled_from([-1, -1, -1, -2])  # mostly the newest attempt, sometimes the one before it
 ranks = st.integers(0, 2)
 small = st.integers(-1, 6)
 
@@ -204,7 +207,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=which)
     def gather(self, index: int) -> None:
-        """Send the next ready message to each decode rank."""
+        """Send one message to each decode rank for which a message is ready."""
         attempt = self.attempt(index)
         ready = attempt.send.ready_ranks()
         for rank in attempt.reserved:
@@ -330,7 +333,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 5), again=st.booleans())
     def deliver(self, index: int, again: bool) -> None:
-        """Deliver one of the first three messages. With ``again``, the message stays queued."""
+        """Deliver one of the first three messages. If ``again``, leave it in the mail, too."""
         if self.mail:
             at = index // 2 % len(self.mail)
             self.receive(self.mail[at] if again else self.mail.pop(at))
@@ -366,7 +369,7 @@ class SessionMachine(RuleBasedStateMachine):
         name=st.sampled_from(["token_start", "token_end", "messages", "num_bytes"]),
     )  # fmt: skip
     def forge_end(self, index: int, rank: int, name: str, more: int) -> None:
-        """Deliver a manifest for what has arrived, with one field changed or none."""
+        """Deliver a manifest (END) for what has arrived, with at most one field changed."""
         attempt, rank = self.some(index, rank)
         receiver, start = attempt.receivers[rank], attempt.starts[rank]
         messages, num_bytes = receiver.messages, receiver.num_bytes

@@ -1,4 +1,4 @@
-"""Control frames: our messages survive encoding, and everything else is refused."""
+"""Control messages survive encoding and decoding, and malformed frames are refused."""
 
 from __future__ import annotations
 

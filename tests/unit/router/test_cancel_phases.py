@@ -57,7 +57,7 @@ class Scene:
         return worker
 
     def calls(self, pool: Pool) -> int:
-        """Return how many calls for the request the worker got."""
+        """Return how many calls the pool's worker has got for the request."""
         mine = f"{self.client.request.request_id}~"
         return sum(key.startswith(mine) for key in self.worker(pool).asked)
 
@@ -74,8 +74,8 @@ class Phase:
         reached: whether the request is in the phase.
         others: how many other requests start before the request and end after it.
         loses_decode: whether the decode worker is killed while the request decodes.
-        another_router: whether the others run at another router. This router does not know their
-            load yet, so it sends the request to the workers instead of queueing it.
+        another_router: whether the others run at another router. The request's router does not
+            know their load yet, so it sends the request to the workers instead of queueing it.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Phase:
 
 
 def in_router_queue(scene: Scene) -> bool:
-    """Another request takes the only slot. The request has not been sent for half a second."""
+    """After 0.5 s, the request is still not sent. Another request uses the only slot."""
     waited_s = scene.cluster.clock() - scene.began_s
     return waited_s > 0.5 and not scene.calls(Pool.PREFILL) and not scene.calls(Pool.DECODE)
 

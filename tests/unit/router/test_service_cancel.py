@@ -217,7 +217,8 @@ async def _turn() -> None:
 
 
 async def test_a_client_that_does_not_read_is_ended_and_delays_no_other_client() -> None:
-    """The client can still read the responses that were written. Then it gets the error."""
+    """The router ends the call. The client can then still read the responses that the router wrote
+    before, and after them gets the error."""
     decode = FakeDecode()
     small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535))
     async with RouterHarness(

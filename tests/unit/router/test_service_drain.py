@@ -37,7 +37,7 @@ async def test_running_requests_end_within_the_grace_and_new_ones_are_refused() 
         assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.generate(PROMPT, max_tokens=1)
-        # CANCELLED if the client sent the request before it learned that the server shuts down.
+        # The code is CANCELLED if the client sends the request before it learns of the shutdown.
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert not stopping.done()
         gate.set()

@@ -41,7 +41,7 @@ ERROR_KEY = "baton-error-bin"
 def dies_after(
     tokens: int, error: Exception | None = None, gate: asyncio.Event | None = None
 ) -> DecodeScript:
-    """Return a script that fails after ``tokens`` responses, once ``gate`` is open."""
+    """Return a script that sends ``tokens`` responses, waits for ``gate`` if given, and fails."""
 
     async def script(
         request: worker_pb2.DecodeRequest,
@@ -436,7 +436,7 @@ async def test_a_decode_worker_that_breaks_the_protocol_is_replaced() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 async def test_random_deaths_and_delays_never_change_the_answer(seed: int) -> None:
-    """Several requests run at once on workers that fail at random and answer in any order."""
+    """Requests run concurrently on workers that fail at random and answer after random delays."""
     rng = random.Random(seed)
     deaths = 4  # per pool; max_attempts is 9, so a request survives all 8 deaths
 

@@ -1,4 +1,4 @@
-"""Requests that succeed, through a real router with fake workers."""
+"""Requests succeed through a real router with fake workers."""
 
 from __future__ import annotations
 

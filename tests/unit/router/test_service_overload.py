@@ -1,4 +1,4 @@
-"""Requests that wait at the router, or are refused there."""
+"""The router queues or refuses requests that it cannot run immediately."""
 
 from __future__ import annotations
 

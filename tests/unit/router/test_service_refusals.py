@@ -136,7 +136,7 @@ async def test_a_full_router_refuses_at_once_with_a_retry_hint() -> None:
         assert detail.reason == "QUEUE_FULL"
         assert detail.retry_after_ms >= 100
         assert "full" in message
-        assert len(decode.requests) == 2  # before the cancels: they let queued requests run
+        assert len(decode.requests) == 2  # must precede the cancels, which let queued requests run
         for call in calls:
             call.cancel()
         codes = await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The liveness probe finds an engine that hangs, in virtual time."""
+"""The liveness probe finds an engine that hangs. The tests run in virtual time."""
 
 from __future__ import annotations
 

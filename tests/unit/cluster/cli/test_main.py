@@ -23,7 +23,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def baton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs ``baton`` in a new run folder. ``lines`` is the typed input."""
+    """Return a function that runs ``baton`` in a new run folder. The user types ``lines``."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
     def run(*arguments: str, lines: str = "") -> int:

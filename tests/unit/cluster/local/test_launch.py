@@ -51,7 +51,7 @@ class FakeRuntime:
         self.scaled.append((pool, replicas))
 
     def drain_router(self, grace_s: float) -> None:
-        """Return at once."""
+        """Return immediately."""
 
     def delete(self, timeout_s: float) -> bool:
         return True
@@ -59,7 +59,7 @@ class FakeRuntime:
 
 @dataclass
 class FakeStore:
-    """A fake registry and fake orders in one.
+    """Replaces both the registry and the ``Orders`` of a cluster.
 
     Each call of ``list`` takes the next element of ``answers`` and returns or raises it. When
     only the last element is left, each call uses this element.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from cluster.local.ports import check_port_is_free, free_port, with_router_port
@@ -22,3 +25,20 @@ def test_a_host_of_another_machine_is_named_by_its_field(name: str, port: int) -
 def test_a_host_without_an_address_is_named_by_its_field() -> None:
     with pytest.raises(ConfigError, match=r"^router.host: 'no.invalid' cannot be resolved"):
         check_port_is_free("no.invalid", free_port("127.0.0.1"), "router.host")
+
+
+def test_the_system_gives_a_free_port_to_no_other_program() -> None:
+    """Otherwise, a process of Ray may get the router's port before the router starts."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if high - low > 50_000:
+        pytest.skip("this machine gives away nearly all ports")
+    ports = {free_port("127.0.0.1") for _ in range(50)}
+    assert len(ports) > 1
+    assert not any(low <= port <= high for port in ports)
+
+
+def test_a_port_that_is_in_use_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setattr("cluster.local.ports._PORTS", [taken] * 100)
+        assert free_port("127.0.0.1") != taken

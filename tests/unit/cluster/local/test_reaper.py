@@ -99,7 +99,7 @@ def test_processes_that_ignore_signals_and_keep_forking_are_killed(cluster_id: s
 
 
 def spawn_keeping(cluster_id: str, code: str) -> tuple[subprocess.Popen[str], Path]:
-    """Start a process of the cluster that prints the name of its file in /dev/shm.
+    """Start a process of the cluster. ``code`` creates a file in /dev/shm and prints its name.
 
     Return the process and the file's path.
     """
@@ -135,7 +135,7 @@ def test_shared_memory_of_killed_processes_is_removed(cluster_id: str, tmp_path:
         end(process)
 
 
-# Each snippet unregisters its file from Python's resource tracker, which would remove the file.
+# Each snippet unregisters its file. Otherwise Python's resource tracker would remove the file.
 KEEPS_SHARED_MEMORY = {
     "a segment": (
         "segment = shared_memory.SharedMemory(create=True, size=4096)\n"

@@ -230,7 +230,7 @@ def test_each_rank_of_a_worker_gets_its_own_cores(monkeypatch: pytest.MonkeyPatc
     [
         ({0, 1}, ["1"], ("0",)),
         ({0, 1}, ["0-1"], ("0",)),  # prefill names all cores, so decode shares core 0 with prefill
-        ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # core 5 is left to the router
+        ({0, 1, 2, 3, 4, 5}, ["0-1", "3"], ("2,4",)),  # core 5 is left to the router and Ray
         ({0, 1}, [], ("1",)),  # vLLM chooses prefill's cores; decode gets only its own share
     ],
 )

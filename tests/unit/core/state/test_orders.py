@@ -1,4 +1,4 @@
-"""Malformed orders and failure reports in the store are logged and dropped."""
+"""Malformed scale orders and start failures in the store are logged and dropped."""
 
 from __future__ import annotations
 

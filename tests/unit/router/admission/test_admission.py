@@ -59,7 +59,7 @@ def test_a_wait_that_would_be_too_long_is_refused_at_once() -> None:
 
 
 def test_a_request_that_would_be_late_is_refused_at_once() -> None:
-    # The wait is 10 s. Apart from its service time, the request must have at least 20 s left.
+    # The wait is 10 s. It may take half of the spare time (time left minus service time).
     assert reason(before=9, rate=1, left_s=25, service_s=5) is None
     assert reason(before=9, rate=1, left_s=24, service_s=5) == "WOULD_BE_LATE"
     assert reason(rate=0, left_s=4, service_s=5) == "WOULD_BE_LATE"
@@ -87,7 +87,7 @@ def test_the_retry_hint_is_the_wait() -> None:
 
 
 def queues(**classes: tuple[int, dict[str, float]]) -> Queues[str]:
-    """Return filled queues. A class has a weight, and a deadline in seconds for each item."""
+    """Return filled queues. Each argument is ``class=(weight, {item: deadline_s})``."""
     limits = {name: ClassLimits(weight, 99, 99) for name, (weight, _) in classes.items()}
     made: Queues[str] = Queues(limits)
     for name, (_, items) in classes.items():
@@ -151,7 +151,7 @@ def test_the_estimate_of_how_many_run_before_a_request(seed: int) -> None:
 
 
 class FakePermit:
-    """Holds one of the harness's places."""
+    """Takes one of the harness's free places until it is closed."""
 
     def __init__(self, harness: GateHarness) -> None:
         self._harness = harness
@@ -166,9 +166,10 @@ class FakePermit:
 
 
 class GateHarness:
-    """An AdmissionGate, ``places`` permits, and requests that run as tasks.
+    """An AdmissionGate, a limited number of permits, and requests that run as tasks.
 
     Attributes:
+        places: how many permits are free.
         error: if set, ``acquire`` raises it.
         order: names of the requests, in the order in which they began to run.
     """
@@ -187,7 +188,7 @@ class GateHarness:
     def start(
         self, name: str, deadline_s: float = FAR_S
     ) -> tuple[asyncio.Task[None], asyncio.Event]:
-        """Start a request; return its task, and the event that ends it once it runs."""
+        """Start a request. Return its task, and the event that lets the running request end."""
         end = asyncio.Event()
 
         async def run() -> None:

@@ -12,7 +12,7 @@ from router.phases import PhaseClock
 
 
 def phases(first_s: float, tokens: int, step_s: float = 0.1) -> PhaseClock:
-    """The phases of a request whose first token takes ``first_s``.
+    """Return the phases of a request whose first token takes ``first_s``.
 
     If ``tokens`` is 0, the request has waited for ``first_s`` and has no token yet.
     """

@@ -1,4 +1,4 @@
-"""The two readers of an attempt buffer little and turn every error into a failed attempt."""
+"""An attempt buffers few responses. Any error of a call counts as a failure of its worker."""
 
 from __future__ import annotations
 

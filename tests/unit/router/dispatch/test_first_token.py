@@ -18,7 +18,7 @@ from router.dispatch.first_token import first_token_rule
         ({"seed": 0}, True),
         ({"presence_penalty": 0.1}, False),
         ({"frequency_penalty": -0.1}, False),
-        ({"repetition_penalty": 1.1}, True),  # counts prompt and output alike
+        ({"repetition_penalty": 1.1}, True),  # this penalty counts prompt and output tokens alike
         ({"logprobs": 0}, False),
         ({"min_tokens": 1}, False),
     ],

@@ -151,7 +151,7 @@ def test_a_prefill_worker_may_always_have_two_prompts() -> None:
     own = {("p1", "1"): OwnLoad(1, 10**6, 1, 10**6, tokens_per_s=10)}
     assert not must_wait(worker("p1"), worker("d1"), own=own)
     own = {("p1", "1"): OwnLoad(2, 20, 2, 20)}
-    assert must_wait(worker("p1"), worker("d1"), own=own), "its rate is unknown"
+    assert must_wait(worker("p1"), worker("d1"), own=own), "the worker's rate is unknown"
 
 
 def test_a_new_request_waits_for_kv_room_for_its_growth() -> None:
@@ -263,7 +263,7 @@ def place(
 
 def test_the_ledger_counts_a_request_until_it_ends_on_each_worker() -> None:
     ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
-    loads: list[tuple[int, int]] = []  # at each call of on_room
+    loads: list[tuple[int, int]] = []  # of p1 and d1, at each call of on_room
     permit = place(ledger, (worker("p1"), worker("d1")))
     p1, d1 = ("p1", "1"), ("d1", "1")
     ledger.on_room = lambda: loads.append((ledger.own_load(p1).tokens, ledger.own_load(d1).tokens))

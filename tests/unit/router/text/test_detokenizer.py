@@ -19,7 +19,7 @@ def pieces_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
 
 
 def fallback_tokenizer() -> Tokenizer:
-    """Like the tokeniser of Llama 2: words begin with a space, unknown characters become bytes."""
+    """Return a tokeniser like Llama 2's: words begin with a space, unknown characters are bytes."""
     vocab = {"<unk>": 0, "▁the": 1, "▁": 2, "a": 3, "▁b": 4}
     vocab |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))

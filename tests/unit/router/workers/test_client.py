@@ -1,4 +1,4 @@
-"""The client knows whether a worker can be reached before it sends anything."""
+"""Before a client sends a request, it can tell whether the worker is reachable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_a_worker_is_connected_until_it_dies() -> None:
 
 
 async def test_a_worker_that_accepts_connections_but_is_silent_is_not_connected() -> None:
-    """This holds for calls that wait together and for a later one."""
+    """Checks that wait at the same time report this, and so does a later check."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = "{}:{}".format(*listener.getsockname())
         async with client(address, connect_timeout_s=0.2) as to_silent, asyncio.timeout(2):

@@ -67,7 +67,7 @@ async def test_a_restarted_store_has_one_lease_to_learn_its_workers(
         setup.registry.available = True
     for record in (setup.record, *others):
         await setup.registry.remove(record.id)
-    if not outage_seen:  # if it was seen, one worker is back before the next read
+    if not outage_seen:  # if the outage was seen, one worker is back before the next read
         await setup.workers.refresh()
         assert len(setup.workers.snapshot) == 3
 
