@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 import baton
-from bench.journal import router_process
+from bench.journal import router_process, state_of
 from bench.report import Report, summary
 from cluster.cli.progress import Progress
 from cluster.local.launch import Cluster
@@ -187,7 +187,7 @@ def main() -> None:
     )
     with Progress(sys.stderr) as progress, Cluster(config, progress.step) as cluster:
         progress.done()
-        router = router_process(config)
+        router = router_process(state_of(config))
         row = asyncio.run(measure(cluster.address, router, args, args.deadline))
         report.add(
             measurement="overload",

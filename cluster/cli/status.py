@@ -11,10 +11,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+from cluster.local.readiness import count_ready
 from cluster.local.run_dir import ClusterState
 from core.errors import UnavailableError
 from core.state.registry import RedisRegistry
-from core.types import WorkerRecord
+from core.types import Pool, WorkerRecord
 
 _POLL_S = 0.2  # by default, workers report their load every 0.5 s
 _COLUMNS = (
@@ -88,7 +89,7 @@ def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
     return json.dumps(
         {
             "name": state.name,
-            "phase": state.phase,
+            "phase": _phase(state, workers)[0],
             "address": state.address,
             "model": state.model,
             "pid": state.pid,
@@ -100,7 +101,10 @@ def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
 
 def as_table(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
     """Return one line about the cluster, then a table with one row for each worker."""
-    head = f"{state.name}: {state.phase}, {state.model or 'no model yet'}, gRPC at {state.address}"
+    phase, reason = _phase(state, workers)
+    if reason:
+        phase = f"{phase} ({reason})"
+    head = f"{state.name}: {phase}, {state.model or 'no model yet'}, gRPC at {state.address}"
     if not workers:
         return f"{head}\nno workers"
     rows = [[str(_row(worker)[column]) for column in _COLUMNS] for worker in workers]
@@ -110,6 +114,15 @@ def as_table(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
         "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in table
     ]
     return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def _phase(state: ClusterState, workers: Sequence[WorkerRecord]) -> tuple[str, str]:
+    """Return the cluster's phase, and why it is "degraded": a pool has no ready worker."""
+    ready = count_ready(workers)
+    empty = [pool for pool in Pool if not ready[pool]]
+    if state.phase != "ready" or not empty:
+        return state.phase, ""
+    return "degraded", ", ".join(f"no ready {pool} worker" for pool in empty)
 
 
 def _row(worker: WorkerRecord) -> dict[str, str | int]:

@@ -158,8 +158,8 @@ end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], 2 * ttl_ms) end
 return answers
 """
-# KEYS: entry, lease, complete. ARGV: request id, writer, lease in ms. Returns the content or a value
-# of Written. The time of expiry stays the same.
+# KEYS: entry, lease, complete. ARGV: request id, writer, lease in ms. Returns the content, or a
+# value of Written. The time of expiry stays the same.
 _TAKE = f"""
 local serving = redis.call('GET', KEYS[2])
 if serving and serving ~= ARGV[2] then return {Written.TAKEN.value} end

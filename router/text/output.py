@@ -46,7 +46,7 @@ class TextOutput:
         text = ""
         for index, token_id in enumerate(batch.token_ids[:text_tokens]):
             self.completion_tokens += 1
-            text += self._match(self._detokenizer.push((token_id,)))
+            text += self._match(self._detokenizer.push(token_id))
             if self._matcher.matched:
                 return _cut(batch, index + 1, text)
         self.completion_tokens += end_tokens

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from core.types import WorkerKey, WorkerRecord
+from core.types import WorkerKey, WorkerRecord, WorkerState
 from router.workers.client import WorkerClient
 
 logger = logging.getLogger(__name__)
@@ -156,13 +156,22 @@ class Workers:
         now_s = self._clock()
         if not missing:
             self._refilling_since_s = None
-        elif self._registry_failed or (self._refilling_since_s is None and not present):
+        elif self._registry_failed or (self._refilling_since_s is None and self._lost_most(keys)):
             self._refilling_since_s = now_s
         since_s = self._refilling_since_s
         if since_s is None or now_s - since_s >= self._settings.lost_after_s:
             self._refilling_since_s = None
             return ()
         return missing
+
+    def _lost_most(self, present: frozenset[WorkerKey]) -> bool:
+        """Whether more than half of the ready workers are missing at once.
+
+        So many workers rarely die at once. More likely, the store has lost their leases, or they
+        could not renew them.
+        """
+        ready = [each.key for each in self.snapshot if each.state is WorkerState.READY]
+        return 2 * len([key for key in ready if key not in present]) > len(ready)
 
     def _note_missing(self, present: frozenset[WorkerKey]) -> None:
         now_s = self._clock()

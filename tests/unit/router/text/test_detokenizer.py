@@ -2,11 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from router.text.detokenizer import REPLACEMENT, WINDOW_TOKENS, IncrementalDetokenizer
+from router.text.detokenizer import (
+    CHAR_TOKENS,
+    REPLACEMENT,
+    WINDOW_TOKENS,
+    IncrementalDetokenizer,
+)
 from tests.support.router_harness import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -15,7 +21,7 @@ any_token = st.integers(0, TOKENIZER.get_vocab_size() - 1)
 
 def pieces_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     detokenizer = IncrementalDetokenizer(tokenizer)
-    return [*(detokenizer.push((token_id,)) for token_id in token_ids), detokenizer.flush()]
+    return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
 def fallback_tokenizer() -> Tokenizer:
@@ -35,6 +41,13 @@ def fallback_tokenizer() -> Tokenizer:
 
 
 FALLBACK = fallback_tokenizer()
+# How byte-level tokenisers write each byte: as itself if it is printable in Latin-1, else as one of
+# the characters from U+0100 on (GPT-2's bytes_to_unicode).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_LEVEL = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(0x100 + number) for number, byte in enumerate(_OTHERS)
+}
 
 
 @given(st.text(max_size=200))
@@ -75,17 +88,80 @@ def test_text_comes_as_soon_as_it_is_certain() -> None:
     assert pieces_of(TOKENIZER, euro) == ["", "", "€", ""]
 
 
+class Spy:
+    """Records how many tokens are decoded at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.longest = self.total = 0
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        self.longest = max(self.longest, len(ids))
+        self.total += len(ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, FALLBACK], ids=["byte level", "byte fallback"])
+@pytest.mark.parametrize("run", [b"\xff", b"\x80", b"\xe2", b"\xf0\x9f", b"\xf0\x9f\x98"])
+def test_bytes_that_form_no_character_flow_and_cost_linear_time(
+    tokenizer: Tokenizer, run: bytes
+) -> None:
+    """A broken model may write thousands of them."""
+    token_ids = [byte_token(tokenizer, byte) for byte in run * 500]
+    spy = Spy(tokenizer)
+    detokenizer = IncrementalDetokenizer(spy)
+    chars = 0
+    for count, token_id in enumerate(token_ids, 1):
+        chars += len(detokenizer.push(token_id))
+        behind = len(tokenizer.decode(token_ids[:count])) - chars
+        assert behind < CHAR_TOKENS
+    assert detokenizer.flush() == REPLACEMENT * behind
+    assert spy.total <= 10 * WINDOW_TOKENS * len(token_ids)
+
+
+def byte_token(tokenizer: Tokenizer, byte: int) -> int:
+    if tokenizer is FALLBACK:
+        return 5 + byte
+    (token_id,) = (
+        token_id
+        for token_id in range(tokenizer.get_vocab_size())
+        if tokenizer.id_to_token(token_id) == BYTE_LEVEL[byte]
+    )
+    return token_id
+
+
+@pytest.mark.parametrize("text", ["世界", "😀", "é世😀", "é"])
+def test_long_runs_of_byte_tokens_cost_linear_time(text: str) -> None:
+    """Llama 2's tokeniser writes most Chinese characters as bytes."""
+    token_ids = [byte_token(FALLBACK, byte) for byte in (text * 500).encode()]
+    spy = Spy(FALLBACK)
+    detokenizer = IncrementalDetokenizer(spy)
+    pieces = [detokenizer.push(token_id) for token_id in token_ids]
+    assert "".join(pieces) == text * 500
+    assert spy.longest <= WINDOW_TOKENS + CHAR_TOKENS
+    assert spy.total <= 10 * WINDOW_TOKENS * len(token_ids)
+
+
+def test_special_tokens_do_not_fill_the_window() -> None:
+    spy = Spy(TOKENIZER)
+    detokenizer = IncrementalDetokenizer(spy)
+    euro = TOKENIZER.encode("€").ids
+    for token_id in [*euro[:1], *[0] * 1000, *euro[1:], *[1] * 1000]:
+        detokenizer.push(token_id)
+    assert spy.longest <= 5
+
+
+def test_text_after_broken_bytes_is_whole() -> None:
+    broken = [byte_token(FALLBACK, 0xE2)] * 9
+    euro = [byte_token(FALLBACK, byte) for byte in "€".encode()]
+    text = "".join(pieces_of(FALLBACK, [*broken, *euro, 1]))
+    assert text == REPLACEMENT * 9 + "€ the"
+
+
 def test_the_window_stays_short_on_long_answers() -> None:
-    longest = 0
-
-    class Spy:
-        def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-            nonlocal longest
-            longest = max(longest, len(ids))
-            return str(TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens))
-
-    detokenizer = IncrementalDetokenizer(Spy())
+    spy = Spy(TOKENIZER)
+    detokenizer = IncrementalDetokenizer(spy)
     text = "the quick brown 😀 fox — " * 100
-    out = "".join(detokenizer.push((t,)) for t in TOKENIZER.encode(text).ids)
+    out = "".join(detokenizer.push(t) for t in TOKENIZER.encode(text).ids)
     assert out + detokenizer.flush() == text
-    assert longest <= 2 * WINDOW_TOKENS + 1
+    assert spy.longest <= 2 * WINDOW_TOKENS + 1

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from core.state.registry import MemoryRegistry
-from core.types import WorkerRecord
+from core.types import WorkerRecord, WorkerState
 from router.workers.membership import Workers, WorkersSettings
 from tests.support.fake_workers import FakeDecode
 
@@ -95,6 +95,28 @@ async def test_if_all_workers_leave_the_snapshot_is_empty_after_one_lease() -> N
     for setup.now_s in (13.0, 14.0):
         await setup.workers.refresh()
         assert not setup.workers.snapshot
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3, 4])
+async def test_a_snapshot_that_loses_most_workers_at_once_is_distrusted(lost: int) -> None:
+    """The store answers all the time. It may have refused to renew leases, for example."""
+    setup = Setup()
+    records = [replace(setup.record, id=f"decode-{number}") for number in range(4)]
+    leaving = replace(setup.record, id="decode-9", state=WorkerState.DRAINING)
+    for record in (*records, leaving):
+        await setup.registry.put(record)
+    await setup.workers.refresh()
+    for record in (*records[:lost], leaving):
+        await setup.registry.remove(record.id)
+    await setup.workers.refresh()
+    left = tuple(records[lost:])
+    if lost <= 2:
+        assert setup.workers.snapshot == left
+        return
+    assert set(setup.workers.snapshot) >= set(records)
+    setup.now_s = 3.0
+    await setup.workers.refresh()
+    assert setup.workers.snapshot == left, "they are really gone"
 
 
 async def test_a_worker_that_leaves_alone_is_gone_at_once() -> None:
