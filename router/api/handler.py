@@ -288,7 +288,9 @@ class RequestHandler:
         The number of requests in flight is bounded. Requests that are being tokenised count, too.
         """
         if request_id in self._in_flight:
-            raise AlreadyExistsError(f"request_id {request_id!r} is in flight")
+            raise AlreadyExistsError(
+                f"request_id {request_id!r} is in flight", retry_after_s=MIN_RETRY_AFTER_S
+            )
         if len(self._in_flight) >= self.admission.max_requests:
             raise CapacityError(
                 f"the router is full: {len(self._in_flight)} requests are in flight",

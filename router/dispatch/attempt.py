@@ -168,10 +168,7 @@ class Attempt:
         """
         # Connect before the first call. If a worker cannot be reached, nothing has been sent, so
         # the attempt cannot have killed a worker, and it does not count against max_attempts.
-        for client, worker in ((prefill, self._prefill), (decode, self._decode)):
-            if client is not None and worker is not None and not await client.connected():
-                error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
-                raise AttemptFailedError(error, worker)
+        await self._connect(prefill, decode)
         self._sent = True
         calls: list[PrefillCall | DecodeCall] = []
         readers: list[asyncio.Task[None]] = []
@@ -191,6 +188,26 @@ class Attempt:
             for each in (*calls, *readers):
                 each.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _connect(self, prefill: WorkerClient | None, decode: WorkerClient | None) -> None:
+        """Connect to both workers at the same time. Fail as soon as one cannot be reached."""
+
+        async def reach(client: WorkerClient, worker: WorkerRecord) -> None:
+            if not await client.connected():
+                error = WorkerUnreachableError(f"worker {worker.id} cannot be reached")
+                raise AttemptFailedError(error, worker)
+
+        tasks = [
+            asyncio.create_task(reach(client, worker))
+            for client, worker in ((prefill, self._prefill), (decode, self._decode))
+            if client is not None and worker is not None
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _step(self, event: _Event, emit: Emit) -> bool:
         """Handle one event. Returns True when the request has ended."""

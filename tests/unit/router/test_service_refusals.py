@@ -107,6 +107,7 @@ async def test_a_request_id_in_flight_is_refused_and_free_afterwards() -> None:
         code, message, detail = await refusal(router, token_ids=IDS, request_id="mine")
         assert code == grpc.StatusCode.ALREADY_EXISTS
         assert detail.reason == "DUPLICATE_REQUEST_ID"
+        assert detail.retry_after_ms > 0  # a request that was just cancelled ends soon
         assert "'mine'" in message
         first.cancel()
         await decode.until(lambda: not decode.running)

@@ -180,3 +180,30 @@ async def test_an_error_of_any_kind_ends_the_attempt(
     assert "secret" in caplog.text
     failed = setup.prefill_worker if pool == "prefill" else setup.decode_worker
     assert caught.value.failed is failed
+
+
+@pytest.mark.parametrize("dead", ["prefill", "decode"])
+async def test_both_workers_are_connected_at_the_same_time(dead: str) -> None:
+    """A dead worker is found while the connection to the other one is still being made."""
+    setup = Setup()
+    connecting = asyncio.Barrier(2)
+
+    class Slow:
+        async def connected(self) -> bool:
+            await connecting.wait()
+            await until_cancelled()
+            return True
+
+    class Dead:
+        async def connected(self) -> bool:
+            await connecting.wait()
+            return False
+
+    clients = [cast(WorkerClient, each()) for each in (Dead, Slow)]
+    if dead == "decode":
+        clients.reverse()
+    with pytest.raises(AttemptFailedError) as failed:
+        async with asyncio.timeout(10):
+            await setup.attempt.run(*clients, setup.emit)
+    worker = setup.prefill_worker if dead == "prefill" else setup.decode_worker
+    assert failed.value.failed is worker
