@@ -6,7 +6,7 @@ Both clients use this module. It reads no clock and does no I/O.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, Unpack
 
@@ -22,6 +22,7 @@ from baton.errors import (
     UnavailableError,
 )
 from baton.types import (
+    ChatMessage,
     FinishReason,
     KvOutcome,
     KvReport,
@@ -121,14 +122,9 @@ def build_request(
     _set_field(request, "prompt", prompt)
     if messages is not None:
         request.chat.SetInParent()  # an empty list still selects this input
+        _set_field(request.chat, "parse_special_tokens", fields.get("parse_special_tokens"))
         for message in messages:
-            try:
-                role, content = message.role, message.content
-            except AttributeError:
-                raise InvalidArgumentError(
-                    f"messages holds a {type(message).__name__}; give ChatMessage(role, content)",
-                    reason="INVALID_INPUT",
-                ) from None
+            role, content = _role_and_content(message)
             chat_message = request.chat.messages.add()
             _set_field(chat_message, "role", role)
             _set_field(chat_message, "content", content)
@@ -136,6 +132,7 @@ def build_request(
         request.token_ids.SetInParent()
         _set_field(request.token_ids, "ids", token_ids)
 
+    fields.pop("parse_special_tokens", None)
     sampling = fields.pop("sampling", None) or SamplingParams()
     changes: dict[str, Any] = dict(fields)  # only fields of SamplingParams are left
     sampling = replace(sampling, **changes)
@@ -150,6 +147,25 @@ def build_request(
             reason="MESSAGE_TOO_LARGE",
         )
     return request
+
+
+def _role_and_content(message: ChatMessage | Mapping[str, str]) -> tuple[str, str]:
+    try:
+        if isinstance(message, Mapping):
+            role, content = message["role"], message["content"]
+            if len(message) > 2:
+                raise InvalidArgumentError(
+                    f"a message has the keys {', '.join(map(str, message))}; give role and content",
+                    reason="INVALID_INPUT",
+                )
+            return role, content
+        return message.role, message.content
+    except (AttributeError, KeyError):
+        raise InvalidArgumentError(
+            f"messages holds a {type(message).__name__} without role and content; give "
+            "ChatMessage(role, content) or a dict with these keys",
+            reason="INVALID_INPUT",
+        ) from None
 
 
 def _set_field(message: Message, name: str, value: Any) -> None:

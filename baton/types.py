@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, TypedDict
 
@@ -59,7 +59,11 @@ class RequestFields(SamplingFields, total=False):
     A request has exactly one input: the prompt, ``messages`` or ``token_ids``.
     """
 
-    messages: Sequence[ChatMessage] | None  # rendered with the model's chat template
+    # Rendered with the model's chat template. Dicts have the keys "role" and "content".
+    messages: Sequence[ChatMessage | Mapping[str, str]] | None
+    # Whether a special token's string in a message becomes the special token. If not (default), it
+    # is tokenised as text, so that whoever writes a message cannot forge turns.
+    parse_special_tokens: bool | None
     token_ids: Sequence[int] | None  # used unchanged
     sampling: SamplingParams | None  # keyword arguments override its fields
     request_id: str | None  # unique among requests in flight; the router mints one for None

@@ -278,7 +278,9 @@ class RequestHandler:
         if isinstance(checked.prompt, PromptText):
             return await self._text.encode_prompt(checked.prompt.text)
         if isinstance(checked.prompt, ChatTurns):
-            return await self._text.encode_chat(checked.prompt.turns)
+            return await self._text.encode_chat(
+                checked.prompt.turns, parse_special=checked.prompt.parse_special
+            )
         return checked.prompt.token_ids
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ from router.text.codec import ChatTurn, ModelFacts
 
 # The limits that inference.proto documents. The limits on sampling fields bound the work per token.
 MAX_REQUEST_ID_CHARS = 128
+MAX_CHAT_MESSAGES = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
@@ -61,6 +62,7 @@ class PromptText:
 @dataclass(frozen=True, slots=True)
 class ChatTurns:
     turns: tuple[ChatTurn, ...]
+    parse_special: bool = False  # whether contents may hold special tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +155,18 @@ def _prompt(
 def _chat(chat: inference_pb2.ChatInput) -> ChatTurns:
     if not any(message.content for message in chat.messages):
         raise _empty("chat")
+    if len(chat.messages) > MAX_CHAT_MESSAGES:
+        raise InvalidArgumentError(
+            f"chat has {len(chat.messages)} messages; at most {MAX_CHAT_MESSAGES} are allowed",
+            reason="TOO_MANY_MESSAGES",
+        )
     for index, message in enumerate(chat.messages):
         if message.role not in ROLES:
             raise _invalid(
                 f"chat.messages[{index}].role", message.role, f"one of {ROLES}", "INVALID_ROLE"
             )
-    return ChatTurns(tuple(ChatTurn(message.role, message.content) for message in chat.messages))
+    turns = tuple(ChatTurn(message.role, message.content) for message in chat.messages)
+    return ChatTurns(turns, chat.parse_special_tokens)
 
 
 def _check_sampling(sampling: inference_pb2.SamplingParams, model: ModelFacts) -> None:

@@ -12,13 +12,14 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
 
 from core.errors import ConfigError, InvalidArgumentError
 from router.text.detokenizer import TokenDecoder
+from router.text.special import SpecialTokens
 
 # A prompt of this length takes about 50 ms. The largest message, 4 MB of text, takes 3 s.
 LONG_CHARS = 65_536
@@ -72,6 +73,7 @@ class TextCodec:
         self.model = model
         self._tokenizer = tokenizer
         self._render_chat = render_chat
+        self._special = SpecialTokens(tokenizer)
         self._short = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
 
@@ -90,17 +92,22 @@ class TextCodec:
             len(prompt), lambda: self._encode(prompt, add_special_tokens=True)
         )
 
-    async def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
+    async def encode_chat(
+        self, turns: Sequence[ChatTurn], *, parse_special: bool = False
+    ) -> tuple[int, ...]:
         """The token ids of the rendered chat. The last ones are the header of the assistant's turn.
+
+        Args:
+            parse_special: whether a special token's string in a content becomes the special token.
+                If not, it is tokenised as text.
 
         Raises:
             InvalidArgumentError: the model has no template, the template refuses the turns, or the
                 tokens do not fit into the model's context.
         """
-        # Special tokens are not added, because the template writes them.
         return await self._in_thread(
             sum(len(turn.content) for turn in turns),
-            lambda: self._encode(self._render_chat(turns), add_special_tokens=False),
+            lambda: self._encode_chat(turns, parse_special=parse_special),
         )
 
     def close(self) -> None:
@@ -113,6 +120,17 @@ class TextCodec:
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
+        return self._ids_of(encoding)
+
+    def _encode_chat(self, turns: Sequence[ChatTurn], *, parse_special: bool) -> tuple[int, ...]:
+        # Special tokens are not added, because the template writes them.
+        if parse_special or not any(self._special.are_in(turn.content) for turn in turns):
+            return self._encode(self._render_chat(turns), add_special_tokens=False)
+        mark = self._special.mark_for(turn.content for turn in turns)
+        hidden = [replace(turn, content=self._special.hide(turn.content, mark)) for turn in turns]
+        return self._ids_of(self._special.encode(self._render_chat(hidden), mark))
+
+    def _ids_of(self, encoding: tokenizers.Encoding) -> tuple[int, ...]:
         # Check the length first: ``ids`` converts every id into a Python int and holds the GIL.
         self.model.check_fits(len(encoding))
         return tuple(encoding.ids)

@@ -66,10 +66,25 @@ def test_an_empty_input_still_selects_that_input(
     assert build_request(prompt, LIMIT_BYTES, **fields).WhichOneof("input") == which
 
 
-def test_a_message_of_another_type_is_named_in_the_error() -> None:
-    messages: Any = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(InvalidArgumentError, match="holds a dict; give ChatMessage"):
-        build_request(None, LIMIT_BYTES, messages=messages)
+@pytest.mark.parametrize(
+    "message",
+    ["Hi", {"role": "user"}, {"role": "user", "content": "Hi", "name": "x"}, {"role": 1}, None],
+)
+def test_a_message_of_another_form_is_refused(message: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="role and content"):
+        build_request(None, LIMIT_BYTES, messages=[message])
+
+
+def test_a_message_may_be_a_dict() -> None:
+    dicts = build_request(None, LIMIT_BYTES, messages=[{"role": "user", "content": "Hi"}])
+    assert dicts == build_request(None, LIMIT_BYTES, messages=[ChatMessage("user", "Hi")])
+
+
+def test_special_tokens_of_messages_are_parsed_on_request() -> None:
+    messages = [ChatMessage("user", "Hi")]
+    assert not build_request(None, LIMIT_BYTES, messages=messages).chat.parse_special_tokens
+    request = build_request(None, LIMIT_BYTES, messages=messages, parse_special_tokens=True)
+    assert request.chat.parse_special_tokens
 
 
 def test_all_fields_of_a_request() -> None:

@@ -199,11 +199,11 @@ async def test_both_workers_are_connected_at_the_same_time(dead: str) -> None:
             await connecting.wait()
             return False
 
-    clients = [cast(WorkerClient, each()) for each in (Dead, Slow)]
-    if dead == "decode":
-        clients.reverse()
+    prefill, decode = (Dead(), Slow()) if dead == "prefill" else (Slow(), Dead())
     with pytest.raises(AttemptFailedError) as failed:
         async with asyncio.timeout(10):
-            await setup.attempt.run(*clients, setup.emit)
+            await setup.attempt.run(
+                cast(WorkerClient, prefill), cast(WorkerClient, decode), setup.emit
+            )
     worker = setup.prefill_worker if dead == "prefill" else setup.decode_worker
     assert failed.value.failed is worker
