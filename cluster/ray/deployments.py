@@ -38,7 +38,9 @@ class Router:
 
     async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
         from router.server import RouterServer  # workers need not load its libraries
+        from router.text.codec import keep_torch_out
 
+        keep_torch_out()
         config, store = settings.config, settings.store
         prepare_process(config.cluster.host)
         self._grace_s = config.cluster.stop_grace_s

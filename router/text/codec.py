@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -138,6 +139,17 @@ class TextCodec:
     async def _in_thread(self, chars: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
         pool = self._long if chars > LONG_CHARS else self._short
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def keep_torch_out() -> None:
+    """Let this process use transformers without torch, which it would import.
+
+    Tokenisers and chat templates need no torch. Without it, a router takes 260 MiB less memory and
+    starts 4 seconds sooner. Later imports of torch in this process fail.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+        sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def load_text_codec(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -86,6 +88,25 @@ def unigram_tokenizer() -> Tokenizer:
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_special_tokens(["<unk>", "<|end|>", AddedToken("<|user|>", rstrip=True)])
     return tokenizer
+
+
+def test_a_routers_process_has_no_torch(tmp_path: Path) -> None:
+    """torch takes 260 MiB. It comes with transformers, unless it is kept out."""
+    write_model(tmp_path, chat_template=TEMPLATE)
+    program = """
+import asyncio, sys
+from router.text.codec import ChatTurn, keep_torch_out, load_text_codec
+keep_torch_out()
+codec = load_text_codec(sys.argv[1], served_name="m", max_model_len=None)
+asyncio.run(codec.encode_chat([ChatTurn("user", "the fox")]))
+codec.close()
+print([name for name, module in sys.modules.items() if name.split(".")[0] == "torch" and module])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert "PyTorch" not in done.stderr
 
 
 @pytest.mark.parametrize("text", [*LINES, " \n\n the", ""])
