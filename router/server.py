@@ -13,11 +13,12 @@ from grpc_reflection.v1alpha import reflection
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
 from core.config.schema import Config
-from core.errors import ConfigError
+from core.errors import ConfigError, InternalError
 from core.model.resolve import resolve_model
 from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
 from core.state.journal import JournalStore
+from core.tasks import Supervisor
 from core.types import Pool, WorkerRecord, WorkerState
 from router.admission.gate import AdmissionGate
 from router.admission.policy import AdmissionLimits, ClassLimits
@@ -63,6 +64,8 @@ class RouterServer:
         self._health = health.aio.HealthServicer()
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._serving: bool | None = None
+        self._can_serve_now = False
+        self._supervisor = Supervisor(self._update_serving)
         self.workers: Workers | None = None
         self._dispatcher: Dispatcher | None = None
         self.handler: RequestHandler | None = None
@@ -94,7 +97,8 @@ class RouterServer:
 
         def on_snapshot(snapshot: tuple[WorkerRecord, ...]) -> None:
             ledger.new_snapshot(frozenset(record.key for record in snapshot))
-            self._set_serving(self._can_serve(snapshot))
+            self._can_serve_now = self._can_serve(snapshot)
+            self._update_serving()
 
         self.workers = Workers(self._registry, self._workers_settings(), clock, on_snapshot)
         self._dispatcher = Dispatcher(
@@ -113,17 +117,23 @@ class RouterServer:
         )
         servicer = self.servicer = InferenceServicer(self.handler, clock)
         if self._journal is not None:
-            self._journal.start()
+            self._journal.start(self._supervisor)
         try:
             port = self._bind(servicer)
-            self._set_serving(False)
-            await self.workers.start()
+            self._update_serving()
+            await self.workers.refresh()
+            self._supervisor.start("registry poll", self.workers.poll)
             assert self._server is not None
             await self._server.start()
         except BaseException:
             await self.stop(grace_s=0)
             raise
         return port
+
+    def check_health(self) -> None:
+        """Raise InternalError if this router should be replaced."""
+        if self._supervisor.has_given_up:
+            raise InternalError("a task of the router fails again and again; its log says why")
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, give running ones ``grace_s`` to end, and end the rest. Idempotent.
@@ -134,24 +144,26 @@ class RouterServer:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             server, self._server = self._server, None
-            stopping = asyncio.create_task(server.stop(grace_s + _STATUS_S))
             if self.handler is not None:
+                # gRPC's server goes on until the end: it cancels calls that arrive while it stops,
+                # and their clients would not know why.
+                self.handler.close()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s):
                         await self.handler.drained()
                 self.handler.send_away()
             # The calls that are still open are requests that were just ended, health watches, and
-            # calls whose message never came. This second stop shortens the grace of the first.
+            # calls whose message never came.
             await server.stop(_STATUS_S)
-            await stopping
         if self.handler is not None:
             await self.handler.drained()  # ended requests still have to end their calls to workers
         if self._dispatcher is not None:
             await self._dispatcher.close()
+        await self._supervisor.stop()
         if self._journal is not None:
             await self._journal.close()
         if self.workers is not None:
-            await self.workers.stop()
+            await self.workers.close()
         await asyncio.gather(*self._health_tasks)
         if self._text is not None:
             self._text.close()
@@ -186,7 +198,9 @@ class RouterServer:
         local = self._config.router.local_prefill == "fallback"
         return Pool.DECODE in ready and (Pool.PREFILL in ready or local)
 
-    def _set_serving(self, serving: bool) -> None:
+    def _update_serving(self) -> None:
+        """Publish whether this router serves: workers are ready, and its own tasks run."""
+        serving = self._can_serve_now and not self._supervisor.failing
         if serving is self._serving:
             return
         self._serving = serving

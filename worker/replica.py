@@ -35,6 +35,7 @@ from core.rpc.options import server_options
 from core.state.orders import report_failure
 from core.state.registry import Registry
 from core.state.store import Store
+from core.tasks import Supervisor
 from core.types import Pool, WorkerRecord, WorkerState
 from engine.protocol import Engine
 from engine.vllm.log_buffers import log_buffers_kept
@@ -129,8 +130,7 @@ class WorkerReplica:
         self._server: grpc.aio.Server | None = None
         self._metrics: WSGIServer | None = None
         self._record: WorkerRecord | None = None
-        self._lease: asyncio.Task[None] | None = None
-        self._pairing: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor()
         self._stopped: asyncio.Task[None] | None = None
 
     async def start(self) -> WorkerRecord:
@@ -154,7 +154,7 @@ class WorkerReplica:
                 load=self._engine.load(),
                 metrics=self._serve_metrics(),
             )
-            self._lease = asyncio.create_task(self._keep_lease())
+            self._supervisor.start("lease", self._keep_lease)
             await self._pair_up()
         except BaseException:
             await self._end()
@@ -162,7 +162,7 @@ class WorkerReplica:
         self._record = replace(self._record, state=WorkerState.READY)
         await self._try_update(self._renew())
         if self._pool is Pool.DECODE:
-            self._pairing = asyncio.create_task(self._keep_pairing())
+            self._supervisor.start("KV pairs", self._keep_pairing)
         return self._record
 
     async def check_health(self) -> None:
@@ -175,8 +175,8 @@ class WorkerReplica:
             self._drain_for_replacement(reason)
         await self._engine.check_health()
         await self._liveness.check()
-        if self._lease is None or (self._lease.done() and self._stopped is None):
-            raise WorkerLostError(f"{self._id} no longer renews its lease")
+        if self._supervisor.has_given_up:
+            raise WorkerLostError(f"a task of {self._id} fails again and again; its log says why")
 
     def _drain_for_replacement(self, reason: str) -> None:
         """Begin to drain and stop. Ray Serve then starts another worker in place of this one."""
@@ -319,10 +319,7 @@ class WorkerReplica:
         # Cancel the ping after the engine has stopped: a health check then raises WorkerLostError
         # before it looks at the ping. While the engine runs, the check would raise CancelledError.
         await self._liveness.close()
-        tasks = [task for task in (self._lease, self._pairing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._supervisor.stop()
         await self._try_update(self._registry.remove(self._id))
         await self._registry.close()
 

@@ -55,6 +55,11 @@ class Router:
             raise
         self._server = server
 
+    def check_health(self) -> None:
+        """Raises InternalError if the router should be replaced."""
+        if self._server is not None:
+            self._server.check_health()
+
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests. End the requests that still run after ``grace_s``, then return."""
         if self._server is not None:

@@ -132,6 +132,7 @@ class RequestHandler:
         self._phase_clock = phase_clock
         self._journal = journal
         self._in_flight = InFlight(_draining)
+        self._open = True
 
     async def generate(
         self,
@@ -157,6 +158,10 @@ class RequestHandler:
         await self._serve(
             request.request_id, deadline_s, sink, lambda call: self._resume(request, call)
         )
+
+    def close(self) -> None:
+        """Refuse all further requests."""
+        self._open = False
 
     async def drained(self) -> None:
         """Return when no request is in flight."""
@@ -289,6 +294,8 @@ class RequestHandler:
 
         The number of requests in flight is bounded. Requests that are being tokenised count, too.
         """
+        if not self._open:
+            raise _draining()
         if request_id in self._in_flight:
             raise AlreadyExistsError(
                 f"request_id {request_id!r} is in flight", retry_after_s=MIN_RETRY_AFTER_S

@@ -19,11 +19,11 @@ from router.text.codec import ChatTurn, ModelFacts
 
 # The limits that inference.proto documents. The limits on sampling fields bound the work per token.
 MAX_REQUEST_ID_CHARS = 128
-MAX_CHAT_MESSAGES = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
+MAX_CHAT_MESSAGES = 1024  # bounds the work of a template
 ROLES = ("system", "user", "assistant")
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")

@@ -30,6 +30,7 @@ from core.errors import (
     UnavailableError,
 )
 from core.state.journal import After, Change, JournalStore, Mode, Written
+from core.tasks import Supervisor
 from router.request import UNFINISHED, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -183,29 +184,21 @@ class Journal:
         self._changed: dict[Entry, None] = {}  # in order; written next
         self._written: asyncio.Future[None] | None = None  # the next write
         self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
         self._store_failed = False
         self._warned_s = float("-inf")
         self.counters = JournalCounters()
 
-    def start(self) -> None:
+    def start(self, supervisor: Supervisor) -> None:
         """Start to write in the background."""
-        self._tasks = [
-            asyncio.create_task(self._write_all(), name="journal"),
-            asyncio.create_task(self._renew_leases(), name="journal leases"),
-        ]
+        supervisor.start("journal", self._write_all)
+        supervisor.start("journal leases", self._renew_leases)
 
     async def close(self) -> None:
-        """Write what has changed and disconnect. Idempotent."""
+        """Write what has changed and disconnect. Idempotent. Call after the supervisor's stop."""
         self._closing = True
-        self._wake.set()
-        if self._tasks:
-            writer, renewal = self._tasks
-            self._tasks = []
-            await writer
-            renewal.cancel()
-            await asyncio.gather(renewal, return_exceptions=True)
+        while self._changed:
+            await self._write_changed()
         await self._store.close()
 
     @asynccontextmanager
@@ -290,13 +283,23 @@ class Journal:
                 self._wake.set()
 
     async def _write_all(self) -> None:
-        while not self._closing or self._changed:
+        while True:
             await self._wake.wait()
             self._wake.clear()
-            entries, self._changed = [*self._changed], {}
-            written, self._written = self._written, None
+            await self._write_changed()
+
+    async def _write_changed(self) -> None:
+        entries, self._changed = [*self._changed], {}
+        written, self._written = self._written, None
+        try:
             if entries:
                 await self._write(entries)
+        except BaseException:  # also if this task is cancelled during the write
+            for entry in entries:
+                entry.must_restore()
+                self._changed[entry] = None
+            raise
+        finally:
             if written is not None:
                 written.set_result(None)
 

@@ -70,7 +70,6 @@ class Workers:
         self._missing_since_s: dict[WorkerKey, float] = {}
         self._registry_failed = False
         self._refilling_since_s: float | None = None  # since a possible restart of the store
-        self._poller: asyncio.Task[None] | None = None
         self.snapshot: tuple[WorkerRecord, ...] = ()
 
     @property
@@ -82,17 +81,14 @@ class Workers:
     def open_channels(self) -> int:
         return len(self._connections)
 
-    async def start(self) -> None:
-        """Read the registry once, then poll it in the background."""
-        await self.refresh()
-        self._poller = asyncio.create_task(self._poll(), name="registry poll")
+    async def poll(self) -> None:
+        """Read the registry again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.poll_s)
+            await self.refresh()
 
-    async def stop(self) -> None:
-        """Stop polling and close all channels. Idempotent."""
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
-            self._poller = None
+    async def close(self) -> None:
+        """Close all channels. Idempotent."""
         connections, self._connections = self._connections, {}
         for connection in connections.values():
             await connection.client.close()
@@ -192,8 +188,3 @@ class Workers:
                 if connection is not None:
                     del self._connections[key]
                     await connection.client.close()
-
-    async def _poll(self) -> None:
-        while True:
-            await asyncio.sleep(self._settings.poll_s)
-            await self.refresh()

@@ -23,6 +23,7 @@ from core.config.schema import Config
 from core.errors import UnavailableError
 from core.state.journal import Change, MemoryJournal, Written
 from core.state.registry import MemoryRegistry
+from core.tasks import Supervisor
 from core.types import Pool, WorkerRecord, WorkerState
 from decode_worker.servicer import DecodeServicer
 from engine.fake import FakeEngine, FakeLatency, FakeSize
@@ -395,6 +396,7 @@ class SimRouter:
             ),
             clock,
         )
+        self.supervisor = Supervisor()
         store = _RouterStore(cluster.journal, self)
         self.journal = Journal(store, JournalSettings(LEASE_S, patience_s=0.05))
         self.handler = RequestHandler(
@@ -409,14 +411,16 @@ class SimRouter:
         self.servicer = InferenceServicer(self.handler, clock)
 
     async def start(self) -> None:
-        await self.workers.start()
-        self.journal.start()
+        await self.workers.refresh()
+        self.supervisor.start("registry poll", self.workers.poll)
+        self.journal.start(self.supervisor)
 
     async def stop(self) -> None:
         await self.handler.drained()
         await self.dispatcher.close()
+        await self.supervisor.stop()
         await self.journal.close()
-        await self.workers.stop()
+        await self.workers.close()
 
     async def kill(self) -> None:
         """As ``kill -9``: the connections to clients and workers break."""
@@ -480,8 +484,7 @@ class SimCluster:
         """Return the tasks that run as long as their process."""
         tasks = {worker._lease for worker in self.workers.values()}
         for router in self.living_routers():
-            poller = router.workers._poller
-            tasks |= {task for task in (poller, *router.journal._tasks) if task}
+            tasks |= {*router.supervisor._tasks}
         return tasks
 
     def living_routers(self) -> list[SimRouter]:

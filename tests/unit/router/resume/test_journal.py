@@ -12,6 +12,7 @@ import pytest
 from baton.v1 import inference_pb2
 from core.errors import AlreadyExistsError, CancelledError
 from core.state.journal import After, Change, JournalStore, MemoryJournal, Written
+from core.tasks import Supervisor
 from router.request import UNFINISHED, TokenBatch
 from router.resume.journal import Journal, JournalSettings, batches_of
 from tests.support import journal_rules
@@ -48,18 +49,30 @@ async def store() -> Store:
     return Store()
 
 
+class RunningJournal(Journal):
+    """A journal and the supervisor of its tasks."""
+
+    def __init__(self, store: JournalStore, settings: JournalSettings) -> None:
+        super().__init__(store, settings)
+        self.supervisor = Supervisor()
+        self.start(self.supervisor)
+
+    async def close(self) -> None:
+        await self.supervisor.stop()
+        await super().close()
+
+
 class JournalFactory(Protocol):
-    def __call__(self, patience_s: float = 60, lease_s: float = LEASE_S) -> Journal: ...
+    def __call__(self, patience_s: float = 60, lease_s: float = LEASE_S) -> RunningJournal: ...
 
 
 @pytest.fixture
 async def router(store: Store) -> AsyncIterator[JournalFactory]:
     """Yields a function that opens the journal of a new router."""
-    journals: list[Journal] = []
+    journals: list[RunningJournal] = []
 
-    def open_journal(patience_s: float = 60, lease_s: float = LEASE_S) -> Journal:
-        journals.append(Journal(store, JournalSettings(lease_s, patience_s)))
-        journals[-1].start()
+    def open_journal(patience_s: float = 60, lease_s: float = LEASE_S) -> RunningJournal:
+        journals.append(RunningJournal(store, JournalSettings(lease_s, patience_s)))
         return journals[-1]
 
     yield open_journal

@@ -138,8 +138,8 @@ async def test_a_read_of_a_hung_registry_times_out() -> None:
 
     settings = replace(SETTINGS, poll_timeout_s=0.01)
     workers = Workers(Hanging(), settings, lambda: 0.0, lambda snapshot: None)
-    await workers.start()
-    await workers.stop()
+    await workers.refresh()
+    await workers.close()
 
 
 async def test_one_channel_per_incarnation_closed_after_its_last_user() -> None:
@@ -155,7 +155,7 @@ async def test_one_channel_per_incarnation_closed_after_its_last_user() -> None:
         assert setup.workers.open_channels == 1, "the channel is still used"
     await setup.workers.refresh()
     assert setup.workers.open_channels == 0
-    await setup.workers.stop()
+    await setup.workers.close()
 
 
 async def test_a_channel_stays_open_while_its_worker_lives() -> None:
@@ -166,7 +166,7 @@ async def test_a_channel_stays_open_while_its_worker_lives() -> None:
     await setup.workers.refresh()
     async with setup.workers.connection(setup.record, setup.on_lost) as second:
         assert first is second
-    await setup.workers.stop()
+    await setup.workers.close()
     assert setup.workers.open_channels == 0
 
 
@@ -194,4 +194,4 @@ async def test_on_lost_is_called_only_after_a_worker_is_missing_for_a_lease() ->
         await setup.registry.put(setup.record)
         await setup.workers.refresh()
         assert setup.lost_calls == 1
-    await setup.workers.stop()
+    await setup.workers.close()
