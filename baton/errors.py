@@ -9,7 +9,7 @@ after which to retry.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -125,6 +125,10 @@ def class_of(code: grpc.StatusCode) -> type[BatonError]:
     return _BY_CODE.get(code, BatonError)
 
 
+# How gRPC says that this process has cancelled the call or closed the channel.
+_OWN_CANCELS: Final = ("Locally cancelled by application!", "Channel closed!")
+
+
 def from_status(
     code: grpc.StatusCode,
     details: str,
@@ -138,6 +142,10 @@ def from_status(
     if detail is None and code is grpc.StatusCode.UNAVAILABLE:
         # Baton's router always sends a detail, so this status comes from the transport.
         message = f"no connection to a Baton router at {address}: {details}"
+        return UnavailableError(message, reason="CONNECTION_FAILED", request_id=request_id)
+    if detail is None and code is grpc.StatusCode.CANCELLED and details not in _OWN_CANCELS:
+        # gRPC cancels the calls that arrive just when a server stops.
+        message = f"the router at {address} stops: {details}"
         return UnavailableError(message, reason="CONNECTION_FAILED", request_id=request_id)
     if (
         detail is None

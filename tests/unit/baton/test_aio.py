@@ -219,7 +219,21 @@ def test_cancellation_by_the_router_raises_batons_cancelled_error() -> None:
             with pytest.raises(CancelledError, match="shutting down"):
                 await client.complete("a")
 
-    with serve(fail(grpc.StatusCode.CANCELLED, "shutting down", None)) as server:
+    detail = pb.ErrorDetail(reason="CANCELLED")
+    with serve(fail(grpc.StatusCode.CANCELLED, "shutting down", detail)) as server:
+        run(main())
+
+
+def test_a_router_that_stops_is_unavailable() -> None:
+    """gRPC cancels the calls that arrive just then, without Baton's detail."""
+
+    async def main() -> None:
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(UnavailableError) as caught:
+                await client.complete("a")
+            assert caught.value.reason == "CONNECTION_FAILED"
+
+    with serve(fail(grpc.StatusCode.CANCELLED, "CANCELLED", None)) as server:
         run(main())
 
 

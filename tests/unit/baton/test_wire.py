@@ -224,7 +224,9 @@ def test_unavailable_without_a_detail_is_a_connection_failure() -> None:
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.name != "OK"])
 def test_every_status_code_becomes_a_baton_error_with_that_code(code: grpc.StatusCode) -> None:
-    error = from_status(code, "", [], address="h:1", request_id="r-2")
+    # Without a detail, CANCELLED comes from a gRPC server that stops.
+    metadata = [("baton-error-bin", pb.ErrorDetail(reason="X").SerializeToString())]
+    error = from_status(code, "", metadata, address="h:1", request_id="r-2")
     assert isinstance(error, BatonError)
     assert error.code is code
     assert error.request_id == "r-2"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import baton
 from router.server import SERVICE
 from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
 from tests.support.router_harness import RouterHarness, token_ids
@@ -37,8 +39,8 @@ async def test_running_requests_end_within_the_grace_and_new_ones_are_refused() 
         assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.generate(PROMPT, max_tokens=1)
-        # The code is CANCELLED if the client sends the request before it learns of the shutdown.
-        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert error_detail(caught.value).reason == "ROUTER_DRAINING"
         assert not stopping.done()
         gate.set()
         responses += [response async for response in stream]
@@ -71,3 +73,25 @@ async def test_streams_that_are_not_requests_do_not_delay_the_shutdown() -> None
         async with asyncio.timeout(SOON_S):
             await router.server.stop(GRACE_S)
         assert await silent_call.code() is not grpc.StatusCode.OK
+
+
+async def test_no_client_gets_cancelled_from_a_router_that_stops() -> None:
+    """Applications do not retry a cancelled request: they think that they have cancelled it."""
+    async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
+        errors: Counter[str] = Counter()
+        stopped = asyncio.Event()
+
+        async def call_until_it_has_stopped(client: baton.AsyncClient) -> None:
+            while not stopped.is_set():
+                try:
+                    await client.complete(token_ids=PROMPT, max_tokens=3)
+                except baton.BatonError as error:
+                    errors[type(error).__name__] += 1
+
+        async with baton.AsyncClient(f"127.0.0.1:{router.port}", timeout_s=30) as client:
+            calls = [asyncio.create_task(call_until_it_has_stopped(client)) for _ in range(8)]
+            await router.decode[0].until(lambda: len(router.decode[0].requests) > 20)
+            await router.server.stop(grace_s=1)
+            stopped.set()
+            await asyncio.gather(*calls)
+    assert set(errors) == {"UnavailableError"}
