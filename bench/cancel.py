@@ -187,7 +187,7 @@ async def cluster() -> AsyncIterator[CancelBench]:
                 pool,
                 model,
                 cpu_binding=str(core),
-                kv_token="bench",
+                kv_secret="bench",
                 incarnation=incarnation,
             )
             watches.append(EngineWatch(engine))

@@ -50,7 +50,7 @@ def options(incarnation: str, message_bytes: int, staging_buffers: int) -> Trans
     return TransferOptions(
         host="127.0.0.1",
         incarnation=incarnation,
-        token="bench",
+        secret="bench",
         message_bytes=message_bytes,
         staging_buffers=staging_buffers,
         pair_timeout_s=TIMEOUT_S,

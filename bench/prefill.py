@@ -141,7 +141,7 @@ async def measure(
         Pool.PREFILL,
         model,
         cpu_binding="0",
-        kv_token="bench",
+        kv_secret="bench",
         incarnation=f"{incarnation}-p",
     )
     facts = await prefill.start()
@@ -152,7 +152,7 @@ async def measure(
         Pool.DECODE,
         model,
         cpu_binding="1",
-        kv_token="bench",
+        kv_secret="bench",
         incarnation=f"{incarnation}-d",
     )
     await decode.start()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class TransferOptions:
     host: str  # address to bind and to advertise
     incarnation: str  # of this worker, new at each process start
-    token: str  # shared secret of the cluster; every HELLO and RELEASE must carry it
+    secret: str  # of the cluster; protects the control connections, and is never sent
     message_bytes: int  # largest message on a pair, unless a single unit is larger
     staging_buffers: int  # largest number of messages in flight per pair, on each side
     pair_timeout_s: float  # longest time for each step of making a pair, and for an abort

@@ -5,7 +5,6 @@ A prefill rank reports the address of its control server. Any rank reports why i
 
 from __future__ import annotations
 
-import hmac
 import logging
 import time
 
@@ -14,6 +13,7 @@ import zmq
 
 from core.net import bracketed
 from kv_transfer import wire
+from kv_transfer.curve import protect_client, protect_server
 from kv_transfer.errors import KvTransferError
 
 logger = logging.getLogger(__name__)
@@ -24,18 +24,18 @@ _FRAMES_AT_A_TIME = 64
 class RankReport(msgspec.Struct, frozen=True):
     """Either an address or a fault."""
 
-    token: str  # shared secret of the cluster; a stranger must not report a fault
     rank: int
     address: str = ""
     fault: str = ""  # why this rank cannot serve, or cannot serve any longer
 
 
-def send_report(endpoint: str, report: RankReport) -> None:
+def send_report(endpoint: str, secret: str, report: RankReport) -> None:
     """Send a report to the front end. Any thread of a rank may call this."""
     push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     with push:
         push.setsockopt(zmq.LINGER, 10_000)  # ms; the front end listens before any rank starts
         push.setsockopt(zmq.IPV6, "[" in endpoint)
+        protect_client(push, secret)
         push.connect(endpoint)
         push.send(msgspec.msgpack.encode(report))
 
@@ -44,15 +44,15 @@ class RankReports:
     """Receives the reports of all ranks. One thread at a time may use it.
 
     The front end opens it before it makes the engine, and passes ``endpoint`` to the ranks in the
-    connector's configuration. Reports with a wrong token are dropped.
+    connector's configuration.
     """
 
-    def __init__(self, host: str, token: str) -> None:
-        self._token = token
+    def __init__(self, host: str, secret: str) -> None:
         self._dropped = False
         self._pull: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._pull.setsockopt(zmq.IPV6, ":" in host)
         self._pull.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
+        protect_server(self._pull, secret)
         bound = bracketed(host)
         self.endpoint = f"tcp://{bound}:{self._pull.bind_to_random_port(f'tcp://{bound}')}"
 
@@ -84,7 +84,7 @@ class RankReports:
 
         Waits at most ``timeout_s`` for each report.
         """
-        for _ in range(_FRAMES_AT_A_TIME):  # a stranger that never stops sending must not block us
+        for _ in range(_FRAMES_AT_A_TIME):  # a rank that never stops sending must not block us
             if not self._pull.poll(int(timeout_s * 1000)):
                 break
             report = self._receive()
@@ -93,18 +93,15 @@ class RankReports:
         return None
 
     def _receive(self) -> RankReport | None:
-        """Receive one report; return None if it is not from one of our ranks."""
+        """Receive one report; return None if it is malformed."""
         frames = self._pull.recv_multipart()
         try:
-            report = msgspec.msgpack.decode(b"".join(frames), type=RankReport)
+            return msgspec.msgpack.decode(b"".join(frames), type=RankReport)
         except (msgspec.DecodeError, ValueError, RecursionError):
-            report = None
-        if report is None or not hmac.compare_digest(report.token.encode(), self._token.encode()):
-            if not self._dropped:  # a stranger must not fill the log
-                logger.warning("dropped a report that is not from one of our ranks")
+            if not self._dropped:  # a defective rank must not fill the log
+                logger.warning("dropped a malformed report of a rank")
             self._dropped = True
             return None
-        return report
 
     def close(self) -> None:
         self._pull.close(linger=0)

@@ -21,7 +21,7 @@ from kv_transfer.geometry import KvGeometry, LayerBlockRange
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
 _SHOWN_CHARS = 120  # characters of the decoder's error message that we quote, at most
 
@@ -30,7 +30,6 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     """D asks P for a pair."""
 
     version: int
-    token: str  # shared secret of the cluster
     expected_incarnation: str  # of the prefill worker that D wants to reach
     incarnation: str  # of D's worker
     geometry: KvGeometry
@@ -71,7 +70,6 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
 class Release(msgspec.Struct, tag="release", frozen=True):
     """P's own front end says that nobody will fetch this transfer's KV."""
 
-    token: str
     transfer_id: str
 
 

@@ -58,7 +58,7 @@ class WorkerSettings:
     pool: Pool
     model: ResolvedModel
     store: Store
-    kv_token: str = field(repr=False)  # secret of the KV control channels
+    kv_secret: str = field(repr=False)  # secret of the KV control channels
 
 
 async def start_worker(
@@ -371,6 +371,6 @@ def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engin
         pool=settings.pool,
         model=settings.model,
         cpu_binding=binding,
-        kv_token=settings.kv_token,
+        kv_secret=settings.kv_secret,
         incarnation=incarnation,
     )

@@ -295,7 +295,7 @@ class Cluster:
         self._stack.callback(lambda: runtime.stop(disconnect=not self._drainer.has_abandoned_call))
         runtime.start()
         self._runtime = runtime
-        app = build_app(self.config, model, store, kv_token=token_hex(32), cuda=runtime.has_cuda())
+        app = build_app(self.config, model, store, kv_secret=token_hex(32), cuda=runtime.has_cuda())
         runtime.deploy(app)
 
     def _write_state(self, cluster_id: str, served_name: str, store: Store | None) -> None:

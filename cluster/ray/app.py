@@ -29,19 +29,19 @@ _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarel
 
 
 def build_app(
-    config: Config, model: ResolvedModel, store: Store, *, kv_token: str, cuda: bool
+    config: Config, model: ResolvedModel, store: Store, *, kv_secret: str, cuda: bool
 ) -> Application:
     """Build the application. Its ingress deployment is the router.
 
     Serve wants an ingress, but requests reach the router directly, not through Serve.
 
     Args:
-        kv_token: secret of the KV control channels, known only to this cluster's processes.
+        kv_secret: secret of the KV control channels, known only to this cluster's processes.
         cuda: whether the cluster has CUDA devices. If True, a worker takes one device for each
             rank, unless its pool sets ``num_gpus_per_replica``.
     """
     workers = [
-        _worker(WorkerSettings(config, pool, model, store, kv_token), cuda=cuda) for pool in Pool
+        _worker(WorkerSettings(config, pool, model, store, kv_secret), cuda=cuda) for pool in Pool
     ]
     router = serve.deployment(
         name=ROUTER,

@@ -49,7 +49,7 @@ class VllmEngine:
 
     Args:
         cpu_binding: cores for vLLM's CPU backend (``VLLM_CPU_OMP_THREADS_BIND``), or None.
-        kv_token: shared secret of the cluster's KV control channels.
+        kv_secret: the cluster's secret for the KV control channels.
         incarnation: id of this start of the worker's process.
     """
 
@@ -59,7 +59,7 @@ class VllmEngine:
         pool: Pool,
         model: ResolvedModel,
         cpu_binding: str | None,
-        kv_token: str,
+        kv_secret: str,
         incarnation: str,
     ) -> None:
         self._config = config
@@ -67,7 +67,7 @@ class VllmEngine:
         self._pool_config = config.pool(pool)
         self._model = model
         self._cpu_binding = cpu_binding
-        self._kv_token = kv_token
+        self._kv_secret = kv_secret
         self._incarnation = incarnation
         self._llm: AsyncLLM | None = None
         self._reports: RankReports | None = None
@@ -79,7 +79,7 @@ class VllmEngine:
     async def start(self) -> EngineFacts:
         """See ``Engine``."""
         self._set_environment()
-        self._reports = RankReports(self._config.cluster.host, self._kv_token)
+        self._reports = RankReports(self._config.cluster.host, self._kv_secret)
         llm = await asyncio.to_thread(self._make_llm, self._reports)
         self._llm = llm
         addresses: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class VllmEngine:
                 self._pool_config.tensor_parallel_size,
                 self._config.kv_transfer.pair_timeout_s,
             )
-        self._releaser = Releaser(addresses, self._kv_token)
+        self._releaser = Releaser(addresses, self._kv_secret)
         vllm_config = llm.vllm_config
         blocks = vllm_config.cache_config.num_gpu_blocks
         assert blocks is not None, "vLLM knows its number of blocks once it has started"
@@ -136,7 +136,7 @@ class VllmEngine:
         options = {  # the fields of TransferOptions
             "host": self._config.cluster.host,
             "incarnation": self._incarnation,
-            "token": self._kv_token,
+            "secret": self._kv_secret,
             **config.model_dump(),
         }
         return KVTransferConfig(

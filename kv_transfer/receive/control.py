@@ -9,6 +9,7 @@ from typing import NamedTuple
 import zmq
 
 from kv_transfer import wire
+from kv_transfer.curve import protect_client
 from kv_transfer.errors import IncompatibleError, PairError, ProtocolError
 from kv_transfer.local_rank import LocalRank
 from kv_transfer.receive.records import Peer
@@ -91,14 +92,14 @@ class ControlConnection:
 
 
 @contextlib.contextmanager
-def control_connection(peer: Peer) -> Iterator[ControlConnection]:
+def control_connection(peer: Peer, secret: str) -> Iterator[ControlConnection]:
     """Connect to a peer; send BYE and disconnect at the exit."""
     with contextlib.ExitStack() as stack:
-        yield ControlConnection(peer, *_connect(peer.address, stack))
+        yield ControlConnection(peer, *_connect(peer.address, secret, stack))
 
 
 def _connect(
-    address: str, stack: contextlib.ExitStack
+    address: str, secret: str, stack: contextlib.ExitStack
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     """Return the control socket and its monitor."""
     control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -107,6 +108,7 @@ def _connect(
     control.setsockopt(zmq.LINGER, 200)  # ms: let BYE leave
     control.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
     control.setsockopt(zmq.IPV6, "[" in address)
+    protect_client(control, secret)
     monitor = control.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     stack.callback(monitor.close)
     stack.callback(control.disable_monitor)

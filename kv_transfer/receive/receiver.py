@@ -96,7 +96,7 @@ class Receiver:
             with contextlib.ExitStack() as stack:
                 rank.options.bind_this_thread()
                 stack.enter_context(side_stream(rank.caches.device))
-                control = stack.enter_context(control_connection(peer))
+                control = stack.enter_context(control_connection(peer, self._rank.options.secret))
                 self._open_pair(control)
                 self._serve(control)
         except KvTransferError as error:
@@ -135,7 +135,6 @@ class Receiver:
         options = self._rank.options
         return wire.Hello(
             version=wire.PROTOCOL_VERSION,
-            token=options.token,
             expected_incarnation=self.peer.incarnation,
             incarnation=options.incarnation,
             geometry=self._rank.geometry,

@@ -6,7 +6,6 @@ post.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import threading
 
@@ -14,6 +13,7 @@ import zmq
 
 from core.net import bracketed
 from kv_transfer import wire
+from kv_transfer.curve import protect_server
 from kv_transfer.errors import IncompatibleError, ProtocolError
 from kv_transfer.geometry import PairPlan, plan_pair
 from kv_transfer.local_rank import LocalRank
@@ -103,7 +103,6 @@ class ControlServer:
             self._hello(routing_id, message)
             return
         if isinstance(message, wire.Release):
-            self._require_token(message.token)
             transfers.cancel(message.transfer_id, "released by the router", None)
             return
         peer = transfers.peers.get(routing_id)
@@ -126,13 +125,8 @@ class ControlServer:
             case wire.Bye():
                 transfers.close_peer(peer, "the decode worker closed the pair")
 
-    def _require_token(self, token: str) -> None:
-        if not hmac.compare_digest(token.encode(), self._rank.options.token.encode()):
-            raise ProtocolError("wrong cluster token")
-
     def _hello(self, routing_id: bytes, hello: wire.Hello) -> None:
         transfers = self._transfers
-        self._require_token(hello.token)
         try:
             plan = self._accept(hello)
         except IncompatibleError as error:
@@ -179,6 +173,7 @@ def _router_socket(options: TransferOptions) -> zmq.Socket[bytes]:
     router.setsockopt(zmq.LINGER, 0)
     router.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
     router.setsockopt(zmq.IPV6, ":" in options.host)
+    protect_server(router, options.secret)
     # A peer whose host vanished closes no connection, so ZeroMQ pings each connection.
     ping_ms = min(round(options.peer_lease_s * 1000 / 2), 2**31 - 1)
     router.setsockopt(zmq.HEARTBEAT_IVL, ping_ms)

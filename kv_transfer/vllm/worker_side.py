@@ -58,7 +58,8 @@ class WorkerSide:
         try:
             self._start(kv_caches, report_to, **extra)
         except IncompatibleError as error:
-            send_report(report_to, RankReport(extra["token"], self._tp_rank, fault=str(error)))
+            report = RankReport(self._tp_rank, fault=str(error))
+            send_report(report_to, extra["secret"], report)
             raise
 
     def _start(
@@ -70,7 +71,7 @@ class WorkerSide:
         options = TransferOptions(**extra, cores=frozenset(os.sched_getaffinity(os.getppid())))
 
         def on_stuck(reason: str) -> None:
-            send_report(report_to, RankReport(options.token, self._tp_rank, fault=reason))
+            send_report(report_to, options.secret, RankReport(self._tp_rank, fault=reason))
 
         names = sorted(kv_caches, key=extract_layer_index)
         self._layer_index = {name: index for index, name in enumerate(names)}
@@ -84,7 +85,7 @@ class WorkerSide:
         if self._config.is_kv_producer:
             self._server = PrefillServer(caches, geometry, options, on_stuck=on_stuck)
             address = self._server.address
-            send_report(report_to, RankReport(options.token, self._tp_rank, address=address))
+            send_report(report_to, options.secret, RankReport(self._tp_rank, address=address))
         else:
             self._button = DoorbellButton(options.incarnation)
             self._client = DecodeClient(

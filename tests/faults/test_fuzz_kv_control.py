@@ -21,11 +21,12 @@ import pytest
 import zmq
 
 from kv_transfer import wire
+from kv_transfer.curve import protect_client, protect_server
 from kv_transfer.geometry import LayerBlockRange
 from kv_transfer.rank_reports import RankReport, RankReports, send_report
 from tests.support.hostile import OpenFiles, Strangers, another_protocol, dice, garbage
 from tests.support.kv_faults import Stranger, kv_threads
-from tests.support.kv_messages import TO_DECODE, TO_PREFILL, WRONG_TOKEN
+from tests.support.kv_messages import TO_DECODE, TO_PREFILL
 from tests.support.kv_stream import (
     BLOCK_TOKENS,
     BLOCKS,
@@ -265,10 +266,11 @@ def hostile_message(rng: random.Random, known: dict[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def dealer(address: str) -> Iterator[zmq.Socket[bytes]]:
+def dealer(address: str, secret: str = OPTIONS.secret) -> Iterator[zmq.Socket[bytes]]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     with socket:
         socket.setsockopt(zmq.LINGER, 0)
+        protect_client(socket, secret)
         socket.connect(address)
         yield socket
 
@@ -284,8 +286,8 @@ def heard_all(socket: zmq.Socket[bytes]) -> None:
     assert socket.poll(10_000), "no answer"
 
 
-def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
-    """Without the token a message has no effect, even if its other fields are right."""
+def test_messages_without_a_hello(caplog: pytest.LogCaptureFixture) -> None:
+    """Without HELLO a message has no effect, even if its fields are right."""
     rng = dice("strangers")
     with good_pair(rng, caplog) as pair:
 
@@ -321,7 +323,6 @@ def test_messages_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
 def hello(**fields: Any) -> bytes:
     right = wire.Hello(
         version=wire.PROTOCOL_VERSION,
-        token=OPTIONS.token,
         expected_incarnation="p1",
         incarnation="stranger",
         geometry=GEOMETRY,
@@ -340,8 +341,6 @@ def geometry(**fields: Any) -> dict[str, Any]:
 
 WRONG_HELLOS: dict[str, dict[str, Any]] = {
     "version": {"version": 2**63 - 1},
-    "token": {"token": WRONG_TOKEN},
-    "no token": {"token": ""},
     "old incarnation": {"expected_incarnation": "p0"},
     "no incarnation": {"expected_incarnation": ""},
     "backend": {"backend": "nccl"},
@@ -381,7 +380,7 @@ def test_peers_with_a_wrong_hello(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_peer_at_anothers_transfer(caplog: pytest.LogCaptureFixture) -> None:
-    """Even with the token, no decode worker takes or ends a transfer of another decode worker."""
+    """No decode worker takes or ends a transfer of another decode worker."""
     rng = dice("peer")
     with good_pair(rng, caplog) as pair, Stranger(pair.prefill.server.address) as stranger:
         prefill, decode, tokens = pair.prefill, pair.decode, 5 * BLOCK_TOKENS
@@ -487,6 +486,7 @@ def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
     router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     with good_pair(rng, caplog) as pair, router:
         router.setsockopt(zmq.LINGER, 0)
+        protect_server(router, OPTIONS.secret)
         address = f"tcp://{HOST}:{router.bind_to_random_port(f'tcp://{HOST}')}"
         for number in range(20):
             transfer_id = f"noise{number}#1"
@@ -505,24 +505,25 @@ def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
 def test_reports_of_strangers(caplog: pytest.LogCaptureFixture) -> None:
     """A reported fault replaces the whole worker, so reports of strangers must be dropped."""
     rng = dice("reports")
-    reports = RankReports(HOST, OPTIONS.token)
+    reports = RankReports(HOST, OPTIONS.secret)
     strangers = Strangers(HOST, port_of(reports.endpoint), rng)
     strangers.storm_here(CONTROL_BYTES, CONNECTIONS)
-    send_report(reports.endpoint, RankReport(WRONG_TOKEN, 0, fault="replace it"))
-    send_report(reports.endpoint, RankReport(WRONG_TOKEN, 0, address="tcp://elsewhere"))
-    send_report(reports.endpoint, RankReport(OPTIONS.token, 7, address="tcp://no-such-rank"))
+    send_report(reports.endpoint, "guess", RankReport(0, fault="replace it"))
+    send_report(reports.endpoint, "guess", RankReport(0, address="tcp://elsewhere"))
+    send_report(reports.endpoint, OPTIONS.secret, RankReport(7, address="tcp://no-such-rank"))
     push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     with push:
         push.setsockopt(zmq.LINGER, 1000)
+        protect_client(push, OPTIONS.secret)
         push.connect(reports.endpoint)
         for _ in range(100):
             push.send_multipart([rng.randbytes(20)] * rng.choice([1, 1, 3]))
             push.send(msgspec.msgpack.encode(hostile_value(rng)))
-    send_report(reports.endpoint, RankReport(OPTIONS.token, 0, address="tcp://here"))
+    send_report(reports.endpoint, OPTIONS.secret, RankReport(0, address="tcp://here"))
     try:
         assert reports.addresses(1, 10) == ("tcp://here",)
         assert reports.fault() is None
-        send_report(reports.endpoint, RankReport(OPTIONS.token, 0, fault="it hangs"))
+        send_report(reports.endpoint, OPTIONS.secret, RankReport(0, fault="it hangs"))
         wait_until(lambda: reports.fault() == "it hangs", what="our own report has arrived")
     finally:
         reports.close()

@@ -51,7 +51,7 @@ async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         pool=Pool.PREFILL,
         model=model,
         cpu_binding="0",
-        kv_token="secret",
+        kv_secret="secret",
         incarnation=uuid4().hex,
     )
     try:

@@ -36,7 +36,7 @@ def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
     from cluster.ray.app import build_app
 
     app = build_app(
-        Config(), ResolvedModel("", "m"), Store.of(Config(), ""), kv_token="", cuda=False
+        Config(), ResolvedModel("", "m"), Store.of(Config(), ""), kv_secret="", cuda=False
     )
     router = app._bound_deployment
     assert router.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}

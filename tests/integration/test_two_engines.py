@@ -213,7 +213,7 @@ async def test_a_model_whose_kv_cannot_be_streamed_is_refused(
         pool=Pool.PREFILL,
         model=model,
         cpu_binding="0",
-        kv_token="secret",
+        kv_secret="secret",
         incarnation=uuid4().hex,
     )
     try:

@@ -44,7 +44,7 @@ def make(llm: ScriptedLlm) -> Engine:
         pool=Pool.DECODE,
         model=ResolvedModel("", "m"),
         cpu_binding=None,
-        kv_token="",
+        kv_secret="",
         incarnation="i",
     )
     engine._llm = llm

@@ -23,6 +23,7 @@ import torch
 import zmq
 
 from kv_transfer import pair, wire
+from kv_transfer.curve import protect_client, protect_server
 from kv_transfer.kv_caches import KvCaches, UnitView
 from kv_transfer.options import TransferOptions
 from kv_transfer.pair import PREFILL_RANK, Pair, host_store, join_store
@@ -129,6 +130,7 @@ class SilentPrefill:
     def __init__(self) -> None:
         self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)
+        protect_server(self._router, OPTIONS.secret)
         port: int = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
         self._hellos: deque[wire.Hello] = deque()
@@ -154,26 +156,34 @@ class SilentPrefill:
 
 
 class Stranger:
-    """A peer that sends control messages to a prefill rank, but never joins a process group."""
+    """A peer that sends control messages to a prefill rank, but never joins a process group.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        secret: if it is not the cluster's, no message of this peer reaches the prefill rank.
+    """
+
+    def __init__(self, address: str, secret: str = OPTIONS.secret) -> None:
         self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.LINGER, 0)
+        protect_client(self._dealer, secret)
         self._dealer.connect(address)
         self._store = host_store("127.0.0.1", 5)
 
     def send(self, message: wire.ToPrefill) -> None:
         self._dealer.send(wire.encode(message))
 
+    def hears_nothing(self, ms: int) -> bool:
+        """Return whether no message arrives for so long."""
+        return not self._dealer.poll(ms)
+
     def receive(self) -> wire.ToDecode:
         assert self._dealer.poll(10_000), "no answer"
         return wire.decode_to_decode(self._dealer.recv())
 
-    def hello(self, token: str = OPTIONS.token) -> None:
+    def hello(self) -> None:
         self.send(
             wire.Hello(
                 version=wire.PROTOCOL_VERSION,
-                token=token,
                 expected_incarnation="p1",
                 incarnation="stranger",
                 geometry=GEOMETRY,

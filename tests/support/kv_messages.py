@@ -6,12 +6,9 @@ from kv_transfer import wire
 from kv_transfer.geometry import LayerBlockRange
 from tests.support.kv_stream import GEOMETRY
 
-WRONG_TOKEN = "guess"  # not the cluster's token
-
 TO_PREFILL: list[wire.ToPrefill] = [
     wire.Hello(
         version=wire.PROTOCOL_VERSION,
-        token=WRONG_TOKEN,
         expected_incarnation="p1",
         incarnation="d",
         geometry=GEOMETRY,
@@ -22,7 +19,7 @@ TO_PREFILL: list[wire.ToPrefill] = [
     ),
     wire.Reserve("r#1", 0, 9),
     wire.Cancel("r#1"),
-    wire.Release(WRONG_TOKEN, "r#1"),
+    wire.Release("r#1"),
     wire.Ping(),
     wire.Bye(),
 ]

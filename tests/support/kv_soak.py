@@ -68,7 +68,7 @@ HEADS, LAYERS, CONTENT = 2, 4, 8
 OPTIONS = TransferOptions(
     host="",
     incarnation="",
-    token="secret",
+    secret="secret",
     # A message has several layers of a short prompt, or a part of one layer of a long prompt.
     message_bytes=3 * 16 * HEADS * CONTENT * 4,
     staging_buffers=2,
@@ -160,7 +160,7 @@ class PrefillWorker(Worker):
             PrefillServer(rank.kv_caches, rank.geometry, options, on_stuck=self.stuck)
             for rank in self.ranks
         ]
-        self._front_end = Releaser(self.addresses(), options.token)
+        self._front_end = Releaser(self.addresses(), options.secret)
         self._front_end.release("")  # connects before the test counts threads and files
         wait_until(
             lambda: all("" in server.transfers.ended_ids for server in self._servers),

@@ -117,7 +117,7 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
         pool=Pool.PREFILL,
         model=model,
         cpu_binding=cores[0],
-        kv_token="secret",
+        kv_secret="secret",
         incarnation=names[0],
     )
     decode = VllmEngine(
@@ -125,7 +125,7 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
         pool=Pool.DECODE,
         model=model,
         cpu_binding=cores[1],
-        kv_token="secret",
+        kv_secret="secret",
         incarnation=names[1],
     )
     try:

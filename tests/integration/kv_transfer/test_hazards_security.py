@@ -1,8 +1,10 @@
-"""Hazards of security: pickle, addresses, tokens. See ``kv_hazards``."""
+"""Hazards of security: pickle, addresses, the secret. See ``kv_hazards``."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import socket
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ from tests.support.kv_hazards import (
     delivers,
     ends,
 )
+from tests.support.kv_stream import OPTIONS
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("all_threads_end")
@@ -58,12 +61,47 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def test_token_is_needed_for_every_control_message() -> None:
-    """CVE-2025-47277: HELLO and RELEASE need the token. Other messages need an earlier HELLO."""
+def test_without_the_secret_no_message_arrives() -> None:
+    """CVE-2025-47277. Both sides prove that they have the cluster's secret, without sending it."""
+    with ends() as (prefill, decode), Stranger(prefill.server.address, "guess") as stranger:
+        decode.reserve(prefill, "a#1", [30], 0, 9)
+        wait_until(lambda: prefill.server.transfers.waiting, what="the reservation has arrived")
+        stranger.hello()
+        stranger.send(wire.Release("a#1"))
+        stranger.send(wire.Ping())
+        assert stranger.hears_nothing(500), "a PING without HELLO gets a REFUSE"
+        assert len(prefill.server.transfers.peers) == 1
+        compute(prefill, "a#1", [0], 9)
+        assert decode.result("a#1").complete
+
+
+def test_the_secret_is_never_sent() -> None:
+    """Whoever listens at a prefill worker's address learns nothing that helps."""
+    heard = b""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with Stranger(address) as decode:
+            decode.hello()
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(0.5)
+                # A greeting of ZMTP 3 for CURVE, so that the client says what it can.
+                greeting = (
+                    b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + b"\x01"
+                )
+                connection.sendall(greeting.ljust(64, b"\0"))
+                with contextlib.suppress(TimeoutError):
+                    while data := connection.recv(65536):
+                        heard += data
+    assert b"HELLO" in heard, "the client has begun the handshake"
+    assert OPTIONS.secret.encode() not in heard
+    assert b"stranger" not in heard, "no message is sent before the server's proof"
+
+
+def test_messages_need_an_earlier_hello() -> None:
     with ends() as (prefill, decode), Stranger(prefill.server.address) as stranger:
         decode.reserve(prefill, "a#1", [30], 0, 9)
         wait_until(lambda: prefill.server.transfers.waiting, what="the reservation has arrived")
-        stranger.hello(token="guess")
         for message in (
             wire.Reserve("a#1", 0, 9),
             wire.Cancel("a#1"),
@@ -72,9 +110,6 @@ def test_token_is_needed_for_every_control_message() -> None:
         ):
             stranger.send(message)
             assert isinstance(stranger.receive(), wire.Refuse)
-        stranger.send(wire.Release("guess", "a#1"))
-        stranger.send(wire.Ping())
-        assert isinstance(stranger.receive(), wire.Refuse), "all earlier messages were handled"
         assert len(prefill.server.transfers.peers) == 1
         compute(prefill, "a#1", [0], 9)
         assert decode.result("a#1").complete

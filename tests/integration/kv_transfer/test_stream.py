@@ -16,6 +16,7 @@ import torch
 import zmq
 
 from kv_transfer import wire
+from kv_transfer.curve import protect_client
 from kv_transfer.kv_caches import UnitView
 from kv_transfer.releaser import Releaser
 from tests.support.kv_stream import (
@@ -122,7 +123,7 @@ def test_cancelled_by_d_before_during_and_after_leaves_nothing_held() -> None:
 def test_released_before_the_first_step_frees_what_the_step_took() -> None:
     """The release arrives after the engine has planned the first step and before the step runs."""
     with stream() as (prefill, decode):
-        owner = Releaser((prefill.server.address,), OPTIONS.token)
+        owner = Releaser((prefill.server.address,), OPTIONS.secret)
         try:
             owner.release("r#1")
             wait_until(
@@ -175,12 +176,12 @@ def test_cancel_without_a_reservation_frees_prefill() -> None:
         prefill.wait_released("r#1")
 
 
-def test_release_by_the_front_end_needs_the_token() -> None:
+def test_release_by_the_front_end_needs_the_secret() -> None:
     with stream() as (prefill, _):
         prefill.compute("r#1", [1, 2], 20)
         prefill.server.request_finished("r#1", 42, computed=True)
         stranger = Releaser((prefill.server.address,), "guess")
-        owner = Releaser((prefill.server.address,), OPTIONS.token)
+        owner = Releaser((prefill.server.address,), OPTIONS.secret)
         try:
             stranger.release("r#1")
             prefill.compute("other#1", [3], 10)
@@ -246,15 +247,15 @@ def test_unlike_caches_are_refused_with_a_sentence(caplog: pytest.LogCaptureFixt
     assert "content is 8 in prefill and 16 in decode" in caplog.text
 
 
-def test_a_hello_with_a_wrong_token_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_secret_there_is_no_pair(caplog: pytest.LogCaptureFixture) -> None:
     with stream() as (prefill, decode):
         receivers = decode.client.receivers
-        options = replace(receivers.rank.options, token="guess", pair_timeout_s=0.5)
+        options = replace(receivers.rank.options, secret="guess", pair_timeout_s=0.5)
         receivers.rank = replace(receivers.rank, options=options)
         decode.reserve(prefill, "r#1", [5], 0, 9)
         assert not decode.result("r#1").complete
         assert not prefill.server.transfers.peers
-    assert "wrong cluster token" in caplog.text
+    assert "no answer to HELLO" in caplog.text
 
 
 def test_random_bytes_on_the_control_channel_do_no_harm() -> None:
@@ -262,6 +263,7 @@ def test_random_bytes_on_the_control_channel_do_no_harm() -> None:
     stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     with stream() as (prefill, decode), stranger:
         stranger.setsockopt(zmq.LINGER, 0)
+        protect_client(stranger, OPTIONS.secret)
         stranger.connect(prefill.server.address)
         nested = b"\x82\xa4type\xa4ping\xa1x" + b"\x91" * 60_000 + b"\xc0"
         stranger.send(nested)

@@ -226,7 +226,7 @@ class DecodeMachine(Machine):
         self.peers.append(HeldPeer(peer, made.thread, rank))
         return made
 
-    def connect(self, _address: str, stack: contextlib.ExitStack) -> Any:
+    def connect(self, _address: str, _secret: str, stack: contextlib.ExitStack) -> Any:
         rank: Any = self.rank_of_this_thread()
         stack.callback(control.send_bye, rank)
         pause("start")

@@ -274,17 +274,16 @@ class PrefillMachine(Machine):
     @precondition(lambda self: not self.peaceful)
     @rule(
         name=st.sampled_from(sorted(DECODE_RANKS)),
-        wrong=st.sampled_from(["", "token", "model"]), at_once=st.booleans(),
+        wrong=st.booleans(), at_once=st.booleans(),
     )  # fmt: skip
-    def hello(self, name: str, wrong: str, at_once: bool) -> None:
+    def hello(self, name: str, wrong: bool, at_once: bool) -> None:
         if self.geometry.tp_size > 1 and name == "b0":
             return  # b0 does not pair with the rank that holds the second copy
         rank = DecodeRank(name, self.geometry, self.router, self.expect)
-        geometry = replace(rank.geometry, model="other" if wrong == "model" else GEOMETRY.model)
+        geometry = replace(rank.geometry, model="other" if wrong else GEOMETRY.model)
         rank.post(
             wire.Hello(
                 version=wire.PROTOCOL_VERSION,
-                token="guess" if wrong == "token" else OPTIONS.token,
                 expected_incarnation="p1",
                 incarnation=name[0],  # all ranks of a worker have the same one
                 geometry=geometry,
@@ -336,11 +335,11 @@ class PrefillMachine(Machine):
         transfer_ids = transfer_ids or self.transfer_ids
         return transfer_ids[-1 - number // 2 % len(transfer_ids)]
 
-    @rule(number=index, owner=st.booleans())
-    def release(self, number: int, owner: bool) -> None:
+    @precondition(lambda self: not self.peaceful)
+    @rule(number=index)
+    def release(self, number: int) -> None:
         if self.transfer_ids:
-            token = OPTIONS.token if owner and not self.peaceful else "guess"
-            message = wire.Release(token, self.some_id(number))
+            message = wire.Release(self.some_id(number))
             self.router.inbox.append([b"front end", wire.encode(message)])
             self.control()
 
@@ -396,8 +395,8 @@ class PrefillMachine(Machine):
             self.preempt(0)
         if then == "abort":
             self.finish(0, abort=True)
-        if then == "release":
-            self.release(1, owner=True)
+        if then == "release" and not self.peaceful:
+            self.release(1)
         if then == "cancel" and not self.peaceful:
             self.cancel(which, 1)
         if then in ("bye", "lose") and not self.peaceful:
