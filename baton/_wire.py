@@ -236,10 +236,12 @@ class StreamReader:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.received = 0  # number of responses
+        self._resume_token = ""
         self._finished = False
 
     def read(self, message: pb.GenerateResponse) -> Response:
         self.request_id = message.request_id or self.request_id
+        self._resume_token = message.resume_token or self._resume_token
         if message.sequence != self.received:
             raise self._protocol_error(
                 f"response {message.sequence} arrived where {self.received} was due",
@@ -255,7 +257,11 @@ class StreamReader:
 
     def resume_request(self) -> pb.ResumeRequest:
         """Return the message that asks for the responses after the last one received."""
-        return pb.ResumeRequest(request_id=self.request_id, last_sequence=self.received - 1)
+        return pb.ResumeRequest(
+            request_id=self.request_id,
+            last_sequence=self.received - 1,
+            resume_token=self._resume_token,
+        )
 
     def end(self) -> None:
         """Check that a stream that ended with status OK is complete."""

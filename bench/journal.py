@@ -145,35 +145,31 @@ async def fill(address: str, state: ClusterState, seconds: float, report: Report
     clock = asyncio.get_running_loop().time
     counts, end_s = Fill(), clock() + seconds
 
-    async def client_loop(client: baton.AsyncClient, stub: Any, number: int) -> None:
+    async def client_loop(stub: Any, number: int) -> None:
         for turn in itertools.count():
             if clock() >= end_s:
                 return
-            request_id = f"fill-{number}-{turn}"
+            request = inference_pb2.GenerateRequest(
+                request_id=f"fill-{number}-{turn}",
+                token_ids=inference_pb2.TokenIds(ids=[number + 3, turn % 1000]),
+                sampling=inference_pb2.SamplingParams(max_tokens=FILL_TOKENS, temperature=0),
+            )
             try:
-                answer = await client.complete(
-                    token_ids=[number + 3, turn % 1000],
-                    max_tokens=FILL_TOKENS,
-                    temperature=0,
-                    request_id=request_id,
-                )
-                assert len(answer.token_ids) == FILL_TOKENS
-            except baton.BatonError as error:
-                counts.failed[error.reason or type(error).__name__] += 1
+                responses = [each async for each in stub.Generate(request, timeout=600)]
+            except grpc.aio.AioRpcError as error:
+                counts.failed[f"{error.code().name}: {error.details()}"] += 1
                 continue
+            assert sum(len(each.token_ids) for each in responses) == FILL_TOKENS
             counts.requests += 1
             if counts.requests % FILL_SAMPLE == 0:
                 counts.sampled += 1
-                counts.resumable += await is_resumable(stub, request_id)
+                counts.resumable += await is_resumable(
+                    stub, request.request_id, responses[0].resume_token
+                )
 
-    async with (
-        baton.AsyncClient(address, timeout_s=600) as client,
-        grpc.aio.insecure_channel(address) as channel,
-    ):
+    async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        loops = [
-            asyncio.create_task(client_loop(client, stub, number)) for number in range(FILL_STREAMS)
-        ]
+        loops = [asyncio.create_task(client_loop(stub, number)) for number in range(FILL_STREAMS)]
         while clock() < end_s:
             await asyncio.sleep(FILL_ROW_S)
             report.add(**counts.row(await used_bytes(store)))
@@ -188,9 +184,11 @@ async def used_bytes(store: RedisClient) -> int:
     return int(memory["used_memory"])
 
 
-async def is_resumable(stub: Any, request_id: str) -> bool:
-    """Whether the last response of an ended request can be had again."""
-    request = inference_pb2.ResumeRequest(request_id=request_id, last_sequence=0)
+async def is_resumable(stub: Any, request_id: str, token: str) -> bool:
+    """Whether the responses of an ended request can be had again."""
+    request = inference_pb2.ResumeRequest(
+        request_id=request_id, last_sequence=0, resume_token=token
+    )
     try:
         return [each async for each in stub.Resume(request, timeout=60)] != []
     except grpc.aio.AioRpcError as error:

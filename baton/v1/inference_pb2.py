@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\"Q\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\rlast_sequence\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_last_sequence\"\xe0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x13.baton.v1.ChatInputH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x15\n\rservice_class\x18\x07 \x01(\tB\x07\n\x05input\"R\n\tChatInput\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12\x1c\n\x14parse_special_tokens\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x94\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nmax_tokens\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xf5\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Usage\x12 \n\x06phases\x18\x08 \x01(\x0b\x32\x10.baton.v1.Phases\"C\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12!\n\x03top\x18\x02 \x03(\x0b\x32\x14.baton.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xdd\x01\n\x06Phases\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x12\n\nhandoff_ms\x18\x04 \x01(\x01\x12\x11\n\tdecode_ms\x18\x05 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x1e\n\x02kv\x18\x07 \x01(\x0b\x32\x12.baton.v1.KvReport\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\x12\x10\n\x08\x61ttempts\x18\n \x01(\r\"\x81\x02\n\x08KvReport\x12$\n\x07outcome\x18\x01 \x01(\x0e\x32\x13.baton.v1.KvOutcome\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08messages\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x13\n\x0btransfer_ms\x18\x06 \x01(\x01\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x08 \x01(\r\x12\x14\n\x0chidden_bytes\x18\t \x01(\x04\x12\x0f\n\x07tail_ms\x18\n \x01(\x01\x12\x10\n\x08stall_ms\x18\x0b \x01(\x01\x12\x0f\n\x07retries\x18\x0c \x01(\r\"I\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*t\n\tKvOutcome\x12\x1a\n\x16KV_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16KV_OUTCOME_TRANSFERRED\x10\x01\x12\x19\n\x15KV_OUTCOME_RECOMPUTED\x10\x02\x12\x14\n\x10KV_OUTCOME_LOCAL\x10\x03\x32\x91\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12?\n\x06Resume\x12\x17.baton.v1.ResumeRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\"g\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\rlast_sequence\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cresume_token\x18\x03 \x01(\tB\x10\n\x0e_last_sequence\"\xe0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x13.baton.v1.ChatInputH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x15\n\rservice_class\x18\x07 \x01(\tB\x07\n\x05input\"R\n\tChatInput\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12\x1c\n\x14parse_special_tokens\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x94\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nmax_tokens\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\x8b\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Usage\x12 \n\x06phases\x18\x08 \x01(\x0b\x32\x10.baton.v1.Phases\x12\x14\n\x0cresume_token\x18\t \x01(\t\"C\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12!\n\x03top\x18\x02 \x03(\x0b\x32\x14.baton.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xdd\x01\n\x06Phases\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x12\n\nhandoff_ms\x18\x04 \x01(\x01\x12\x11\n\tdecode_ms\x18\x05 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x1e\n\x02kv\x18\x07 \x01(\x0b\x32\x12.baton.v1.KvReport\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\x12\x10\n\x08\x61ttempts\x18\n \x01(\r\"\x81\x02\n\x08KvReport\x12$\n\x07outcome\x18\x01 \x01(\x0e\x32\x13.baton.v1.KvOutcome\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08messages\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x13\n\x0btransfer_ms\x18\x06 \x01(\x01\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x08 \x01(\r\x12\x14\n\x0chidden_bytes\x18\t \x01(\x04\x12\x0f\n\x07tail_ms\x18\n \x01(\x01\x12\x10\n\x08stall_ms\x18\x0b \x01(\x01\x12\x0f\n\x07retries\x18\x0c \x01(\r\"I\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*t\n\tKvOutcome\x12\x1a\n\x16KV_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16KV_OUTCOME_TRANSFERRED\x10\x01\x12\x19\n\x15KV_OUTCOME_RECOMPUTED\x10\x02\x12\x14\n\x10KV_OUTCOME_LOCAL\x10\x03\x32\x91\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12?\n\x06Resume\x12\x17.baton.v1.ResumeRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2052
-  _globals['_FINISHREASON']._serialized_end=2147
-  _globals['_KVOUTCOME']._serialized_start=2149
-  _globals['_KVOUTCOME']._serialized_end=2265
+  _globals['_FINISHREASON']._serialized_start=2096
+  _globals['_FINISHREASON']._serialized_end=2191
+  _globals['_KVOUTCOME']._serialized_start=2193
+  _globals['_KVOUTCOME']._serialized_end=2309
   _globals['_RESUMEREQUEST']._serialized_start=38
-  _globals['_RESUMEREQUEST']._serialized_end=119
-  _globals['_GENERATEREQUEST']._serialized_start=122
-  _globals['_GENERATEREQUEST']._serialized_end=346
-  _globals['_CHATINPUT']._serialized_start=348
-  _globals['_CHATINPUT']._serialized_end=430
-  _globals['_CHATMESSAGE']._serialized_start=432
-  _globals['_CHATMESSAGE']._serialized_end=476
-  _globals['_TOKENIDS']._serialized_start=478
-  _globals['_TOKENIDS']._serialized_end=501
-  _globals['_SAMPLINGPARAMS']._serialized_start=504
-  _globals['_SAMPLINGPARAMS']._serialized_end=1036
-  _globals['_GENERATERESPONSE']._serialized_start=1039
-  _globals['_GENERATERESPONSE']._serialized_end=1284
-  _globals['_TOKENLOGPROBS']._serialized_start=1286
-  _globals['_TOKENLOGPROBS']._serialized_end=1353
-  _globals['_TOPLOGPROB']._serialized_start=1355
-  _globals['_TOPLOGPROB']._serialized_end=1402
-  _globals['_USAGE']._serialized_start=1404
-  _globals['_USAGE']._serialized_end=1491
-  _globals['_PHASES']._serialized_start=1494
-  _globals['_PHASES']._serialized_end=1715
-  _globals['_KVREPORT']._serialized_start=1718
-  _globals['_KVREPORT']._serialized_end=1975
-  _globals['_ERRORDETAIL']._serialized_start=1977
-  _globals['_ERRORDETAIL']._serialized_end=2050
-  _globals['_INFERENCE']._serialized_start=2268
-  _globals['_INFERENCE']._serialized_end=2413
+  _globals['_RESUMEREQUEST']._serialized_end=141
+  _globals['_GENERATEREQUEST']._serialized_start=144
+  _globals['_GENERATEREQUEST']._serialized_end=368
+  _globals['_CHATINPUT']._serialized_start=370
+  _globals['_CHATINPUT']._serialized_end=452
+  _globals['_CHATMESSAGE']._serialized_start=454
+  _globals['_CHATMESSAGE']._serialized_end=498
+  _globals['_TOKENIDS']._serialized_start=500
+  _globals['_TOKENIDS']._serialized_end=523
+  _globals['_SAMPLINGPARAMS']._serialized_start=526
+  _globals['_SAMPLINGPARAMS']._serialized_end=1058
+  _globals['_GENERATERESPONSE']._serialized_start=1061
+  _globals['_GENERATERESPONSE']._serialized_end=1328
+  _globals['_TOKENLOGPROBS']._serialized_start=1330
+  _globals['_TOKENLOGPROBS']._serialized_end=1397
+  _globals['_TOPLOGPROB']._serialized_start=1399
+  _globals['_TOPLOGPROB']._serialized_end=1446
+  _globals['_USAGE']._serialized_start=1448
+  _globals['_USAGE']._serialized_end=1535
+  _globals['_PHASES']._serialized_start=1538
+  _globals['_PHASES']._serialized_end=1759
+  _globals['_KVREPORT']._serialized_start=1762
+  _globals['_KVREPORT']._serialized_end=2019
+  _globals['_ERRORDETAIL']._serialized_start=2021
+  _globals['_ERRORDETAIL']._serialized_end=2094
+  _globals['_INFERENCE']._serialized_start=2312
+  _globals['_INFERENCE']._serialized_end=2457
 # @@protoc_insertion_point(module_scope)

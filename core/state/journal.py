@@ -1,6 +1,6 @@
 """The journal's store. From it, a router continues the requests of a dead router.
 
-    baton:{cluster}:journal:{request id}         string: the writer, then the entry's content;
+    baton:{cluster}:journal:{request id}         string: writer, resume token, then the content;
                                                  expires ttl_s after the last change
     baton:{cluster}:journal:{request id}:lease   the writer; exists while the writer serves the
                                                  request; expires lease_s after the last change
@@ -8,7 +8,7 @@
     baton:{cluster}:journal-complete             the same, of complete requests only
     baton:{cluster}:journal-bytes                hash: the memory of each entry, and the total
 
-The writer in an entry is a fence. A router that was paused while another one took the request finds
+Only who knows the token of an entry can take it. The writer in an entry is a fence. A router that was paused while another one took the request finds
 the other writer there and writes nothing. Every change is safe to repeat, as ``RedisClient``
 requires.
 
@@ -27,7 +27,8 @@ from typing import Protocol
 from core.errors import UnavailableError
 from core.state.redis import RedisClient
 
-WRITER_CHARS = 32  # length of a writer's id; a fixed length separates it from the content
+WRITER_CHARS = 32  # length of a writer's id; a fixed length separates it from what follows
+TOKEN_CHARS = 32  # length of a resume token, likewise
 
 # Upper bound on the memory of an entry's keys and of its places in the three indexes, in bytes.
 _ENTRY_BYTES = 1536
@@ -71,6 +72,7 @@ class Change:
 
     request_id: str
     writer: str  # new each time that a router begins to serve a request; WRITER_CHARS long
+    token: str  # the request's resume token; TOKEN_CHARS long
     data: bytes = b""
     offset: int = 0  # where ``data`` begins in the content
     mode: Mode = Mode.APPEND
@@ -83,10 +85,11 @@ class JournalStore(Protocol):
     async def write(self, changes: Sequence[Change]) -> list[Written]:
         """Apply the changes in order. Return the result of each."""
 
-    async def take(self, request_id: str, writer: str) -> bytes | Written:
+    async def take(self, request_id: str, writer: str, token: str) -> bytes | Written:
         """Make ``writer`` the writer of an entry and return the entry's content.
 
-        Returns TAKEN if another writer serves the request, and GONE if the entry does not exist.
+        Returns TAKEN if another writer serves the request, and GONE if there is no entry with this
+        token.
         """
 
     async def close(self) -> None:
@@ -94,12 +97,12 @@ class JournalStore(Protocol):
 
 
 # KEYS: expiry, complete, bytes, then entry and lease of each change. ARGV: lease in ms, ttl in ms,
-# budget in bytes, then request id, writer, mode, after, offset and data of each change. Returns a
-# value of Written for each change.
+# budget in bytes, then request id, writer, token, mode, after, offset and data of each change.
+# Returns a value of Written for each change.
 _WRITE = f"""
 local expiry, complete, bytes = KEYS[1], KEYS[2], KEYS[3]
 local lease_ms, ttl_ms, budget = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local header = {WRITER_CHARS}
+local header = {WRITER_CHARS + TOKEN_CHARS}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
@@ -113,8 +116,8 @@ local function forget(id)
   redis.call('ZREM', complete, id)
   return account(id, 0)
 end
-local function write(entry, lease, id, writer, mode, after, offset, data)
-  local known = redis.call('GETRANGE', entry, 0, header - 1)
+local function write(entry, lease, id, writer, token, mode, after, offset, data)
+  local known = redis.call('GETRANGE', entry, 0, {WRITER_CHARS - 1})
   local length = redis.call('STRLEN', entry) - header
   if mode == 'begin' then
     local serving = redis.call('GET', lease)
@@ -137,7 +140,7 @@ local function write(entry, lease, id, writer, mode, after, offset, data)
   end
 
   if mode == 'append' then redis.call('SETRANGE', entry, header + offset, data)
-  else redis.call('SET', entry, writer .. data) end
+  else redis.call('SET', entry, writer .. token .. data) end
   redis.call('PEXPIRE', entry, ttl_ms)
   redis.call('ZADD', expiry, now + ttl_ms, id)
   if after == 'complete' then redis.call('ZADD', complete, now + ttl_ms, id) end
@@ -151,23 +154,24 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', expiry, '-inf', now, 'LIMIT', 0,
 end
 local answers = {{}}
 for i = 1, (#KEYS - 3) / 2 do
-  local key, arg = 2 + 2 * i, 6 * i - 2
+  local key, arg = 2 + 2 * i, 7 * i - 3
   answers[i] = write(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2],
-                     ARGV[arg + 3], tonumber(ARGV[arg + 4]), ARGV[arg + 5])
+                     ARGV[arg + 3], ARGV[arg + 4], tonumber(ARGV[arg + 5]), ARGV[arg + 6])
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], 2 * ttl_ms) end
 return answers
 """
-# KEYS: entry, lease, complete. ARGV: request id, writer, lease in ms. Returns the content, or a
-# value of Written. The time of expiry stays the same.
+# KEYS: entry, lease, complete. ARGV: request id, writer, lease in ms, token. Returns the content, or
+# a value of Written. The time of expiry stays the same.
 _TAKE = f"""
+local token = redis.call('GETRANGE', KEYS[1], {WRITER_CHARS}, {WRITER_CHARS + TOKEN_CHARS - 1})
+if token == '' or token ~= ARGV[4] then return {Written.GONE.value} end
 local serving = redis.call('GET', KEYS[2])
 if serving and serving ~= ARGV[2] then return {Written.TAKEN.value} end
-if redis.call('EXISTS', KEYS[1]) == 0 then return {Written.GONE.value} end
 redis.call('SETRANGE', KEYS[1], 0, ARGV[2])
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-return redis.call('GETRANGE', KEYS[1], {WRITER_CHARS}, -1)
+return redis.call('GETRANGE', KEYS[1], {WRITER_CHARS + TOKEN_CHARS}, -1)
 """
 
 
@@ -176,6 +180,7 @@ class MemoryEntry:
     """An entry of a ``MemoryJournal``."""
 
     writer: str
+    token: str
     content: bytearray = field(default_factory=bytearray)
     is_complete: bool = False
 
@@ -208,14 +213,14 @@ class MemoryJournal:
         self._check()
         return [self._write(change) for change in changes]
 
-    async def take(self, request_id: str, writer: str) -> bytes | Written:
+    async def take(self, request_id: str, writer: str, token: str) -> bytes | Written:
         """See ``JournalStore``."""
         self._check()
+        entry = self.entries.get(request_id)
+        if entry is None or entry.token != token:
+            return Written.GONE
         if self._serving(request_id) not in (None, writer):
             return Written.TAKEN
-        entry = self.entries.get(request_id)
-        if entry is None:
-            return Written.GONE
         entry.writer, entry.is_complete = writer, False
         self._leases[request_id] = writer, self._clock() + self._lease_s
         return bytes(entry.content)
@@ -239,7 +244,7 @@ class MemoryJournal:
         elif change.mode is Mode.APPEND and (entry is None or change.offset > len(entry.content)):
             return Written.GONE
         if entry is None or change.mode is not Mode.APPEND:
-            entry = MemoryEntry(change.writer)
+            entry = MemoryEntry(change.writer, change.token)
         entry.content[change.offset : change.offset + len(change.data)] = change.data
         entry.is_complete = False
         self.entries.pop(key, None)
@@ -306,16 +311,16 @@ class RedisJournal:
         arguments: list[str | bytes | int] = [self._lease_ms, self._ttl_ms, self._budget_bytes]
         for change in changes:
             keys += self._keys(change.request_id)
-            arguments += (change.request_id, change.writer, change.mode.value, change.after.value)
-            arguments += (change.offset, change.data)
+            arguments += (change.request_id, change.writer, change.token)
+            arguments += (change.mode.value, change.after.value, change.offset, change.data)
         (answers,) = await self._client.execute(("EVAL", _WRITE, len(keys), *keys, *arguments))
         return [Written(answer) for answer in answers]
 
-    async def take(self, request_id: str, writer: str) -> bytes | Written:
+    async def take(self, request_id: str, writer: str, token: str) -> bytes | Written:
         """See ``JournalStore``."""
         keys = *self._keys(request_id), f"{self._prefix}-complete"
         (answer,) = await self._client.execute(
-            ("EVAL", _TAKE, 3, *keys, request_id, writer, self._lease_ms)
+            ("EVAL", _TAKE, 3, *keys, request_id, writer, self._lease_ms, token)
         )
         return Written(answer) if isinstance(answer, int) else bytes(answer)
 

@@ -20,11 +20,15 @@ class Answer:
             This wait holds back the decode worker too.
         first_sequence: the number of the first response to write. The client has the earlier
             responses already.
+
+    Attributes:
+        resume_token: for the first response that is written; empty if there is no journal.
     """
 
     def __init__(
         self, progress: Progress, output: TextOutput, write: Write, first_sequence: int = 0
     ) -> None:
+        self.resume_token = ""
         self._progress = progress
         self._output = output
         self._write = write
@@ -53,6 +57,7 @@ class Answer:
             response.phases.CopyFrom(self._phases())
         self.next_sequence += 1
         if response.sequence >= self._first_sequence:
+            response.resume_token, self.resume_token = self.resume_token, ""
             await self._write(response)
             self._progress.phases.response_written()
         return not last

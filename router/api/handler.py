@@ -230,13 +230,15 @@ class RequestHandler:
                 return
             async with self._journal.begin(_journaled_request(request, ready)) as entry:
                 progress.on_lost_attempt = entry.note_lost_attempts
+                answer.resume_token = entry.token
                 await self._dispatcher.run(progress, _journaled(entry, answer), permit)
 
     async def _resume(self, request: inference_pb2.ResumeRequest, call: _Call) -> None:
         if self._journal is None:
             raise NotFoundError("this cluster keeps no journal of requests", reason=NOT_RESUMABLE)
         first = request.last_sequence + 1 if request.HasField("last_sequence") else 0
-        async with self._journal.resume(call.request_id) as (entry, journaled):
+        token = request.resume_token
+        async with self._journal.resume(call.request_id, token) as (entry, journaled):
             checked = check_request(journaled.request, call.request_id, self._text.model)
             ready = with_prompt(checked, journaled.request.token_ids.ids, self._text.model)
             wanted = AdmissionRequest(
@@ -264,6 +266,7 @@ class RequestHandler:
         progress.lost_attempts = journaled.lost_attempts
         progress.on_lost_attempt = entry.note_lost_attempts
         answer = Answer(progress, self._output(ready), call.write, first)
+        answer.resume_token = entry.token
         more = True
         for batch in batches_of(journaled):
             progress.token_ids.extend(batch.token_ids)

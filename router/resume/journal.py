@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from core.errors import (
     NotFoundError,
     UnavailableError,
 )
-from core.state.journal import After, Change, JournalStore, Mode, Written
+from core.state.journal import TOKEN_CHARS, After, Change, JournalStore, Mode, Written
 from core.tasks import Supervisor
 from router.request import UNFINISHED, TokenBatch
 
@@ -60,13 +61,15 @@ class Entry:
 
     Attributes:
         writer: a random id, new each time that a router begins to serve a request.
+        token: the secret that a client must show to resume the request.
         is_dropped: the journal was full, so nothing more is written.
         refusal: why the request must end at this router; None if it may go on.
     """
 
-    def __init__(self, journal: Journal, request_id: str) -> None:
+    def __init__(self, journal: Journal, request_id: str, token: str) -> None:
         self.request_id = request_id
         self.writer = uuid.uuid4().hex
+        self.token = token
         self.is_dropped = False
         self.refusal: BatonError | None = None
         self._journal = journal
@@ -141,6 +144,7 @@ class Entry:
         return Change(
             self.request_id,
             self.writer,
+            self.token,
             data=bytes(self._content[offset:]),
             offset=offset,
             mode=self._mode,
@@ -208,7 +212,7 @@ class Journal:
         Args:
             request: everything that another router needs to run it.
         """
-        entry = Entry(self, request.request_id)
+        entry = Entry(self, request.request_id, secrets.token_hex(TOKEN_CHARS // 2))
         # The first batch waits for this write too.
         entry.append(journal_pb2.JournalEntry(request=request))
         with self._served(entry):
@@ -216,22 +220,23 @@ class Journal:
 
     @asynccontextmanager
     async def resume(
-        self, request_id: str
+        self, request_id: str, token: str
     ) -> AsyncIterator[tuple[Entry, journal_pb2.JournalEntry]]:
         """Take over an entry during the block; yields the entry and its content.
 
         Raises:
             AlreadyExistsError: a router serves the request now; the error has a retry hint.
-            NotFoundError: the store has no such entry.
+            NotFoundError: the store has no entry with this token.
             UnavailableError: the store does not answer.
         """
-        entry = Entry(self, request_id)
-        content = await self._store.take(request_id, entry.writer)
+        entry = Entry(self, request_id, token)
+        content = await self._store.take(request_id, entry.writer, token)
         if content is Written.TAKEN:
             raise _in_flight_error(request_id, self._settings.lease_s)
         if isinstance(content, Written):
             raise NotFoundError(
-                f"the request {request_id!r} is not in the journal, so it cannot be resumed",
+                f"the request {request_id!r} is not in the journal with this resume token, so it "
+                "cannot be resumed",
                 reason=NOT_RESUMABLE,
             )
         entry.taken_over(content)

@@ -284,10 +284,10 @@ async def test_a_dead_routers_request_can_be_taken_after_its_lease_and_then_expi
 ) -> None:
     journal = open_journal(url, name, lease_s=0.1, ttl_s=0.5)
     await journal.write([journal_rules.begin(journal_rules.A)])
-    assert await journal.take("r", journal_rules.B) is Written.TAKEN
+    assert await journal.take("r", journal_rules.B, journal_rules.TOKEN) is Written.TAKEN
 
     async def is_taken_over() -> bool:
-        return await journal.take("r", journal_rules.B) is not Written.TAKEN
+        return await journal.take("r", journal_rules.B, journal_rules.TOKEN) is not Written.TAKEN
 
     await until_awaited(is_taken_over, what="the lease has run out")
 
@@ -335,9 +335,12 @@ async def test_entries_take_no_more_memory_than_is_counted(
     for step in range(steps):
         size = content_bytes // steps
         data = secrets.token_bytes(size)
-        await journal.write([Change(each, journal_rules.A, data, step * size) for each in ids])
+        await journal.write(
+            [Change(each, journal_rules.A, journal_rules.TOKEN, data, step * size) for each in ids]
+        )
     complete = [
-        Change(each, journal_rules.A, b"", content_bytes, after=After.COMPLETE) for each in ids
+        Change(each, journal_rules.A, journal_rules.TOKEN, b"", content_bytes, after=After.COMPLETE)
+        for each in ids
     ]
     assert await journal.write(complete) == [Written.DONE] * len(ids)
     grown = await used_bytes() - before

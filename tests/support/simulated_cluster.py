@@ -340,9 +340,9 @@ class _RouterStore:
         await self._link()
         return await self._store.write(changes)
 
-    async def take(self, request_id: str, writer: str) -> bytes | Written:
+    async def take(self, request_id: str, writer: str, token: str) -> bytes | Written:
         await self._link()
-        return await self._store.take(request_id, writer)
+        return await self._store.take(request_id, writer, token)
 
     async def close(self) -> None:
         """Do nothing, because nothing is open."""
@@ -591,7 +591,10 @@ class SimClient:
         self.deadline_s = self.began_s + self.timeout_s
         try:
             if self.resumes:
-                request = inference_pb2.ResumeRequest(request_id=self.request.request_id)
+                request = inference_pb2.ResumeRequest(
+                    request_id=self.request.request_id,
+                    resume_token="".join(each.resume_token for each in self.responses)[:32],
+                )
                 if self.responses:
                     request.last_sequence = self.responses[-1].sequence
                 await router.servicer.Resume(request, self)  # type: ignore[arg-type]

@@ -102,6 +102,7 @@ def answer(*texts: str, request_id: str = "r-1") -> list[pb.GenerateResponse]:
         pb.GenerateResponse(request_id=request_id, sequence=i, text=text, token_ids=[100 + i])
         for i, text in enumerate(texts)
     ]
+    responses[0].resume_token = "secret"
     responses[-1].finish_reason = pb.FINISH_REASON_STOP
     responses[-1].usage.CopyFrom(pb.Usage(prompt_tokens=40, completion_tokens=len(texts)))
     responses[-1].phases.CopyFrom(PHASES)

@@ -46,8 +46,10 @@ def cluster() -> RouterHarness:
     )
 
 
-def resume(stub: Any, last: int | None, request_id: str = "r") -> Any:
-    request = inference_pb2.ResumeRequest(request_id=request_id, last_sequence=last)
+def resume(stub: Any, last: int | None, token: str, request_id: str = "r") -> Any:
+    request = inference_pb2.ResumeRequest(
+        request_id=request_id, last_sequence=last, resume_token=token
+    )
     return stub.Resume(request, timeout=30)
 
 
@@ -56,6 +58,12 @@ async def read_two(router: RouterHarness) -> tuple[Any, list[Any]]:
     call = router.call(request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": LENGTH})
     stream = aiter(call)
     return call, [await anext(stream), await anext(stream)]
+
+
+def token_of(router: RouterHarness) -> str:
+    """The resume token of request "r"."""
+    assert isinstance(router.journal, MemoryJournal)
+    return router.journal.entries["r"].token
 
 
 async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -74,13 +82,15 @@ async def test_streams_of_a_stopped_router_resume_at_another(received: int) -> N
 
         responses = responses[:received]
         last = responses[-1].sequence if responses else None
-        responses += [response async for response in resume(other, last)]
+        responses += [response async for response in resume(other, last, token_of(router))]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
         assert responses[-1].usage.completion_tokens == LENGTH
         # A client may resume again, to get an end that it missed or to start from the beginning.
-        again = [response async for response in resume(other, LENGTH - 2)]
+        again = [response async for response in resume(other, LENGTH - 2, token_of(router))]
         assert [each.sequence for each in again] == [LENGTH - 1]
-        assert token_ids([each async for each in resume(other, None)]) == token_ids(responses)
+        assert token_ids(
+            [each async for each in resume(other, None, token_of(router))]
+        ) == token_ids(responses)
 
 
 async def test_text_continues_inside_a_character_or_a_stop_string() -> None:
@@ -96,7 +106,7 @@ async def test_text_continues_inside_a_character_or_a_stop_string() -> None:
             )
             whole = [response async for response in call]
             for last in range(len(whole) - 1):
-                rest = [response async for response in resume(router.stub, last)]
+                rest = [response async for response in resume(router.stub, last, token_of(router))]
                 assert [(each.sequence, each.text) for each in rest] == [
                     (each.sequence, each.text) for each in whole[last + 1 :]
                 ]
@@ -107,10 +117,10 @@ async def test_one_router_at_a_time_serves_a_request() -> None:
         _call, responses = await read_two(router)
         last = responses[-1].sequence
         busy = (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_IN_FLIGHT")
-        assert await refusal(resume(other, last)) == busy
+        assert await refusal(resume(other, last, token_of(router))) == busy
         request = inference_pb2.GenerateRequest(request_id="r", token_ids={"ids": PROMPT})
         assert await refusal(other.Generate(request)) == busy
-        here = await refusal(resume(router.stub, last))
+        here = await refusal(resume(router.stub, last, token_of(router)))
         assert here == (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID")
 
 
@@ -121,7 +131,9 @@ async def test_a_client_that_cancelled_can_resume() -> None:
         assert router.server.handler is not None
         await router.decode[0].until(lambda: not router.decode[0].running)
         await router.server.handler.drained()
-        responses += [each async for each in resume(router.stub, responses[-1].sequence)]
+        responses += [
+            each async for each in resume(router.stub, responses[-1].sequence, token_of(router))
+        ]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
 
 
@@ -145,7 +157,7 @@ async def test_a_resumed_request_keeps_its_service_class(monkeypatch: pytest.Mon
         await anext(aiter(call))
         call.cancel()
         await router.server.handler.drained()
-        assert [each async for each in resume(router.stub, 0)]
+        assert [each async for each in resume(router.stub, 0, token_of(router))]
         assert [each.service_class for each in admitted] == ["batch", "batch"]
         assert admitted[0].cost == admitted[1].cost == len(PROMPT)
 
@@ -185,26 +197,43 @@ async def test_workers_lost_before_a_resume_count_as_attempts() -> None:
         for each in decode:
             each.script = dies_after(1)
         before = sum(len(each.requests) for each in decode)
-        assert await refusal(resume(router.stub, None)) == (
+        assert await refusal(resume(router.stub, None, token_of(router))) == (
             grpc.StatusCode.UNAVAILABLE,
             "WORKER_LOST",
         )
         assert sum(len(each.requests) for each in decode) == before + 1
-        assert await refusal(resume(router.stub, None)) == (
+        assert await refusal(resume(router.stub, None, token_of(router))) == (
             grpc.StatusCode.UNAVAILABLE,
             "TOO_MANY_ATTEMPTS",
         )
         assert sum(len(each.requests) for each in decode) == before + 1
 
 
+async def test_only_the_client_of_a_request_can_resume_it() -> None:
+    """Request ids are chosen by clients, so they can be guessed."""
+    unknown = (grpc.StatusCode.NOT_FOUND, "NOT_RESUMABLE")
+    async with cluster() as router:
+        call, responses = await read_two(router)
+        assert responses[0].resume_token == token_of(router)
+        assert not responses[1].resume_token
+        call.cancel()
+        assert router.server.handler is not None
+        await router.server.handler.drained()
+        for token in ("", "0" * 32, token_of(router)[:-1]):
+            assert await refusal(resume(router.stub, 0, token)) == unknown
+        rest = [each async for each in resume(router.stub, 0, token_of(router))]
+        assert rest[0].resume_token == token_of(router)
+        assert not any(each.resume_token for each in rest[1:])
+
+
 async def test_requests_that_are_not_in_the_journal_cannot_be_resumed() -> None:
     unknown = (grpc.StatusCode.NOT_FOUND, "NOT_RESUMABLE")
     async with cluster() as router:
-        assert await refusal(resume(router.stub, 0, "never-heard-of")) == unknown
+        assert await refusal(resume(router.stub, 0, "x" * 32, "never-heard-of")) == unknown
         call = router.call(request_id="r", token_ids={"ids": PROMPT}, sampling={"max_tokens": 1})
         assert [each.sequence async for each in call] == [0]
-        assert await refusal(resume(router.stub, 1)) == unknown
-        bad = await refusal(resume(router.stub, 0, "no spaces"))
+        assert await refusal(resume(router.stub, 1, token_of(router))) == unknown
+        bad = await refusal(resume(router.stub, 0, "x" * 32, "no spaces"))
         assert bad[0] is grpc.StatusCode.INVALID_ARGUMENT
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
-        assert await refusal(resume(router.stub, 0)) == unknown
+        assert await refusal(resume(router.stub, 0, "x" * 32)) == unknown

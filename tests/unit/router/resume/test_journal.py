@@ -38,6 +38,10 @@ class Store(MemoryJournal):
         self.open = asyncio.Event()
         self.open.set()
 
+    def token(self) -> str:
+        """The resume token of the request "r"."""
+        return self.entries["r"].token
+
     async def write(self, changes: Sequence[Change]) -> list[Written]:
         self.writes.append(list(changes))
         await self.open.wait()
@@ -86,24 +90,26 @@ async def test_rules(check: Callable[[JournalStore], Awaitable[None]]) -> None:
     await check(MemoryJournal(lease_s=LEASE_S, budget_bytes=journal_rules.BUDGET_BYTES))
 
 
-async def test_another_router_resumes_from_what_was_written(router: JournalFactory) -> None:
+async def test_another_router_resumes_from_what_was_written(
+    router: JournalFactory, store: Store
+) -> None:
     one, two, three = router(), router(), router()
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
         entry.note_lost_attempts(1)
         entry.note_lost_attempts(2)
         with pytest.raises(AlreadyExistsError) as busy:
-            async with two.resume("r"):
+            async with two.resume("r", store.token()):
                 pass
         assert busy.value.retry_after_s
     await one.close()
-    async with two.resume("r") as (entry, content):
+    async with two.resume("r", store.token()) as (entry, content):
         assert content.request == REQUEST
         assert content.lost_attempts == 2
         assert batches_of(content) == [FIRST]
         await entry.add(SECOND)
     await two.close()
-    async with three.resume("r") as (_, content):
+    async with three.resume("r", store.token()) as (_, content):
         assert batches_of(content) == [FIRST, SECOND]
         assert content.lost_attempts == 2
 
@@ -125,7 +131,7 @@ async def test_batches_wait_for_the_store_and_are_written_together(
         await asyncio.gather(*adding)
         assert [len(write) for write in store.writes[before:]] == [1, 2]
     await journal.close()
-    async with router().resume("r") as (_, content):
+    async with router().resume("r", store.token()) as (_, content):
         assert batches_of(content) == [FIRST, FIRST, SECOND, SECOND]
 
 
@@ -146,7 +152,7 @@ async def test_a_slow_store_does_not_delay_requests_and_gets_everything_later(
         assert entry.lagging, "the store is slow again"
         store.open.set()
     await journal.close()
-    async with router().resume("r") as (_, content):
+    async with router().resume("r", store.token()) as (_, content):
         assert batches_of(content) == [FIRST, SECOND, FIRST]
 
 
@@ -169,7 +175,7 @@ async def test_entries_are_restored_when_the_store_is_back(
         await entry.add(FIRST)
     await journal.close()
     assert journal.counters.restored == (not fails_at_once)
-    async with router().resume("r") as (_, content):
+    async with router().resume("r", store.token()) as (_, content):
         assert content.request == REQUEST
         assert batches_of(content) == [FIRST, SECOND, FIRST]
 
@@ -183,7 +189,7 @@ async def test_a_store_that_lost_everything_gets_the_entry_again(
         store.forget()
         await entry.add(SECOND)
     await journal.close()
-    async with router().resume("r") as (_, content):
+    async with router().resume("r", store.token()) as (_, content):
         assert batches_of(content) == [FIRST, SECOND]
 
 
@@ -203,7 +209,7 @@ async def test_no_token_is_missing_if_one_write_of_several_fails(
         store.available = True
     await journal.close()
     store.now_s += LEASE_S  # the router may have left without giving its lease up
-    async with router().resume("r") as (_, content):
+    async with router().resume("r", store.token()) as (_, content):
         assert batches_of(content) in ([FIRST], [FIRST, SECOND, FIRST])
 
 
@@ -260,7 +266,7 @@ async def test_a_router_whose_request_was_resumed_elsewhere_ends_its_stream(
     async with one.begin(REQUEST) as entry:
         await entry.add(FIRST)
         store.now_s += LEASE_S
-        async with two.resume("r") as (newer, _):
+        async with two.resume("r", store.token()) as (newer, _):
             with pytest.raises(CancelledError, match="resumed"):
                 await entry.add(SECOND)
             await newer.add(SECOND)
@@ -276,7 +282,7 @@ async def test_a_router_that_could_not_reach_the_store_does_not_take_a_request_b
         await entry.add(SECOND)
         store.available = True
         store.now_s += LEASE_S
-        async with two.resume("r"):
+        async with two.resume("r", store.token()):
             await until(lambda: entry.refusal is not None, what="the first router has noticed")
             assert isinstance(entry.refusal, CancelledError)
 
