@@ -199,6 +199,7 @@ async def cluster() -> AsyncIterator[CancelBench]:
                 registry=registry,
                 add_service=ADD_SERVICE[pool],
                 incarnation=incarnation,
+                credentials=None,
             )
             await worker.start()
             stack.push_async_callback(worker.stop, GRACE_S)

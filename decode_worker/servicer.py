@@ -9,6 +9,7 @@ from core.rpc.status import accept
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
 from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake
+from worker.peers import Peers
 
 _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 
@@ -16,9 +17,10 @@ _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeR
 class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
     """Serves ``DecodeWorker`` of ``worker.proto``."""
 
-    def __init__(self, engine: Engine, intake: Intake) -> None:
+    def __init__(self, engine: Engine, intake: Intake, peers: Peers) -> None:
         self._engine = engine
         self._intake = intake
+        self._peers = peers
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
         """Stream the tokens of one attempt as the engine samples them."""
@@ -26,30 +28,41 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
             transfer_id = transfer_id_of(request.key)
             check_deadline(context)
             with self._intake.admit(transfer_id):
+                receive = await self._kv_receive(request)
                 await accept(context)
-                outputs = self._engine.generate(_engine_request(transfer_id, request))
+                outputs = self._engine.generate(_engine_request(transfer_id, request, receive))
                 async with closing(outputs):
                     async for output in outputs:
                         await context.write(_response(output))
 
+    async def _kv_receive(self, request: worker_pb2.DecodeRequest) -> KvReceive | None:
+        if not request.HasField("kv_source"):
+            return None
+        source = request.kv_source
+        return KvReceive(
+            incarnation=source.incarnation,
+            control_addresses=await self._peers.kv_addresses(source.incarnation),
+            forwards_first_token=source.forwards_first_token,
+        )
 
-def add_decode_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+
+def add_decode_service(
+    server: grpc.aio.Server, engine: Engine, intake: Intake, peers: Peers
+) -> None:
     """Register the Decode service on ``server``."""
-    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeServicer(engine, intake), server)
-
-
-def _engine_request(transfer_id: str, request: worker_pb2.DecodeRequest) -> EngineRequest:
-    source = request.kv_source
-    receive = KvReceive(
-        incarnation=source.incarnation,
-        control_addresses=tuple(source.control_addresses),
-        forwards_first_token=source.forwards_first_token,
+    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(
+        DecodeServicer(engine, intake, peers), server
     )
+
+
+def _engine_request(
+    transfer_id: str, request: worker_pb2.DecodeRequest, receive: KvReceive | None
+) -> EngineRequest:
     return EngineRequest(
         transfer_id=transfer_id,
         token_ids=tuple(request.token_ids),
         sampling=request.sampling,
-        kv=receive if request.HasField("kv_source") else None,
+        kv=receive,
         tokens_so_far=request.tokens_so_far,
     )
 

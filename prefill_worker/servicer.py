@@ -9,6 +9,7 @@ from core.errors import InternalError
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvSend
 from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake
+from worker.peers import Peers
 
 _PrefillContext = grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillResponse]
 _ReleaseContext = grpc.aio.ServicerContext[worker_pb2.ReleaseRequest, worker_pb2.ReleaseResponse]
@@ -57,7 +58,9 @@ class PrefillServicer(worker_pb2_grpc.PrefillWorkerServicer):
         return first
 
 
-def add_prefill_service(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
+def add_prefill_service(
+    server: grpc.aio.Server, engine: Engine, intake: Intake, _peers: Peers
+) -> None:
     """Register the PrefillWorker service on ``server``."""
     worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillServicer(engine, intake), server)
 

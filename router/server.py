@@ -15,6 +15,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 from core.config.schema import Config
 from core.errors import ConfigError, InternalError
 from core.model.resolve import resolve_model
+from core.rpc.credentials import ClusterCredentials
 from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
 from core.state.journal import JournalStore
@@ -47,6 +48,7 @@ class RouterServer:
         registry: only read; the caller closes it.
         text: the server closes it. If None, ``start`` loads it from ``config.model``.
         journal: the server closes it. If None, requests cannot be resumed.
+        credentials: of the cluster, for the connections to workers; see ``WorkerClient``.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class RouterServer:
         registry: WorkerList,
         text: TextCodec | None = None,
         journal: JournalStore | None = None,
+        credentials: ClusterCredentials | None = None,
     ) -> None:
         self._config = config
+        self._credentials = credentials
         self._registry = registry
         self._text = text
         self._journal = Journal(journal, self._journal_settings()) if journal is not None else None
@@ -236,6 +240,7 @@ class RouterServer:
             connect_timeout_s=config.router.worker_connect_timeout_s,
             max_message_bytes=int(config.router.max_message_bytes),
             connection_silence_s=config.cluster.connection_silence_s,
+            credentials=self._credentials,
         )
 
     def _dispatch_settings(self, model: str) -> DispatchSettings:

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -30,6 +30,7 @@ from core.config.schema import Config
 from core.errors import InternalError, UnavailableError, WorkerLostError
 from core.model.resolve import ResolvedModel
 from core.net import host_port
+from core.rpc.credentials import ClusterCredentials
 from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
 from core.state.orders import report_failure
@@ -41,10 +42,11 @@ from engine.protocol import Engine
 from engine.vllm.log_buffers import log_buffers_kept
 from worker.intake import Intake
 from worker.liveness import LivenessProbe
+from worker.peers import Peers
 
 _log = logging.getLogger(__name__)
 
-AddService = Callable[[grpc.aio.Server, Engine, Intake], None]
+AddService = Callable[[grpc.aio.Server, Engine, Intake, Peers], None]
 
 _KV_POLL_S = 0.05  # short compared with a start or a drain
 _CANCEL_GRACE_S = 0.2  # time in which cancelled calls send their status
@@ -58,7 +60,7 @@ class WorkerSettings:
     pool: Pool
     model: ResolvedModel
     store: Store
-    kv_secret: str = field(repr=False)  # secret of the KV control channels
+    credentials: ClusterCredentials
 
 
 async def start_worker(
@@ -84,6 +86,7 @@ async def start_worker(
             registry=settings.store.registry(),
             add_service=add_service,
             incarnation=incarnation,
+            credentials=settings.credentials,
         )
         await worker.start()
     except Exception as error:
@@ -103,6 +106,7 @@ class WorkerReplica:
         model: name under which the model is served.
         add_service: registers the pool's servicer on the server.
         incarnation: id of this process start.
+        credentials: of the cluster; None serves whoever connects, for tests.
     """
 
     def __init__(
@@ -115,12 +119,15 @@ class WorkerReplica:
         add_service: AddService,
         *,
         incarnation: str,
+        credentials: ClusterCredentials | None,
     ) -> None:
         self._config = config
+        self._credentials = credentials
         self._pool = pool
         self._model = model
         self._engine = engine
         self._registry = registry
+        self._peers = Peers(registry, pool)
         self._add_service = add_service
         self._incarnation = incarnation
         self._id = f"{pool}-{secrets.token_hex(3)}"
@@ -201,12 +208,15 @@ class WorkerReplica:
             interceptors=(RefuseMalformed(),),
             options=server_options(limit, self._config.cluster.connection_silence_s),
         )
-        self._add_service(server, self._engine, self._intake)
+        self._add_service(server, self._engine, self._intake, self._peers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         host = self._config.cluster.host
         try:
-            port = server.add_insecure_port(host_port(host, 0))
+            if self._credentials is None:
+                port = server.add_insecure_port(host_port(host, 0))
+            else:
+                port = server.add_secure_port(host_port(host, 0), self._credentials.for_server())
         except RuntimeError as error:
             raise InternalError(f"cannot listen on {host}: {error}") from None
         await server.start()
@@ -239,7 +249,7 @@ class WorkerReplica:
             async with asyncio.timeout(timeout_s):
                 await self._renew()  # registers this worker, so that the other pool finds it
                 while True:
-                    missing = await self._engine.pair_up(await self._others())
+                    missing = await self._engine.pair_up(await self._peers.refresh())
                     if not missing:
                         return
                     await asyncio.sleep(_KV_POLL_S)
@@ -255,22 +265,11 @@ class WorkerReplica:
         paired: Set[str] = set()
         while True:
             with contextlib.suppress(UnavailableError):  # _keep_lease logs it
-                others = await self._others()
+                others = await self._peers.refresh()
                 if others.keys() - paired:
                     await self._engine.pair_up(others)
                 paired = others.keys()
             await asyncio.sleep(self._config.redis.renew_s)
-
-    async def _others(self) -> dict[str, tuple[str, ...]]:
-        """Return the KV control addresses of the other pool's workers, by incarnation.
-
-        Workers that drain are left out.
-        """
-        return {
-            record.incarnation: record.kv_addresses
-            for record in await self._registry.list()
-            if record.pool is not self._pool and record.state is not WorkerState.DRAINING
-        }
 
     async def _keep_lease(self) -> None:
         """Renew the lease until cancelled. Log when the registry goes away and comes back."""
@@ -371,6 +370,6 @@ def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engin
         pool=settings.pool,
         model=settings.model,
         cpu_binding=binding,
-        kv_secret=settings.kv_secret,
+        kv_secret=settings.credentials.kv_secret,
         incarnation=incarnation,
     )

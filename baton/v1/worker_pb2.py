@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import inference_pb2 as baton_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\"2\n\x0bTransferKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xba\x01\n\x0ePrefillRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x10\n\x08transfer\x18\x04 \x01(\x08\x12\x1c\n\x14\x66orwards_first_token\x18\x05 \x01(\x08\x12\x15\n\rtokens_so_far\x18\x06 \x01(\r\"\xba\x01\n\x0fPrefillResponse\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\"4\n\x0eReleaseRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\"\x11\n\x0fReleaseResponse\"\xb0\x01\n\rDecodeRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12%\n\tkv_source\x18\x04 \x01(\x0b\x32\x12.baton.v1.KvSource\x12\x15\n\rtokens_so_far\x18\x05 \x01(\r\"k\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x19\n\x11\x63ontrol_addresses\x18\x03 \x03(\t\x12\x1c\n\x14\x66orwards_first_token\x18\x04 \x01(\x08\"\xb2\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x02kv\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvReport2\x8f\x01\n\rPrefillWorker\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse\x12>\n\x07Release\x12\x18.baton.v1.ReleaseRequest\x1a\x19.baton.v1.ReleaseResponse2M\n\x0c\x44\x65\x63odeWorker\x12=\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\"2\n\x0bTransferKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xba\x01\n\x0ePrefillRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x10\n\x08transfer\x18\x04 \x01(\x08\x12\x1c\n\x14\x66orwards_first_token\x18\x05 \x01(\x08\x12\x15\n\rtokens_so_far\x18\x06 \x01(\r\"\xba\x01\n\x0fPrefillResponse\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\"4\n\x0eReleaseRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\"\x11\n\x0fReleaseResponse\"\xb0\x01\n\rDecodeRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12%\n\tkv_source\x18\x04 \x01(\x0b\x32\x12.baton.v1.KvSource\x12\x15\n\rtokens_so_far\x18\x05 \x01(\r\"V\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1c\n\x14\x66orwards_first_token\x18\x04 \x01(\x08J\x04\x08\x03\x10\x04\"\xb2\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x02kv\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvReport2\x8f\x01\n\rPrefillWorker\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse\x12>\n\x07Release\x12\x18.baton.v1.ReleaseRequest\x1a\x19.baton.v1.ReleaseResponse2M\n\x0c\x44\x65\x63odeWorker\x12=\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,11 +45,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=565
   _globals['_DECODEREQUEST']._serialized_end=741
   _globals['_KVSOURCE']._serialized_start=743
-  _globals['_KVSOURCE']._serialized_end=850
-  _globals['_DECODERESPONSE']._serialized_start=853
-  _globals['_DECODERESPONSE']._serialized_end=1031
-  _globals['_PREFILLWORKER']._serialized_start=1034
-  _globals['_PREFILLWORKER']._serialized_end=1177
-  _globals['_DECODEWORKER']._serialized_start=1179
-  _globals['_DECODEWORKER']._serialized_end=1256
+  _globals['_KVSOURCE']._serialized_end=829
+  _globals['_DECODERESPONSE']._serialized_start=832
+  _globals['_DECODERESPONSE']._serialized_end=1010
+  _globals['_PREFILLWORKER']._serialized_start=1013
+  _globals['_PREFILLWORKER']._serialized_end=1156
+  _globals['_DECODEWORKER']._serialized_start=1158
+  _globals['_DECODEWORKER']._serialized_end=1235
 # @@protoc_insertion_point(module_scope)

@@ -72,16 +72,14 @@ class DecodeRequest(_message.Message):
     def __init__(self, key: _Optional[_Union[TransferKey, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., kv_source: _Optional[_Union[KvSource, _Mapping]] = ..., tokens_so_far: _Optional[int] = ...) -> None: ...
 
 class KvSource(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "control_addresses", "forwards_first_token")
+    __slots__ = ("worker_id", "incarnation", "forwards_first_token")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    CONTROL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     FORWARDS_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
-    control_addresses: _containers.RepeatedScalarFieldContainer[str]
     forwards_first_token: bool
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., control_addresses: _Optional[_Iterable[str]] = ..., forwards_first_token: bool = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., forwards_first_token: bool = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("first_index", "token_ids", "logprobs", "finish_reason", "kv")

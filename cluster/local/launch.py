@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from cluster.local.draining import Drainer
@@ -30,6 +29,7 @@ from cluster.local.valkey import EmbeddedValkey
 from core.config.schema import Config
 from core.errors import ConfigError, InternalError, UnavailableError
 from core.model.resolve import ResolvedModel, resolve_model
+from core.rpc.credentials import ClusterCredentials
 from core.state.orders import Orders, StartFailure
 from core.state.registry import RedisRegistry
 from core.state.store import Store
@@ -295,7 +295,13 @@ class Cluster:
         self._stack.callback(lambda: runtime.stop(disconnect=not self._drainer.has_abandoned_call))
         runtime.start()
         self._runtime = runtime
-        app = build_app(self.config, model, store, kv_secret=token_hex(32), cuda=runtime.has_cuda())
+        app = build_app(
+            self.config,
+            model,
+            store,
+            credentials=ClusterCredentials.create(),
+            cuda=runtime.has_cuda(),
+        )
         runtime.deploy(app)
 
     def _write_state(self, cluster_id: str, served_name: str, store: Store | None) -> None:

@@ -10,6 +10,7 @@ from ray.serve import Application
 from cluster.ray.deployments import Router, RouterSettings, Worker
 from core.config.schema import Config, PoolConfig
 from core.model.resolve import ResolvedModel
+from core.rpc.credentials import ClusterCredentials
 from core.state.store import Store
 from core.types import Pool
 from worker.replica import WorkerSettings
@@ -29,19 +30,24 @@ _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarel
 
 
 def build_app(
-    config: Config, model: ResolvedModel, store: Store, *, kv_secret: str, cuda: bool
+    config: Config,
+    model: ResolvedModel,
+    store: Store,
+    *,
+    credentials: ClusterCredentials,
+    cuda: bool,
 ) -> Application:
     """Build the application. Its ingress deployment is the router.
 
     Serve wants an ingress, but requests reach the router directly, not through Serve.
 
     Args:
-        kv_secret: secret of the KV control channels, known only to this cluster's processes.
+        credentials: known only to this cluster's processes.
         cuda: whether the cluster has CUDA devices. If True, a worker takes one device for each
             rank, unless its pool sets ``num_gpus_per_replica``.
     """
     workers = [
-        _worker(WorkerSettings(config, pool, model, store, kv_secret), cuda=cuda) for pool in Pool
+        _worker(WorkerSettings(config, pool, model, store, credentials), cuda=cuda) for pool in Pool
     ]
     router = serve.deployment(
         name=ROUTER,
@@ -51,7 +57,7 @@ def build_app(
         graceful_shutdown_timeout_s=config.cluster.stop_grace_s + _STOP_MARGIN_S,
         **_common(),
     )(Router)
-    return router.bind(RouterSettings(config, store), *workers)
+    return router.bind(RouterSettings(config, store, credentials), *workers)
 
 
 def _worker(settings: WorkerSettings, *, cuda: bool) -> Application:

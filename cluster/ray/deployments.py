@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.ray.replica import local_slot, on_this_node, prepare_process
 from core.config.schema import Config
+from core.rpc.credentials import ClusterCredentials
 from core.state.orders import ROUTER, report_failure
 from core.state.store import Store
 from core.types import Pool
@@ -26,6 +27,7 @@ class RouterSettings:
 
     config: Config
     store: Store
+    credentials: ClusterCredentials
 
 
 class Router:
@@ -48,7 +50,9 @@ class Router:
         self._registry = store.registry()
         journal = store.journal() if config.router.journal else None
         try:
-            server = RouterServer(config, self._registry, journal=journal)
+            server = RouterServer(
+                config, self._registry, journal=journal, credentials=settings.credentials
+            )
             await server.start()
         except Exception as error:
             await report_failure(store.orders(), ROUTER, error)

@@ -8,9 +8,9 @@
     baton:{cluster}:journal-complete             the same, of complete requests only
     baton:{cluster}:journal-bytes                hash: the memory of each entry, and the total
 
-Only who knows the token of an entry can take it. The writer in an entry is a fence. A router that was paused while another one took the request finds
-the other writer there and writes nothing. Every change is safe to repeat, as ``RedisClient``
-requires.
+An entry can be taken only with its token. The writer in an entry is a fence. A router that was
+paused while another one took the request finds the other writer there and writes nothing. Every
+change is safe to repeat, as ``RedisClient`` requires.
 
 The entries of one cluster share a budget of memory. A change that does not fit first drops the
 entries of complete requests, the oldest first. If it still does not fit, its own entry is dropped.
@@ -161,8 +161,8 @@ end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], 2 * ttl_ms) end
 return answers
 """
-# KEYS: entry, lease, complete. ARGV: request id, writer, lease in ms, token. Returns the content, or
-# a value of Written. The time of expiry stays the same.
+# KEYS: entry, lease, complete. ARGV: request id, writer, lease in ms, token. Returns the content,
+# or a value of Written. The time of expiry stays the same.
 _TAKE = f"""
 local token = redis.call('GETRANGE', KEYS[1], {WRITER_CHARS}, {WRITER_CHARS + TOKEN_CHARS - 1})
 if token == '' or token ~= ARGV[4] then return {Written.GONE.value} end

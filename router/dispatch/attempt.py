@@ -323,7 +323,6 @@ class Attempt:
             source = worker_pb2.KvSource(
                 worker_id=self._prefill.id,
                 incarnation=self._prefill.incarnation,
-                control_addresses=self._prefill.kv_addresses,
                 forwards_first_token=self._plan.forwards_first_token,
             )
         return worker_pb2.DecodeRequest(

@@ -7,6 +7,7 @@ from typing import cast
 import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
+from core.rpc.credentials import CHANNEL_OPTIONS, ClusterCredentials
 from core.rpc.options import channel_options
 
 IDLE = grpc.ChannelConnectivity.IDLE
@@ -23,27 +24,37 @@ class WorkerClient:
     """Owns the channel to ``address`` ("host:port"). The channel connects when it is first used.
 
     Args:
+        credentials: of the cluster; None connects without TLS, for tests with simulated workers.
         connect_timeout_s: a connection attempt that takes longer counts as refused.
         silence_s: a connection on which no data arrives for this long counts as broken.
     """
 
     def __init__(
-        self, address: str, *, connect_timeout_s: float, max_message_bytes: int, silence_s: float
+        self,
+        address: str,
+        *,
+        credentials: ClusterCredentials | None,
+        connect_timeout_s: float,
+        max_message_bytes: int,
+        silence_s: float,
     ) -> None:
         connect_timeout_ms = max(1, round(connect_timeout_s * 1000))
-        self._channel = grpc.aio.insecure_channel(
-            address,
-            options=(
-                # In spite of its name, this is also gRPC core's limit for one connection attempt.
-                ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
-                ("grpc.initial_reconnect_backoff_ms", min(100, connect_timeout_ms)),
-                ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
-                *channel_options(max_message_bytes, silence_s),
-                ("grpc.enable_http_proxy", 0),  # no worker is behind a proxy
-                # Channels to the same address share no connection: each incarnation has its own.
-                ("grpc.use_local_subchannel_pool", 1),
-            ),
+        options = (
+            # In spite of its name, this is also gRPC core's limit for one connection attempt.
+            ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
+            ("grpc.initial_reconnect_backoff_ms", min(100, connect_timeout_ms)),
+            ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
+            *channel_options(max_message_bytes, silence_s),
+            ("grpc.enable_http_proxy", 0),  # no worker is behind a proxy
+            # Channels to the same address share no connection: each incarnation has its own.
+            ("grpc.use_local_subchannel_pool", 1),
         )
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options)
+        else:
+            self._channel = grpc.aio.secure_channel(
+                address, credentials.for_channel(), (*options, *CHANNEL_OPTIONS)
+            )
         self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from core.rpc.credentials import ClusterCredentials
 from core.types import WorkerKey, WorkerRecord, WorkerState
 from router.workers.client import WorkerClient
 
@@ -29,6 +30,7 @@ class WorkersSettings:
     connect_timeout_s: float
     max_message_bytes: int
     connection_silence_s: float  # a connection silent for this long counts as broken
+    credentials: ClusterCredentials | None = None  # see ``WorkerClient``
 
 
 @dataclass(slots=True)
@@ -140,6 +142,7 @@ class Workers:
     def _connect_grpc(self, record: WorkerRecord) -> WorkerClient:
         return WorkerClient(
             record.address,
+            credentials=self._settings.credentials,
             connect_timeout_s=self._settings.connect_timeout_s,
             max_message_bytes=self._settings.max_message_bytes,
             silence_s=self._settings.connection_silence_s,

@@ -50,6 +50,7 @@ from tests.support.hostile import (
 from tests.support.router_harness import RouterHarness, token_ids
 from tests.support.waiting import until
 from worker.intake import Intake
+from worker.peers import Peers
 from worker.replica import WorkerReplica
 
 pytestmark = pytest.mark.asyncio
@@ -144,9 +145,9 @@ async def worker() -> AsyncIterator[Server]:
     )
     engine = FakeEngine(config, Pool.DECODE, latency=FakeLatency(0, 0, 20))
 
-    def add(server: grpc.aio.Server, engine: Engine, intake: Intake) -> None:
-        add_prefill_service(server, engine, intake)
-        add_decode_service(server, engine, intake)
+    def add(server: grpc.aio.Server, engine: Engine, intake: Intake, peers: Peers) -> None:
+        add_prefill_service(server, engine, intake, peers)
+        add_decode_service(server, engine, intake, peers)
 
     replica = WorkerReplica(
         config=config,
@@ -156,6 +157,7 @@ async def worker() -> AsyncIterator[Server]:
         registry=MemoryRegistry(lease_s=3600),
         add_service=add,
         incarnation="i",
+        credentials=None,
     )
     record = await replica.start()
     numbers = iter(range(10**6))

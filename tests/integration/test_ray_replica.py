@@ -6,6 +6,7 @@ import pytest
 
 from core.config.schema import Config
 from core.model.resolve import ResolvedModel
+from core.rpc.credentials import ClusterCredentials
 from core.state.store import Store
 
 pytestmark = pytest.mark.integration
@@ -36,7 +37,11 @@ def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
     from cluster.ray.app import build_app
 
     app = build_app(
-        Config(), ResolvedModel("", "m"), Store.of(Config(), ""), kv_secret="", cuda=False
+        Config(),
+        ResolvedModel("", "m"),
+        Store.of(Config(), ""),
+        credentials=ClusterCredentials.create(),
+        cuda=False,
     )
     router = app._bound_deployment
     assert router.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}

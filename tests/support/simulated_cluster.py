@@ -44,6 +44,7 @@ from router.workers.membership import Workers, WorkersSettings
 from tests.support.router_harness import make_codec
 from tests.support.virtual_time import elapse
 from worker.intake import Intake
+from worker.peers import Peers
 
 LEASE_S = 3.0
 RENEW_S = 1.0
@@ -215,7 +216,9 @@ class SimWorker:
         )
         self.intake = Intake(limit)
         self._prefill = PrefillServicer(self.engine, self.intake)
-        self._decode = DecodeServicer(self.engine, self.intake)
+        self._decode = DecodeServicer(
+            self.engine, self.intake, Peers(cluster.registry, Pool.DECODE)
+        )
         self.record = WorkerRecord(
             id=name,
             pool=pool,

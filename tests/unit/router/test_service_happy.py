@@ -65,7 +65,6 @@ async def test_workers_get_the_same_key_and_the_transfer_source() -> None:
     assert decode_request.kv_source == worker_pb2.KvSource(
         worker_id="prefill-1",
         incarnation=prefill.record.incarnation,
-        control_addresses=prefill.record.kv_addresses,
         forwards_first_token=True,
     )
 

@@ -73,6 +73,7 @@ class Setup:
             registry=self.registry,
             add_service=add_prefill_service,
             incarnation="i",
+            credentials=None,
         )
 
     async def __aenter__(self) -> Self:

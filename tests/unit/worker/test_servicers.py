@@ -21,14 +21,17 @@ from core.errors import (
     UnavailableError,
 )
 from core.rpc.status import from_rpc_error
+from core.state.registry import MemoryRegistry
 from core.types import Pool
 from decode_worker.servicer import DecodeServicer, add_decode_service
 from engine.fake import FakeEngine, FakeLatency, FakeSize, next_tokens
 from engine.protocol import EngineOutput, EngineRequest
 from prefill_worker.servicer import PrefillServicer, add_prefill_service
 from tests.support.expired_call import Expired
+from tests.support.registry_rules import PREFILL
 from tests.support.waiting import until
 from worker.intake import Intake
+from worker.peers import Peers
 
 PROMPT = [5, 6, 7]
 HOUR = FakeLatency(decode_step_ms=3_600_000, transfer_ms=3_600_000)
@@ -57,8 +60,11 @@ async def serving(
     engine = engine or FakeEngine(Config(), Pool.DECODE, latency=latency, size=FakeSize(64))
     intake = Intake(limit)
     server = grpc.aio.server()
-    add_prefill_service(server, engine, intake)
-    add_decode_service(server, engine, intake)
+    registry = MemoryRegistry(lease_s=3600)
+    await registry.put(PREFILL)
+    peers = Peers(registry, Pool.DECODE)
+    add_prefill_service(server, engine, intake, peers)
+    add_decode_service(server, engine, intake, peers)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -135,6 +141,7 @@ async def test_decode_streams_every_token_with_its_position() -> None:
     request = decode_request()
     async with serving() as worker:
         alone = [response async for response in worker.decode.Decode(request)]
+        request.kv_source.incarnation = PREFILL.incarnation
         request.kv_source.forwards_first_token = True
         seeded = [response async for response in worker.decode.Decode(request)]
         await worker.until_idle()
@@ -164,10 +171,11 @@ async def test_a_call_whose_deadline_has_passed_never_reaches_the_engine() -> No
         def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
             raise AssertionError(request.transfer_id)
 
+    peers = Peers(MemoryRegistry(lease_s=3600), Pool.DECODE)
     engine, context = Untouched(Config(), Pool.DECODE), cast(Any, Expired())
     late = {
         Pool.PREFILL: PrefillServicer(engine, Intake(1)).Prefill(prefill_request(), context),
-        Pool.DECODE: DecodeServicer(engine, Intake(1)).Decode(decode_request(), context),
+        Pool.DECODE: DecodeServicer(engine, Intake(1), peers).Decode(decode_request(), context),
     }
     for pool, call in late.items():
         with pytest.raises(grpc.aio.AbortError):

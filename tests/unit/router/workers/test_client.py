@@ -19,7 +19,11 @@ pytestmark = pytest.mark.asyncio
 @asynccontextmanager
 async def client(address: str, connect_timeout_s: float = 5) -> AsyncIterator[WorkerClient]:
     client = WorkerClient(
-        address, connect_timeout_s=connect_timeout_s, max_message_bytes=1000, silence_s=60
+        address,
+        credentials=None,
+        connect_timeout_s=connect_timeout_s,
+        max_message_bytes=1000,
+        silence_s=60,
     )
     yield client
     await client.close()
