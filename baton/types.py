@@ -16,7 +16,8 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. ``None`` means the router's default, which is in brackets below."""
+    """How tokens are chosen. ``None`` means the model's own default (generation_config.json), or
+    else the default in brackets below."""
 
     temperature: float | None = None  # [1]; in [0, 2], 0 is greedy
     top_p: float | None = None  # [1]; in (0, 1]

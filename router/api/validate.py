@@ -111,7 +111,9 @@ def check_request(
 def with_prompt(
     checked: CheckedRequest, token_ids: Sequence[int], model: ModelFacts
 ) -> TokenRequest:
-    """Add the prompt's token ids and fit ``max_tokens`` and ``min_tokens`` to the context.
+    """Add the prompt's token ids and the model's sampling defaults.
+
+    ``max_tokens`` and ``min_tokens`` are made to fit into the context.
 
     Raises:
         InvalidArgumentError: the prompt has no tokens, or it leaves no room for an output token.
@@ -122,6 +124,9 @@ def with_prompt(
     left_tokens = model.max_model_len - len(token_ids)
     sampling = inference_pb2.SamplingParams()
     sampling.CopyFrom(checked.sampling)
+    for name, value in model.sampling_defaults.items():
+        if not sampling.HasField(name):
+            setattr(sampling, name, value)
     stops = tuple(sampling.stop)
     sampling.ClearField("stop")
     wanted = sampling.max_tokens if sampling.HasField("max_tokens") else left_tokens

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tokenizers
@@ -21,6 +21,16 @@ import tokenizers
 from core.errors import ConfigError, InvalidArgumentError
 from router.text.detokenizer import TokenDecoder
 from router.text.special import SpecialTokens
+
+_GENERATION_FIELDS = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
 
 # A prompt of this length takes about 50 ms. The largest message, 4 MB of text, takes 3 s.
 LONG_CHARS = 65_536
@@ -33,6 +43,8 @@ class ModelFacts:
     served_name: str
     max_model_len: int  # prompt and output together, tokens
     vocab_size: int
+    # The model's own values for fields of ``SamplingParams`` that a request leaves unset.
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
     def check_fits(self, prompt_tokens: int) -> None:
         """Raises InvalidArgumentError if the prompt leaves no room for an output token."""
@@ -189,8 +201,26 @@ def load_text_codec(
     context_tokens = max_model_len or getattr(text_config, "max_position_embeddings", None)
     if context_tokens is None:
         raise ConfigError(f"model.max_model_len: {name} does not state its context length; set it")
-    facts = ModelFacts(served_name, int(context_tokens), int(text_config.vocab_size))
+    facts = ModelFacts(
+        served_name,
+        int(context_tokens),
+        int(text_config.vocab_size),
+        _sampling_defaults(name),
+    )
     return TextCodec(facts, backend, _template_of(tokenizer), threads=threads)
+
+
+def _sampling_defaults(name: str) -> dict[str, float]:
+    """The sampling parameters in the model's generation_config.json, as vLLM reads them."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(name).to_diff_dict()
+    except OSError:  # most models have no such file
+        return {}
+    names = {field: field for field in _GENERATION_FIELDS} | {"max_new_tokens": "max_tokens"}
+    found = {key: value for key, value in config.items() if key in names and value is not None}
+    return {names[key]: value for key, value in found.items()}
 
 
 def _template_of(tokenizer: object) -> ChatRenderer:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,21 @@ def test_prompts_that_do_not_fit(tokens: int, reason: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         fitted(tokens)
     assert caught.value.reason == reason
+
+
+def test_the_models_defaults_fill_what_the_request_leaves_unset() -> None:
+    model = replace(MODEL, sampling_defaults={"temperature": 0.25, "top_k": 5, "max_tokens": 4})
+    for sent, expected in (
+        ({}, {"temperature": 0.25, "top_k": 5, "max_tokens": 4}),
+        ({"temperature": 0, "top_k": 0}, {"temperature": 0, "top_k": 0, "max_tokens": 4}),
+        ({"max_tokens": 9, "seed": 1}, {"temperature": 0.25, "top_k": 5, "max_tokens": 9}),
+    ):
+        request = inference_pb2.GenerateRequest(token_ids={"ids": [1]}, sampling=sent)
+        sampling = with_prompt(check_request(request, "r", model), [1], model).sampling
+        assert {name: getattr(sampling, name) for name in expected} == expected
+    request = inference_pb2.GenerateRequest(token_ids={"ids": [1]})
+    plain = with_prompt(check_request(request, "r", MODEL), [1], MODEL).sampling
+    assert not plain.HasField("temperature")
 
 
 def test_stop_strings_stay_in_the_router() -> None:

@@ -90,6 +90,27 @@ def unigram_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def test_the_models_generation_config_gives_the_defaults(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    assert load(tmp_path).sampling_defaults == {}
+    settings = {"do_sample": True, "temperature": 0.01, "top_k": 5, "repetition_penalty": 1.3}
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps(settings | {"max_new_tokens": 17, "eos_token_id": [1, 2]})
+    )
+    assert load(tmp_path).sampling_defaults == {
+        "temperature": 0.01,
+        "top_k": 5,
+        "repetition_penalty": 1.3,
+        "max_tokens": 17,
+    }
+
+
+def load(folder: Path) -> ModelFacts:
+    codec = load_text_codec(folder, served_name="m", max_model_len=None)
+    codec.close()
+    return codec.model
+
+
 def test_a_routers_process_has_no_torch(tmp_path: Path) -> None:
     """torch takes 260 MiB. It comes with transformers, unless it is kept out."""
     write_model(tmp_path, chat_template=TEMPLATE)
