@@ -6,7 +6,7 @@ Both clients use this module. It reads no clock and does no I/O.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, Unpack
 
@@ -53,6 +53,12 @@ HEALTH_REQUEST: Final = health_pb2.HealthCheckRequest(
     service=pb.DESCRIPTOR.services_by_name["Inference"].full_name
 )
 
+# Proxies end connections with more pings: their usual limit is one in 10 seconds.
+DEFAULT_KEEPALIVE_S: Final = 20.0
+_PING_TIMEOUT_MS: Final = 10_000  # an answer takes milliseconds, unless the host is gone
+Metadata = Sequence[tuple[str, str | bytes]]
+
+OnInterruption = Callable[[BatonError, float], None]
 ChannelOptions = Sequence[tuple[str, str | int]]
 
 _FINISH_REASONS: Final[dict[int, FinishReason]] = {
@@ -66,8 +72,11 @@ _KV_OUTCOMES: Final[dict[int, KvOutcome]] = {
 }
 
 
-def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple[str, str | int]]:
+def channel_options(
+    max_message_bytes: int, keepalive_s: float, extra: ChannelOptions
+) -> list[tuple[str, str | int]]:
     """Return the gRPC channel arguments of both clients. ``extra`` overrides them."""
+    ping_ms = max(1, round(keepalive_s * 1000))
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -77,8 +86,8 @@ def channel_options(max_message_bytes: int, extra: ChannelOptions) -> list[tuple
         ("grpc.max_reconnect_backoff_ms", 2000),
         # If the router's host vanishes, nothing closes the connection. These pings detect the
         # failure, so the client can resume the stream.
-        ("grpc.keepalive_time_ms", 5000),
-        ("grpc.keepalive_timeout_ms", 5000),
+        ("grpc.keepalive_time_ms", ping_ms),
+        ("grpc.keepalive_timeout_ms", min(ping_ms, _PING_TIMEOUT_MS)),
         ("grpc.http2.max_pings_without_data", 0),
         *extra,
     ]
@@ -188,10 +197,18 @@ class Resumption:
         timeout_s: how long to try after each interruption; 0 disables resuming.
         deadline_s: the request's deadline on the clock of ``now_s``; ``None`` if the router sets
             it.
+        on_interruption: called at each interruption, with the error and with the time for which
+            resuming is tried, in seconds.
     """
 
-    def __init__(self, timeout_s: float, deadline_s: float | None) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        deadline_s: float | None,
+        on_interruption: OnInterruption | None = None,
+    ) -> None:
         self._timeout_s = timeout_s
+        self._on_interruption = on_interruption
         self._deadline_s = math.inf if deadline_s is None else deadline_s
         self._interruption: BatonError | None = None  # the error that broke the stream first
         self._give_up_at_s = 0.0
@@ -216,6 +233,8 @@ class Resumption:
                 raise error
             self._interruption = error
             self._give_up_at_s = min(now_s + self._timeout_s, self._deadline_s)
+            if self._on_interruption is not None:
+                self._on_interruption(error, self._give_up_at_s - now_s)
             return 0.0
         wait_s = max(error.retry_after_s or 0.0, _MIN_RESUME_WAIT_S)
         if not isinstance(error, _RETRIABLE_ERRORS) or now_s + wait_s > self._give_up_at_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -12,10 +13,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton._wire import (
+    DEFAULT_KEEPALIVE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_RESUME_TIMEOUT_S,
     HEALTH_REQUEST,
     ChannelOptions,
+    Metadata,
+    OnInterruption,
     Resumption,
     StreamReader,
     build_request,
@@ -49,13 +53,18 @@ class AsyncClient:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         options: ChannelOptions = (),
         resume_timeout_s: float = DEFAULT_RESUME_TIMEOUT_S,
+        on_interruption: OnInterruption | None = None,
+        keepalive_s: float = DEFAULT_KEEPALIVE_S,
+        metadata: Metadata = (),
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
         self._resume_timeout_s = resume_timeout_s
+        self._on_interruption = on_interruption
+        self._metadata = tuple(metadata)
         self._tls = tls
         self._max_message_bytes = max_message_bytes
-        self._options = channel_options(max_message_bytes, options)
+        self._options = channel_options(max_message_bytes, keepalive_s, options)
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
 
@@ -81,10 +90,10 @@ class AsyncClient:
         timeout_s = self._call_timeout_s(timeout_s)
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         return AsyncResponseStream(
-            stub.Generate(message, timeout=timeout_s),
+            stub.Generate(message, timeout=timeout_s, metadata=self._metadata),
             StreamReader(message.request_id),
-            Resumption(self._resume_timeout_s, deadline_s),
-            stub.Resume,
+            Resumption(self._resume_timeout_s, deadline_s, self._on_interruption),
+            functools.partial(stub.Resume, metadata=self._metadata),
             self._address,
         )
 
@@ -111,7 +120,11 @@ class AsyncClient:
         """
         stub = health_pb2_grpc.HealthStub(self._connect())
         try:
-            answer = await stub.Check(HEALTH_REQUEST, timeout=self._call_timeout_s(timeout_s))
+            answer = await stub.Check(
+                HEALTH_REQUEST,
+                timeout=self._call_timeout_s(timeout_s),
+                metadata=self._metadata,
+            )
         except grpc.aio.AioRpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

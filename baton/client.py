@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton._wire import (
+    DEFAULT_KEEPALIVE_S,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_RESUME_TIMEOUT_S,
     HEALTH_REQUEST,
     ChannelOptions,
+    Metadata,
+    OnInterruption,
     Resumption,
     StreamReader,
     build_request,
@@ -47,6 +51,10 @@ class Client:
         resume_timeout_s: how long to try to resume a stream after its router died or shut down.
             The client calls the same address again, and the responses continue where they
             stopped. With 0, the stream ends with ``UnavailableError`` instead.
+        on_interruption: called when a stream breaks and is going to be resumed, with the error and
+            with the time for which resuming is tried, in seconds.
+        keepalive_s: interval of pings while requests run. They find a router whose host is gone.
+        metadata: gRPC metadata that is sent with each call, for proxies and tracing.
     """
 
     def __init__(
@@ -58,8 +66,11 @@ class Client:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         options: ChannelOptions = (),
         resume_timeout_s: float = DEFAULT_RESUME_TIMEOUT_S,
+        on_interruption: OnInterruption | None = None,
+        keepalive_s: float = DEFAULT_KEEPALIVE_S,
+        metadata: Metadata = (),
     ) -> None:
-        arguments = channel_options(max_message_bytes, options)
+        arguments = channel_options(max_message_bytes, keepalive_s, options)
         self._channel = (
             grpc.insecure_channel(address, arguments)
             if tls is None
@@ -68,6 +79,8 @@ class Client:
         self._address = address
         self._timeout_s = timeout_s
         self._resume_timeout_s = resume_timeout_s
+        self._on_interruption = on_interruption
+        self._metadata = tuple(metadata)
         self._max_message_bytes = max_message_bytes
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -93,10 +106,10 @@ class Client:
         timeout_s = self._call_timeout_s(timeout_s)
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         return ResponseStream(
-            self._inference.Generate(message, timeout=timeout_s),
+            self._inference.Generate(message, timeout=timeout_s, metadata=self._metadata),
             StreamReader(message.request_id),
-            Resumption(self._resume_timeout_s, deadline_s),
-            self._inference.Resume,
+            Resumption(self._resume_timeout_s, deadline_s, self._on_interruption),
+            functools.partial(self._inference.Resume, metadata=self._metadata),
             self._address,
         )
 
@@ -122,7 +135,11 @@ class Client:
             BatonError: the router did not answer.
         """
         try:
-            answer = self._health.Check(HEALTH_REQUEST, timeout=self._call_timeout_s(timeout_s))
+            answer = self._health.Check(
+                HEALTH_REQUEST,
+                timeout=self._call_timeout_s(timeout_s),
+                metadata=self._metadata,
+            )
         except grpc.RpcError as error:
             raise _error(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

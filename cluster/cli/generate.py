@@ -30,7 +30,7 @@ def generate(options: argparse.Namespace, address: str) -> int:
     if options.chat:
         fields["messages"] = [ChatMessage("user", prompt)]
     with (
-        Client(address, timeout_s=options.timeout) as client,
+        _client(options, address) as client,
         client.generate(None if options.chat else prompt, **fields) as stream,
     ):
         last: Response | None = None
@@ -55,7 +55,7 @@ def chat(options: argparse.Namespace, address: str) -> int:
     """
     messages = [ChatMessage("system", options.system)] if options.system else []
     fields = _fields(options)
-    with Client(address, timeout_s=options.timeout) as client:
+    with _client(options, address) as client:
         while True:
             try:
                 text = input("> ")
@@ -75,10 +75,18 @@ def chat(options: argparse.Namespace, address: str) -> int:
                 messages.append(ChatMessage("assistant", answer))
 
 
+def _client(options: argparse.Namespace, address: str) -> Client:
+    def on_interruption(error: BatonError, seconds: float) -> None:
+        wait = f"waiting up to {seconds:.0f} s for a router that continues the answer"
+        print(f"\nbaton: {error}; {wait}", file=sys.stderr)
+
+    return Client(address, timeout_s=options.timeout, on_interruption=on_interruption)
+
+
 def _answer(client: Client, messages: list[ChatMessage], fields: RequestFields) -> str | None:
     """Print one answer and return its text, which may be partial.
 
-    Return None if an error arrived before any text.
+    Return None if an error or Ctrl-C came before any text.
     """
     responses: list[Response] = []
     try:
@@ -88,7 +96,7 @@ def _answer(client: Client, messages: list[ChatMessage], fields: RequestFields) 
                 _show(response.text)
     except KeyboardInterrupt:
         print(" (interrupted)")
-        return "".join(response.text for response in responses)
+        return "".join(response.text for response in responses) or None
     except BatonError as error:
         if error.reason == "CONNECTION_FAILED":
             raise

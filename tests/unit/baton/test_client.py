@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -290,3 +291,18 @@ def test_threads_share_a_client_and_the_client_leaves_no_thread() -> None:
             each.join(WAIT_S)
         assert not any(each.is_alive() for each in client_threads)
     assert texts == ["ab"] * 4
+
+
+def test_metadata_is_sent_with_each_call() -> None:
+    seen: list[str | bytes] = []
+
+    def script(request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        seen.extend(value for key, value in context.invocation_metadata() if key == "x-tenant")
+        yield from answer("a")
+
+    with (
+        serve(script) as server,
+        Client(server.address, metadata=[("x-tenant", "blue")]) as client,
+    ):
+        client.complete("Hi", timeout_s=30)
+    assert seen == ["blue"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -70,6 +71,31 @@ def test_a_broken_stream_is_resumed(kind: str, detail: pb.ErrorDetail | None) ->
         assert read(kind, server) == "abcd"
     (request,) = server.resume_requests
     assert request == pb.ResumeRequest(request_id="r-1", last_sequence=1, resume_token="secret")
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
+def test_each_interruption_is_reported_with_the_time_that_is_left(kind: str) -> None:
+    reported: list[tuple[str, float]] = []
+
+    def note(error: BatonError, seconds: float) -> None:
+        reported.append((error.reason, seconds))
+
+    busy = refuses(grpc.StatusCode.ALREADY_EXISTS, BUSY)
+    with serve(
+        breaks_after(1, None), resume_script=in_turn(breaks_again, busy, send_rest)
+    ) as server:
+        if kind == "sync":
+            with Client(server.address, resume_timeout_s=7, on_interruption=note) as client:
+                assert client.complete("Hi", timeout_s=20).text == "abcd"
+        else:
+
+            async def read_async() -> None:
+                options: Any = {"resume_timeout_s": 7, "on_interruption": note}
+                async with AsyncClient(server.address, **options) as client:
+                    assert (await client.complete("Hi", timeout_s=20)).text == "abcd"
+
+            asyncio.run(read_async())
+    assert reported == [("CONNECTION_FAILED", 7.0), ("CONNECTION_FAILED", 7.0)]
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
