@@ -19,6 +19,10 @@ from router.admission.policy import (
 )
 from router.request import shown
 
+# How far behind a request that does not fit another one is sought. Each look asks the placement.
+_LOOK_AHEAD_REQUESTS = 16
+_MAX_PASSED = 32  # most requests that pass one that does not fit; then workers are kept for it
+
 
 class Permit(Protocol):
     """The capacity that a running request holds on the workers."""
@@ -51,6 +55,8 @@ class AdmissionGate:
         self._clock = clock
         self._mean_run_s = 0.0  # smoothed over the latest requests; 0 if unknown
         self._queues: Queues[_Waiter[Any]] = Queues(limits.classes)
+        self._passed_head: _Waiter[Any] | None = None
+        self._passed = 0  # how many requests have passed this head
         self.running = 0
 
     @property
@@ -129,17 +135,45 @@ class AdmissionGate:
                 self._queues.remove(waiter)
                 waiter.granted.set_exception(err)
                 continue
-            if permit is None:
+            if permit is None and not self._backfill(waiter):
                 return
-            self._queues.pop()
-            self.running += 1
-            waiter.granted.set_result(permit)
+            if permit is not None:
+                self._grant(waiter, permit)
+
+    def _backfill(self, head: _Waiter[Any]) -> bool:
+        """Start a request that fits, although the next one in turn (``head``) does not fit yet.
+
+        Otherwise, one long request would leave workers idle. Each head is passed by at most
+        ``_MAX_PASSED`` requests, so it does not starve.
+        """
+        if self._passed_head is not head:
+            self._passed_head, self._passed = head, 0
+        if self._passed >= _MAX_PASSED:
+            return False
+        for request, waiter in self._queues.after_next(_LOOK_AHEAD_REQUESTS):
+            if decide_dispatch(request, self._clock()) is not None:
+                continue  # it is refused at its turn
+            try:
+                permit = waiter.acquire()
+            except BatonError:
+                continue  # likewise
+            if permit is not None:
+                self._passed += 1
+                self._grant(waiter, permit)
+                return True
+        return False
+
+    def _grant(self, waiter: _Waiter[P], permit: P) -> None:
+        self._queues.start(waiter)
+        self.running += 1
+        waiter.granted.set_result(permit)
 
     async def _wait(self, request: AdmissionRequest, acquire: Acquire[P]) -> P:
         """Wait for a permit. After an error, the request is not queued and holds no permit."""
         self._check_wait(request)
         waiter = _Waiter(acquire)
         self._queues.push(request, waiter)
+        self.wake()  # the request may fit, although those before it do not
         timeout_s = self._limits.classes[request.service_class].queue_timeout_s
         try:
             async with asyncio.timeout_at(min(request.deadline_s, self._clock() + timeout_s)):
@@ -151,7 +185,8 @@ class AdmissionGate:
                 waiter.granted.cancel()
             elif waiter.granted.exception() is None:  # granted, but this task has not run since
                 waiter.granted.result().close()
-                self._end_run()
+                self.running -= 1
+            self.wake()  # the requests after this one may fit
             if isinstance(err, TimeoutError):
                 raise self._timeout_error(request, timeout_s) from None
             raise

@@ -10,6 +10,7 @@ wait too long or likely miss its deadline.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -133,7 +134,7 @@ class Queues(Generic[T]):
 
     def __init__(self, classes: Mapping[str, ClassLimits]) -> None:
         self._queues = {name: _Queue[T](limits) for name, limits in classes.items()}
-        # The charge of the class whose request was popped last, before that request was charged.
+        # The charge of the class whose request started last, before that request was charged.
         self._latest_charge = 0.0
         self._arrivals = 0
 
@@ -173,13 +174,23 @@ class Queues(Generic[T]):
         queue = self._next()
         return queue.entries[0][2:] if queue is not None else None
 
-    def pop(self) -> None:
-        """Remove the next request and charge its class."""
-        queue = self._next()
-        assert queue is not None, "no request waits"
-        _, _, request, _ = queue.entries.pop(0)
-        self._latest_charge = queue.charged
-        queue.charged += request.cost / queue.limits.weight
+    def after_next(self, count: int) -> list[tuple[AdmissionRequest, T]]:
+        """The ``count`` requests after the next one: all of a class, then those of the next."""
+        queues = [queue for queue in self._queues.values() if queue.entries]
+        queues.sort(key=lambda queue: queue.charged)
+        each = (entry[2:] for queue in queues for entry in queue.entries[: count + 1])
+        return list(itertools.islice(each, 1, count + 1))
+
+    def start(self, item: T) -> None:
+        """Remove a waiting request and charge its class."""
+        for queue in self._queues.values():
+            for place, (_, _, request, each) in enumerate(queue.entries):
+                if each is item:
+                    del queue.entries[place]
+                    self._latest_charge = queue.charged
+                    queue.charged += request.cost / queue.limits.weight
+                    return
+        raise AssertionError("the request does not wait")
 
     def remove(self, item: T) -> None:
         """Remove a request without charging its class. Unknown items are ignored."""

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections import Counter
+from typing import Any, cast
 
 import pytest
 
 from core.errors import CapacityError, DeadlineError, InvalidArgumentError, UnavailableError
-from router.admission.gate import AdmissionGate
+from router.admission.gate import _MAX_PASSED, AdmissionGate
 from router.admission.policy import (
     AdmissionLimits,
     AdmissionRequest,
@@ -100,7 +102,7 @@ def drain(waiting: Queues[str], count: int = 1000) -> list[str]:
     order: list[str] = []
     while len(order) < count and (head := waiting.peek()):
         order.append(head[1])
-        waiting.pop()
+        waiting.start(head[1])
     return order
 
 
@@ -140,8 +142,8 @@ def test_the_estimate_of_how_many_run_before_a_request(seed: int) -> None:
     rng = random.Random(seed)
     classes = {name: ClassLimits(rng.randint(1, 8), 99, 99) for name in "abc"}
     waiting: Queues[str] = Queues(classes)
-    for _ in range(rng.randrange(60)):
-        waiting.push(AdmissionRequest(rng.choice("abc"), rng.random()), "other")
+    for number in range(rng.randrange(60)):
+        waiting.push(AdmissionRequest(rng.choice("abc"), rng.random()), f"other {number}")
     mine = AdmissionRequest(rng.choice("abc"), rng.random())
     expected = waiting.before(mine)
     waiting.push(mine, "mine")
@@ -151,17 +153,18 @@ def test_the_estimate_of_how_many_run_before_a_request(seed: int) -> None:
 
 
 class FakePermit:
-    """Takes one of the harness's free places until it is closed."""
+    """Takes free places of the harness until it is closed."""
 
-    def __init__(self, harness: GateHarness) -> None:
+    def __init__(self, harness: GateHarness, needs: int) -> None:
         self._harness = harness
+        self._needs = needs
         self._open = True
-        harness.places -= 1
+        harness.places -= needs
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._harness.places += 1
+            self._harness.places += self._needs
             self._harness.gate.wake()
 
 
@@ -180,19 +183,20 @@ class GateHarness:
         self.error: UnavailableError | None = None
         self.order: list[str] = []
 
-    def acquire(self) -> FakePermit | None:
+    def acquire(self, needs: int = 1) -> FakePermit | None:
         if self.error is not None:
             raise self.error
-        return FakePermit(self) if self.places else None
+        return FakePermit(self, needs) if self.places >= needs else None
 
     def start(
-        self, name: str, deadline_s: float = FAR_S
+        self, name: str, deadline_s: float = FAR_S, needs: int = 1
     ) -> tuple[asyncio.Task[None], asyncio.Event]:
         """Start a request. Return its task, and the event that lets the running request end."""
         end = asyncio.Event()
 
         async def run() -> None:
-            async with self.gate.admit(AdmissionRequest("c", deadline_s), self.acquire):
+            acquire = functools.partial(self.acquire, needs)
+            async with self.gate.admit(AdmissionRequest("c", deadline_s), acquire):
                 self.order.append(name)
                 await end.wait()
 
@@ -222,6 +226,88 @@ async def test_the_earliest_deadline_runs_first(max_concurrent: int, places: int
     assert harness.order == ["first", "a", "b", "c"]
     assert harness.gate.running == 0
     assert harness.places == places
+
+
+async def test_a_request_that_does_not_fit_leaves_room_to_others_for_a_while() -> None:
+    """Only so many requests pass it. Then room is kept for it, so it does not starve."""
+    harness = GateHarness(one_class(1000, 1000, 30), places=10)
+    running = [harness.start("long-lived", needs=5)]
+    await turns()
+    running.append(harness.start("big", needs=10))
+    await turns()
+    passed = 0
+    while passed < _MAX_PASSED:
+        task, end = harness.start("small")
+        await turns()
+        assert harness.order[-1] == "small", "five places are free"
+        end.set()
+        await task
+        passed += 1
+    running.append(harness.start("late"))
+    await turns()
+    assert harness.order.count("small") == _MAX_PASSED
+    assert "late" not in harness.order
+    for _, end in running:
+        end.set()
+    await asyncio.gather(*(task for task, _ in running))
+    assert harness.order[-2:] == ["big", "late"]
+
+
+async def test_when_the_request_in_front_gives_up_the_next_one_runs() -> None:
+    harness = GateHarness(one_class(1000, 1000, 30), places=1)
+    first, end = harness.start("first")
+    await turns()
+    big, _ = harness.start("big", needs=2)
+    small = [harness.start(f"small {number}") for number in range(_MAX_PASSED + 1)]
+    await turns()
+    end.set()
+    for task, end_small in small[:_MAX_PASSED]:
+        end_small.set()
+        await task
+    await turns()
+    assert harness.order[-1] != f"small {_MAX_PASSED}"
+    big.cancel()
+    await asyncio.gather(big, return_exceptions=True)
+    await turns()
+    assert harness.order[-1] == f"small {_MAX_PASSED}"
+    small[-1][1].set()
+    await asyncio.gather(first, small[-1][0])
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_no_worker_idles_and_no_request_starves(seed: int) -> None:
+    """Random requests with random needs. Each waits for a bounded number of others."""
+    rng = random.Random(seed)
+
+    async def scenario() -> None:
+        harness = GateHarness(one_class(1000, 1000, 1e6), places=8)
+        tasks = []
+        needs_of: dict[str, int] = {}
+
+        async def live(name: str) -> None:
+            needs_of[name] = rng.choice((1, 1, 1, 2, 8))
+            task, end = harness.start(name, FAR_S + len(needs_of), needs_of[name])
+            while name not in harness.order and not task.done():
+                await elapse(0.1)
+            await elapse(rng.choice((0.5, 2, 10)))
+            end.set()
+            await task
+
+        for number in range(120):
+            tasks.append(asyncio.create_task(live(f"r{number}")))
+            await elapse(rng.choice((0, 0.1, 0.5)))
+            queues = harness.gate._queues
+            if queues.peek() and harness.gate._passed < _MAX_PASSED:
+                waiting = [
+                    cast(functools.partial[Any], waiter.acquire).args[0]
+                    for _, waiter in queues.after_next(16)
+                ]
+                assert all(needs > harness.places for needs in waiting), "a place idles"
+        await asyncio.gather(*tasks)
+        for place, name in enumerate(harness.order):
+            assert place - int(name[1:]) <= 2 * _MAX_PASSED, f"{name} starved"
+
+    run_virtually(scenario(), seed)
 
 
 async def test_a_full_queue_refuses_a_new_request_at_once() -> None:
