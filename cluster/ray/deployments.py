@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.ray.replica import local_slot, on_this_node, prepare_process
+from cluster.ray.replica import drain_on_sigterm, local_slot, on_this_node, prepare_process
 from core.config.schema import Config
 from core.rpc.credentials import ClusterCredentials
 from core.state.orders import ROUTER, report_failure
@@ -45,6 +45,7 @@ class Router:
         keep_torch_out()
         config, store = settings.config, settings.store
         prepare_process(config.cluster.host)
+        drain_on_sigterm(self.__del__)
         self._grace_s = config.cluster.stop_grace_s
         self._server: RouterServer | None = None
         self._registry = store.registry()
@@ -80,6 +81,7 @@ class Worker:
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
         prepare_process(settings.config.cluster.host)
+        drain_on_sigterm(self.__del__)
         self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
         self._worker: WorkerReplica | None = None
         self._worker = await start_worker(settings, _pool_service(settings.pool), slot=local_slot())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private import worker as ray_worker
 from ray.serve._private import replica as serve_replica
 
 from core.config.schema import Config
@@ -40,6 +44,32 @@ def prepare_process(host: str) -> None:
     """Prepare the process of a replica. Its constructor must call this first."""
     _bind_internal_server(host)
     _ignore_logging_errors()
+
+
+def drain_on_sigterm(drain: Callable[[], Awaitable[None]]) -> None:
+    """At SIGTERM, drain and then end this process. A second SIGTERM ends it at once.
+
+    Ray ends a worker process at SIGTERM, which cuts all streams. Ray sets its handler in the main
+    thread, where no code of ours runs, so this replaces the function that its handler calls.
+    """
+    loop = asyncio.get_running_loop()
+    end_at_once = ray_worker.raise_sys_exit_with_custom_error_message
+    draining = False
+
+    async def drain_and_end() -> None:
+        try:
+            await drain()
+        finally:
+            os._exit(0)  # Serve then starts another replica
+
+    def on_sigterm(message: str, exit_code: int = 0) -> None:
+        nonlocal draining
+        if draining:
+            end_at_once(message, exit_code)
+        draining = True
+        asyncio.run_coroutine_threadsafe(drain_and_end(), loop)
+
+    ray_worker.raise_sys_exit_with_custom_error_message = on_sigterm
 
 
 def _bind_internal_server(host: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pytest
 
 from core.config.schema import Config
@@ -23,7 +24,9 @@ def test_a_replica_uses_the_address_of_its_own_node(
 ) -> None:
     import ray
 
-    from cluster.ray.replica import on_this_node
+    from ray._private import worker as ray_worker
+
+from cluster.ray.replica import on_this_node
 
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: NODE)
     config = Config.model_validate({"cluster": {"host": host, "name": "c"}, "router": {"port": 1}})
@@ -47,3 +50,10 @@ def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
     assert router.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
     for worker in router.init_args[1:]:
         assert not worker._bound_deployment.ray_actor_options.get("resources")
+
+
+def test_rays_handler_of_sigterm_calls_what_drain_on_sigterm_replaces() -> None:
+    source = inspect.getsource(ray_worker.Worker.main_loop)
+    assert "set_sigterm_handler(sigterm_handler)" in source
+    assert "raise_sys_exit_with_custom_error_message(" in source
+    assert hasattr(ray_worker, "raise_sys_exit_with_custom_error_message")

@@ -35,6 +35,42 @@ def test_a_stream_goes_on_when_its_router_is_killed(cluster: FakeEngineCluster) 
     assert [response.sequence for response in responses] == list(range(len(responses)))
 
 
+@pytest.mark.usefixtures("two_of_each")
+@pytest.mark.parametrize("deployment", ["Router", "DecodeWorker", "PrefillWorker"])
+def test_sigterm_drains_a_process(cluster: FakeEngineCluster, deployment: str) -> None:
+    """As Kubernetes ends a pod, for example."""
+    interruptions: list[baton.BatonError] = []
+    with baton.Client(
+        cluster.state.address,
+        timeout_s=60,
+        on_interruption=lambda error, _: interruptions.append(error),
+    ) as client:
+        streams = [
+            client.generate(token_ids=[*PROMPT, seed], max_tokens=400, temperature=0.0)
+            for seed in range(4)
+        ]
+        answers = [[next(stream)] for stream in streams]
+        pid = cluster.replica(deployment)
+        os.kill(pid, signal.SIGTERM)
+        for seed, (stream, responses) in enumerate(zip(streams, answers, strict=True)):
+            responses += stream
+            tokens = [token for response in responses for token in response.token_ids]
+            assert tuple(tokens) == next_tokens([*PROMPT, seed], 400)
+            assert responses[-1].phases is not None
+            assert responses[-1].phases.attempts == 1, "400 tokens end within the grace"
+    assert not interruptions
+    cluster.wait(lambda: pid not in cluster.replicas())
+
+    def is_replaced() -> bool:
+        try:
+            answer = cluster.complete(PROMPT, 5)
+        except baton.UnavailableError:
+            return False
+        return answer.token_ids == next_tokens(PROMPT, 5) and len(cluster.replicas()) == 5
+
+    cluster.wait(is_replaced)
+
+
 def test_a_killed_router_comes_back_to_its_port(cluster: FakeEngineCluster) -> None:
     os.kill(cluster.replica("Router"), signal.SIGKILL)
 
