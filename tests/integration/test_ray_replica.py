@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+
 import pytest
 
 from core.config.schema import Config
@@ -24,9 +25,7 @@ def test_a_replica_uses_the_address_of_its_own_node(
 ) -> None:
     import ray
 
-    from ray._private import worker as ray_worker
-
-from cluster.ray.replica import on_this_node
+    from cluster.ray.replica import on_this_node
 
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: NODE)
     config = Config.model_validate({"cluster": {"host": host, "name": "c"}, "router": {"port": 1}})
@@ -53,6 +52,8 @@ def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
 
 
 def test_rays_handler_of_sigterm_calls_what_drain_on_sigterm_replaces() -> None:
+    from ray._private import worker as ray_worker
+
     source = inspect.getsource(ray_worker.Worker.main_loop)
     assert "set_sigterm_handler(sigterm_handler)" in source
     assert "raise_sys_exit_with_custom_error_message(" in source
