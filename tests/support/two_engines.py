@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -129,16 +128,10 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
         incarnation=names[1],
     )
     try:
-        before = len(multiprocessing.active_children())
-        starting = asyncio.create_task(prefill.start())
-        # vLLM reads the core binding from the environment, so the prefill engine's process must
-        # have its environment before that of the decode engine is set.
-        await until(
-            lambda: len(multiprocessing.active_children()) > before or starting.done(),
-            what="the process of the prefill engine has started",
-            within_s=30,
-        )
-        _, facts = await asyncio.gather(decode.start(), starting)
+        # One after the other: each engine takes the metrics of an earlier one out of the registry,
+        # and those of the decode engine are tested.
+        facts = await prefill.start()
+        await decode.start()
         receive = KvReceive(names[0], facts.kv_addresses, True)
         yield Engines(prefill, decode, receive, names[1])
     finally:
