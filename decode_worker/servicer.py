@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import grpc
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
+from core.errors import UnavailableError
 from core.rpc.status import accept
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
 from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake
 from worker.peers import Peers
+
+_log = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeResponse]
 
@@ -36,14 +41,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
                         await context.write(_response(output))
 
     async def _kv_receive(self, request: worker_pb2.DecodeRequest) -> KvReceive | None:
+        """Return where the KV comes from. None: the engine computes the prompt."""
         if not request.HasField("kv_source"):
             return None
         source = request.kv_source
-        return KvReceive(
-            incarnation=source.incarnation,
-            control_addresses=await self._peers.kv_addresses(source.incarnation),
-            forwards_first_token=source.forwards_first_token,
-        )
+        try:
+            addresses = await self._peers.kv_addresses(source.incarnation)
+        except UnavailableError as error:  # a slower answer is better than none
+            _log.warning("%s: the prompt is computed here: %s", source.worker_id, error)
+            return None
+        return KvReceive(source.incarnation, addresses, source.forwards_first_token)
 
 
 def add_decode_service(

@@ -216,9 +216,8 @@ class SimWorker:
         )
         self.intake = Intake(limit)
         self._prefill = PrefillServicer(self.engine, self.intake)
-        self._decode = DecodeServicer(
-            self.engine, self.intake, Peers(cluster.registry, Pool.DECODE)
-        )
+        self._peers = Peers(cluster.registry, Pool.DECODE)
+        self._decode = DecodeServicer(self.engine, self.intake, self._peers)
         self.record = WorkerRecord(
             id=name,
             pool=pool,
@@ -324,6 +323,8 @@ class SimWorker:
     async def _keep_lease(self) -> None:
         while True:
             await self._renew()
+            with contextlib.suppress(UnavailableError):
+                await self._peers.refresh()
             await elapse(RENEW_S)
 
     async def _renew(self) -> None:
@@ -602,6 +603,7 @@ class SimClient:
                     request.last_sequence = self.responses[-1].sequence
                 await router.servicer.Resume(request, self)  # type: ignore[arg-type]
             else:
+                self.responses.clear()  # a new request has a new answer
                 await router.servicer.Generate(self.request, self)  # type: ignore[arg-type]
             self.statuses.append((grpc.StatusCode.OK, ""))
         except grpc.aio.AbortError:
