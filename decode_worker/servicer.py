@@ -26,6 +26,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         self._engine = engine
         self._intake = intake
         self._peers = peers
+        self._computes_here = False  # the KV source of the last request was unknown
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
         """Stream the tokens of one attempt as the engine samples them."""
@@ -48,8 +49,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         try:
             addresses = await self._peers.kv_addresses(source.incarnation)
         except UnavailableError as error:  # a slower answer is better than none
-            _log.warning("%s: the prompt is computed here: %s", source.worker_id, error)
+            if not self._computes_here:  # once, because it may concern each request
+                _log.warning("prompts of %s are computed here: %s", source.worker_id, error)
+            self._computes_here = True
             return None
+        self._computes_here = False
         return KvReceive(source.incarnation, addresses, source.forwards_first_token)
 
 

@@ -301,7 +301,7 @@ def test_messages_without_a_hello(caplog: pytest.LogCaptureFixture) -> None:
                     return [rng.randbytes(9)] * rng.choice([2, 3, 100])
             known = {
                 "transfer_id": pair.transfer_id,
-                "expected_incarnation": "p1",
+                "expected_incarnation": "p0",  # with "p1", a HELLO would make a peer
                 "incarnation": "d1",
             }
             return [hostile_message(rng, known)]

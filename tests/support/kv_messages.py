@@ -9,7 +9,7 @@ from tests.support.kv_stream import GEOMETRY
 TO_PREFILL: list[wire.ToPrefill] = [
     wire.Hello(
         version=wire.PROTOCOL_VERSION,
-        expected_incarnation="p1",
+        expected_incarnation="p0",
         incarnation="d",
         geometry=GEOMETRY,
         backend="gloo",
