@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("prefill", "serving", "kv_stream", "kv_copy", "journal", "failover", "cancel", "overload")
+ALL = (
+    *("prefill", "serving", "kv_stream", "kv_copy", "journal", "failover", "cancel", "overload"),
+    "idle",
+)
 
 
 def main() -> int:
