@@ -46,10 +46,10 @@ def kind_of(process: psutil.Process) -> str:
     """Return a short name: the title that a process has given itself, or its program's."""
     line = process.cmdline()
     if not line:
-        return process.name()
+        return str(process.name())
     title = line[0].strip()
     if title.startswith(("ray::", "VLLM::")):
-        return title.split(" ")[0]
+        return str(title.split(" ")[0])
     words = [Path(word).name for word in line if not word.startswith("-")]
     return " ".join(words[:3])
 

@@ -124,7 +124,7 @@ class Fill:
     """The counts of a filled journal since the start."""
 
     requests: int = 0
-    failed: Counter[str] = field(default_factory=Counter)  # by the error's reason
+    failed: Counter[str] = field(default_factory=Counter)  # by code and details
     sampled: int = 0
     resumable: int = 0
 
@@ -189,12 +189,15 @@ async def is_resumable(stub: Any, request_id: str, token: str) -> bool:
     request = inference_pb2.ResumeRequest(
         request_id=request_id, last_sequence=0, resume_token=token
     )
-    try:
-        return [each async for each in stub.Resume(request, timeout=60)] != []
-    except grpc.aio.AioRpcError as error:
-        if error.code() is not grpc.StatusCode.NOT_FOUND:
-            raise
-        return False
+    while True:
+        try:
+            return [each async for each in stub.Resume(request, timeout=60)] != []
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return False
+            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            await asyncio.sleep(0.1)  # the router has not given the lease up yet
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from bench.report import Report, summary
 from cluster.cli.progress import Progress
 from cluster.local.launch import Cluster
 from core.config.schema import load_config
+from core.rpc.credentials import CHANNEL_OPTIONS
 from core.types import Pool
 
 
@@ -65,39 +66,39 @@ def measure_hand_off(client: baton.Client, tokens: int, rounds: int, report: Rep
 
 
 def measure_router_overhead(
-    client: baton.Client, worker_address: str, tokens: int, rounds: int, report: Report
+    client: baton.Client,
+    worker: worker_pb2_grpc.PrefillWorkerStub,
+    tokens: int,
+    rounds: int,
+    report: Report,
 ) -> None:
     """Compare the TTFT of a direct call to the prefill worker with the TTFT through the router."""
     rng = random.Random(7 * tokens)
     direct_ms: list[float] = []
     alone_ms: list[float] = []
     streamed_ms: list[float] = []
-    with grpc.insecure_channel(worker_address) as channel:
-        worker = worker_pb2_grpc.PrefillWorkerStub(channel)
-        for index in range(rounds + 1):
-            request = worker_pb2.PrefillRequest(
-                key=worker_pb2.TransferKey(request_id=f"bench-{tokens}-{index}", attempt=1),
-                token_ids=fresh_prompt(tokens, rng),
-                sampling=pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True),
-            )
+    for index in range(rounds + 1):
+        request = worker_pb2.PrefillRequest(
+            key=worker_pb2.TransferKey(request_id=f"bench-{tokens}-{index}", attempt=1),
+            token_ids=fresh_prompt(tokens, rng),
+            sampling=pb.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True),
+        )
+        began_s = time.perf_counter()
+        worker.Prefill(request, timeout=60)
+        ttfts_s = [time.perf_counter() - began_s]
+        for max_tokens in (1, 8):
+            prompt = fresh_prompt(tokens, rng)
             began_s = time.perf_counter()
-            worker.Prefill(request, timeout=60)
-            ttfts_s = [time.perf_counter() - began_s]
-            for max_tokens in (1, 8):
-                prompt = fresh_prompt(tokens, rng)
-                began_s = time.perf_counter()
-                stream = client.generate(
-                    token_ids=prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True
-                )
-                next(stream)
-                ttfts_s.append(time.perf_counter() - began_s)
-                for _ in stream:
-                    pass
-            if index > 0:
-                for series, seconds in zip(
-                    (direct_ms, alone_ms, streamed_ms), ttfts_s, strict=True
-                ):
-                    series.append(seconds * 1000)
+            stream = client.generate(
+                token_ids=prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True
+            )
+            next(stream)
+            ttfts_s.append(time.perf_counter() - began_s)
+            for _ in stream:
+                pass
+        if index > 0:
+            for series, seconds in zip((direct_ms, alone_ms, streamed_ms), ttfts_s, strict=True):
+                series.append(seconds * 1000)
     direct_p50_ms = statistics.median(direct_ms)
     report.add(
         measurement="router adds to TTFT",
@@ -125,8 +126,12 @@ def main() -> None:
         with baton.Client(cluster.address, timeout_s=120) as client:
             for tokens in (32, 540, 1690):
                 measure_hand_off(client, tokens, args.rounds if tokens < 1000 else 10, report)
-            for tokens in (16, 128):
-                measure_router_overhead(client, prefill.address, tokens, args.rounds, report)
+            with grpc.secure_channel(
+                prefill.address, cluster.credentials.for_channel(), CHANNEL_OPTIONS
+            ) as channel:
+                worker = worker_pb2_grpc.PrefillWorkerStub(channel)
+                for tokens in (16, 128):
+                    measure_router_overhead(client, worker, tokens, args.rounds, report)
     report.save()
 
 

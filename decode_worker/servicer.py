@@ -6,13 +6,15 @@ import logging
 
 import grpc
 
-from baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from core.errors import UnavailableError
 from core.rpc.status import accept
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
 from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake
 from worker.peers import Peers
+
+_MAX_WARNED = 64  # names of workers that are remembered
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         self._engine = engine
         self._intake = intake
         self._peers = peers
-        self._computes_here = False  # the KV source of the last request was unknown
+        self._warned: set[str] = set()  # the unknown KV sources of which the log has told
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
         """Stream the tokens of one attempt as the engine samples them."""
@@ -39,7 +41,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
                 outputs = self._engine.generate(_engine_request(transfer_id, request, receive))
                 async with closing(outputs):
                     async for output in outputs:
-                        await context.write(_response(output))
+                        response = _response(output)
+                        if request.HasField("kv_source") and receive is None and output.kv:
+                            response.kv.outcome = inference_pb2.KV_OUTCOME_RECOMPUTED
+                        await context.write(response)
 
     async def _kv_receive(self, request: worker_pb2.DecodeRequest) -> KvReceive | None:
         """Return where the KV comes from. None: the engine computes the prompt."""
@@ -49,11 +54,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         try:
             addresses = await self._peers.kv_addresses(source.incarnation)
         except UnavailableError as error:  # a slower answer is better than none
-            if not self._computes_here:  # once, because it may concern each request
+            if source.worker_id not in self._warned:  # once, because it may concern each request
+                self._warned = {*[*self._warned][-_MAX_WARNED:], source.worker_id}
                 _log.warning("prompts of %s are computed here: %s", source.worker_id, error)
-            self._computes_here = True
             return None
-        self._computes_here = False
         return KvReceive(source.incarnation, addresses, source.forwards_first_token)
 
 

@@ -1,9 +1,9 @@
 """Protects ZeroMQ sockets with the cluster's secret: encryption and proof on both sides (CurveZMQ).
 
-All keys follow from the secret, which is never sent. In CurveZMQ a client must know the server's
-public key, and a server must own the matching secret key. So whoever lacks the secret can neither
-connect to a server nor pose as one, and reads nothing on the wire. libzmq drops such a peer before
-any of its messages reaches us.
+All keys follow from the secret, which no such connection carries. In CurveZMQ a client must know
+the server's public key, and a server must own the matching secret key. So whoever lacks the secret
+can neither connect to a server nor pose as one, and reads nothing on the wire. libzmq drops such a
+peer before any of its messages reaches us.
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ class RouterServer:
         self._serving: bool | None = None
         self._can_serve_now = False
         self._supervisor = Supervisor(self._update_serving)
+        self._stopped: asyncio.Task[None] | None = None
         self.workers: Workers | None = None
         self._dispatcher: Dispatcher | None = None
         self.handler: RequestHandler | None = None
@@ -135,16 +136,25 @@ class RouterServer:
         return port
 
     def check_health(self) -> None:
-        """Raise InternalError if this router should be replaced."""
-        if self._supervisor.has_given_up:
-            raise InternalError("a task of the router fails again and again; its log says why")
+        """Raise InternalError if this router should be replaced. It drains first."""
+        if self._supervisor.has_given_up and self._stopped is None:
+            logger.error("a task fails again and again; this router drains and will be replaced")
+            grace_s = self._config.cluster.stop_grace_s
+            self._stopped = asyncio.create_task(self._stop(grace_s))
+        if self._supervisor.has_given_up and self._stopped is not None and self._stopped.done():
+            raise InternalError("a task of the router failed again and again; its log says why")
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, give running ones ``grace_s`` to end, and end the rest. Idempotent.
+        """Refuse new requests, give running ones ``grace_s`` to end, and end the rest.
 
         Clients of ended requests get ROUTER_DRAINING. If there is a journal, they can resume at
-        another router.
+        another router. Later calls wait for the first.
         """
+        if self._stopped is None:
+            self._stopped = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopped)
+
+    async def _stop(self, grace_s: float) -> None:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             server, self._server = self._server, None

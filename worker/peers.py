@@ -23,9 +23,10 @@ class Peers:
     def __init__(self, registry: Registry, pool: Pool) -> None:
         self._registry = registry
         self._pool = pool
-        # By incarnation, oldest first. Workers that the registry has lost are remembered, because a
-        # restarted registry knows no worker until each has renewed its lease.
+        # By incarnation; those that were seen last are at the end. Workers that the registry has
+        # lost are remembered: a restarted registry knows no worker before it renews its lease.
         self._addresses: dict[str, tuple[str, ...]] = {}
+        self._reading: asyncio.Task[dict[str, tuple[str, ...]]] | None = None
 
     async def refresh(self) -> dict[str, tuple[str, ...]]:
         """Read the registry. Return the KV control addresses of each worker, by incarnation.
@@ -37,6 +38,7 @@ class Peers:
         """
         others = [each for each in await self._registry.list() if each.pool is not self._pool]
         for each in others:
+            self._addresses.pop(each.incarnation, None)  # the latest go to the end
             self._addresses[each.incarnation] = each.kv_addresses
         for incarnation in [*self._addresses][:-_MAX_REMEMBERED]:
             del self._addresses[incarnation]
@@ -53,9 +55,12 @@ class Peers:
             UnavailableError: no such worker was registered, or the registry does not answer.
         """
         if incarnation not in self._addresses:  # it may have started since the last read
+            # One read serves all requests that wait: the registry's client has few connections.
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self.refresh(), name="look up a worker")
             try:
                 async with asyncio.timeout(_LOOK_UP_S):
-                    await self.refresh()
+                    await asyncio.shield(self._reading)
             except TimeoutError:
                 raise UnavailableError("the registry does not answer") from None
         try:

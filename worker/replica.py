@@ -27,7 +27,7 @@ from grpc_health.v1.health import aio as health_aio
 from prometheus_client import start_http_server
 
 from core.config.schema import Config
-from core.errors import InternalError, UnavailableError, WorkerLostError
+from core.errors import InternalError, UnavailableError
 from core.model.resolve import ResolvedModel
 from core.net import host_port
 from core.rpc.credentials import ClusterCredentials
@@ -183,7 +183,7 @@ class WorkerReplica:
         await self._engine.check_health()
         await self._liveness.check()
         if self._supervisor.has_given_up:
-            raise WorkerLostError(f"a task of {self._id} fails again and again; its log says why")
+            self._drain_for_replacement("a task fails again and again")
 
     def _drain_for_replacement(self, reason: str) -> None:
         """Begin to drain and stop. Ray Serve then starts another worker in place of this one."""
@@ -314,11 +314,11 @@ class WorkerReplica:
         """Stop everything that ``start`` has started, also after a failed start."""
         if self._server is not None:
             await self._server.stop(_CANCEL_GRACE_S)
+        await self._supervisor.stop()  # its tasks use the engine and the registry
         await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
         # Cancel the ping after the engine has stopped: a health check then raises WorkerLostError
         # before it looks at the ping. While the engine runs, the check would raise CancelledError.
         await self._liveness.close()
-        await self._supervisor.stop()
         await self._try_update(self._registry.remove(self._id))
         await self._registry.close()
 

@@ -72,6 +72,7 @@ class Cluster:
         self._stack = ExitStack()  # undoes the steps of start, the last one first
         self._drainer = Drainer(progress)
         self._loop = LoopThread()
+        self.credentials = ClusterCredentials.create()
         self._run: RunDir | None = None
         self._valkey: EmbeddedValkey | None = None
         self._runtime: RayRuntime | None = None
@@ -299,7 +300,7 @@ class Cluster:
             self.config,
             model,
             store,
-            credentials=ClusterCredentials.create(),
+            credentials=self.credentials,
             cuda=runtime.has_cuda(),
         )
         runtime.deploy(app)

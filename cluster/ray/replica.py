@@ -16,6 +16,8 @@ from ray.serve._private import replica as serve_replica
 from core.config.schema import Config
 from core.net import bracketed, is_loopback
 
+logger = logging.getLogger(__name__)
+
 
 def local_slot() -> int:
     """Return this replica's index among its deployment's replicas on this machine, from 0.
@@ -59,8 +61,9 @@ def drain_on_sigterm(drain: Callable[[], Awaitable[None]]) -> None:
     async def drain_and_end() -> None:
         try:
             await drain()
-        finally:
-            os._exit(0)  # Serve then starts another replica
+        except Exception:
+            logger.exception("draining failed")
+        os._exit(0)  # Serve then starts another replica
 
     def on_sigterm(message: str, exit_code: int = 0) -> None:
         nonlocal draining

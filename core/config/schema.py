@@ -253,8 +253,8 @@ class RouterConfig(_Section):
     journal_max_bytes: Size = Field(
         default=ByteSize(64 * MIB),
         description="Memory of the store that the journal may take, in bytes. If it is full, "
-        "complete requests are dropped first. After that, further requests run but cannot be "
-        "resumed.",
+        "complete requests are dropped first, then those that do not fit. A running request goes "
+        "on, but cannot be resumed.",
     )
     journal_patience_s: Seconds = Field(
         default=0.05,

@@ -1,4 +1,7 @@
-"""What the processes of one cluster prove to each other. Only they get it, and it is never sent."""
+"""The credentials with which the processes of one cluster prove that they belong to it.
+
+Ray hands them to routers and workers. No connection of ours carries the key or the secret.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class ControlServer:
                     self._handle(routing_id, message)
             except ProtocolError as error:
                 self._bad_frames += 1
-                if self._bad_frames == 1:  # a stranger must not fill the log
+                if self._bad_frames == 1:  # a defective peer must not fill the log
                     logger.warning("KV control message dropped: %s", error)
             except Exception:  # a defect of ours; it costs this message and is logged
                 logger.exception("KV control message failed")

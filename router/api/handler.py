@@ -155,8 +155,11 @@ class RequestHandler:
         self, request: inference_pb2.ResumeRequest, deadline_s: float | None, sink: ResponseSink
     ) -> None:
         """Serve the rest of a request whose stream broke. See ``generate`` for the arguments."""
+        # The journal's lease decides whether the request is being served. Its id must not: it may
+        # be guessed, and the token has not been checked yet.
+        key = f"{request.request_id}~{uuid.uuid4().hex}"
         await self._serve(
-            request.request_id, deadline_s, sink, lambda call: self._resume(request, call)
+            request.request_id, deadline_s, sink, lambda call: self._resume(request, call), key
         )
 
     def close(self) -> None:
@@ -178,11 +181,12 @@ class RequestHandler:
         deadline_s: float | None,
         sink: ResponseSink,
         work: Callable[[_Call], Awaitable[None]],
+        key: str | None = None,
     ) -> None:
         """Do the work by the deadline. Every failure becomes a BatonError with the request's id."""
         try:
             check_request_id(request_id)
-            with self._tracked(request_id):
+            with self._tracked(request_id, key or request_id):
                 call = self._call(request_id, deadline_s, sink)
                 try:
                     async with asyncio.timeout_at(call.deadline_s):
@@ -292,14 +296,14 @@ class RequestHandler:
         return checked.prompt.token_ids
 
     @contextlib.contextmanager
-    def _tracked(self, request_id: str) -> Iterator[None]:
+    def _tracked(self, request_id: str, key: str) -> Iterator[None]:
         """Count the request as in flight during the block.
 
         The number of requests in flight is bounded. Requests that are being tokenised count, too.
         """
         if not self._open:
             raise _draining()
-        if request_id in self._in_flight:
+        if key in self._in_flight:
             raise AlreadyExistsError(
                 f"request_id {request_id!r} is in flight", retry_after_s=MIN_RETRY_AFTER_S
             )
@@ -309,7 +313,7 @@ class RequestHandler:
                 reason=FULL,
                 retry_after_s=MIN_RETRY_AFTER_S,
             )
-        with self._in_flight.track(request_id):
+        with self._in_flight.track(key):
             yield
 
 

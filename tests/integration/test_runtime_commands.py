@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import baton
 from cluster.local import reaper
@@ -34,6 +36,17 @@ def test_a_request_goes_through_both_pools(cluster: FakeEngineCluster) -> None:
     }
     assert answer.phases.kv is not None
     assert answer.phases.kv.outcome is baton.KvOutcome.TRANSFERRED
+
+
+@pytest.mark.usefixtures("one_of_each")
+def test_workers_serve_no_stranger(cluster: FakeEngineCluster) -> None:
+    for worker in cluster.workers():
+        with grpc.insecure_channel(worker["address"]) as channel:
+            with pytest.raises(grpc.RpcError) as caught:
+                health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest(), timeout=10
+                )
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.usefixtures("one_of_each")

@@ -38,7 +38,7 @@ def test_a_stream_goes_on_when_its_router_is_killed(cluster: FakeEngineCluster) 
 @pytest.mark.usefixtures("two_of_each")
 @pytest.mark.parametrize("deployment", ["Router", "DecodeWorker", "PrefillWorker"])
 def test_sigterm_drains_a_process(cluster: FakeEngineCluster, deployment: str) -> None:
-    """As Kubernetes ends a pod, for example."""
+    """The streams end without an interruption. Then the process ends and is replaced."""
     interruptions: list[baton.BatonError] = []
     with baton.Client(
         cluster.state.address,

@@ -159,13 +159,15 @@ class Stranger:
     """A peer that sends control messages to a prefill rank, but never joins a process group.
 
     Args:
-        secret: if it is not the cluster's, no message of this peer reaches the prefill rank.
+        secret: if it is not the cluster's, no message of this peer reaches the prefill rank. None:
+            this peer does not even try CurveZMQ.
     """
 
-    def __init__(self, address: str, secret: str = OPTIONS.secret) -> None:
+    def __init__(self, address: str, secret: str | None = OPTIONS.secret) -> None:
         self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.LINGER, 0)
-        protect_client(self._dealer, secret)
+        if secret is not None:
+            protect_client(self._dealer, secret)
         self._dealer.connect(address)
         self._store = host_store("127.0.0.1", 5)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import pickle
 import socket
-from typing import Any
+import threading
+from typing import Any, Self
 
 import psutil
 import pytest
+from zmq.utils import z85
 
-from kv_transfer import wire
+from kv_transfer import curve, wire
 from tests.support.kv_faults import (
     DecodeEnd,
     PrefillEnd,
@@ -61,9 +63,10 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def test_without_the_secret_no_message_arrives() -> None:
+@pytest.mark.parametrize("secret", ["guess", None])
+def test_without_the_secret_no_message_arrives(secret: str | None) -> None:
     """CVE-2025-47277. Both sides prove that they have the cluster's secret, without sending it."""
-    with ends() as (prefill, decode), Stranger(prefill.server.address, "guess") as stranger:
+    with ends() as (prefill, decode), Stranger(prefill.server.address, secret) as stranger:
         decode.reserve(prefill, "a#1", [30], 0, 9)
         wait_until(lambda: prefill.server.transfers.waiting, what="the reservation has arrived")
         stranger.hello()
@@ -75,27 +78,57 @@ def test_without_the_secret_no_message_arrives() -> None:
         assert decode.result("a#1").complete
 
 
-def test_the_secret_is_never_sent() -> None:
-    """Whoever listens at a prefill worker's address learns nothing that helps."""
-    heard = b""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        with Stranger(address) as decode:
+def test_no_key_is_ever_sent() -> None:
+    """Whoever knew the server's public key could pass for a member, and so it is secret, too."""
+    with ends(pair_timeout_s=2) as (prefill, _), Recorder(prefill.server.address) as recorder:
+        with Stranger(recorder.address) as decode:
             decode.hello()
-            connection, _ = listener.accept()
-            with connection:
-                connection.settimeout(0.5)
-                # A greeting of ZMTP 3 for CURVE, so that the client says what it can.
-                greeting = (
-                    b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + b"\x01"
-                )
-                connection.sendall(greeting.ljust(64, b"\0"))
-                with contextlib.suppress(TimeoutError):
-                    while data := connection.recv(65536):
-                        heard += data
-    assert b"HELLO" in heard, "the client has begun the handshake"
-    assert OPTIONS.secret.encode() not in heard
-    assert b"stranger" not in heard, "no message is sent before the server's proof"
+            assert isinstance(decode.receive(), wire.Welcome)
+        heard = bytes(recorder.heard)
+    assert b"CURVE" in heard
+    assert b"READY" in heard, "the handshake is complete"
+    assert b"stranger" not in heard, "messages are encrypted"
+    keys = [curve._keys(OPTIONS.secret, role) for role in ("server", "client")]
+    private = [keys[0].public, keys[0].secret, keys[1].secret]
+    for known in (OPTIONS.secret.encode(), *private, *map(z85.decode, private)):
+        assert known not in heard
+
+
+class Recorder:
+    """Passes the bytes of one connection on to a server, and keeps all of them."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.removeprefix("tcp://").rpartition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.heard = bytearray()
+        self._threads = [threading.Thread(target=self._relay)]
+
+    def _relay(self) -> None:
+        near, _ = self._listener.accept()
+        far = socket.create_connection(self._target)
+        back = threading.Thread(target=self._copy, args=(far, near))
+        back.start()
+        self._copy(near, far)
+        back.join()
+        near.close()
+        far.close()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.heard += data
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads[0].join()
+        self._listener.close()
 
 
 def test_messages_need_an_earlier_hello() -> None:

@@ -15,12 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from core.config.schema import Config
 from core.errors import WORKER_DRAINING, WorkerLostError
+from core.rpc.credentials import ClusterCredentials
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
 from engine.fake import FakeEngine, FakeLatency
 from engine.protocol import EngineOutput, EngineRequest
 from prefill_worker.servicer import add_prefill_service
+from router.workers.client import WorkerClient
 from tests.support.waiting import until, until_awaited
 from worker.replica import WorkerReplica
 
@@ -57,7 +59,14 @@ class WatchedRegistry(MemoryRegistry):
 class Setup:
     """A prefill worker. ``async with`` starts and stops it; the test may stop it earlier."""
 
-    def __init__(self, *, poll_s: float = 0.01, transfer_ms: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        poll_s: float = 0.01,
+        transfer_ms: float = 0.0,
+        credentials: ClusterCredentials | None = None,
+    ) -> None:
+        self.credentials = credentials
         self.config = Config.model_validate({"router": {"registry_poll_s": poll_s}})
         latency = FakeLatency(0, 0, transfer_ms)
         self.registry = WatchedRegistry()
@@ -73,11 +82,12 @@ class Setup:
             registry=self.registry,
             add_service=add_prefill_service,
             incarnation="i",
-            credentials=None,
+            credentials=self.credentials,
         )
 
     async def __aenter__(self) -> Self:
         record = await self.replica.start()
+        self.address = record.address
         self.channel = grpc.aio.insecure_channel(record.address)
         self.stub: Any = worker_pb2_grpc.PrefillWorkerStub(self.channel)
         return self
@@ -95,6 +105,33 @@ class Setup:
         )
         response: worker_pb2.PrefillResponse = await self.stub.Prefill(request)
         return response
+
+
+async def test_a_worker_serves_only_members_of_its_cluster() -> None:
+    ours = ClusterCredentials.create()
+    async with Setup(credentials=ours) as worker:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await worker.prefill("from a stranger")
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        client = WorkerClient(
+            worker.address,
+            credentials=ours,
+            connect_timeout_s=10,
+            max_message_bytes=2**20,
+            silence_s=60,
+        )
+        assert await client.connected()
+        await client.release(worker_pb2.TransferKey(request_id="r", attempt=1), 10)
+        await client.close()
+        stranger = WorkerClient(
+            worker.address,
+            credentials=ClusterCredentials.create(),
+            connect_timeout_s=10,
+            max_message_bytes=2**20,
+            silence_s=60,
+        )
+        assert not await stranger.connected()
+        await stranger.close()
 
 
 async def test_a_draining_worker_admits_requests_until_routers_have_seen_the_drain() -> None:
