@@ -124,6 +124,12 @@ def build_request(
         raise InvalidArgumentError(
             "give exactly one of prompt, messages and token_ids", reason="INVALID_INPUT"
         )
+    parse_special = fields.pop("parse_special_tokens", None)
+    if parse_special is not None and messages is None:
+        raise InvalidArgumentError(
+            "parse_special_tokens is only for messages; a prompt is tokenised unchanged",
+            reason="INVALID_INPUT",
+        )
     request = pb.GenerateRequest()
     _set_field(request, "request_id", fields.pop("request_id", None))
     _set_field(request, "model", fields.pop("model", None))
@@ -131,7 +137,7 @@ def build_request(
     _set_field(request, "prompt", prompt)
     if messages is not None:
         request.chat.SetInParent()  # an empty list still selects this input
-        _set_field(request.chat, "parse_special_tokens", fields.get("parse_special_tokens"))
+        _set_field(request.chat, "parse_special_tokens", parse_special)
         for message in messages:
             role, content = _role_and_content(message)
             chat_message = request.chat.messages.add()
@@ -141,7 +147,6 @@ def build_request(
         request.token_ids.SetInParent()
         _set_field(request.token_ids, "ids", token_ids)
 
-    fields.pop("parse_special_tokens", None)
     sampling = fields.pop("sampling", None) or SamplingParams()
     changes: dict[str, Any] = dict(fields)  # only fields of SamplingParams are left
     sampling = replace(sampling, **changes)
@@ -221,8 +226,8 @@ class Resumption:
         """Return how long to wait before the next ``Resume``, in seconds.
 
         Args:
-            received: number of responses so far. A stream without a response is not resumed: the
-                caller loses nothing by sending the request again.
+            received: number of responses after which the stream can be resumed. A stream without a
+                response is not resumed: the caller loses nothing by sending the request again.
 
         Raises:
             BatonError: the stream cannot be resumed. The error is the one that first broke the
@@ -273,6 +278,11 @@ class StreamReader:
         self.received += 1
         self._finished = message.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         return _response(message)
+
+    @property
+    def resumable(self) -> int:
+        """Number of responses after which the stream can be resumed; 0 if it cannot."""
+        return self.received if self._resume_token else 0
 
     def resume_request(self) -> pb.ResumeRequest:
         """Return the message that asks for the responses after the last one received."""

@@ -214,7 +214,7 @@ class AsyncResponseStream(AsyncIterator[Response]):
 
     async def _reopen(self, error: BatonError) -> None:
         """Wait, then ask for the rest of the stream. Raise BatonError if it cannot be resumed."""
-        wait_s = self._resumption.wait_s(error, self._reader.received, time.monotonic())
+        wait_s = self._resumption.wait_s(error, self._reader.resumable, time.monotonic())
         await asyncio.sleep(wait_s)
         if self._closed:
             raise error

@@ -205,7 +205,7 @@ class ResponseStream(Iterator[Response]):
 
     def _reopen(self, error: BatonError) -> None:
         """Wait, then ask for the rest of the stream. Raise BatonError if it cannot be resumed."""
-        wait_s = self._resumption.wait_s(error, self._reader.received, time.monotonic())
+        wait_s = self._resumption.wait_s(error, self._reader.resumable, time.monotonic())
         if self._closed.wait(wait_s):
             raise error
         timeout_s = self._resumption.remaining_s(time.monotonic())

@@ -2,7 +2,7 @@
 
     baton:{cluster}:journal:{request id}         string: writer, resume token, then the content;
                                                  expires ttl_s after the last change
-    baton:{cluster}:journal:{request id}:lease   the writer; exists while the writer serves the
+    baton:{cluster}:journal-lease:{request id}   the writer; exists while the writer serves the
                                                  request; expires lease_s after the last change
     baton:{cluster}:journal-expiry               sorted set: request ids by the time of expiry
     baton:{cluster}:journal-complete             the same, of complete requests only
@@ -18,7 +18,9 @@ entries of complete requests, the oldest first. If it still does not fit, its ow
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,13 +34,14 @@ TOKEN_CHARS = 32  # length of a resume token, likewise
 
 # Upper bound on the memory of an entry's keys and of its places in the three indexes, in bytes.
 _ENTRY_BYTES = 1536
-# A server reserves up to twice the length of a string that grows.
-_CONTENT_FACTOR = 2
+# A server reserves up to twice the length of a string that grows, and its allocator a quarter more.
+_CONTENT_FACTOR = 2.5
+_TAKES_AT_A_TIME = 3  # fewer than the connections of a client, so that further ones wait
 
 
 def memory_bytes(content_bytes: int) -> int:
     """Return an upper bound on a server's memory for an entry with so much content."""
-    return _ENTRY_BYTES + _CONTENT_FACTOR * content_bytes
+    return _ENTRY_BYTES + math.ceil(_CONTENT_FACTOR * content_bytes)
 
 
 class Written(enum.IntEnum):
@@ -127,7 +130,8 @@ local function write(entry, lease, id, writer, token, mode, after, offset, data)
 
   if mode ~= 'append' then length = 0 end
   redis.call('ZREM', complete, id)
-  local total = account(id, {_ENTRY_BYTES} + {_CONTENT_FACTOR} * math.max(length, offset + #data))
+  local size = math.ceil({_CONTENT_FACTOR} * math.max(length, offset + #data))
+  local total = account(id, {_ENTRY_BYTES} + size)
   while total > budget do
     local oldest = redis.call('ZRANGE', complete, 0, 0)[1]
     if not oldest then
@@ -300,6 +304,9 @@ class RedisJournal:
         socket_timeout_s: float,
     ) -> None:
         self._client = RedisClient(url, socket_timeout_s=socket_timeout_s)
+        # Apart, so that many resumes at the same time take no connection from the writes.
+        self._take_client = RedisClient(url, socket_timeout_s=socket_timeout_s)
+        self._take_slots = asyncio.Semaphore(_TAKES_AT_A_TIME)
         self._prefix = f"baton:{cluster}:journal"
         self._lease_ms = round(lease_s * 1000)
         self._ttl_ms = round(ttl_s * 1000)
@@ -319,15 +326,16 @@ class RedisJournal:
     async def take(self, request_id: str, writer: str, token: str) -> bytes | Written:
         """See ``JournalStore``."""
         keys = *self._keys(request_id), f"{self._prefix}-complete"
-        (answer,) = await self._client.execute(
-            ("EVAL", _TAKE, 3, *keys, request_id, writer, self._lease_ms, token)
-        )
+        async with self._take_slots:
+            (answer,) = await self._take_client.execute(
+                ("EVAL", _TAKE, 3, *keys, request_id, writer, self._lease_ms, token)
+            )
         return Written(answer) if isinstance(answer, int) else bytes(answer)
 
     async def close(self) -> None:
         """See ``JournalStore``."""
         await self._client.close()
+        await self._take_client.close()
 
     def _keys(self, request_id: str) -> tuple[str, str]:
-        entry = f"{self._prefix}:{request_id}"
-        return entry, entry + ":lease"
+        return f"{self._prefix}:{request_id}", f"{self._prefix}-lease:{request_id}"

@@ -19,9 +19,9 @@ from router.admission.policy import (
 )
 from router.request import shown
 
-# How far behind a request that does not fit another one is sought. Each look asks the placement.
+# How many requests behind one that does not fit are tried. Each try asks the placement.
 _LOOK_AHEAD_REQUESTS = 16
-_MAX_PASSED = 32  # most requests that pass one that does not fit; then workers are kept for it
+_MAX_PASSED = 32  # how many of them may pass it, before capacity is kept for it
 
 
 class Permit(Protocol):
@@ -40,6 +40,7 @@ Acquire = Callable[[], P | None]
 class _Waiter(Generic[P]):
     def __init__(self, acquire: Acquire[P]) -> None:
         self.acquire = acquire
+        self.passed = 0  # how many requests have started before this one, which was next
         self.granted: asyncio.Future[P] = asyncio.get_running_loop().create_future()
 
 
@@ -55,8 +56,6 @@ class AdmissionGate:
         self._clock = clock
         self._mean_run_s = 0.0  # smoothed over the latest requests; 0 if unknown
         self._queues: Queues[_Waiter[Any]] = Queues(limits.classes)
-        self._passed_head: _Waiter[Any] | None = None
-        self._passed = 0  # how many requests have passed this head
         self.running = 0
 
     @property
@@ -146,9 +145,7 @@ class AdmissionGate:
         Otherwise, one long request would leave workers idle. Each head is passed by at most
         ``_MAX_PASSED`` requests, so it does not starve.
         """
-        if self._passed_head is not head:
-            self._passed_head, self._passed = head, 0
-        if self._passed >= _MAX_PASSED:
+        if head.passed >= _MAX_PASSED:
             return False
         for request, waiter in self._queues.after_next(_LOOK_AHEAD_REQUESTS):
             if decide_dispatch(request, self._clock()) is not None:
@@ -158,7 +155,7 @@ class AdmissionGate:
             except BatonError:
                 continue  # likewise
             if permit is not None:
-                self._passed += 1
+                head.passed += 1
                 self._grant(waiter, permit)
                 return True
         return False

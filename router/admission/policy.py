@@ -186,8 +186,10 @@ class Queues(Generic[T]):
         for queue in self._queues.values():
             for place, (_, _, request, each) in enumerate(queue.entries):
                 if each is item:
+                    # A request that passes others must not move the start of idle classes.
+                    filled = [other for other in self._queues.values() if other.entries]
+                    self._latest_charge = min(other.charged for other in filled)
                     del queue.entries[place]
-                    self._latest_charge = queue.charged
                     queue.charged += request.cost / queue.limits.weight
                     return
         raise AssertionError("the request does not wait")

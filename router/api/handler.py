@@ -248,7 +248,6 @@ class RequestHandler:
             wanted = AdmissionRequest(
                 self.admission.class_of(journaled.request.service_class),
                 call.deadline_s,
-                service_s=self._dispatcher.service_s(ready),
                 cost=len(ready.prompt),
             )
             # The request has been admitted before, so it takes no permit for room on the workers.
@@ -275,6 +274,7 @@ class RequestHandler:
         for batch in batches_of(journaled):
             progress.token_ids.extend(batch.token_ids)
             more = await answer.emit(batch)
+        entry.is_complete = not more
         if answer.next_sequence < first:
             raise NotFoundError(
                 f"response {first - 1} of {call.request_id!r} is not in the journal",
@@ -341,6 +341,8 @@ def _journaled_request(
 def _journaled(entry: Entry, answer: Answer) -> Emit:
     async def emit(batch: TokenBatch) -> bool:
         await entry.add(batch)
-        return await answer.emit(batch)
+        more = await answer.emit(batch)
+        entry.is_complete = not more  # also at a stop string, which only the router knows
+        return more
 
     return emit

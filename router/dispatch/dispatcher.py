@@ -163,13 +163,14 @@ class Dispatcher:
 
     async def _run(self, progress: Progress, emit: Emit, permit: PlacementPermit | None) -> None:
         retries = Retries(self._settings.retries, progress.lost_attempts)
-        if retries.is_over:
-            raise UnavailableError(
-                f"the request has lost {retries.lost_attempts} workers (router.max_attempts)",
-                reason="TOO_MANY_ATTEMPTS",
-            )
         facts: PlacementFacts | None = None
         while progress.remaining_tokens > 0:
+            if retries.is_over:  # at another router, before a resume
+                raise UnavailableError(
+                    f"{retries.lost_attempts} attempts at this request have failed "
+                    "(router.max_attempts)",
+                    reason="TOO_MANY_ATTEMPTS",
+                )
             permit = permit or await self._place(facts or self._facts(progress), retries)
             progress.attempts += 1
             try:

@@ -64,6 +64,9 @@ class Entry:
         token: the secret that a client must show to resume the request.
         is_dropped: the journal was full, so nothing more is written.
         refusal: why the request must end at this router; None if it may go on.
+        is_complete: the request has ended, so its entry is the first to make room.
+        is_served: this router serves the request, and renews its lease.
+        last_try: if the next write fails, too, the entry is given up.
     """
 
     def __init__(self, journal: Journal, request_id: str, token: str) -> None:
@@ -76,8 +79,9 @@ class Entry:
         self._content = bytearray()
         self._sent = 0  # bytes of the content that the store has, or that are being written
         self._mode = Mode.BEGIN
-        self._is_complete = False
-        self._is_served = True
+        self.is_complete = False
+        self.is_served = True
+        self.last_try = False
         self._was_sent = False  # since the latest call of ``is_idle``
         self._latest_write: asyncio.Future[None] | None = None
 
@@ -99,7 +103,7 @@ class Entry:
                 it.
             CancelledError: another router has resumed the request.
         """
-        self._is_complete = batch.finish_reason != UNFINISHED
+        self.is_complete = batch.finish_reason != UNFINISHED
         record = journal_pb2.JournalBatch(
             token_ids=batch.token_ids, logprobs=batch.logprobs, finish_reason=batch.finish_reason
         )
@@ -128,7 +132,7 @@ class Entry:
 
     def leave(self) -> asyncio.Future[None]:
         """Give the lease up, because this router no longer serves the request."""
-        self._is_served = False
+        self.is_served = False
         return self._journal.flush(self)
 
     def is_idle(self) -> bool:
@@ -140,7 +144,7 @@ class Entry:
         """Return everything that the store lacks. A change without data renews the lease."""
         offset, self._sent = self._sent, len(self._content)
         self._was_sent = True
-        left = After.COMPLETE if self._is_complete else After.RELEASED
+        left = After.COMPLETE if self.is_complete else After.RELEASED
         return Change(
             self.request_id,
             self.writer,
@@ -148,7 +152,7 @@ class Entry:
             data=bytes(self._content[offset:]),
             offset=offset,
             mode=self._mode,
-            after=After.SERVED if self._is_served else left,
+            after=After.SERVED if self.is_served else left,
         )
 
     def answered(self, change: Change, answer: Written) -> None:
@@ -188,7 +192,6 @@ class Journal:
         self._changed: dict[Entry, None] = {}  # in order; written next
         self._written: asyncio.Future[None] | None = None  # the next write
         self._wake = asyncio.Event()
-        self._closing = False
         self._store_failed = False
         self._warned_s = float("-inf")
         self.counters = JournalCounters()
@@ -200,7 +203,6 @@ class Journal:
 
     async def close(self) -> None:
         """Write what has changed and disconnect. Idempotent. Call after the supervisor's stop."""
-        self._closing = True
         while self._changed:
             await self._write_changed()
         await self._store.close()
@@ -230,7 +232,12 @@ class Journal:
             UnavailableError: the store does not answer.
         """
         entry = Entry(self, request_id, token)
-        content = await self._store.take(request_id, entry.writer, token)
+        try:
+            content = await self._store.take(request_id, entry.writer, token)
+        except BaseException:  # the store may have given us the lease
+            entry.taken_over(b"")
+            entry.leave()
+            raise
         if content is Written.TAKEN:
             raise _in_flight_error(request_id, self._settings.lease_s)
         if isinstance(content, Written):
@@ -256,8 +263,9 @@ class Journal:
     def flush(self, entry: Entry) -> asyncio.Future[None]:
         """Write an entry soon. The result is done when the store has answered, or has failed."""
         loop = asyncio.get_running_loop()
-        if not entry.is_written or (self._store_failed and not self._closing):
-            # While the store fails, only the renewal of leases tries to write.
+        if not entry.is_written or (self._store_failed and entry.is_served):
+            # While the store fails, only the renewal of leases tries to write. An entry that is
+            # left gets one more try.
             done: asyncio.Future[None] = loop.create_future()
             done.set_result(None)
             return done
@@ -294,7 +302,8 @@ class Journal:
             await self._write_changed()
 
     async def _write_changed(self) -> None:
-        entries, self._changed = [*self._changed], {}
+        entries = [entry for entry in self._changed if entry.is_written]
+        self._changed = {}
         written, self._written = self._written, None
         try:
             if entries:
@@ -316,8 +325,13 @@ class Journal:
             if not self._store_failed:
                 logger.warning("journal failed; requests go on without it: %s", error.message)
             self._store_failed = True
-            for entry in self._entries:
+            for entry in {*self._entries, *entries, *self._changed}:
                 entry.must_restore()
+            for entry in entries:
+                # The renewal of leases no longer writes an entry that was left: try once more.
+                if not entry.is_served and not entry.last_try:
+                    entry.last_try = True
+                    self._changed[entry] = None
             return
         if self._store_failed:
             logger.warning("journal works again")
@@ -326,7 +340,7 @@ class Journal:
             entry.answered(change, answer)
             if answer is Written.DONE and change.mode is Mode.RESTORE:
                 self.counters.restored += 1
-            elif answer is Written.GONE and entry in self._entries:
+            elif answer is Written.GONE:
                 self.flush(entry)
             elif answer is Written.FULL:
                 self._note_full()

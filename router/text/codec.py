@@ -71,6 +71,7 @@ class TextCodec:
     Args:
         render_chat: renders a chat as the text of the prompt, including special tokens. Raises
             ``InvalidArgumentError`` if the model has no template or the template refuses the turns.
+        template: the source of the chat template; empty if the model has none.
         threads: how many prompts are tokenised at a time. One more thread tokenises prompts of
             over ``LONG_CHARS`` characters.
     """
@@ -81,12 +82,15 @@ class TextCodec:
         tokenizer: tokenizers.Tokenizer,
         render_chat: ChatRenderer,
         *,
+        template: str = "",
         threads: int = 1,
     ) -> None:
         self.model = model
         self._tokenizer = tokenizer
         self._render_chat = render_chat
-        self._special = SpecialTokens(tokenizer)
+        self._special = SpecialTokens(tokenizer, template)
+        if template:
+            self._special.prepare()
         self._short = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
 
@@ -207,7 +211,10 @@ def load_text_codec(
         int(text_config.vocab_size),
         _sampling_defaults(name),
     )
-    return TextCodec(facts, backend, _template_of(tokenizer), threads=threads)
+    template = getattr(tokenizer, "chat_template", None) or ""
+    if isinstance(template, dict):  # named templates
+        template = "\n".join(template.values())
+    return TextCodec(facts, backend, _template_of(tokenizer), template=template, threads=threads)
 
 
 def _sampling_defaults(name: str) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """Reads the special tokens that a chat template writes, but none in the text of its messages.
 
+A token counts as special if the tokeniser says so, or if its string occurs in the template: some
+models mark the turns with tokens that are only "added".
+
 A user may write ``<|im_end|>`` and so on. If it were read as a special token, the user could forge
 turns of the system or of the assistant. A message that contains a special token's string takes this
 way; all other messages are tokenised as usual::
@@ -20,6 +23,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 
@@ -29,15 +33,27 @@ _MARKS = [chr(code) for code in range(0xF0000, 0xF0100)]
 
 
 class SpecialTokens:
-    """The special tokens of one tokeniser. Thread-safe."""
+    """The special tokens of one tokeniser. Thread-safe.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    Args:
+        template: the model's chat template.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, template: str = "") -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        special = {token.content: token_id for token_id, token in added.items() if token.special}
-        self._ids = {text: special[text] for text in sorted(special, key=len, reverse=True)}
-        self._pattern = re.compile("|".join(map(re.escape, self._ids)) or r"(?!)")
-        self._any_normalized = any(token.special and token.normalized for token in added.values())
+        special = {
+            token_id: token
+            for token_id, token in added.items()
+            if token.special or (token.content.strip() and token.content in template)
+        }
+        self._ids = {token.content: token_id for token_id, token in special.items()}
+        self._pattern = re.compile(_any_of(self._ids))
+        self._any_normalized = any(token.normalized for token in special.values())
+
+    def prepare(self) -> None:
+        """Build the encoder now. It takes up to seconds and would delay the first request."""
+        _ = self._secret
 
     def are_in(self, text: str) -> bool:
         """Return whether the tokeniser could read a special token in ``text``."""
@@ -94,3 +110,25 @@ class SpecialTokens:
         encoder = tokenizers.Tokenizer.from_str(json.dumps(settings))
         assert all(encoder.token_to_id(names[text]) == id_ for text, id_ in self._ids.items())
         return names, encoder
+
+
+def _any_of(strings: Iterable[str]) -> str:
+    """Return a pattern that matches each of ``strings``, the longest one first.
+
+    It branches at each character. A plain alternation would try hundreds of strings with the same
+    beginning at each place of a text.
+    """
+    root: dict[str, Any] = {}
+    for string in strings:
+        node = root
+        for char in string:
+            node = node.setdefault(char, {})
+        node[""] = {}
+
+    def pattern(node: dict[str, Any]) -> str:
+        branches = [re.escape(char) + pattern(node[char]) for char in node if char]
+        if not branches:
+            return ""
+        return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}"
+
+    return pattern(root) or r"(?!)"

@@ -209,6 +209,24 @@ async def test_workers_lost_before_a_resume_count_as_attempts() -> None:
         assert sum(len(each.requests) for each in decode) == before + 1
 
 
+async def test_a_request_that_ended_at_a_stop_string_is_complete() -> None:
+    """Complete entries make room first. The worker has not finished this request."""
+    journal = MemoryJournal(lease_s=3600)
+    async with RouterHarness(
+        prefill=[FakePrefill()], decode=[FakeDecode()], journal=journal
+    ) as router:
+        call = router.call(
+            request_id="r",
+            token_ids={"ids": [3]},
+            sampling={"max_tokens": LENGTH, "stop": ["e", "a", "o", "t"]},
+        )
+        responses = [response async for response in call]
+        assert responses[-1].finish_reason == inference_pb2.FINISH_REASON_STOP
+        assert router.server.handler is not None
+        await router.server.handler.drained()
+    assert journal.entries["r"].is_complete
+
+
 async def test_only_the_client_of_a_request_can_resume_it() -> None:
     """Request ids are chosen by clients, so they can be guessed."""
     unknown = (grpc.StatusCode.NOT_FOUND, "NOT_RESUMABLE")

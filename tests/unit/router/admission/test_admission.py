@@ -253,6 +253,42 @@ async def test_a_request_that_does_not_fit_leaves_room_to_others_for_a_while() -
     assert harness.order[-2:] == ["big", "late"]
 
 
+async def test_requests_of_two_classes_in_front_do_not_starve_each_other() -> None:
+    classes = {name: ClassLimits(1, 1000, 30) for name in "ab"}
+    harness = GateHarness(AdmissionLimits(1000, classes), places=10)
+    ends: list[asyncio.Event] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    def start(name: str, service_class: str, needs: int) -> None:
+        end = asyncio.Event()
+
+        async def run() -> None:
+            wanted = AdmissionRequest(service_class, FAR_S)
+            async with harness.gate.admit(wanted, functools.partial(harness.acquire, needs)):
+                harness.order.append(name)
+                await end.wait()
+
+        ends.append(end)
+        tasks.append(asyncio.create_task(run()))
+
+    start("long-lived", "a", 5)
+    await turns()
+    for service_class in "ab":
+        start(f"big {service_class}", service_class, 10)
+        await turns()
+    for number in range(4 * _MAX_PASSED):
+        start("small", "ab"[number % 2], 1)
+        await turns()
+        if harness.order[-1] == "small":
+            ends[-1].set()
+            await turns()
+    assert harness.order.count("small") <= 2 * _MAX_PASSED
+    for end in ends:
+        end.set()
+    await asyncio.gather(*tasks)
+    assert {"big a", "big b"} < set(harness.order)
+
+
 async def test_when_the_request_in_front_gives_up_the_next_one_runs() -> None:
     harness = GateHarness(one_class(1000, 1000, 30), places=1)
     first, end = harness.start("first")
@@ -297,7 +333,8 @@ def test_no_worker_idles_and_no_request_starves(seed: int) -> None:
             tasks.append(asyncio.create_task(live(f"r{number}")))
             await elapse(rng.choice((0, 0.1, 0.5)))
             queues = harness.gate._queues
-            if queues.peek() and harness.gate._passed < _MAX_PASSED:
+            head = queues.peek()
+            if head is not None and head[1].passed < _MAX_PASSED:
                 waiting = [
                     cast(functools.partial[Any], waiter.acquire).args[0]
                     for _, waiter in queues.after_next(16)

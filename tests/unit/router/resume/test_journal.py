@@ -10,7 +10,7 @@ from typing import Protocol
 import pytest
 
 from baton.v1 import inference_pb2
-from core.errors import AlreadyExistsError, CancelledError
+from core.errors import AlreadyExistsError, CancelledError, UnavailableError
 from core.state.journal import After, Change, JournalStore, MemoryJournal, Written
 from core.tasks import Supervisor
 from router.request import UNFINISHED, TokenBatch
@@ -37,6 +37,7 @@ class Store(MemoryJournal):
         self.writes: list[list[Change]] = []
         self.open = asyncio.Event()
         self.open.set()
+        self.failures = 0  # how many of the next writes fail
 
     def token(self) -> str:
         """The resume token of the request "r"."""
@@ -45,6 +46,9 @@ class Store(MemoryJournal):
     async def write(self, changes: Sequence[Change]) -> list[Written]:
         self.writes.append(list(changes))
         await self.open.wait()
+        if self.failures:
+            self.failures -= 1
+            raise UnavailableError("the journal does not answer")
         return await super().write(changes)
 
 
@@ -211,6 +215,51 @@ async def test_no_token_is_missing_if_one_write_of_several_fails(
     store.now_s += LEASE_S  # the router may have left without giving its lease up
     async with router().resume("r", store.token()) as (_, content):
         assert batches_of(content) in ([FIRST], [FIRST, SECOND, FIRST])
+
+
+async def test_the_last_tokens_are_written_although_a_write_failed_meanwhile(
+    router: JournalFactory, store: Store
+) -> None:
+    journal = router(0.01)
+    async with journal.begin(REQUEST) as entry:
+        await entry.add(FIRST)
+        store.open.clear()
+        await entry.add(SECOND)
+        store.failures = 1
+    store.open.set()  # the request has ended here; its last write fails and is repeated
+    await journal.close()
+    async with router().resume("r", store.token()) as (_, content):
+        assert batches_of(content) == [FIRST, SECOND]
+
+
+async def test_a_request_that_ends_while_the_store_has_failed_gives_its_lease_up(
+    router: JournalFactory, store: Store
+) -> None:
+    """So its client can resume at once at another router, when this one drains."""
+    journal = router()
+    async with journal.begin(REQUEST) as entry:
+        await entry.add(FIRST)
+        store.failures = 1
+        await entry.add(SECOND)
+    await journal.close()
+    async with router().resume("r", store.token()) as (_, content):
+        assert batches_of(content) == [FIRST, SECOND]
+
+
+async def test_an_entry_that_was_dropped_is_not_written_again(
+    router: JournalFactory, store: Store
+) -> None:
+    journal = router(0.01)
+    long = TokenBatch(tuple(range(2000, 2000 + 4 * journal_rules.ENTRY_BYTES)), (), UNFINISHED)
+    async with journal.begin(REQUEST) as entry:
+        await entry.add(FIRST)
+        store.open.clear()
+        await entry.add(long)
+        await entry.add(SECOND)  # waits while the store drops the entry
+        store.open.set()
+        await until(lambda: entry.is_dropped, what="the entry is dropped")
+    await journal.close()
+    assert not store.entries
 
 
 async def test_a_store_that_fails_delays_no_token(router: JournalFactory, store: Store) -> None:

@@ -80,6 +80,29 @@ async def test_special_tokens_in_a_chat_are_text(content: str) -> None:
     codec.close()
 
 
+def test_tokens_that_mark_turns_count_as_special() -> None:
+    """DeepSeek's distilled Qwen models mark turns with tokens that are not special."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|Assistant|>", special=False), "unused"])
+    special = SpecialTokens(tokenizer, "{{ '<|Assistant|>' }}")
+    assert special.are_in("a <|Assistant|> b")
+    assert not special.are_in("unused")
+    mark = special.mark_for(["x"])
+    ids = special.encode("<|Assistant|>" + special.hide("<|Assistant|>", mark), mark).ids
+    turn = tokenizer.token_to_id("<|Assistant|>")
+    assert [place for place, token_id in enumerate(ids) if token_id == turn] == [0]
+
+
+def test_many_special_tokens_of_one_beginning_cost_linear_time() -> None:
+    tokenizer = make_tokenizer()
+    names = [f"<|reserved_special_token_{number}|>" for number in range(1000)]
+    tokenizer.add_special_tokens(names)
+    special = SpecialTokens(tokenizer)
+    text = "<|reserved_special_token_" * 20_000
+    assert not special.are_in(text)  # with a plain alternation, this takes minutes
+    assert special.hide(names[10] + names[1], "M") == f"M{12}MM{3}M"
+
+
 def unigram_tokenizer() -> Tokenizer:
     """Return a tokeniser like T5's. Its special tokens are in the vocabulary."""
     words = ["<unk>", "<|end|>", "▁", "▁the", "▁fox", *map(chr, range(33, 127)), *"öß，世界😀"]
