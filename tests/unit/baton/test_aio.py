@@ -22,6 +22,7 @@ from baton import (
     UnavailableError,
 )
 from baton.v1 import inference_pb2 as pb
+from cluster.local.ports import free_port
 from tests.unit.baton.scripted import (
     WAIT_S,
     ScriptedServer,
@@ -31,7 +32,6 @@ from tests.unit.baton.scripted import (
     say,
     serve,
 )
-from tests.unit.baton.test_client import free_port
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -269,7 +269,7 @@ def test_a_sequence_gap_raises_and_cancels_the_request() -> None:
 
 def test_an_unreachable_router_raises_unavailable() -> None:
     async def main() -> None:
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{free_port('127.0.0.1')}"
         async with AsyncClient(address) as client:
             with pytest.raises(UnavailableError, match=f"no connection to .* at {address}"):
                 await client.complete("a")

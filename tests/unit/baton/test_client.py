@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +27,8 @@ from baton import (
 )
 from baton._wire import HEALTH_REQUEST
 from baton.v1 import inference_pb2 as pb
+from cluster.local.ports import free_port
 from tests.unit.baton.scripted import WAIT_S, answer, endless, fail, say, serve
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_stream() -> None:
@@ -208,7 +202,7 @@ def test_a_nan_or_negative_timeout_raises(timeout_s: float) -> None:
 
 
 def test_an_unreachable_router_raises_unavailable() -> None:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
     with Client(address) as client:
         with pytest.raises(UnavailableError, match=f"no connection to .* at {address}") as caught:
             client.complete("a")

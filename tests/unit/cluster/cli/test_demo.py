@@ -21,6 +21,7 @@ from baton.v1 import inference_pb2 as pb
 from cluster.cli.demo import REQUESTS, Conversation, check_all_gone, print_answers
 from cluster.cli.demo_text import LONG_PROMPT
 from cluster.cli.progress import Progress
+from cluster.local.ports import free_port
 from cluster.local.reaper import CLUSTER_ID_VARIABLE
 from cluster.local.run_dir import ClusterState
 from core.errors import InternalError
@@ -32,7 +33,6 @@ from tests.unit.baton.scripted import (
     fail,
     serve,
 )
-from tests.unit.baton.test_client import free_port
 
 
 def converse(address: str, out: io.StringIO) -> dict[str, Completion]:
@@ -120,7 +120,7 @@ def down(tmp_path: Path) -> ClusterState:
         pid=1,
         pid_started=0,
         phase="stopping",
-        address=f"127.0.0.1:{free_port()}",
+        address=f"127.0.0.1:{free_port('127.0.0.1')}",
         model="m",
         store=None,
         start_timeout_s=1.0,

@@ -12,8 +12,8 @@ import pytest
 
 from baton.v1 import inference_pb2 as pb
 from cluster.cli import main as cli
+from cluster.local.ports import free_port
 from tests.unit.baton.scripted import Script, fail, say, serve
-from tests.unit.baton.test_client import free_port
 
 DANGEROUS = "\x1b]52;c;aGk=\x07"  # a terminal copies "hi" to the clipboard
 REFUSED = fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", pb.ErrorDetail())
@@ -93,7 +93,8 @@ def test_text_before_an_error_stays_in_the_conversation(
 def test_a_conversation_ends_when_no_router_can_be_reached(
     baton: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert baton("chat", "--address", f"127.0.0.1:{free_port()}", lines="first\nsecond") == 1
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    assert baton("chat", "--address", address, lines="first\nsecond") == 1
     assert capsys.readouterr().err.count("no connection to a Baton router") == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -274,3 +275,5 @@ def test_folder_and_lock_are_left_to_a_reaper_that_is_still_at_work(
     run.release()
     assert run.path.exists() is run.lock_file.exists() is at_work
     assert lines == ["some processes of the cluster could not be killed"]
+    for folder in run.folders:
+        shutil.rmtree(folder, ignore_errors=True)

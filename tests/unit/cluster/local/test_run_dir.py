@@ -93,17 +93,18 @@ def test_a_folder_that_a_reaper_removes_meanwhile_is_created_again(
     real_open = os.open
     removed: list[Path] = []
 
-    def open_after_the_reaper(path: Any, *arguments: Any) -> int:
+    def open_after_the_reaper(path: Any, *arguments: Any, **options: Any) -> int:
         if not removed:
             base.rmdir()
             removed.append(base)
-        return real_open(path, *arguments)
+        return real_open(path, *arguments, **options)
 
     monkeypatch.setattr("cluster.local.run_dir.os.open", open_after_the_reaper)
     run = RunDir(base, "c")
     assert removed
     assert is_held(base, "c")
     run.release()
+    assert not any(folder.exists() for folder in run.folders)
 
 
 def test_a_folder_of_another_user_is_refused(
