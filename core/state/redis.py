@@ -5,6 +5,7 @@ The other modules pass commands as plain tuples, so that only this file imports 
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from redis.asyncio import Redis
@@ -60,18 +61,26 @@ class RedisClient:
         Raises:
             UnavailableError: the server does not answer, or refuses a command.
         """
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
         try:
             async with self._redis.pipeline(transaction=len(commands) > 1) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
                 answers: list[Any] = await pipeline.execute()
-                return answers
         except (RedisError, OSError) as error:
             raise UnavailableError(
                 f"the registry does not answer: {error}",
                 reason="REGISTRY_UNAVAILABLE",
                 retry_after_s=1.0,
             ) from error
+        finally:
+            # The driver loses a cancellation that comes while it writes: it uses asyncio.wait_for,
+            # which in Python 3.11 returns its result instead.
+            if task.cancelling() > cancellations:
+                raise asyncio.CancelledError
+        return answers
 
     async def close(self) -> None:
         """Disconnect. Idempotent."""

@@ -89,6 +89,7 @@ async def wait_for_report(
     if report is None:
         return None
     try:
-        return await asyncio.wait_for(report, _REPORT_TIMEOUT_S)
+        async with asyncio.timeout(_REPORT_TIMEOUT_S):
+            return await report
     except TimeoutError:
         raise InternalError(f"the engine did not report the KV transfer of {transfer_id}") from None

@@ -212,6 +212,25 @@ async def test_a_server_that_hangs_is_given_up(name: str) -> None:
         await registry.close()
 
 
+async def test_a_cancellation_is_never_lost(url: str) -> None:
+    """The driver's own code loses a cancellation at some of these steps."""
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+
+    async def call_until_cancelled() -> None:
+        while True:
+            await client.execute(("PING",), ("PING",))
+
+    for steps in range(200):
+        task = asyncio.create_task(call_until_cancelled())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=TIMEOUT_S)
+        assert done, f"the task still runs after a cancellation at step {steps}"
+        assert task.cancelled()
+    await client.close()
+
+
 async def test_the_embedded_server_requires_its_password(valkey: EmbeddedValkey, name: str) -> None:
     stranger = connect("redis://" + valkey.url.partition("@")[2], name)
     with pytest.raises(UnavailableError):
