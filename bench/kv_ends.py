@@ -12,15 +12,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore, TCPStore
 
 from bench.kv_case import TIMEOUT_S, Case, caches, options
 from kv_transfer.kv_caches import KvCaches
 from kv_transfer.options import TransferOptions
-from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair, PendingWork, host_store, join_store
+from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair, PendingWork
 from kv_transfer.receive.client import DecodeClient
 from kv_transfer.receive.records import Reservation, TransferResult
 from kv_transfer.send.records import StepChunk
@@ -116,7 +118,7 @@ class PrefillSide:
             pair.receive(torch.zeros(1)).wait(TIMEOUT_S)
             pump(pair.send, messages.pop(), self._case.staging_buffers)
 
-        with_pairs(self._options, "127.0.0.1", port, pair_ids, PREFILL_RANK, send)
+        with_pairs(self._options, port, pair_ids, PREFILL_RANK, send)
 
     def stop(self) -> None:
         self._server.stop()
@@ -156,16 +158,27 @@ def pump(
         work.wait(TIMEOUT_S)
 
 
+def _store(port: int, *, is_server: bool) -> TCPStore:
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=is_server,
+        timeout=timedelta(seconds=TIMEOUT_S),
+        wait_for_workers=False,
+    )
+
+
 def with_pairs(
-    settings: TransferOptions, host: str, port: int, pair_ids: list[str], rank: int,
+    settings: TransferOptions, port: int, pair_ids: list[str], rank: int,
     use: Callable[[Pair], None],
 ) -> None:  # fmt: skip
     """In one thread for each id, make a pair and call ``use`` with it. Wait for all threads."""
     device = torch.device("cpu")
 
     def run(pair_id: str) -> None:
-        store = join_store(host, port, TIMEOUT_S)
-        pair = Pair(store, pair_id, rank, device, settings.host, TIMEOUT_S)
+        # Each pair has its own connection: a wait blocks all users of its connection.
+        store = PrefixStore(pair_id, _store(port, is_server=False))
+        pair = Pair(store, rank, device, settings.host, TIMEOUT_S)
         try:
             use(pair)
         finally:
@@ -268,7 +281,7 @@ class DecodeSide:
     def raw_s(self) -> float:
         """Return the seconds that send and receive alone take for the bytes of ``bulk_s``."""
         case = self._case
-        store = host_store("127.0.0.1", TIMEOUT_S)
+        store = _store(0, is_server=True)
         pair_ids = [uuid.uuid4().hex for _ in range(case.pairs)]
         self._pipe.send(("raw", store.port, pair_ids))
         messages = [raw_messages(case) for _ in pair_ids]
@@ -283,7 +296,7 @@ class DecodeSide:
             pump(pair.receive, messages.pop(), case.staging_buffers)
             spans.append((began_s, time.monotonic()))
 
-        with_pairs(self._options, "127.0.0.1", store.port, pair_ids, DECODE_RANK, receive)
+        with_pairs(self._options, store.port, pair_ids, DECODE_RANK, receive)
         self._pipe.recv()
         return max(end for _, end in spans) - min(begin for begin, _ in spans)
 

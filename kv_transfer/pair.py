@@ -1,7 +1,7 @@
 """The 2-rank process group that carries tensors between one prefill and one decode rank.
 
-The group is made from a TCPStore that the decode side hosts, never through ``init_process_group``:
-that function makes one world for all workers, and the failure of one worker would fail all others.
+The group is made from the pair's own store, never through ``init_process_group``: that function
+makes one world for all workers, and the failure of one worker would fail all others.
 NCCL carries CUDA caches, gloo carries CPU caches. Rank 0 is decode, rank 1 is prefill.
 """
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
+import secrets
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch.distributed import ProcessGroupGloo, Store
 
 from kv_transfer.errors import PairError
 from kv_transfer.side_stream import mark, wait_done
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 DECODE_RANK = 0
 PREFILL_RANK = 1
 _TAG, _ABORT_TAG = 0, 1
+_TOKEN_BYTES = 16
 
 
 def backend_for(device: torch.device) -> str:
@@ -34,69 +35,35 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def host_store(host: str, timeout_s: float) -> TCPStore:
-    """Start a TCPStore server that listens on ``host`` only.
-
-    Without a listener of ours, torch would bind all interfaces.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.bind((host, 0))
-    listener.listen(128)
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        None,
-        True,
-        timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-        use_libuv=True,
-    )
-
-
-def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Connect to a pair's store. Raises PairError if it cannot be reached in time."""
-    try:
-        return TCPStore(
-            host,
-            port,
-            None,
-            False,
-            timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            use_libuv=True,
-        )
-    except RuntimeError as error:  # DistError and its subclasses
-        raise PairError(f"cannot reach the store at {host}:{port}: {error}") from error
-
-
 class Pair:
     """One process group. One thread uses it; any thread may call ``abort``.
 
     The constructor, ``send``, ``receive`` and ``PendingWork.wait`` raise PairError if the peer is
     gone or a timeout expires. The pair cannot be used after a PairError.
+
+    Args:
+        store: of this pair alone, see ``PairStore``.
+        host: address on which gloo listens.
+        timeout_s: bound on making the group, apart from waits at the store.
     """
 
     def __init__(
-        self, store: Store, pair_id: str, rank: int, device: torch.device, host: str,
-        timeout_s: float,
-    ) -> None:  # fmt: skip
+        self, store: Store, rank: int, device: torch.device, host: str, timeout_s: float
+    ) -> None:
         self._peer = 1 - rank
         self._device = device
         self._lock = threading.Lock()
         self._aborting: threading.Thread | None = None
         self.backend = backend_for(device)
-        prefixed = PrefixStore(pair_id, store)
         timeout = timedelta(seconds=timeout_s)
         try:
             self._group = (
-                _gloo(prefixed, rank, host, timeout)
+                _gloo(store, rank, host, timeout)
                 if self.backend == "gloo"
-                else _nccl(prefixed, rank, device, timeout)
+                else _nccl(store, rank, device, timeout)
             )
         except RuntimeError as error:
-            raise PairError(f"pair {pair_id}: {_first_line(error)}") from error
+            raise PairError(f"the pair could not be made: {_first_line(error)}") from error
 
     def send(self, tensor: torch.Tensor) -> PendingWork:
         """Start to send a contiguous tensor. Do not change it before the work's ``wait`` ends."""
@@ -176,10 +143,6 @@ class _GlooGroup:
 
 
 def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
-    # gloo's constructor also waits at the store for the other rank, but for less than ``timeout``.
-    # Therefore the ranks first meet at the store with the full ``timeout``.
-    store.set(f"here/{rank}", "yes")
-    store.wait([f"here/{1 - rank}"], timeout)
     options: Any = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     # gloo waits for its first connection for five times the timeout that is set here. Waits for
@@ -187,12 +150,32 @@ def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
     options._timeout = timeout / 5
     options._threads = 1
     try:
-        return _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
+        group = _GlooGroup(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
+        _check_peer(group, store, rank, timeout)
+        return group
     finally:
         # After a failure, the traceback keeps this frame alive. Without this line, the frame keeps
         # the device, which still listens. If a connection then arrives late, the device hands it to
         # a group that no longer exists, and the process dies of SIGSEGV.
         del options
+
+
+def _check_peer(group: _GlooGroup, store: Store, rank: int, timeout: timedelta) -> None:
+    """Raises PairError unless the other end of the connection is the rank at the other store.
+
+    gloo takes whoever connects first, so a stranger could get the KV. NCCL needs no such check: it
+    compares a secret that its id in the store contains.
+    """
+    peer = 1 - rank
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    store.set(f"token/{rank}", token)
+    received = torch.empty(_TOKEN_BYTES, dtype=torch.uint8)
+    sent = group.send([torch.tensor(list(token), dtype=torch.uint8)], peer, _TAG)
+    group.recv([received], peer, _TAG).wait(timeout)
+    sent.wait(timeout)
+    if bytes(received.tolist()) != store.get(f"token/{peer}"):
+        group.abort()
+        raise PairError("the other end of the connection is not the pair's other rank")
 
 
 def _nccl(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:

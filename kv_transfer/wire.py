@@ -3,8 +3,8 @@
 Each message is a ZeroMQ frame of msgpack, which msgspec checks against the types below. D connects
 and sends HELLO first. Until P has accepted D's HELLO, P answers any other message of D with REFUSE.
 
-    D ▸ P   HELLO RESERVE CANCEL PING BYE      P's own front end ▸ P   RELEASE
-    P ▸ D   WELCOME REFUSE HEADER END FAIL PONG
+    D ▸ P   HELLO PUBLISH RESERVE CANCEL PING BYE      P's own front end ▸ P   RELEASE
+    P ▸ D   WELCOME PUBLISH REFUSE HEADER END FAIL PONG
 
 P sends HEADERs in the same order as the tensors that they announce. D starts one receive for each
 HEADER, so each receive gets the tensor that its HEADER announces.
@@ -12,7 +12,7 @@ HEADER, so each receive gets the tensor that its HEADER announces.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -21,7 +21,7 @@ from kv_transfer.geometry import KvGeometry, LayerBlockRange
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_FRAME_BYTES = 64 * 1024  # every message is small; a longer frame is not one of ours
 _SHOWN_CHARS = 120  # characters of the decoder's error message that we quote, at most
 
@@ -34,16 +34,21 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     incarnation: str  # of D's worker
     geometry: KvGeometry
     backend: str  # "gloo" or "nccl"
-    pair_id: str  # prefix of the pair's keys in D's TCPStore
-    store_host: str
-    store_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # torch accepts no other port
+    pair_id: str  # WELCOME and REFUSE repeat it
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """P accepts the pair. Both sides now join the store and make the process group."""
+    """P accepts the pair. Both sides now make the process group."""
 
     pair_id: str
     geometry: KvGeometry  # of P; each side plans the pair from both geometries
+
+
+class Publish(msgspec.Struct, tag="publish", frozen=True):
+    """A value for the other rank's copy of the pair's store, see ``PairStore``."""
+
+    key: str
+    value: bytes
 
 
 class Refuse(msgspec.Struct, tag="refuse", frozen=True):
@@ -120,8 +125,8 @@ class Fail(msgspec.Struct, tag="fail", frozen=True):
     reason: str
 
 
-ToPrefill = Hello | Reserve | Cancel | Release | Ping | Bye
-ToDecode = Welcome | Refuse | Header | End | Fail | Pong
+ToPrefill = Hello | Publish | Reserve | Cancel | Release | Ping | Bye
+ToDecode = Welcome | Publish | Refuse | Header | End | Fail | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)

@@ -11,7 +11,6 @@ from kv_transfer.geometry import KvGeometry
 from kv_transfer.kv_caches import KvCaches
 from kv_transfer.local_rank import LocalRank
 from kv_transfer.options import TransferOptions
-from kv_transfer.pair import host_store
 from kv_transfer.receive.receiver import Receivers
 from kv_transfer.receive.records import Reservation, TransferResult
 from kv_transfer.receive.transfers import ReceiveTransfers
@@ -35,9 +34,8 @@ class DecodeClient:
         on_stuck: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.options = options
-        self.store = host_store(options.host, options.pair_timeout_s)
         rank = LocalRank(caches, geometry, options, clock, on_stuck)
-        self.receivers = Receivers(rank, self.store)
+        self.receivers = Receivers(rank)
         self.transfers = ReceiveTransfers(rank, self.receivers.start, on_result)
 
     def reserve(self, reservation: Reservation) -> None:

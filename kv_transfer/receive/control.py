@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import zmq
 
 from kv_transfer import wire
 from kv_transfer.curve import protect_client
-from kv_transfer.errors import IncompatibleError, PairError, ProtocolError
+from kv_transfer.errors import IncompatibleError, PairClosedError, PairError, ProtocolError
 from kv_transfer.local_rank import LocalRank
 from kv_transfer.receive.records import Peer
 
@@ -30,11 +31,19 @@ class ControlConnection:
         monitor: becomes readable when the connection is lost.
     """
 
-    def __init__(self, peer: Peer, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        clock: Callable[[], float],
+        socket: zmq.Socket[bytes],
+        monitor: zmq.Socket[bytes],
+    ) -> None:
         self._peer = peer
+        self._clock = clock
         self._socket = socket
         self._monitor = monitor
         self._wake_socket = peer.outbox.wake_socket
+        self._unread: deque[wire.ToDecode] = deque()  # arrived while the pair was being made
         self._poller = zmq.Poller()
         for source in (socket, monitor, self._wake_socket):
             self._poller.register(source, zmq.POLLIN)
@@ -49,16 +58,18 @@ class ControlConnection:
 
     def poll(self, timeout_ms: int) -> Ready:
         """Wait for a message, a lost connection or a post to the outbox."""
-        ready = dict(self._poller.poll(timeout_ms))
+        ready = dict(self._poller.poll(0 if self._unread else timeout_ms))
         if self._wake_socket.fileno() in ready:
             self._peer.outbox.clear_wakes()
-        return Ready(self._socket in ready, self._monitor in ready)
+        return Ready(bool(self._unread) or self._socket in ready, self._monitor in ready)
 
     def receive(self) -> wire.ToDecode:
         """Receive the next message. Raises ProtocolError if it is malformed."""
+        if self._unread:
+            return self._unread.popleft()
         return wire.decode_to_decode(self._socket.recv())
 
-    def wait_welcome(self, pair_id: str, rank: LocalRank) -> wire.Welcome:
+    def wait_welcome(self, pair_id: str, timeout_s: float) -> wire.Welcome:
         """Wait for the answer to HELLO.
 
         Raises:
@@ -66,36 +77,63 @@ class ControlConnection:
             PairError: no answer came in time, or this worker no longer needs the pair.
             ProtocolError: the answer is malformed or is another message.
         """
-        timeout_s = rank.options.pair_timeout_s
-        deadline_s = rank.clock() + timeout_s
-        # The monitor is not polled here: before WELCOME, a lost connection shows as a timeout.
+        answer = self._wait_answer(timeout_s)
+        if answer is None:
+            raise PairError(f"no answer to HELLO within {timeout_s} s")
+        if isinstance(answer, wire.Refuse):
+            raise IncompatibleError(answer.reason)
+        if isinstance(answer, wire.Welcome) and answer.pair_id == pair_id:
+            return answer
+        raise ProtocolError(f"{type(answer).__name__} before WELCOME")
+
+    def wait_published(self, timeout_s: float) -> wire.Publish | None:
+        """Return the peer's next value for the pair's store, or None if none comes in time.
+
+        Other messages are kept for ``receive``.
+
+        Raises:
+            PairClosedError: the prefill worker closed the pair.
+            PairError: this worker no longer needs the pair.
+            ProtocolError: a message is malformed.
+        """
+        deadline_s = self._clock() + timeout_s
+        while (answer := self._wait_answer(deadline_s - self._clock())) is not None:
+            if isinstance(answer, wire.Publish):
+                return answer
+            if isinstance(answer, wire.Refuse):
+                raise PairClosedError(f"the prefill worker closed the pair: {answer.reason}")
+            self._unread.append(answer)
+        return None
+
+    def _wait_answer(self, timeout_s: float) -> wire.ToDecode | None:
+        """Return the next message, or None if none comes in time.
+
+        Raises PairError if this worker no longer needs the pair.
+        """
+        deadline_s = self._clock() + timeout_s
+        # The monitor is not polled here: while a pair is made, a lost connection is a timeout.
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_socket, zmq.POLLIN)
         while True:
-            remaining_s = deadline_s - rank.clock()
+            remaining_s = deadline_s - self._clock()
             ready = dict(poller.poll(int(max(0, remaining_s) * 1000) + 1))
             if self._wake_socket.fileno() in ready:
                 self._peer.outbox.clear_wakes()
             if self._peer.closing:
                 raise PairError("this worker no longer needs the pair")
-            if self._socket not in ready:
-                if remaining_s <= 0:
-                    raise PairError(f"no answer to HELLO within {timeout_s} s")
-                continue
-            answer = self.receive()
-            if isinstance(answer, wire.Refuse):
-                raise IncompatibleError(answer.reason)
-            if isinstance(answer, wire.Welcome) and answer.pair_id == pair_id:
-                return answer
-            raise ProtocolError(f"{type(answer).__name__} before WELCOME")
+            if self._socket in ready:
+                return wire.decode_to_decode(self._socket.recv())
+            if remaining_s <= 0:
+                return None
 
 
 @contextlib.contextmanager
-def control_connection(peer: Peer, secret: str) -> Iterator[ControlConnection]:
+def control_connection(peer: Peer, rank: LocalRank) -> Iterator[ControlConnection]:
     """Connect to a peer; send BYE and disconnect at the exit."""
     with contextlib.ExitStack() as stack:
-        yield ControlConnection(peer, *_connect(peer.address, secret, stack))
+        sockets = _connect(peer.address, rank.options.secret, stack)
+        yield ControlConnection(peer, rank.clock, *sockets)
 
 
 def _connect(

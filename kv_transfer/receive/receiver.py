@@ -10,7 +10,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-from torch.distributed import TCPStore
 
 from kv_transfer import wire
 from kv_transfer.errors import KvTransferError, PairClosedError, PairError, ProtocolError
@@ -23,8 +22,8 @@ from kv_transfer.pair import (
     PendingWork,
     backend_for,
     close_pair,
-    join_store,
 )
+from kv_transfer.pair_store import PairStore
 from kv_transfer.receive.control import ControlConnection, control_connection
 from kv_transfer.receive.records import Peer
 from kv_transfer.receive.transfers import ReceiveTransfers
@@ -51,19 +50,15 @@ class Receivers:
 
     ``ReceiveTransfers`` refers to this object, and this object does not refer back. A reference
     cycle would keep closed process groups and their open files until a garbage collection.
-
-    Args:
-        store: the TCPStore that this rank hosts; HELLO tells the store's port to the peers.
     """
 
-    def __init__(self, rank: LocalRank, store: TCPStore) -> None:
+    def __init__(self, rank: LocalRank) -> None:
         self.rank = rank
-        self._store = store
         self._threads: list[threading.Thread] = []  # including those of closed pairs
 
     def start(self, peer: Peer, transfers: ReceiveTransfers) -> None:
         """Start a receiver. The caller holds the lock of ``transfers``."""
-        thread = Receiver(peer, transfers, self.rank, self._store).thread
+        thread = Receiver(peer, transfers, self.rank).thread
         thread.start()
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
 
@@ -75,14 +70,11 @@ class Receivers:
 class Receiver:
     """Receives from one peer until the pair is closed. The caller starts ``thread``."""
 
-    def __init__(
-        self, peer: Peer, transfers: ReceiveTransfers, rank: LocalRank, store: TCPStore
-    ) -> None:
+    def __init__(self, peer: Peer, transfers: ReceiveTransfers, rank: LocalRank) -> None:
         self.peer = peer
         self.thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
         self._transfers = transfers
         self._rank = rank
-        self._store = store
         self._view: UnitView | None = None
         self._staging: list[torch.Tensor] = []  # free buffers
         self._incoming: deque[_Incoming] = deque()  # in the order of their headers
@@ -96,7 +88,7 @@ class Receiver:
             with contextlib.ExitStack() as stack:
                 rank.options.bind_this_thread()
                 stack.enter_context(side_stream(rank.caches.device))
-                control = stack.enter_context(control_connection(peer, self._rank.options.secret))
+                control = stack.enter_context(control_connection(peer, rank))
                 self._open_pair(control)
                 self._serve(control)
         except KvTransferError as error:
@@ -115,15 +107,15 @@ class Receiver:
         peer, rank, options = self.peer, self._rank, self._rank.options
         pair_id = uuid.uuid4().hex
         control.send(self._hello(pair_id))
-        plan = plan_pair(control.wait_welcome(pair_id, rank).geometry, rank.geometry)
+        welcome = control.wait_welcome(pair_id, options.pair_timeout_s)
+        plan = plan_pair(welcome.geometry, rank.geometry)
         # Send the posted reservations before the group is made. Otherwise the peer might drop the
         # KV meanwhile, because nobody has reserved it.
         control.flush()
         if plan.heads:
             host, timeout_s = options.host, options.pair_timeout_s
-            # Each pair has its own store connection: a wait blocks all users of its connection.
-            store = join_store(host, self._store.port, timeout_s)
-            peer.pair = Pair(store, pair_id, DECODE_RANK, rank.caches.device, host, timeout_s)
+            store = PairStore(control.send, control.wait_published, timeout_s)
+            peer.pair = Pair(store, DECODE_RANK, rank.caches.device, host, timeout_s)
         view = self._view = rank.caches.view(plan, rank.geometry.heads)
         max_units = plan.max_units(options.message_bytes)
         self._staging = view.staging(max_units, options.staging_buffers)
@@ -140,8 +132,6 @@ class Receiver:
             geometry=self._rank.geometry,
             backend=backend_for(self._rank.caches.device),
             pair_id=pair_id,
-            store_host=options.host,
-            store_port=self._store.port,
         )
 
     def _serve(self, control: ControlConnection) -> None:
@@ -183,7 +173,7 @@ class Receiver:
                     transfers.fail_by_peer(message, peer)
             case wire.Refuse():
                 raise PairClosedError(f"the prefill worker closed the pair: {message.reason}")
-            case wire.Pong():
+            case wire.Pong() | wire.Publish():
                 pass
             case _:
                 raise ProtocolError(f"{type(message).__name__} after WELCOME")

@@ -118,6 +118,9 @@ class ControlServer:
         match message:
             case wire.Ping():
                 transfers.post(peer, wire.Pong())
+            case wire.Publish():
+                if not peer.up:
+                    peer.published.put(message)
             case wire.Reserve():
                 transfers.reserve(peer, message)
             case wire.Cancel():
@@ -136,11 +139,11 @@ class ControlServer:
         peer = transfers.new_peer(routing_id, hello, plan)
         if (old := transfers.peers.get(routing_id)) is not None:
             transfers.close_peer(old, "the decode worker opened a new pair")
-        sender = Sender(peer, transfers, self._rank)
-        sender.thread.start()
-        self.sender_threads = [t for t in self.sender_threads if t.is_alive()] + [sender.thread]
         transfers.peers[routing_id] = peer
         transfers.post(peer, wire.Welcome(hello.pair_id, self._rank.geometry))
+        sender = Sender(peer, transfers, self._rank)
+        sender.thread.start()  # after WELCOME, because the sender posts messages of its own
+        self.sender_threads = [t for t in self.sender_threads if t.is_alive()] + [sender.thread]
 
     def _accept(self, hello: wire.Hello) -> PairPlan:
         """Check a HELLO, make room for the new pair and return its plan.

@@ -1,17 +1,19 @@
 """The prefill side's records: chunks of an engine step, transfers, reservations and peers.
 
 ``SendTransfers.lock`` guards all fields that change. Sender threads read two of these fields
-without the lock: ``Transfer.block_ids`` and ``Peer.pair``.
+without the lock: ``Transfer.block_ids`` and ``Peer.pair``. ``Peer.published`` needs no lock.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 import torch
 
 from kv_transfer import wire
+from kv_transfer.errors import PairError
 from kv_transfer.geometry import PairPlan
 from kv_transfer.pair import Pair
 from kv_transfer.session import SendSession
@@ -65,9 +67,31 @@ class Peer:
     last_used_s: float
     up: bool = False  # the sender has opened the pair
     closed: bool = False
+    # Values for this rank's PairStore. None: the sender must end.
+    published: SimpleQueue[wire.Publish | None] = field(default_factory=SimpleQueue)
     pair: Pair | None = None  # stays None if no KV moves between the two ranks
     transfer_ids: dict[str, None] = field(default_factory=dict)  # in order of reservation
 
     @property
     def rank(self) -> int:
         return self.hello.geometry.tp_rank
+
+    def wake_sender(self) -> None:
+        """End all waits of the sender, which must end. The caller holds the lock."""
+        self.wake.notify()
+        self.published.put(None)
+        if self.pair is not None:
+            self.pair.abort()
+
+    def wait_published(self, timeout_s: float) -> wire.Publish | None:
+        """Return the next value, or None if none comes in time. Raises PairError if closed.
+
+        The sender calls this without the lock.
+        """
+        try:
+            value = self.published.get(timeout=timeout_s)
+        except Empty:
+            return None
+        if value is None:
+            raise PairError("the pair was closed while it was made")
+        return value

@@ -14,7 +14,8 @@ from kv_transfer.errors import KvTransferError
 from kv_transfer.geometry import LayerBlockRange
 from kv_transfer.kv_caches import UnitView
 from kv_transfer.local_rank import LocalRank
-from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, close_pair, join_store
+from kv_transfer.pair import PREFILL_RANK, Pair, PendingWork, close_pair
+from kv_transfer.pair_store import PairStore
 from kv_transfer.send.records import Peer, Transfer
 from kv_transfer.send.transfers import SendTransfers
 from kv_transfer.side_stream import mark, queue_after, side_stream, wait_done
@@ -60,10 +61,14 @@ class Sender:
             close_pair(peer.pair, rank.options.pair_timeout_s, rank.on_stuck)
 
     def _make_pair(self) -> Pair:
-        hello, options = self.peer.hello, self._rank.options
+        peer, options = self.peer, self._rank.options
         timeout_s, device = options.pair_timeout_s, self._rank.caches.device
-        store = join_store(hello.store_host, hello.store_port, timeout_s)
-        return Pair(store, hello.pair_id, PREFILL_RANK, device, options.host, timeout_s)
+
+        def publish(value: wire.Publish) -> None:
+            self._transfers.post(peer, value)
+
+        store = PairStore(publish, peer.wait_published, timeout_s)
+        return Pair(store, PREFILL_RANK, device, options.host, timeout_s)
 
     def _stream(self) -> None:
         """Send ready messages until the pair is closed. Each message in flight has a buffer."""

@@ -142,9 +142,7 @@ class SendTransfers:
             self.fail_transfer(transfer, "the prefill worker stops")
         self.stopping = True
         for peer in self.peers.values():
-            peer.wake.notify()
-            if peer.pair is not None:
-                peer.pair.abort()  # wakes a sender whose peer does not take its message
+            peer.wake_sender()
 
     # ---- any thread ----------------------------------------------------------------------
 
@@ -177,9 +175,7 @@ class SendTransfers:
             if not self.waiting[transfer_id]:
                 del self.waiting[transfer_id]
         self.post(peer, wire.Refuse(peer.hello.pair_id, reason))
-        peer.wake.notify()
-        if peer.pair is not None:
-            peer.pair.abort()  # wakes its sender
+        peer.wake_sender()
         self._release_ended()
 
     def _post_fail(self, transfer: Transfer, reason: str, except_to: Peer | None = None) -> None:

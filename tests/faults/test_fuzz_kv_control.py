@@ -1,8 +1,8 @@
 """Strangers and defective peers attack all ports of the KV stream.
 
 A stranger is a client that is not part of the cluster. The ports are those of the control channel,
-the store, gloo and the rank reports. Whatever attackers send, the transfers of other peers arrive
-unchanged. The log gets only a few lines, and no block, thread or file is kept for attackers.
+gloo and the rank reports. Whatever attackers send, the transfers of other peers arrive unchanged.
+The log gets only a few lines, and no block, thread or file is kept for attackers.
 """
 
 from __future__ import annotations
@@ -159,13 +159,6 @@ def frames_of_noise(rng: random.Random) -> bytes:
     )
 
 
-def store_query(rng: random.Random) -> bytes:
-    """Return a wrong query for a TCPStore. The store's magic number comes first or is missing."""
-    magic = rng.choice([b"\x00" + (0x3C85F7CE).to_bytes(4, "little"), b""])
-    size = rng.choice([0, 5, 2**31, 2**63, 2**64 - 1])
-    return magic + bytes([rng.randrange(32)]) + size.to_bytes(8, "little") + rng.randbytes(64)
-
-
 CONTROL_BYTES = [
     garbage, another_protocol, truncated_greeting, wrong_handshake, huge_frame,
     frames_without_end, frames_of_noise,
@@ -181,30 +174,28 @@ def test_bytes_on_the_control_channel(caplog: pytest.LogCaptureFixture) -> None:
         strangers.leave()
 
 
-def test_bytes_on_the_store_and_on_gloo(caplog: pytest.LogCaptureFixture) -> None:
+def test_bytes_on_gloo(caplog: pytest.LogCaptureFixture) -> None:
     """A new pair can be made while strangers are connected. Afterwards, no file is left open."""
-    rng = dice("store")
+    rng = dice("gloo")
     with stream() as (prefill, decode):
         # At its first use, torch opens some files and keeps them open.
         GoodPair(prefill, decode, rng).transfer()
     del prefill, decode
     files = OpenFiles()
-    _store_and_gloo(rng)
+    _attack_gloo(rng)
     files.wait_as_at_first()
     _assert_few_lines(caplog)
 
 
-def _store_and_gloo(rng: random.Random) -> None:
+def _attack_gloo(rng: random.Random) -> None:
     with stream() as (prefill, decode), running(Decode(random_caches(3), "d2")) as other:
         pair = GoodPair(prefill, decode, rng)
         pair.transfer()
-        store = decode.client.store.port
         ports = sorted(_listening() - {port_of(prefill.server.address)})
-        assert len(ports) >= 4, "two stores, and gloo on both sides of the pair"
+        assert len(ports) >= 2, "gloo on both sides of the pair"
         crowds = {port: Strangers(HOST, port, random.Random(rng.random())) for port in ports}
 
         def attack() -> None:
-            crowds[store].storm_here([garbage, another_protocol, store_query], CONNECTIONS)
             for port in ports:  # gloo keeps unknown connections until the pair is closed
                 for _ in range(20):
                     crowds[port].come_and_stay(rng.choice([garbage, another_protocol])(rng))
@@ -328,8 +319,6 @@ def hello(**fields: Any) -> bytes:
         geometry=GEOMETRY,
         backend="gloo",
         pair_id="pair",
-        store_host=HOST,
-        store_port=1,
     )
     return msgspec.msgpack.encode(msgspec.to_builtins(right) | fields)
 
@@ -353,11 +342,7 @@ WRONG_HELLOS: dict[str, dict[str, Any]] = {
     "odd ranks": {"geometry": geometry(tp_size=3, tp_rank=2)},
     "negative blocks": {"geometry": geometry(block_tokens=-16)},
     "unlike blocks": {"geometry": geometry(block_tokens=2**62, positions_known=False)},
-    "port 0": {"store_port": 0},
-    "negative port": {"store_port": -1},
-    "no such port": {"store_port": 2**16},
-    "huge port": {"store_port": 2**63},
-    "port as text": {"store_port": "1234"},
+    "id as a number": {"pair_id": 1},
 }
 
 

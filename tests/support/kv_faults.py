@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +25,6 @@ from kv_transfer import pair, wire
 from kv_transfer.curve import protect_client, protect_server
 from kv_transfer.kv_caches import KvCaches, UnitView
 from kv_transfer.options import TransferOptions
-from kv_transfer.pair import PREFILL_RANK, Pair, host_store, join_store
 from kv_transfer.receive.client import DecodeClient
 from kv_transfer.send.server import PrefillServer
 from tests.support.kv_stream import (
@@ -44,9 +42,7 @@ from tests.support.kv_stream import (
 from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
-# Value of pair_timeout_s. For each connection, torch's store asks the name server for the name of
-# the peer's address. If the name server does not answer, the connection takes 5 s longer.
-PATIENT_S = 15
+PATIENT_S = 15  # pair_timeout_s, for machines under load
 CHILD_TOKENS = 30 * BLOCK_TOKENS  # "child#1" fills blocks 0 to 29: dozens of messages
 
 
@@ -125,7 +121,7 @@ class _Hanging:
 
 
 class SilentPrefill:
-    """A prefill rank that sends WELCOME, but joins no process group before the exit."""
+    """A prefill rank that sends WELCOME, but joins no process group."""
 
     def __init__(self) -> None:
         self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -133,7 +129,6 @@ class SilentPrefill:
         protect_server(self._router, OPTIONS.secret)
         port: int = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
-        self._hellos: deque[wire.Hello] = deque()
 
     def welcome(self) -> None:
         """Wait for one HELLO and answer it with WELCOME."""
@@ -143,15 +138,11 @@ class SilentPrefill:
         assert isinstance(hello, wire.Hello)
         welcome = wire.Welcome(hello.pair_id, GEOMETRY)
         self._router.send_multipart([routing_id, wire.encode(welcome)])
-        self._hellos.append(hello)
 
     def __enter__(self) -> SilentPrefill:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hello in self._hellos:
-            store = join_store(hello.store_host, hello.store_port, 5)
-            Pair(store, hello.pair_id, PREFILL_RANK, CPU, "127.0.0.1", 5)
         self._router.close()
 
 
@@ -169,7 +160,6 @@ class Stranger:
         if secret is not None:
             protect_client(self._dealer, secret)
         self._dealer.connect(address)
-        self._store = host_store("127.0.0.1", 5)
 
     def send(self, message: wire.ToPrefill) -> None:
         self._dealer.send(wire.encode(message))
@@ -191,8 +181,6 @@ class Stranger:
                 geometry=GEOMETRY,
                 backend="gloo",
                 pair_id="pair",
-                store_host="127.0.0.1",
-                store_port=self._store.port,
             )
         )
 
@@ -201,8 +189,6 @@ class Stranger:
 
     def __exit__(self, *_: object) -> None:
         self._dealer.close()
-        # Closing the store ends the prefill rank's wait for the stranger to join the group.
-        del self._store
 
 
 def _options(incarnation: str, options: dict[str, Any]) -> TransferOptions:

@@ -14,9 +14,8 @@ TO_PREFILL: list[wire.ToPrefill] = [
         geometry=GEOMETRY,
         backend="gloo",
         pair_id="pair",
-        store_host="127.0.0.1",
-        store_port=1234,
     ),
+    wire.Publish("0/0", b"address"),
     wire.Reserve("r#1", 0, 9),
     wire.Cancel("r#1"),
     wire.Release("r#1"),
@@ -25,6 +24,7 @@ TO_PREFILL: list[wire.ToPrefill] = [
 ]
 TO_DECODE: list[wire.ToDecode] = [
     wire.Welcome("pair", GEOMETRY),
+    wire.Publish("0/1", b"address"),
     wire.Refuse("pair", "because"),
     wire.Header(0, "r#1", LayerBlockRange(0, 2, 0, 3), 64),
     wire.End(

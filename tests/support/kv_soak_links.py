@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store
 
 from kv_transfer import pair
 from kv_transfer.errors import PairError
-from kv_transfer.send import sender
 
 # Gloo connects from the side with the greater address to the other side. Here, decode connects.
 PREFILL_HOST, LINK_HOST, DECODE_HOST = "127.0.0.1", "127.0.0.1", "127.0.0.2"
@@ -31,20 +30,14 @@ def linked(router_port: int, kind: str, host: str, port: int) -> int:
 
 
 def lead_through_links(role: str, router_port: int) -> None:
-    """Lead decode's gloo connections, or prefill's connections to stores, through links."""
+    """Lead decode's gloo connections through links."""
     gloo: Callable[..., Any] = pair._gloo
-    join_store = pair.join_store
 
-    def routed_gloo(store: PrefixStore, *args: Any) -> Any:
+    def routed_gloo(store: Store, *args: Any) -> Any:
         return gloo(_RoutedStore(store, router_port), *args)
-
-    def routed_store(host: str, port: int, timeout_s: float) -> TCPStore:
-        return join_store(LINK_HOST, linked(router_port, "store", host, port), timeout_s)
 
     if role == "decode":
         pair._gloo = routed_gloo  # type: ignore[assignment]
-    else:
-        sender.join_store = routed_store  # type: ignore[attr-defined]
 
 
 class ForwardingStore(Store):
@@ -117,7 +110,7 @@ def abort_and_accept_late_connection() -> None:
     """
     store = _StoreOfSilentPeer()
     try:
-        pair.Pair(store, "pair", pair.PREFILL_RANK, torch.device("cpu"), PREFILL_HOST, 0.5)
+        pair.Pair(store, pair.PREFILL_RANK, torch.device("cpu"), PREFILL_HOST, 0.5)
     except PairError as error:
         with contextlib.suppress(OSError):  # refused or never answered
             late = socket.create_connection((PREFILL_HOST, store.port), timeout=1)

@@ -30,6 +30,7 @@ from tests.support.kv_faults import (
     Gate,
     HangingAborts,
     PrefillEnd,
+    Stranger,
     kv_threads,
     running,
 )
@@ -188,6 +189,17 @@ def test_aborting_several_at_once_ends_them_all(monkeypatch: pytest.MonkeyPatch)
         wait_until(lambda: not kv_threads("kv-receive"), what="no receiver waits any more")
 
 
+def test_closing_a_pair_ends_its_making() -> None:
+    """A rank that never joins keeps no thread of ours for pair_timeout_s."""
+    prefill = PrefillEnd(pair_timeout_s=NEVER_S)
+    with running(prefill), Stranger(prefill.server.address) as stranger:
+        stranger.hello()
+        assert isinstance(stranger.receive(), wire.Welcome)
+        wait_until(lambda: kv_threads("kv-send"), what="a sender makes the pair")
+        stranger.send(wire.Bye())
+        wait_until(lambda: not kv_threads("kv-send"), what="the sender has ended")
+
+
 class FakeNccl:
     """Fakes an NCCL process group and records its arguments."""
 
@@ -212,7 +224,7 @@ def test_communicators_take_little_of_the_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     device = torch.device("cuda", 0)
-    group = Pair(torch.distributed.HashStore(), "pair", 0, device, "127.0.0.1", 5)._group
+    group = Pair(torch.distributed.HashStore(), 0, device, "127.0.0.1", 5)._group
     assert isinstance(group, FakeNccl)
     assert (group.size, group.device) == (2, device)
     assert group.options.config.max_ctas <= 4

@@ -6,13 +6,17 @@ import contextlib
 import pickle
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import psutil
 import pytest
+import torch
 from zmq.utils import z85
 
 from kv_transfer import curve, wire
+from kv_transfer.errors import PairError
+from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair
 from tests.support.kv_faults import (
     DecodeEnd,
     PrefillEnd,
@@ -24,6 +28,8 @@ from tests.support.kv_hazards import (
     delivers,
     ends,
 )
+from tests.support.kv_pair_stores import linked_stores
+from tests.support.kv_soak_links import ForwardingStore
 from tests.support.kv_stream import OPTIONS
 from tests.support.waiting import wait_until
 
@@ -31,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("all_threads_end")
 
 
 def test_no_pickle_is_read_or_written_during_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CVE-2025-47277: neither the stream nor its process groups and stores use pickle."""
+    """CVE-2025-47277: neither the stream nor its process groups use pickle."""
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("pickle")
@@ -51,7 +57,7 @@ def test_explicit_bind_address_is_the_only_one() -> None:
     with running(decode, prefill):
         assert delivers(prefill, decode, "a#1")
         own = listening() - before
-        assert len(own) >= 3, "the control server, the store, gloo"
+        assert len(own) >= 3, "the control server, and gloo on both sides of the pair"
         assert {ip.removeprefix("::ffff:") for ip, _ in own} == {host}
 
 
@@ -146,3 +152,21 @@ def test_messages_need_an_earlier_hello() -> None:
         assert len(prefill.server.transfers.peers) == 1
         compute(prefill, "a#1", [0], 9)
         assert decode.result("a#1").complete
+
+
+class _StoreOfStranger(ForwardingStore):
+    """Knows all addresses, but not the token that only the control connection carries."""
+
+    def set(self, key: str, value: bytes) -> None:
+        super().set(key, bytes(len(value)) if key.startswith("token") else value)
+
+
+def test_a_stranger_who_connects_in_place_of_a_rank_gets_no_kv() -> None:
+    """gloo takes whoever connects first."""
+    stores, cpu = linked_stores(timeout_s=10), torch.device("cpu")
+    stranger = _StoreOfStranger(stores[PREFILL_RANK])
+    with ThreadPoolExecutor() as pool:
+        posing = pool.submit(Pair, stranger, PREFILL_RANK, cpu, "127.0.0.1", 10)
+        with pytest.raises(PairError, match="is not the pair's other rank"):
+            Pair(stores[DECODE_RANK], DECODE_RANK, cpu, "127.0.0.1", 10)
+    posing.result().abort()

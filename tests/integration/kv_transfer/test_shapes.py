@@ -25,12 +25,11 @@ from kv_transfer.pair import (
     Pair,
     PendingWork,
     close_pair,
-    host_store,
-    join_store,
 )
 from kv_transfer.receive import receiver
 from kv_transfer.receive.control import ControlConnection
 from kv_transfer.send import sender
+from tests.support.kv_pair_stores import linked_stores
 from tests.support.kv_shapes import (
     DecodeRanks,
     PrefillProcess,
@@ -301,13 +300,11 @@ def test_an_abort_ends_waits_at_both_ends(
     waiting_for: Callable[[Pair, torch.Tensor], PendingWork], aborting: int
 ) -> None:
     """Without the abort, a thread waits for a silent peer for up to transfer_timeout_s."""
-    store, cpu = host_store("127.0.0.1", 5), torch.device("cpu")
+    stores, cpu = linked_stores(timeout_s=5), torch.device("cpu")
     with ThreadPoolExecutor() as pool:
         pairs = list(
             pool.map(
-                lambda rank: Pair(
-                    join_store("127.0.0.1", store.port, 5), "p", rank, cpu, "127.0.0.1", 5
-                ),
+                lambda rank: Pair(stores[rank], rank, cpu, "127.0.0.1", 5),
                 (DECODE_RANK, PREFILL_RANK),
             )
         )

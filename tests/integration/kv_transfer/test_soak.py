@@ -32,7 +32,8 @@ import torch
 from torch.distributed import Store
 
 from kv_transfer.errors import PairError
-from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair, host_store, join_store
+from kv_transfer.pair import DECODE_RANK, PREFILL_RANK, Pair
+from tests.support.kv_pair_stores import linked_stores
 from tests.support.kv_soak import OPTIONS
 from tests.support.kv_soak_links import LINK_HOST, ForwardingStore
 from tests.support.kv_soak_messages import (
@@ -248,7 +249,7 @@ class _Soak:
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.workers: dict[str, _Process] = {}
-        self.links: dict[str, list[Link]] = {"control": [], "store": [], "data": []}
+        self.links: dict[str, list[Link]] = {"control": [], "data": []}
         self.room = asyncio.Semaphore(AT_ONCE)
         self._nursery = nursery
         self._number = 0
@@ -407,7 +408,7 @@ class _Soak:
         self.counts["pauses"] += 1
 
     def _some_link(self, dice: random.Random) -> Link | None:
-        kind = dice.choices(["control", "store", "data"], weights=[2, 1, 2])[0]
+        kind = dice.choice(["control", "data"])
         in_use = [link for link in self.links[kind] if link.connections]
         return dice.choice(in_use) if in_use else None
 
@@ -437,8 +438,6 @@ def _nursery(log: Path) -> Iterator[socket.socket]:
     environment = os.environ | {
         # The process that forks must have one thread.
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        # torch's stores look up host names. By default, a lost answer costs 5 s.
-        "RES_OPTIONS": "timeout:1 attempts:1",
     }  # fmt: skip
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with log.open("wb") as stderr, its:
@@ -497,16 +496,16 @@ def test_a_pair_whose_peer_dies_while_it_is_made_is_aborted_in_time() -> None:
     gloo waits for five times its own timeout, so ``Pair`` sets this to a fifth of ``timeout_s``.
     """
     host, cpu = "127.0.0.1", torch.device("cpu")
-    store = host_store(host, timeout_s=15)
     failed = []
 
     def make(store: Store, rank: int, host: str) -> None:
         try:
-            Pair(store, "pair", rank, cpu, host, timeout_s=1)
+            Pair(store, rank, cpu, host, timeout_s=1)
         except PairError:
             failed.append(rank)
 
-    dying, mine = _StoreOfDyingPeer(store), join_store(host, store.port, timeout_s=15)
+    stores = linked_stores(timeout_s=15)
+    dying, mine = _StoreOfDyingPeer(stores[DECODE_RANK]), stores[PREFILL_RANK]
     # The end with the greater address connects to the other end: here, decode to prefill.
     decode = threading.Thread(target=make, args=(dying, DECODE_RANK, "127.0.0.2"))
     prefill = threading.Thread(target=make, args=(mine, PREFILL_RANK, host))

@@ -425,5 +425,5 @@ def test_everything_listens_on_loopback() -> None:
         listening = [
             c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"
         ]
-        assert len(listening) >= 3, "the control server, the store, gloo"
+        assert len(listening) >= 3, "the control server, and gloo on both sides of the pair"
         assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}

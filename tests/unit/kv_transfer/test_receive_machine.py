@@ -199,13 +199,11 @@ class DecodeMachine(Machine):
         self.workers: dict[str, tuple[tuple[str, ...], str]] = {}
         self.sources: dict[str, tuple[int, ...]] = {}  # by transfer id: blocks in ``prefill``
         self.prefill, self.caches = random_caches(), random_caches()
-        self.fake(client, host_store=lambda *_: SimpleNamespace(port=1))
         self.fake(
             receiver,
             Receiver=self.make_receiver,
             threading=SimpleNamespace(Thread=Stepped),
             Pair=self.make_pair,
-            join_store=lambda *_: None,
         )
         self.fake(
             control,

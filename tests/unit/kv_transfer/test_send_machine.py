@@ -85,7 +85,6 @@ class PrefillMachine(Machine):
             sender,
             threading=SimpleNamespace(Thread=self.make_thread),
             Pair=self.make_pair,
-            join_store=lambda *_: None,
         )
         self.patch.setattr(UnitView, "gather", self.slow(UnitView.gather))
         options = replace(OPTIONS, incarnation="p1", max_pairs=2)
@@ -289,8 +288,6 @@ class PrefillMachine(Machine):
                 geometry=geometry,
                 backend="gloo",
                 pair_id="",
-                store_host="",
-                store_port=1,
             )
         )
         if not wrong:

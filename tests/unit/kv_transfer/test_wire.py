@@ -20,8 +20,9 @@ def test_messages_survive_the_wire() -> None:
 
 def test_a_message_of_the_other_direction_is_refused() -> None:
     for to_prefill in TO_PREFILL:
-        with pytest.raises(ProtocolError):
-            wire.decode_to_decode(wire.encode(to_prefill))
+        if not isinstance(to_prefill, wire.Publish):  # goes both ways
+            with pytest.raises(ProtocolError):
+                wire.decode_to_decode(wire.encode(to_prefill))
 
 
 @given(st.binary(max_size=200))
