@@ -16,8 +16,8 @@ from core.config.schema import Config
 from core.errors import ConfigError, InternalError
 from core.model.resolve import resolve_model
 from core.rpc.credentials import ClusterCredentials
-from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
+from core.rpc.request_checks import CheckRequests
 from core.state.journal import JournalStore
 from core.tasks import Supervisor
 from core.types import Pool, WorkerRecord, WorkerState
@@ -116,7 +116,9 @@ class RouterServer:
             text=text,
             dispatcher=self._dispatcher,
             admission=admission,
-            bounds=RequestBounds(router.default_deadline_s, router.client_stall_s),
+            bounds=RequestBounds(
+                router.default_deadline_s, router.max_deadline_s, router.client_stall_s
+            ),
             clock=clock,
             journal=self._journal,
         )
@@ -185,9 +187,14 @@ class RouterServer:
     def _bind(self, servicer: InferenceServicer) -> int:
         router = self._config.router
         self._server = grpc.aio.server(
-            interceptors=(RefuseMalformed(),),
-            options=server_options(
-                int(router.max_message_bytes), self._config.cluster.connection_silence_s
+            interceptors=(CheckRequests(),),
+            options=(
+                *server_options(
+                    int(router.max_message_bytes), self._config.cluster.connection_silence_s
+                ),
+                ("grpc.max_concurrent_streams", self._max_calls()),
+                ("grpc.max_allowed_incoming_connections", router.max_connections),
+                ("grpc.max_connection_age_ms", round(router.max_connection_age_s * 1000)),
             ),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
@@ -206,6 +213,16 @@ class RouterServer:
                 "permission is missing; free it, or set router.port to another one (0: any)"
             )
         return port
+
+    def _max_calls(self) -> int:
+        """Return how many calls one connection may carry.
+
+        Twice what the router can hold: a client whose calls are too many should get a refusal,
+        instead of calls that wait in its own channel.
+        """
+        router = self._config.router
+        held = router.max_concurrent + sum(each.max_queue for each in router.classes.values())
+        return 2 * held
 
     def _can_serve(self, snapshot: tuple[WorkerRecord, ...]) -> bool:
         ready = {record.pool for record in snapshot if record.state is WorkerState.READY}

@@ -19,20 +19,18 @@ import logging
 import secrets
 from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass, replace
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from prometheus_client import start_http_server
 
 from core.config.schema import Config
 from core.errors import InternalError, UnavailableError
 from core.model.resolve import ResolvedModel
 from core.net import host_port
 from core.rpc.credentials import ClusterCredentials
-from core.rpc.malformed import RefuseMalformed
 from core.rpc.options import server_options
+from core.rpc.request_checks import CheckRequests
 from core.state.orders import report_failure
 from core.state.registry import Registry
 from core.state.store import Store
@@ -42,6 +40,7 @@ from engine.protocol import Engine
 from engine.vllm.log_buffers import log_buffers_kept
 from worker.intake import Intake
 from worker.liveness import LivenessProbe
+from worker.metrics_server import MetricsServer
 from worker.peers import Peers
 
 _log = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ class WorkerReplica:
         self._liveness = LivenessProbe(engine.ping, config.pool(pool).progress_timeout_s)
         self._health = health_aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
-        self._metrics: WSGIServer | None = None
+        self._metrics: MetricsServer | None = None
         self._record: WorkerRecord | None = None
         self._supervisor = Supervisor()
         self._stopped: asyncio.Task[None] | None = None
@@ -205,7 +204,7 @@ class WorkerReplica:
         """Start the server on a free port and return "host:port"."""
         limit = int(self._config.router.max_message_bytes)
         server = grpc.aio.server(
-            interceptors=(RefuseMalformed(),),
+            interceptors=(CheckRequests(),),
             options=server_options(limit, self._config.cluster.connection_silence_s),
         )
         self._add_service(server, self._engine, self._intake, self._peers)
@@ -224,19 +223,14 @@ class WorkerReplica:
         return host_port(host, port)
 
     def _serve_metrics(self) -> str:
-        """Serve this process's Prometheus metrics on a free port and return the URL.
-
-        The HTTP server runs in a thread of its own.
-        """
+        """Serve this process's Prometheus metrics on a free port and return the URL."""
         host = self._config.cluster.host
-        self._metrics, _ = start_http_server(0, host)
-        return f"http://{host_port(host, self._metrics.server_port)}/metrics"
+        self._metrics = MetricsServer(host)
+        return f"http://{host_port(host, self._metrics.port)}/metrics"
 
     def _stop_metrics(self) -> None:
-        """Stop the metrics server. Blocks for up to half a second."""
         if self._metrics is not None:
-            self._metrics.shutdown()
-            self._metrics.server_close()
+            self._metrics.stop()
 
     async def _pair_up(self) -> None:
         """Wait for the KV pairs with the other pool's workers, so that no request waits for them.

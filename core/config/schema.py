@@ -209,6 +209,22 @@ class RouterConfig(_Section):
         default=600,
         description="Seconds that a request without a deadline of its own may take in total.",
     )
+    max_deadline_s: Seconds = Field(
+        default=3600,
+        description="Longest deadline of a request, in seconds. A longer one is cut to this.",
+    )
+    max_connections: Count = Field(
+        default=4096,
+        le=2**31 - 1,  # gRPC counts in 32 bits
+        description="Largest number of open connections of clients. Further ones are closed at "
+        "once. One connection carries at most as many calls as the router can hold.",
+    )
+    max_connection_age_s: Seconds = Field(
+        default=1800,
+        le=2**31 // 1000,  # gRPC counts milliseconds in 32 bits
+        description="Seconds after which a client is asked to open a new connection for its next "
+        "calls, so that clients also reach routers that started later. Running calls go on.",
+    )
     client_stall_s: Seconds = Field(
         default=60,
         description="Seconds that a client may leave its stream unread before its request is "

@@ -73,9 +73,10 @@ class ResponseSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """From the configuration (``router.default_deadline_s``, ``router.client_stall_s``)."""
+    """From the section ``router`` of the configuration."""
 
     default_deadline_s: float
+    max_deadline_s: float
     client_stall_s: float
 
 
@@ -206,12 +207,13 @@ class RequestHandler:
             ) from defect
 
     def _call(self, request_id: str, deadline_s: float | None, sink: ResponseSink) -> _Call:
+        now_s, bounds = self._clock(), self._bounds
         if deadline_s is None:
-            deadline_s = self._clock() + self._bounds.default_deadline_s
+            deadline_s = now_s + bounds.default_deadline_s
         return _Call(
             request_id,
-            deadline_s,
-            self._bounds.client_stall_s,
+            min(deadline_s, now_s + bounds.max_deadline_s),
+            bounds.client_stall_s,
             sink,
             PhaseClock(self._phase_clock),
         )

@@ -18,7 +18,7 @@ import pytest
 from cluster.local import reaper
 from core.types import Pool, WorkerRecord, WorkerState
 from engine.fake import next_tokens
-from tests.support import live_cluster
+from tests.support import hostile, live_cluster
 from tests.support.live_cluster import SILENCE_S, LiveCluster
 from tests.support.process_faults import (
     CutWorker,
@@ -189,6 +189,37 @@ def test_a_rolling_restart_under_load_loses_no_request(cluster: LiveCluster) -> 
         check(outcome)
     cluster.wait_restored(RESTORED_S)
     assert not {each.id for each in before} & {each.id for each in cluster.workers()}
+    check_served(cluster)
+
+
+def test_bytes_on_every_port_disturb_no_request(cluster: LiveCluster) -> None:
+    """Strangers send garbage to all listeners, those of Ray and of the store included."""
+    rng = hostile.dice("ports")
+    kinds = [
+        hostile.garbage,
+        hostile.another_protocol,
+        hostile.truncated_preface,
+        hostile.random_frames,
+        hostile.huge_length,
+    ]
+    before = cluster.workers()
+    ports = cluster.listening_ports()
+    assert len(ports) > 10, "the router, Valkey, Ray, and for each worker gRPC, metrics and Serve"
+    plans = [random_requests(random.Random(number)) for number in range(CLIENTS)]
+    with Load(cluster.state.address, plans) as load:
+        load.wait_for_tokens(1)
+        crowds = [hostile.Strangers("127.0.0.1", port, rng) for port in sorted(ports)]
+        for strangers in crowds:
+            strangers.storm_here(kinds, 20)
+        load.wait_for_requests(len(load.outcomes) + CLIENTS)
+        for strangers in crowds:
+            strangers.leave()
+        load.finish()
+    for outcome in load.outcomes:
+        check(outcome)
+    assert {outcome.attempts for outcome in load.outcomes} == {1}
+    assert {each.id for each in cluster.workers()} == {each.id for each in before}
+    cluster.wait_restored(RESTORED_S)
     check_served(cluster)
 
 

@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 from baton.errors import ERROR_DETAIL_KEY
 from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from core.config.schema import Config
+from core.rpc.credentials import CHANNEL_OPTIONS, ClusterCredentials
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool
@@ -135,8 +136,11 @@ async def router() -> AsyncIterator[Server]:
 
 
 @contextlib.asynccontextmanager
-async def worker() -> AsyncIterator[Server]:
-    """The server of a ``WorkerReplica``, with the services of both pools."""
+async def worker(credentials: ClusterCredentials | None = None) -> AsyncIterator[Server]:
+    """The server of a ``WorkerReplica``, with the services of both pools.
+
+    Without credentials, what hostile clients send gets through to the services.
+    """
     config = Config.model_validate(
         {
             "model": {"max_model_len": CONTEXT_TOKENS},
@@ -157,12 +161,12 @@ async def worker() -> AsyncIterator[Server]:
         registry=MemoryRegistry(lease_s=3600),
         add_service=add,
         incarnation="i",
-        credentials=None,
+        credentials=credentials,
     )
     record = await replica.start()
     numbers = iter(range(10**6))
     try:
-        async with grpc.aio.insecure_channel(record.address) as channel:
+        async with _open_channel(record.address, credentials) as channel:
             stub: Any = worker_pb2_grpc.DecodeWorkerStub(channel)
 
             def decode(tokens: int) -> Any:
@@ -198,7 +202,14 @@ async def worker() -> AsyncIterator[Server]:
         await replica.stop(1)
 
 
+def _open_channel(address: str, credentials: ClusterCredentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address)
+    return grpc.aio.secure_channel(address, credentials.for_channel(), CHANNEL_OPTIONS)
+
+
 SERVERS = {"router": router, "worker": worker}
+WITH_TLS = {"worker with TLS": lambda: worker(ClusterCredentials.create())}
 
 
 def _token_ids(responses: list[Any]) -> list[int]:
@@ -305,10 +316,10 @@ async def _run_in_parallel(calls: Iterable[Callable[[], Awaitable[None]]]) -> No
             group.create_task(make_calls())
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", SERVERS | WITH_TLS)
 async def test_bytes_that_are_not_grpc(name: str, caplog: pytest.LogCaptureFixture) -> None:
     rng = dice(f"bytes {name}")
-    async with SERVERS[name]() as server, undisturbed(server, caplog):
+    async with (SERVERS | WITH_TLS)[name]() as server, undisturbed(server, caplog):
         method = rng.choice(sorted(server.methods))
         kinds = [
             garbage, truncated_preface, random_frames, huge_length, hostile_call(method.encode()),

@@ -143,6 +143,10 @@ class LiveCluster:
                 return process
         return None
 
+    def listening_ports(self) -> set[int]:
+        """Return the ports on which any process of the cluster listens."""
+        return {port for pid in reaper.find(self.state.cluster_id) for port in _listening(pid)}
+
     def engine_of(self, replica: ClusterProcess) -> ClusterProcess:
         """Return the engine core of ``replica``."""
         children = psutil.Process(replica.pid).children(recursive=True)

@@ -407,7 +407,7 @@ class SimRouter:
             text=codec,
             dispatcher=self.dispatcher,
             admission=admission,
-            bounds=RequestBounds(600.0, 30.0),
+            bounds=RequestBounds(600.0, 3600.0, 30.0),
             clock=clock,
             journal=self.journal,
             phase_clock=clock,

@@ -17,7 +17,7 @@ PAGES = sorted(
 PRODUCT = ("cluster", "core", "engine", "kv_transfer", "router", "worker")
 # Matches code that makes a process listen, on a network or on a UNIX socket.
 LISTENS = re.compile(
-    r"add_insecure_port\(|bind_to_random_port\(|_http_server\(|create_device\(|RayParams\("
+    r"add_insecure_port\(|bind_to_random_port\(|make_server\(|create_device\(|RayParams\("
     r"|\.bind\((?:\(host|_?address)|add_port_to_grpc_server|f\"bind "
 )
 

@@ -1,27 +1,31 @@
-"""Makes a gRPC server refuse requests whose bytes are not a message of the called method."""
+"""Makes a gRPC server refuse requests that are malformed or never arrive."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from core.errors import InvalidArgumentError
+from core.errors import DeadlineError, InvalidArgumentError
 from core.rpc.status import abort
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Handler = Any  # a grpc.RpcMethodHandler, in fact a named tuple with ``_replace``
 
+ARRIVAL_S: Final = 10.0  # longest time from the start of a call to its request
 
-class RefuseMalformed(grpc.aio.ServerInterceptor):
-    """If a request is malformed, the call ends with INVALID_ARGUMENT. All Baton servers use this.
 
-    Without this class, gRPC ends such a call with UNKNOWN and logs a traceback. Any client could
-    then fill the log.
+class CheckRequests(grpc.aio.ServerInterceptor):
+    """Ends calls whose request is malformed or does not arrive. All Baton servers use this.
+
+    Without this class, gRPC ends a call with a malformed request with UNKNOWN and logs a traceback,
+    so any client could fill the log. And it keeps a call whose request never comes. Methods with a
+    stream of requests have no bound on its arrival.
     """
 
     async def intercept_service(
@@ -34,11 +38,17 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
         if handler is None:  # no such method
             return None
         kinds = ("unary", "stream")
-        name = f"{kinds[handler.request_streaming]}_{kinds[handler.response_streaming]}"
-        check = _check_stream if handler.request_streaming else _check_request
+        responses = kinds[handler.response_streaming]
+        name = f"{kinds[handler.request_streaming]}_{responses}"
+        check = _check_stream if handler.request_streaming else _only_request
         checked = _with_check(getattr(handler, name), check)
-        parse = _marking_malformed(handler.request_deserializer)
-        return handler._replace(request_deserializer=parse, **{name: checked})
+        # Every method becomes one with a stream of requests. Otherwise gRPC would wait for the
+        # request by itself, and without a bound. Both kinds look the same on the wire.
+        return handler._replace(
+            request_streaming=True,
+            request_deserializer=_marking_malformed(handler.request_deserializer),
+            **{name: None, f"stream_{responses}": checked},
+        )
 
 
 class _Malformed:
@@ -77,13 +87,26 @@ def _with_check(behaviour: Any, check: Callable[[Any, _Context], Awaitable[Any]]
     return call
 
 
+async def _only_request(requests: AsyncIterator[Any], context: _Context) -> Any:
+    try:
+        async with asyncio.timeout(ARRIVAL_S):
+            request = await anext(aiter(requests))
+    except TimeoutError:
+        late = DeadlineError(f"no request came within {ARRIVAL_S:g} s", reason="NO_REQUEST")
+        await abort(context, late)
+    except StopAsyncIteration:
+        await abort(context, _malformed("the call has no request"))
+    return await _check_request(request, context)
+
+
 async def _check_request(request: Any, context: _Context) -> Any:
     if isinstance(request, _Malformed):
-        error = InvalidArgumentError(
-            "the request is not a message of this method", reason="MALFORMED_REQUEST"
-        )
-        await abort(context, error)
+        await abort(context, _malformed("the request is not a message of this method"))
     return request
+
+
+def _malformed(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, reason="MALFORMED_REQUEST")
 
 
 async def _check_stream(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
