@@ -96,7 +96,7 @@ class RouterServer:
         ledger = PlacementLedger(
             self._placement_limits(),
             clock,
-            suspect_s=redis.lease_s,
+            suspect_s=self._config.router.avoid_worker_s,
             report_snapshots=math.ceil(redis.renew_s / self._config.router.registry_poll_s),
         )
 
@@ -217,12 +217,12 @@ class RouterServer:
     def _max_calls(self) -> int:
         """Return how many calls one connection may carry.
 
-        Twice what the router can hold: a client whose calls are too many should get a refusal,
+        Much more than the router can hold: a client whose calls are too many should get a refusal,
         instead of calls that wait in its own channel.
         """
         router = self._config.router
         held = router.max_concurrent + sum(each.max_queue for each in router.classes.values())
-        return 2 * held
+        return 2 * held + 100
 
     def _can_serve(self, snapshot: tuple[WorkerRecord, ...]) -> bool:
         ready = {record.pool for record in snapshot if record.state is WorkerState.READY}
@@ -256,14 +256,15 @@ class RouterServer:
         return PlacementLimits(max_requests, self._config.router.prefill_backlog_s)
 
     def _journal_settings(self) -> JournalSettings:
-        return JournalSettings(self._config.redis.lease_s, self._config.router.journal_patience_s)
+        router = self._config.router
+        return JournalSettings(router.journal_lease_s, router.journal_patience_s)
 
     def _workers_settings(self) -> WorkersSettings:
         config = self._config
         return WorkersSettings(
             poll_s=config.router.registry_poll_s,
             poll_timeout_s=config.redis.socket_timeout_s,
-            lost_after_s=config.redis.lease_s,
+            lost_after_s=config.router.worker_lost_after_s,
             connect_timeout_s=config.router.worker_connect_timeout_s,
             max_message_bytes=int(config.router.max_message_bytes),
             connection_silence_s=config.cluster.connection_silence_s,
@@ -276,7 +277,7 @@ class RouterServer:
             model=model,
             local_prefill=router.local_prefill,
             retries=RetryLimits(
-                router.max_attempts, router.failover_timeout_s, self._config.redis.lease_s
+                router.max_attempts, router.failover_timeout_s, router.avoid_worker_s
             ),
             buffer_responses=router.stream_buffer_responses,
             release_timeout_s=router.worker_connect_timeout_s,

@@ -233,6 +233,17 @@ class RouterConfig(_Section):
     registry_poll_s: Seconds = Field(
         default=0.25, description="Seconds between two reads of the registry of workers."
     )
+    worker_lost_after_s: Seconds = Field(
+        default=3,
+        description="Seconds without a lease and without an answer after which a worker counts as "
+        "lost. If most workers lose their leases at once, the router waits as long before it "
+        "believes that.",
+    )
+    avoid_worker_s: Seconds = Field(
+        default=3,
+        description="Seconds for which a worker that failed a request gets no new ones, if there "
+        "are others.",
+    )
     worker_connect_timeout_s: Seconds = Field(
         default=2,
         description="Seconds that the router waits for a connection to a worker, after which the "
@@ -261,6 +272,11 @@ class RouterConfig(_Section):
         description="Keep prompts and answers in Redis while they are streamed, so that a client "
         "can resume its stream after the router died. false: no part of a request is written to "
         "Redis.",
+    )
+    journal_lease_s: Seconds = Field(
+        default=3,
+        description="Seconds without a sign of life from a request's router after which another "
+        "router may resume the request.",
     )
     journal_ttl_s: Seconds = Field(
         default=60,

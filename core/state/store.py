@@ -18,7 +18,8 @@ class Store:
 
     url: str = field(repr=False)  # may contain a password
     cluster: str  # name of the cluster, which is part of every key
-    lease_s: float  # lifetime of a lease that is not renewed
+    lease_s: float  # lifetime of a worker's lease that is not renewed
+    journal_lease_s: float  # the same of a request's lease
     journal_ttl_s: float  # lifetime of a journal entry after its last change
     journal_max_bytes: int  # memory that the journal may take
     socket_timeout_s: float  # bound on one wait for the store
@@ -33,6 +34,7 @@ class Store:
             url=url,
             cluster=config.cluster.name,
             lease_s=config.redis.lease_s,
+            journal_lease_s=config.router.journal_lease_s,
             journal_ttl_s=config.router.journal_ttl_s,
             journal_max_bytes=int(config.router.journal_max_bytes),
             socket_timeout_s=config.redis.socket_timeout_s,
@@ -56,7 +58,7 @@ class Store:
         return RedisJournal(
             self.url,
             cluster=self.cluster,
-            lease_s=self.lease_s,
+            lease_s=self.journal_lease_s,
             ttl_s=self.journal_ttl_s,
             budget_bytes=self.journal_max_bytes,
             socket_timeout_s=self.socket_timeout_s,

@@ -17,7 +17,7 @@ class RetryLimits:
 
     max_attempts: int
     timeout_s: float  # time to find a worker, from the first failure since the latest new token
-    avoid_s: float  # how long to avoid a failed worker; a dead worker has lost its lease by then
+    avoid_s: float  # how long to avoid a worker that failed
 
 
 @dataclass(slots=True)

@@ -57,8 +57,7 @@ class PlacementLedger:
 
     Args:
         clock: monotonic time, seconds.
-        suspect_s: how long a worker that failed a request is avoided. A dead worker has lost its
-            lease by then.
+        suspect_s: how long a worker that failed a request is avoided.
         report_snapshots: a worker reports again within this many snapshots of the registry.
 
     Attributes:

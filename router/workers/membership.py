@@ -26,7 +26,7 @@ class WorkerList(Protocol):
 class WorkersSettings:
     poll_s: float  # time between two reads of the registry
     poll_timeout_s: float  # a read that takes longer counts as failed
-    lost_after_s: float  # length of a lease; a worker missing for this long may be lost
+    lost_after_s: float  # a worker that is missing for this long may be lost
     connect_timeout_s: float
     max_message_bytes: int
     connection_silence_s: float  # a connection silent for this long counts as broken

@@ -62,7 +62,6 @@ class RouterHarness:
 
     Args:
         router: fields of the section ``router``, which override the harness's defaults.
-        redis: fields of the section ``redis``.
         journal: the journal's store, which all routers of the harness share.
         silence_s: ``cluster.connection_silence_s``.
     """
@@ -73,7 +72,6 @@ class RouterHarness:
         prefill: Sequence[FakePrefill] = (),
         decode: Sequence[FakeDecode] = (),
         router: Mapping[str, Any] | None = None,
-        redis: Mapping[str, Any] | None = None,
         context_tokens: int = CONTEXT_TOKENS,
         journal: JournalStore | None = None,
         silence_s: float = 10,
@@ -89,7 +87,6 @@ class RouterHarness:
                     "failover_timeout_s": 0.01,  # tests of longer waits run in virtual time
                     **(router or {}),
                 },
-                "redis": dict(redis or {}),
             }
         )
         self.registry = MemoryRegistry(lease_s=3600)

@@ -324,7 +324,7 @@ async def test_a_silent_worker_without_a_lease_is_lost() -> None:
     async with RouterHarness(
         prefill=[FakePrefill()],
         decode=[hung, FakeDecode("decode-2")],
-        redis={"lease_s": 0.1, "renew_s": 0.05},
+        router={"worker_lost_after_s": 0.1},
     ) as router:
         stream = aiter(router.call(token_ids={"ids": PROMPT}, sampling={"max_tokens": 4}))
         first = await anext(stream)
@@ -336,7 +336,7 @@ async def test_a_silent_worker_without_a_lease_is_lost() -> None:
 async def test_a_registry_failure_does_not_disturb_requests() -> None:
     hung = FakeDecode("decode-1", decode_hangs)
     async with RouterHarness(
-        prefill=[FakePrefill()], decode=[hung], redis={"lease_s": 0.1, "renew_s": 0.05}
+        prefill=[FakePrefill()], decode=[hung], router={"worker_lost_after_s": 0.1}
     ) as router:
         await router.generate(PROMPT, max_tokens=1)
         router.registry.available = False
