@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 DECODE_RANK = 0
 PREFILL_RANK = 1
 _TAG, _ABORT_TAG = 0, 1
-_TOKEN_BYTES = 16
+_TOKEN_BYTES = 16  # too many values to guess one
 
 
 def backend_for(device: torch.device) -> str:
