@@ -162,8 +162,10 @@ class Entry:
         elif answer is Written.FULL:
             self.is_dropped = True
             self._content.clear()
-        elif answer is Written.GONE:
+        elif answer is Written.GONE and self._content:
             self.must_restore()
+        elif answer is Written.GONE:  # there is no lease that could be given up
+            self.is_dropped = True
         elif change.mode is Mode.BEGIN:
             self.refusal = _in_flight_error(self.request_id, self._journal.lease_s)
         else:
@@ -172,9 +174,12 @@ class Entry:
             )
 
     def must_restore(self) -> None:
-        """Write the whole content with the next change, because the store may have lost it."""
+        """Write the whole content with the next change, because the store may have lost it.
+
+        An entry without content was not read, so the store may still have its content.
+        """
         self._sent = 0
-        if self._mode is Mode.APPEND:
+        if self._mode is Mode.APPEND and self._content:
             self._mode = Mode.RESTORE
 
 
@@ -234,7 +239,7 @@ class Journal:
         entry = Entry(self, request_id, token)
         try:
             content = await self._store.take(request_id, entry.writer, token)
-        except BaseException:  # the store may have given us the lease
+        except BaseException:  # the store may have given us the lease, but not the content
             entry.taken_over(b"")
             entry.leave()
             raise

@@ -275,7 +275,7 @@ def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None
         assert not tokens, "a request with tokens was refused"
         assert client.timeout_s < FAR_S, "a far deadline was missed"
     else:
-        assert gave_up
+        assert gave_up, (code, reason, tokens, expected, client.timeout_s)
         # CONNECTION_LOST: the router died just when the client gave up.
         assert code is CANCELLED or reason in REFUSALS | {CONNECTION_LOST}, (code, reason)
 

@@ -38,6 +38,7 @@ class Store(MemoryJournal):
         self.open = asyncio.Event()
         self.open.set()
         self.failures = 0  # how many of the next writes fail
+        self.loses_takes = False  # the answer to a take is lost
 
     def token(self) -> str:
         """The resume token of the request "r"."""
@@ -50,6 +51,15 @@ class Store(MemoryJournal):
             self.failures -= 1
             raise UnavailableError("the journal does not answer")
         return await super().write(changes)
+
+    async def take(self, request_id: str, writer: str, token: str) -> bytes | Written:
+        answer = await super().take(request_id, writer, token)
+        if self.loses_takes:
+            raise UnavailableError("the journal does not answer")
+        return answer
+
+    def is_released(self, request_id: str) -> bool:
+        return self._serving(request_id) is None
 
 
 @pytest.fixture
@@ -244,6 +254,31 @@ async def test_a_request_that_ends_while_the_store_has_failed_gives_its_lease_up
     await journal.close()
     async with router().resume("r", store.token()) as (_, content):
         assert batches_of(content) == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize("is_emptied", [False, True])
+async def test_a_resume_whose_answer_is_lost_leaves_the_content(
+    router: JournalFactory, store: Store, is_emptied: bool
+) -> None:
+    """This router got the lease, but never read the content. It must not write an empty entry."""
+    async with router().begin(REQUEST) as entry:
+        await entry.add(FIRST)
+    await until(lambda: store.is_released("r"), what="the first router has left")
+    token, journal = store.token(), router()
+    store.loses_takes, store.failures = True, 1
+    with pytest.raises(UnavailableError):
+        async with journal.resume("r", token):
+            pass
+    if is_emptied:
+        store.forget()
+    await journal.close()
+    store.loses_takes = False
+    if is_emptied:
+        assert not store.entries
+    else:
+        async with router().resume("r", token) as (_, content):
+            assert content.request == REQUEST
+            assert batches_of(content) == [FIRST]
 
 
 async def test_an_entry_that_was_dropped_is_not_written_again(
