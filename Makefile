@@ -21,7 +21,7 @@ check: ## list what this machine lacks, and how to install it
 env: $(STAMP) ## build the environment in .venv (about 2 minutes; only if something changed)
 
 $(STAMP): pyproject.toml tools/install.py tools/check_system.py $(wildcard requirements/*.txt)
-	@$(PYTHON) tools/check_system.py $(BACKEND)
+	@$(PYTHON) tools/check_system.py $(BACKEND) --install
 	@echo "building the environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python tools/install.py $(BACKEND) dev

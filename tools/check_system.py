@@ -1,7 +1,9 @@
 """Prints what Baton needs but this machine lacks, and how to install it if that is possible.
 
-``make env`` first runs ``python3 tools/check_system.py cpu`` (or ``gpu``). The environment need not
-exist yet, so this script uses only the standard library. It exits with 1 if something is missing.
+``make check`` runs ``python3 tools/check_system.py cpu`` (or ``gpu``). ``make env`` adds
+``--install``: then the script first installs libnuma, or unpacks it into .venv if it may not
+install packages. The environment need not exist yet, so this script uses only the standard library.
+It exits with 1 if something is missing.
 """
 
 import ctypes
@@ -9,7 +11,9 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned vLLM and torch have wheels for this range
@@ -17,6 +21,8 @@ DISK_GB = 6  # environment 3.1, model 0.3; the rest is for downloads that pip un
 MEMORY_GB = 8  # two engines, the router, Ray, Valkey
 
 GB = 1000**3
+ROOT = Path(__file__).resolve().parents[1]
+UNPACKED = ROOT / ".venv" / "system"  # packages of the system; tools/install.py makes them load
 
 
 def python_problem() -> "str | None":
@@ -50,12 +56,55 @@ def processor_problem() -> "str | None":
     return None
 
 
-def libnuma_problem() -> "str | None":
+def lacks_libnuma() -> bool:
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
+        return not any(UNPACKED.rglob("libnuma.so.1"))
+    return False
+
+
+def libnuma_problem() -> "str | None":
+    if lacks_libnuma():
         return "vLLM's CPU build needs libnuma.so.1: apt-get install -y libnuma1"
     return None
+
+
+def install_libnuma() -> None:
+    """Install Debian's package, or unpack it into the environment if this user is not root.
+
+    Prints nothing if that fails: the check that follows says what is missing.
+    """
+    if os.geteuid() == 0:
+        print("installing libnuma1 with apt-get", flush=True)
+        install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "libnuma1"]
+        # Without package lists the first try fails.
+        _succeeds(install) or (_succeeds(["apt-get", "update", "-qq"]) and _succeeds(install))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        download = ["apt-get", "download", "-qq", "libnuma1"]
+        own_lists = ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
+        Path(folder, "lists", "partial").mkdir(parents=True)
+        # Without package lists the first try fails.
+        _succeeds(download, folder) or (
+            _succeeds(["apt-get", "update", "-qq", *own_lists])
+            and _succeeds([*download, *own_lists], folder)
+        )
+        for package in Path(folder).glob("*.deb"):
+            UNPACKED.mkdir(parents=True, exist_ok=True)
+            if _succeeds(["dpkg", "-x", str(package), str(UNPACKED)]):
+                print(f"unpacked libnuma1 into {UNPACKED}", flush=True)
+
+
+def _succeeds(command: "list[str]", folder: "str | None" = None) -> bool:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, check=False
+        )
+    except OSError:  # no such program
+        return False
+    return done.returncode == 0
 
 
 def lscpu_problem() -> "str | None":
@@ -65,7 +114,7 @@ def lscpu_problem() -> "str | None":
 
 
 def disk_problem(folder: Path) -> "str | None":
-    if (folder / ".venv").exists():
+    if (folder / ".venv" / "bin").exists():
         return None
     free_gb = shutil.disk_usage(folder).free / GB
     if free_gb >= DISK_GB:
@@ -83,11 +132,12 @@ def memory_problem() -> "str | None":
 
 
 def main() -> None:
-    folder = Path(__file__).resolve().parents[1]
+    if "--install" in sys.argv and "gpu" not in sys.argv and lacks_libnuma():
+        install_libnuma()
     results = [python_problem(), venv_problem(), platform_problem()]
     if "gpu" not in sys.argv[1:]:
         results += [processor_problem(), libnuma_problem(), lscpu_problem()]
-    results += [disk_problem(folder), memory_problem()]
+    results += [disk_problem(ROOT), memory_problem()]
     problems = [problem for problem in results if problem]
     for problem in problems:
         print(f"missing: {problem}", file=sys.stderr)

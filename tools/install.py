@@ -103,6 +103,17 @@ def install_lock(name: str) -> None:
         fail(failed, f"Installing {lock.name} failed. Check the network and the free disk space.")
 
 
+def load_unpacked_libraries() -> None:
+    """Make each Python of this environment load the libraries that check_system.py has unpacked.
+
+    The dynamic linker takes a library that is already loaded, whatever its path.
+    """
+    library = next((ROOT / ".venv" / "system").rglob("libnuma.so.1"), None)
+    if library is not None:
+        line = f"import ctypes; ctypes.CDLL({str(library)!r}, ctypes.RTLD_GLOBAL)\n"
+        (Path(sysconfig.get_path("purelib")) / "baton_libraries.pth").write_text(line)
+
+
 def install_baton() -> None:
     """Install Baton as an editable package. The pinned setuptools builds it without downloads."""
     command = (*PIP, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
@@ -120,6 +131,7 @@ def fail(lines: Sequence[str], message: str) -> None:
 def main() -> None:
     lock_names = sys.argv[1:] or ["cpu"]
     began_s = time.monotonic()
+    load_unpacked_libraries()
     if "cpu" in lock_names:
         install_torch_cpu()
     for name in lock_names:
