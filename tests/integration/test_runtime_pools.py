@@ -10,6 +10,8 @@ import pytest
 from engine.fake import next_tokens
 from tests.support.fake_engine_cluster import PROMPT, FakeEngineCluster
 
+TOKENS = 4000  # of a stream that lasts for at least 12 s
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
@@ -62,13 +64,13 @@ def test_drain_moves_streams_and_replaces_the_worker(
     before = cluster.ids("decode")
     with cluster.client() as client:
         streams = [
-            client.generate(token_ids=[*PROMPT, seed], max_tokens=2000, temperature=0.0)
+            client.generate(token_ids=[*PROMPT, seed], max_tokens=TOKENS, temperature=0.0)
             for seed in range(4)
         ]
         for stream in streams:
             next(stream)
         (leaving, *_) = sorted(before)
-        # The streams last longer than the worker's ``shutdown_grace_s``.
+        # The streams last much longer than the command's start and ``shutdown_grace_s``.
         done = cluster.cli("drain", leaving)
         assert done.returncode == 0, done.stderr
         assert f"{leaving} has left" in done.stdout
@@ -76,7 +78,7 @@ def test_drain_moves_streams_and_replaces_the_worker(
         for seed, stream in enumerate(streams):
             responses = list(stream)
             tokens = [token for response in responses for token in response.token_ids]
-            assert tuple(tokens) == next_tokens([*PROMPT, seed], 2000)[1:]
+            assert tuple(tokens) == next_tokens([*PROMPT, seed], TOKENS)[1:]
             assert responses[-1].phases is not None
             moved += responses[-1].phases.attempts == 2
         assert moved == 2, "two of the four streams were on the drained worker"
