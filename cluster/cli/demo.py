@@ -27,6 +27,13 @@ from core.net import split_host_port
 
 QUESTION: Final = "What is the capital of France?"
 ANSWER: Final = "Paris"
+# With this example, each token of the answer is at least e times as probable as any other one, so
+# the last bits of the arithmetic, which differ between processors, change none.
+CHAT: Final = (
+    ChatMessage("user", "What is the capital of Japan?"),
+    ChatMessage("assistant", "The capital of Japan is Tokyo."),
+    ChatMessage("user", QUESTION),
+)
 # The demo has its own cluster name and a free port, so it does not clash with a running cluster.
 OVERRIDES: Final = {"cluster.name": "demo", "router.port": 0}
 ANSWER_TIMEOUT_S: Final = 120.0  # both answers take about 5 s on two cores
@@ -43,10 +50,10 @@ class DemoRequest:
 
 REQUESTS: Final[Mapping[str, DemoRequest]] = {
     "paris": DemoRequest(
-        description=f"{QUESTION} (chat)",
+        description=f"{QUESTION} (a chat's second question)",
         prompt=None,
         fields={
-            "messages": [ChatMessage("user", QUESTION)],
+            "messages": list(CHAT),
             "temperature": 0.0,
             "max_tokens": 32,
         },
@@ -160,14 +167,18 @@ def check_all_gone(state: ClusterState) -> None:
 
 
 def print_answers(answers: Mapping[str, Completion], out: TextIO) -> None:
-    """Print one line of phases per answer, and a remark if the answer to QUESTION lacks ANSWER."""
+    """Print one line of phases per answer.
+
+    Raises:
+        InternalError: the answer to QUESTION is wrong.
+    """
     print(file=out)
     width = max(map(len, answers))
     for label, answer in answers.items():
         print(f"{label:>{width}}: {phases_line(answer)}", file=out)
-    if ANSWER not in answers["paris"].text:
-        print(f"(the answer was expected to name {ANSWER})", file=out)
     print(file=out)
+    if ANSWER not in (text := answers["paris"].text):
+        raise InternalError(f"the answer to {QUESTION!r} does not name {ANSWER}: {text!r}")
 
 
 def main() -> int:

@@ -35,6 +35,9 @@ def convert(gguf: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
+    # As SmolLM2's model card recommends. The GGUF file has no such defaults, and with those of vLLM
+    # (temperature 1) the answers of so small a model are noise.
+    model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
     _start_step(f"writing {folder.parent}")
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 _EMBEDDED_PREFIX = "embedded:"
 # Revision of the output of core.model.convert. Raise it when the output changes, so that
 # checkpoints of earlier revisions are not used any more.
-_REVISION = 1
+_REVISION = 2
 _REQUIRED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LOCK_POLL_S = 0.2  # unpacking takes about 20 s

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import baton
+from cluster.cli.demo import REQUESTS
 from core.config.schema import load_config
 from core.model.resolve import resolve_model
 from tests.e2e.conftest import CASES, MAX_TOKENS, SHARED_PREFIX, Case, RunningCluster
@@ -185,3 +186,13 @@ def test_chat_and_stop_strings(cluster: RunningCluster) -> None:
         stopped = client.complete(messages=[message], temperature=0, max_tokens=32, stop=" of Fr")
         assert stopped.text == "The capital"
         assert stopped.finish_reason is baton.FinishReason.STOP
+
+
+def test_no_rounding_error_changes_the_demos_answer(cluster: RunningCluster) -> None:
+    """Each of its tokens is at least e times as probable as any other."""
+    with cluster.client() as client:
+        answer = client.complete(**REQUESTS["paris"].fields | {"logprobs": 2})
+    assert answer.text == "The capital of France is Paris."
+    for token in answer.logprobs:
+        first, second = (each.logprob for each in token.top)
+        assert first - second > 1

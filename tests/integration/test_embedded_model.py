@@ -72,6 +72,12 @@ def test_each_digit_is_a_token_and_spaces_before_digits_are_not(tokenizer: Any) 
     assert tokenizer.tokenize("x=  31") == ["x", "=", "ĠĠ", "3", "1"]
 
 
+async def test_requests_without_sampling_fields_get_the_model_cards_defaults(folder: Path) -> None:
+    codec = load_text_codec(folder, served_name="m", max_model_len=None)
+    assert codec.model.sampling_defaults == {"temperature": 0.2, "top_p": 0.9}
+    codec.close()
+
+
 def test_the_end_of_a_turn_ends_generation(folder: Path, tokenizer: Any) -> None:
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_token_id == 2

@@ -110,7 +110,7 @@ def test_the_embedded_model_is_unpacked_once(cache: Path, monkeypatch: pytest.Mo
     first = resolve_model(ModelConfig(), quiet)
     assert first == resolve_model(ModelConfig(), quiet)
     assert first == ResolvedModel(
-        str(cache / "smollm2-135m-instruct-1.0-r1"), "smollm2-135m-instruct"
+        str(cache / "smollm2-135m-instruct-1.0-r2"), "smollm2-135m-instruct"
     )
     assert conversion.runs == 1
 
@@ -144,7 +144,7 @@ def test_a_failed_unpacking_leaves_nothing_and_can_be_repeated(
 def test_the_rest_of_a_killed_unpacking_is_removed(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stale = cache / "smollm2-135m-instruct-1.0-r1.tmp-x"
+    stale = cache / "smollm2-135m-instruct-1.0-r2.tmp-x"
     stale.mkdir(parents=True)
     install(monkeypatch, FakeConversion())
     resolve_model(ModelConfig(), quiet)
@@ -164,7 +164,7 @@ def test_waiting_for_another_process_is_bounded(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, FakeConversion())
-    lock = cache / "smollm2-135m-instruct-1.0-r1.lock"
+    lock = cache / "smollm2-135m-instruct-1.0-r2.lock"
     cache.mkdir(parents=True)
     lines: list[str] = []
     with model._exclusive(lock, 1, quiet), pytest.raises(ConfigError, match="has held"):
@@ -208,7 +208,7 @@ def test_waiting_for_another_process_can_be_ended(
         if len(lines) == 2:
             raise StopError
 
-    lock = cache / "smollm2-135m-instruct-1.0-r1.lock"
+    lock = cache / "smollm2-135m-instruct-1.0-r2.lock"
     with model._exclusive(lock, 1, quiet), pytest.raises(StopError):
         resolve_model(ModelConfig(), stop_at_the_second_line)
 
