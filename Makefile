@@ -52,10 +52,10 @@ format: env ## format the code and fix what ruff can fix
 types: env ## check types with mypy
 	@$(BIN)/mypy $(ARGS)
 
-proto: env ## generate baton/v1 from proto/
+proto: env ## generate the stubs from proto/
 	@$(BIN)/python tools/generate_proto.py
 
-proto-check: env ## fail if baton/v1 does not match proto/
+proto-check: env ## fail if the stubs do not match proto/
 	@$(BIN)/python tools/generate_proto.py --check
 
 engine-args: env ## generate core/config/engine_args.py from the installed vLLM

@@ -24,11 +24,11 @@ import grpc
 
 import baton
 from baton.v1 import inference_pb2 as pb
-from baton.v1 import worker_pb2, worker_pb2_grpc
 from bench.report import Report, summary
 from cluster.cli.progress import Progress
 from cluster.local.launch import Cluster
 from core.config.schema import load_config
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.credentials import CHANNEL_OPTIONS
 from core.types import Pool
 

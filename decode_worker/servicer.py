@@ -6,8 +6,9 @@ import logging
 
 import grpc
 
-from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from core.errors import UnavailableError
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.status import accept
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvReceive
 from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of

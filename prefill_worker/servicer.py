@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import grpc
 
-from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from core.errors import InternalError
+from core.messages import worker_pb2, worker_pb2_grpc
 from engine.protocol import Engine, EngineOutput, EngineRequest, KvSend
 from worker.calls import check_deadline, closing, errors_to_status, transfer_id_of
 from worker.intake import Intake

@@ -1,4 +1,4 @@
-"""Generates the stubs in baton/v1 from proto/: ``make proto``.
+"""Generates the stubs in baton/v1 and core/messages from proto/: ``make proto``.
 
 With ``--check``, it leaves the stubs as they are and checks that they match proto/. pyproject.toml
 pins grpcio-tools to 1.76.0, because old and new versions of protobuf can load the stubs that this
@@ -15,7 +15,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTO = ROOT / "proto"
-SOURCES = sorted(PROTO.glob("baton/v1/*.proto"))
+SOURCES = sorted(PROTO.rglob("*.proto"))
+FOLDERS = sorted({source.parent.relative_to(PROTO) for source in SOURCES})
 
 
 def generate(target: Path) -> list[Path]:
@@ -24,7 +25,14 @@ def generate(target: Path) -> list[Path]:
     names = [str(source.relative_to(PROTO)) for source in SOURCES]
     if protoc.main(["protoc", f"-I{PROTO}", *outputs, *names]):
         sys.exit("protoc failed")
-    return sorted(path.relative_to(target) for path in target.glob("baton/v1/*_pb2*.py*"))
+    return _stubs_in(target)
+
+
+def _stubs_in(root: Path) -> list[Path]:
+    """Return the paths of all stubs, relative to ``root``."""
+    return sorted(
+        path.relative_to(root) for folder in FOLDERS for path in (root / folder).glob("*_pb2*.py*")
+    )
 
 
 def check() -> None:
@@ -32,7 +40,7 @@ def check() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         expected = set(generate(fresh))
-        committed = {path.relative_to(ROOT) for path in ROOT.glob("baton/v1/*_pb2*.py*")}
+        committed = set(_stubs_in(ROOT))
         drifted = expected ^ committed | {
             path
             for path in expected & committed

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import grpc
 
-from baton.v1 import worker_pb2
 from core.errors import BatonError, DeadlineError, InternalError, InvalidArgumentError
+from core.messages import worker_pb2
 from core.rpc.status import abort
 from engine.protocol import EngineOutput
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from baton.v1 import inference_pb2, journal_pb2
+from baton.v1 import inference_pb2
 from core.errors import (
     ROUTER_DRAINING,
     AlreadyExistsError,
@@ -28,6 +28,7 @@ from core.errors import (
     NotFoundError,
     UnavailableError,
 )
+from core.messages import journal_pb2
 from core.rpc.in_flight import InFlight
 from router.admission.gate import AdmissionGate
 from router.admission.policy import FULL, MIN_RETRY_AFTER_S, AdmissionRequest

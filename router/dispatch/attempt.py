@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.errors import (
     BatonError,
     InternalError,
@@ -29,6 +29,7 @@ from core.errors import (
     WorkerLostError,
     WorkerUnreachableError,
 )
+from core.messages import worker_pb2
 from core.rpc.status import from_rpc_error
 from core.types import WorkerRecord
 from router.dispatch.assemble import (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.errors import (
     BatonError,
     CapacityError,
@@ -24,6 +24,7 @@ from core.errors import (
     InternalError,
     UnavailableError,
 )
+from core.messages import worker_pb2
 from core.types import WorkerKey, WorkerRecord
 from router.admission.expectation import Expectation
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from baton.v1 import inference_pb2, journal_pb2
+from baton.v1 import inference_pb2
 from core.errors import (
     AlreadyExistsError,
     BatonError,
@@ -30,6 +30,7 @@ from core.errors import (
     NotFoundError,
     UnavailableError,
 )
+from core.messages import journal_pb2
 from core.state.journal import TOKEN_CHARS, After, Change, JournalStore, Mode, Written
 from core.tasks import Supervisor
 from router.request import UNFINISHED, TokenBatch

@@ -6,7 +6,7 @@ from typing import cast
 
 import grpc
 
-from baton.v1 import worker_pb2, worker_pb2_grpc
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.credentials import CHANNEL_OPTIONS, ClusterCredentials
 from core.rpc.options import channel_options
 

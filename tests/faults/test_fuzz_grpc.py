@@ -21,8 +21,9 @@ import pytest
 from google.protobuf.message import Message
 
 from baton.errors import ERROR_DETAIL_KEY
-from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from core.config.schema import Config
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.credentials import CHANNEL_OPTIONS, ClusterCredentials
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry

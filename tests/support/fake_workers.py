@@ -15,8 +15,9 @@ from typing import Any
 
 import grpc
 
-from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from core.errors import BatonError
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.options import server_options
 from core.rpc.status import abort
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState

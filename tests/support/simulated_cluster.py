@@ -18,9 +18,10 @@ from typing import Any, Self
 
 import grpc
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.config.schema import Config
 from core.errors import UnavailableError
+from core.messages import worker_pb2
 from core.state.journal import Change, MemoryJournal, Written
 from core.state.registry import MemoryRegistry
 from core.tasks import Supervisor

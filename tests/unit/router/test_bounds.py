@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.errors import BatonError
+from core.messages import worker_pb2
 from core.rpc import request_checks
 from core.rpc.status import from_rpc_error
 from router.server import SERVICE

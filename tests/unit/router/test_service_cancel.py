@@ -9,7 +9,8 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from baton.v1 import inference_pb2, inference_pb2_grpc
+from core.messages import worker_pb2
 from tests.support.fake_workers import (
     FakeDecode,
     FakePrefill,

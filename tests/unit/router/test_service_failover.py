@@ -11,7 +11,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.errors import (
     WORKER_DRAINING,
     CapacityError,
@@ -20,6 +20,7 @@ from core.errors import (
     UnavailableError,
     WorkerLostError,
 )
+from core.messages import worker_pb2
 from tests.support.fake_workers import (
     DecodeScript,
     FakeDecode,

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
+from core.messages import worker_pb2
 from tests.support.fake_workers import (
     FakeDecode,
     FakePrefill,

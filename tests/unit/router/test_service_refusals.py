@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.config.schema import Config
 from core.errors import ConfigError
+from core.messages import worker_pb2
 from core.state.registry import MemoryRegistry
 from router.server import RouterServer
 from tests.support.fake_workers import FakeDecode, FakePrefill, until_cancelled

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.errors import WorkerLostError
+from core.messages import worker_pb2
 from core.state.journal import MemoryJournal
 from router.admission.policy import AdmissionRequest
 from tests.support.fake_workers import (

@@ -12,9 +12,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from core.config.schema import Config
 from core.errors import WORKER_DRAINING, WorkerLostError
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.credentials import ClusterCredentials
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry

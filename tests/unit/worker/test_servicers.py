@@ -11,7 +11,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from baton.v1 import inference_pb2
 from core.config.schema import Config
 from core.errors import (
     AlreadyExistsError,
@@ -20,6 +20,7 @@ from core.errors import (
     DeadlineError,
     UnavailableError,
 )
+from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool

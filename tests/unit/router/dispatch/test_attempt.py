@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import inference_pb2
 from core.errors import InternalError
+from core.messages import worker_pb2
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan
 from router.placement.policy import Placement, PlacementState
 from router.request import TokenBatch

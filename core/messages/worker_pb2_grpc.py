@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
+from core.messages import worker_pb2 as core_dot_messages_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in baton/v1/worker_pb2_grpc.py depends on'
+        + ' but the generated code in core/messages/worker_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -35,14 +35,14 @@ class PrefillWorkerStub(object):
             channel: A grpc.Channel.
         """
         self.Prefill = channel.unary_unary(
-                '/baton.v1.PrefillWorker/Prefill',
-                request_serializer=baton_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+                '/baton.internal.PrefillWorker/Prefill',
+                request_serializer=core_dot_messages_dot_worker__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=core_dot_messages_dot_worker__pb2.PrefillResponse.FromString,
                 _registered_method=True)
         self.Release = channel.unary_unary(
-                '/baton.v1.PrefillWorker/Release',
-                request_serializer=baton_dot_v1_dot_worker__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_worker__pb2.ReleaseResponse.FromString,
+                '/baton.internal.PrefillWorker/Release',
+                request_serializer=core_dot_messages_dot_worker__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=core_dot_messages_dot_worker__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
 
 
@@ -71,19 +71,19 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Prefill': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefill,
-                    request_deserializer=baton_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_worker__pb2.PrefillResponse.SerializeToString,
+                    request_deserializer=core_dot_messages_dot_worker__pb2.PrefillRequest.FromString,
+                    response_serializer=core_dot_messages_dot_worker__pb2.PrefillResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
-                    request_deserializer=baton_dot_v1_dot_worker__pb2.ReleaseRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_worker__pb2.ReleaseResponse.SerializeToString,
+                    request_deserializer=core_dot_messages_dot_worker__pb2.ReleaseRequest.FromString,
+                    response_serializer=core_dot_messages_dot_worker__pb2.ReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'baton.v1.PrefillWorker', rpc_method_handlers)
+            'baton.internal.PrefillWorker', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.v1.PrefillWorker', rpc_method_handlers)
+    server.add_registered_method_handlers('baton.internal.PrefillWorker', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -104,9 +104,9 @@ class PrefillWorker(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/baton.v1.PrefillWorker/Prefill',
-            baton_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
-            baton_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+            '/baton.internal.PrefillWorker/Prefill',
+            core_dot_messages_dot_worker__pb2.PrefillRequest.SerializeToString,
+            core_dot_messages_dot_worker__pb2.PrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -131,9 +131,9 @@ class PrefillWorker(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/baton.v1.PrefillWorker/Release',
-            baton_dot_v1_dot_worker__pb2.ReleaseRequest.SerializeToString,
-            baton_dot_v1_dot_worker__pb2.ReleaseResponse.FromString,
+            '/baton.internal.PrefillWorker/Release',
+            core_dot_messages_dot_worker__pb2.ReleaseRequest.SerializeToString,
+            core_dot_messages_dot_worker__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -155,9 +155,9 @@ class DecodeWorkerStub(object):
             channel: A grpc.Channel.
         """
         self.Decode = channel.unary_stream(
-                '/baton.v1.DecodeWorker/Decode',
-                request_serializer=baton_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_worker__pb2.DecodeResponse.FromString,
+                '/baton.internal.DecodeWorker/Decode',
+                request_serializer=core_dot_messages_dot_worker__pb2.DecodeRequest.SerializeToString,
+                response_deserializer=core_dot_messages_dot_worker__pb2.DecodeResponse.FromString,
                 _registered_method=True)
 
 
@@ -176,14 +176,14 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Decode': grpc.unary_stream_rpc_method_handler(
                     servicer.Decode,
-                    request_deserializer=baton_dot_v1_dot_worker__pb2.DecodeRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_worker__pb2.DecodeResponse.SerializeToString,
+                    request_deserializer=core_dot_messages_dot_worker__pb2.DecodeRequest.FromString,
+                    response_serializer=core_dot_messages_dot_worker__pb2.DecodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'baton.v1.DecodeWorker', rpc_method_handlers)
+            'baton.internal.DecodeWorker', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.v1.DecodeWorker', rpc_method_handlers)
+    server.add_registered_method_handlers('baton.internal.DecodeWorker', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -204,9 +204,9 @@ class DecodeWorker(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/baton.v1.DecodeWorker/Decode',
-            baton_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
-            baton_dot_v1_dot_worker__pb2.DecodeResponse.FromString,
+            '/baton.internal.DecodeWorker/Decode',
+            core_dot_messages_dot_worker__pb2.DecodeRequest.SerializeToString,
+            core_dot_messages_dot_worker__pb2.DecodeResponse.FromString,
             options,
             channel_credentials,
             insecure,
