@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,14 +34,13 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps")
     # The source is copied: setuptools leaves a build folder beside it.
-    source = folder / "source"
-    run("git", "clone", "--quiet", "--shared", ROOT, source)
+    source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "build"))
     run(*pip, "--no-build-isolation", "--wheel-dir", folder, source)
-    yield next(folder.glob("*.whl"))
+    return next(folder.glob("*.whl"))
 
 
 def test_the_client_holds_only_the_public_protocol(wheel: Path) -> None:
