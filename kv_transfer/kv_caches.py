@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from core import memory
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import HeadRange, LayerBlockRange, PairPlan
 
+_DROPPED_BYTES = 4 * 2**20  # checked at a time: some blocks are written when an engine starts
 _Rows = npt.NDArray[np.int64]
 
 # Element types by size in bytes. Rows are copied as these types, which does not change the bits.
@@ -73,6 +75,24 @@ class KvCaches:
         self._layers = layers
         self.device = first.device
         self.dtype = first.dtype
+
+    def drop_zeros(self) -> None:
+        """Give memory of CPU caches that was never written back to the system.
+
+        vLLM fills new caches with zeros, which takes their memory long before requests do. Nobody
+        may write to the caches during this call.
+        """
+        if self.device.type != "cpu":
+            return
+        storages = [layer.untyped_storage() for layer in self._layers]
+        for storage in {
+            each.data_ptr(): each for each in storages
+        }.values():  # layers may share one
+            values = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            for begin in range(0, values.nbytes, _DROPPED_BYTES):
+                part = values[begin : begin + _DROPPED_BYTES]
+                if not part.any():
+                    memory.drop_zeros(part.ctypes.data, part.nbytes)
 
     def view(self, plan: PairPlan, held: HeadRange) -> UnitView:
         """Return the units of a plan in these caches; ``held`` are the heads of this rank."""

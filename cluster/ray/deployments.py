@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.ray.replica import drain_on_sigterm, local_slot, on_this_node, prepare_process
 from core.config.schema import Config
+from core.memory import trim_heap
 from core.rpc.credentials import ClusterCredentials
 from core.state.orders import ROUTER, report_failure
 from core.state.store import Store
@@ -59,6 +60,7 @@ class Router:
             await report_failure(store.orders(), ROUTER, error)
             raise
         self._server = server
+        trim_heap()
 
     def check_health(self) -> None:
         """Raises InternalError if the router should be replaced."""
@@ -85,6 +87,7 @@ class Worker:
         self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
         self._worker: WorkerReplica | None = None
         self._worker = await start_worker(settings, _pool_service(settings.pool), slot=local_slot())
+        trim_heap()
 
     async def check_health(self) -> None:
         """Raise WorkerLostError if the worker can no longer serve requests."""

@@ -89,6 +89,7 @@ class VllmEngine:
                 self._pool_config.tensor_parallel_size,
                 self._config.kv_transfer.pair_timeout_s,
             )
+        await llm.collective_rpc("drop_unused_memory")
         self._releaser = Releaser(addresses, self._kv_secret)
         vllm_config = llm.vllm_config
         blocks = vllm_config.cache_config.num_gpu_blocks

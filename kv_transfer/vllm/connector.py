@@ -49,6 +49,10 @@ from kv_transfer.vllm.worker_side import WorkerSide
 class RankCalls:
     """Methods that the front end calls on each rank through vLLM's ``collective_rpc``."""
 
+    def drop_unused_memory(self) -> None:
+        """Give the memory back that the engine's start has used."""
+        self._worker_side().drop_unused_memory()
+
     def kv_prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
         """Start to make the pairs with a prefill worker, and return before they are open."""
         self._worker_side().prewarm(tuple(addresses), incarnation)

@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+from core.memory import trim_heap
 from kv_transfer.doorbell import DoorbellButton
 from kv_transfer.errors import IncompatibleError
 from kv_transfer.geometry import KvGeometry
@@ -38,6 +39,7 @@ class WorkerSide:
         self._config = vllm_config.kv_transfer_config
         self._layer_index: dict[str, int] = {}
         self._layers_done = 0
+        self._caches: KvCaches | None = None
         self._server: PrefillServer | None = None
         self._client: DecodeClient | None = None
         self._button: DoorbellButton | None = None
@@ -78,7 +80,7 @@ class WorkerSide:
         cache = kv_caches[names[0]]
         isa = self._cpu_kernel(names[0]) if cache.device.type == "cpu" else None
         positions = None if isa is None else packed_positions(cache, isa)
-        caches = KvCaches([kv_caches[name] for name in names], positions)
+        caches = self._caches = KvCaches([kv_caches[name] for name in names], positions)
         # On CPUs the strides do not show the order of a block's elements: the kernel packs them.
         positions_known = isa is None or positions is not None
         geometry = self._geometry(model, spec, cache, len(names), isa, positions_known)
@@ -146,6 +148,12 @@ class WorkerSide:
                 self._client.reserve(reservation)
             for transfer_id, addresses, incarnation in plan.cancelled:
                 self._client.cancel(transfer_id, addresses, incarnation)
+
+    def drop_unused_memory(self) -> None:
+        """Give the memory back that the engine's start has used. Call before the first request."""
+        if self._caches is not None:
+            self._caches.drop_zeros()
+        trim_heap()
 
     def prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
         """See ``DecodeClient.prewarm``."""

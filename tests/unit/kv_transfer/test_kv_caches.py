@@ -346,3 +346,17 @@ def test_layers_of_unlike_shape_or_type_are_refused(other: torch.Tensor) -> None
     for layers in ([one, other], [other, one]):
         with pytest.raises(IncompatibleError, match="with the same shape"):
             KvCaches(layers)
+
+
+def test_caches_that_were_not_written_take_no_memory() -> None:
+    mib = 2**20
+    storage = torch.zeros(64 * mib, dtype=torch.uint8)
+    layers = [part.view(16, 4, 16, 32 * 1024) for part in storage.chunk(2)]
+    layers[1][7, 1, 2, 3] = 5
+    before = psutil.Process().memory_info().rss
+    KvCaches(layers).drop_zeros()
+    dropped = before - psutil.Process().memory_info().rss
+    assert dropped > 48 * mib, "all but the part that was written"
+    assert storage.sum() == 5
+    layers[0][3, 1, 2, 3] = 6
+    assert storage.sum() == 11
