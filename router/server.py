@@ -220,9 +220,8 @@ class RouterServer:
         Much more than the router can hold: a client whose calls are too many should get a refusal,
         instead of calls that wait in its own channel.
         """
-        router = self._config.router
-        held = router.max_concurrent + sum(each.max_queue for each in router.classes.values())
-        return 2 * held + 100
+        assert self.handler is not None
+        return 2 * self.handler.admission.max_requests + 100
 
     def _can_serve(self, snapshot: tuple[WorkerRecord, ...]) -> bool:
         ready = {record.pool for record in snapshot if record.state is WorkerState.READY}
