@@ -80,6 +80,9 @@ def test_reasons() -> None:
     assert reason_of(prompt="") == "EMPTY_PROMPT"
     assert reason_of(chat={"messages": [{"role": "user", "content": ""}]}) == "EMPTY_PROMPT"
     assert reason_of(chat={"messages": [{"role": "", "content": "x"}]}) == "INVALID_ROLE"
+    turn = {"role": "user", "content": "x"}
+    assert reason_of(chat={"messages": [turn] * 1025}) == "TOO_MANY_MESSAGES"
+    check_request(request(chat={"messages": [turn] * 1024}), "r", MODEL)
 
 
 def test_inputs() -> None:
