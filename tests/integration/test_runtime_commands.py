@@ -50,6 +50,13 @@ def test_workers_serve_no_stranger(cluster: FakeEngineCluster) -> None:
 
 
 @pytest.mark.usefixtures("one_of_each")
+def test_the_router_takes_no_memory_for_torch(cluster: FakeEngineCluster) -> None:
+    """transformers would import it to render a chat template."""
+    maps = Path(f"/proc/{cluster.replica('Router')}/maps").read_text()
+    assert "tokenizers" in maps
+    assert "libtorch" not in maps
+
+
 def test_status_shows_each_worker(cluster: FakeEngineCluster) -> None:
     workers = cluster.workers()
     assert sorted(worker["pool"] for worker in workers) == ["decode", "prefill"]
