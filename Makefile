@@ -33,7 +33,7 @@ demo: env ## start one router, one prefill worker and one decode worker, and ans
 test: env ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-unit: env ## run the tests that need no engine and no cluster (seconds)
+unit: env ## run the tests that need no engine and no cluster (a minute)
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 faults: env ## inject faults: thousands of simulated ones, then some in real processes

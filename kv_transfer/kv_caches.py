@@ -89,8 +89,9 @@ class KvCaches:
             each.data_ptr(): each for each in storages
         }.values():  # layers may share one
             values = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-            for begin in range(0, values.nbytes, _DROPPED_BYTES):
-                part = values[begin : begin + _DROPPED_BYTES]
+            if values.nbytes % 8 == 0:
+                values = values.view(np.uint64)  # several times as fast
+            for part in np.array_split(values, max(1, values.nbytes // _DROPPED_BYTES)):
                 if not part.any():
                     memory.drop_zeros(part.ctypes.data, part.nbytes)
 

@@ -44,7 +44,7 @@ class Pair:
     Args:
         store: of this pair alone, see ``PairStore``.
         host: address on which gloo listens.
-        timeout_s: bound on making the group, apart from waits at the store.
+        timeout_s: bound on each wait while the group is made, apart from those at the store.
     """
 
     def __init__(
@@ -163,8 +163,7 @@ def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
 def _check_peer(group: _GlooGroup, store: Store, rank: int, timeout: timedelta) -> None:
     """Raises PairError unless the other end of the connection is the rank at the other store.
 
-    gloo takes whoever connects first, so a stranger could get the KV. NCCL needs no such check: it
-    compares a secret that its id in the store contains.
+    gloo takes whoever connects first, so a stranger could get the KV.
     """
     peer = 1 - rank
     token = secrets.token_bytes(_TOKEN_BYTES)

@@ -195,6 +195,8 @@ class RouterServer:
                 ("grpc.max_concurrent_streams", self._max_calls()),
                 ("grpc.max_allowed_incoming_connections", router.max_connections),
                 ("grpc.max_connection_age_ms", round(router.max_connection_age_s * 1000)),
+                # Only health watches and reflection may still run then.
+                ("grpc.max_connection_age_grace_ms", round(router.max_deadline_s * 1000)),
             ),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
@@ -221,7 +223,7 @@ class RouterServer:
         instead of calls that wait in its own channel.
         """
         assert self.handler is not None
-        return 2 * self.handler.admission.max_requests + 100
+        return min(2 * self.handler.admission.max_requests + 100, 2**31 - 1)
 
     def _can_serve(self, snapshot: tuple[WorkerRecord, ...]) -> bool:
         ready = {record.pool for record in snapshot if record.state is WorkerState.READY}

@@ -20,6 +20,8 @@ OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned vLLM and torch have wheels for t
 DISK_GB = 6  # environment 3.1, model 0.3; the rest is for downloads that pip unpacks
 MEMORY_GB = 8  # two engines, the router, Ray, Valkey
 
+COMMAND_S = 120  # for one command; without a network, apt-get tries for long
+
 GB = 1000**3
 ROOT = Path(__file__).resolve().parents[1]
 UNPACKED = ROOT / ".venv" / "system"  # packages of the system; tools/install.py makes them load
@@ -71,21 +73,23 @@ def libnuma_problem() -> "str | None":
 
 
 def install_libnuma() -> None:
-    """Install Debian's package, or unpack it into the environment if this user is not root.
+    """Install Debian's package as root; else, or if that fails, unpack it into the environment.
 
-    Prints nothing if that fails: the check that follows says what is missing.
+    If nothing helps, the check that follows says what is missing.
     """
+    if not shutil.which("apt-get"):
+        return
+    print("getting libnuma1 with apt-get", flush=True)
     if os.geteuid() == 0:
-        print("installing libnuma1 with apt-get", flush=True)
         install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "libnuma1"]
         # Without package lists the first try fails.
-        _succeeds(install) or (_succeeds(["apt-get", "update", "-qq"]) and _succeeds(install))
-        return
+        if _succeeds(install) or (_succeeds(["apt-get", "update", "-qq"]) and _succeeds(install)):
+            print("installed libnuma1", flush=True)
+            return
     with tempfile.TemporaryDirectory() as folder:
         download = ["apt-get", "download", "-qq", "libnuma1"]
         own_lists = ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
         Path(folder, "lists", "partial").mkdir(parents=True)
-        # Without package lists the first try fails.
         _succeeds(download, folder) or (
             _succeeds(["apt-get", "update", "-qq", *own_lists])
             and _succeeds([*download, *own_lists], folder)
@@ -100,9 +104,10 @@ def _succeeds(command: "list[str]", folder: "str | None" = None) -> bool:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, check=False
-        )
-    except OSError:  # no such program
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=COMMAND_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
 

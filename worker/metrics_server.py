@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import threading
@@ -12,7 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import make_wsgi_app
 
 MAX_CONNECTIONS: Final = 16  # each has a thread; a Prometheus server needs one
-REQUEST_S: Final = 10.0  # longest silence of a client
+REQUEST_S: Final = 10.0  # after which a connection is broken; a scrape takes milliseconds
 
 
 class MetricsServer:
@@ -43,15 +44,22 @@ class _BoundedServer(ThreadingMixIn, WSGIServer):
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the process may start no more threads
+            self._free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        timer = threading.Timer(REQUEST_S, _break, (request,))
         try:
+            timer.start()
             super().process_request_thread(request, client_address)
         finally:
+            timer.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -59,8 +67,11 @@ class _BoundedServer(ThreadingMixIn, WSGIServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = REQUEST_S
+def _break(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has been closed meanwhile
+        connection.shutdown(socket.SHUT_RDWR)
 
+
+class _Handler(WSGIRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Log no requests."""

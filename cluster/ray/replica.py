@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ def on_this_node(config: Config) -> Config:
 def prepare_process(host: str) -> None:
     """Prepare the process of a replica. Its constructor must call this first."""
     _bind_internal_server(host)
+    _raise_file_limit()
     _ignore_logging_errors()
 
 
@@ -73,6 +75,12 @@ def drain_on_sigterm(drain: Callable[[], Awaitable[None]]) -> None:
         asyncio.run_coroutine_threadsafe(drain_and_end(), loop)
 
     ray_worker.raise_sys_exit_with_custom_error_message = on_sigterm
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system does. Each connection takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bind_internal_server(host: str) -> None:

@@ -211,19 +211,21 @@ class RouterConfig(_Section):
     )
     max_deadline_s: Seconds = Field(
         default=3600,
+        le=2**31 // 1000,  # gRPC counts milliseconds in 32 bits
         description="Longest deadline of a request, in seconds. A longer one is cut to this.",
     )
     max_connections: Count = Field(
         default=4096,
         le=2**31 - 1,  # gRPC counts in 32 bits
         description="Largest number of open connections of clients. Further ones are closed at "
-        "once. One connection carries at most as many calls as the router can hold.",
+        "once.",
     )
     max_connection_age_s: Seconds = Field(
         default=1800,
         le=2**31 // 1000,  # gRPC counts milliseconds in 32 bits
         description="Seconds after which a client is asked to open a new connection for its next "
-        "calls, so that clients also reach routers that started later. Running calls go on.",
+        "calls, so that clients also reach routers that started later. Running calls go on, for "
+        "max_deadline_s at most.",
     )
     client_stall_s: Seconds = Field(
         default=60,
@@ -304,6 +306,20 @@ class RouterConfig(_Section):
         "handles very long prompts.",
     )
 
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        if self.default_deadline_s > self.max_deadline_s:
+            raise ValueError(
+                f"default_deadline_s {self.default_deadline_s} exceeds max_deadline_s "
+                f"{self.max_deadline_s}"
+            )
+        if self.journal_lease_s > self.journal_ttl_s:
+            raise ValueError(
+                f"journal_lease_s {self.journal_lease_s} exceeds journal_ttl_s "
+                f"{self.journal_ttl_s}: an entry would expire while its router is alive"
+            )
+        return self
+
 
 class PoolConfig(_Section):
     """One pool of workers: prefill or decode."""
@@ -336,8 +352,9 @@ class PoolConfig(_Section):
     )
     kv_cache_gib: Count = Field(
         default=1,
-        description="CPU backend: size of each worker's KV cache, in GiB. On GPUs, set the engine "
-        "argument gpu_memory_utilization instead.",
+        description="CPU backend: size of each worker's KV cache, in GiB. Blocks take their memory "
+        "when they are first used. On GPUs, set the engine argument gpu_memory_utilization "
+        "instead.",
     )
     label_selector: dict[str, str] = Field(
         default={},
@@ -507,6 +524,16 @@ class Config(_Section):
         description="The store of the registry of workers, the journal and the messages to the "
         "launcher.",
     )
+
+    @model_validator(mode="after")
+    def _workers_renew_before_they_are_lost(self) -> Self:
+        renew_s, lost_s = self.redis.renew_s, self.router.worker_lost_after_s
+        if renew_s * 2 > lost_s:
+            raise ValueError(
+                f"redis.renew_s {renew_s} must be at most half of router.worker_lost_after_s "
+                f"{lost_s}, so that a store that was emptied learns of each worker in time"
+            )
+        return self
 
     @property
     def router_host(self) -> str:

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import inference_pb2 as baton_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ore/messages/journal.proto\x12\x0e\x62\x61ton.internal\x1a\x18\x62\x61ton/v1/inference.proto\"\x80\x01\n\x0cJournalEntry\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.baton.v1.GenerateRequest\x12-\n\x07\x62\x61tches\x18\x02 \x03(\x0b\x32\x1c.baton.internal.JournalBatch\x12\x15\n\rlost_attempts\x18\x03 \x01(\r\"{\n\x0cJournalBatch\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12)\n\x08logprobs\x18\x02 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReasonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ore/messages/journal.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\"z\n\x0cJournalEntry\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.baton.v1.GenerateRequest\x12\'\n\x07\x62\x61tches\x18\x02 \x03(\x0b\x32\x16.baton.v1.JournalBatch\x12\x15\n\rlost_attempts\x18\x03 \x01(\r\"{\n\x0cJournalBatch\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12)\n\x08logprobs\x18\x02 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReasonb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'core.messages.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOURNALENTRY']._serialized_start=74
-  _globals['_JOURNALENTRY']._serialized_end=202
-  _globals['_JOURNALBATCH']._serialized_start=204
-  _globals['_JOURNALBATCH']._serialized_end=327
+  _globals['_JOURNALENTRY']._serialized_start=67
+  _globals['_JOURNALENTRY']._serialized_end=189
+  _globals['_JOURNALBATCH']._serialized_start=191
+  _globals['_JOURNALBATCH']._serialized_end=314
 # @@protoc_insertion_point(module_scope)

@@ -25,31 +25,31 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import inference_pb2 as baton_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ore/messages/worker.proto\x12\x0e\x62\x61ton.internal\x1a\x18\x62\x61ton/v1/inference.proto\"2\n\x0bTransferKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xc0\x01\n\x0ePrefillRequest\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.baton.internal.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x10\n\x08transfer\x18\x04 \x01(\x08\x12\x1c\n\x14\x66orwards_first_token\x18\x05 \x01(\x08\x12\x15\n\rtokens_so_far\x18\x06 \x01(\r\"\xba\x01\n\x0fPrefillResponse\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\":\n\x0eReleaseRequest\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.baton.internal.TransferKey\"\x11\n\x0fReleaseResponse\"\xbc\x01\n\rDecodeRequest\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.baton.internal.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12+\n\tkv_source\x18\x04 \x01(\x0b\x32\x18.baton.internal.KvSource\x12\x15\n\rtokens_so_far\x18\x05 \x01(\r\"V\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1c\n\x14\x66orwards_first_token\x18\x04 \x01(\x08J\x04\x08\x03\x10\x04\"\xb2\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x02kv\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvReport2\xa7\x01\n\rPrefillWorker\x12J\n\x07Prefill\x12\x1e.baton.internal.PrefillRequest\x1a\x1f.baton.internal.PrefillResponse\x12J\n\x07Release\x12\x1e.baton.internal.ReleaseRequest\x1a\x1f.baton.internal.ReleaseResponse2Y\n\x0c\x44\x65\x63odeWorker\x12I\n\x06\x44\x65\x63ode\x12\x1d.baton.internal.DecodeRequest\x1a\x1e.baton.internal.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ore/messages/worker.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\"2\n\x0bTransferKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xba\x01\n\x0ePrefillRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x10\n\x08transfer\x18\x04 \x01(\x08\x12\x1c\n\x14\x66orwards_first_token\x18\x05 \x01(\x08\x12\x15\n\rtokens_so_far\x18\x06 \x01(\r\"\xba\x01\n\x0fPrefillResponse\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12)\n\x08logprobs\x18\x02 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\"4\n\x0eReleaseRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\"\x11\n\x0fReleaseResponse\"\xb0\x01\n\rDecodeRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.baton.v1.TransferKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12%\n\tkv_source\x18\x04 \x01(\x0b\x32\x12.baton.v1.KvSource\x12\x15\n\rtokens_so_far\x18\x05 \x01(\r\"V\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1c\n\x14\x66orwards_first_token\x18\x04 \x01(\x08J\x04\x08\x03\x10\x04\"\xb2\x01\n\x0e\x44\x65\x63odeResponse\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x02kv\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvReport2\x8f\x01\n\rPrefillWorker\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse\x12>\n\x07Release\x12\x18.baton.v1.ReleaseRequest\x1a\x19.baton.v1.ReleaseResponse2M\n\x0c\x44\x65\x63odeWorker\x12=\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'core.messages.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERKEY']._serialized_start=72
-  _globals['_TRANSFERKEY']._serialized_end=122
-  _globals['_PREFILLREQUEST']._serialized_start=125
-  _globals['_PREFILLREQUEST']._serialized_end=317
-  _globals['_PREFILLRESPONSE']._serialized_start=320
-  _globals['_PREFILLRESPONSE']._serialized_end=506
-  _globals['_RELEASEREQUEST']._serialized_start=508
-  _globals['_RELEASEREQUEST']._serialized_end=566
-  _globals['_RELEASERESPONSE']._serialized_start=568
-  _globals['_RELEASERESPONSE']._serialized_end=585
-  _globals['_DECODEREQUEST']._serialized_start=588
-  _globals['_DECODEREQUEST']._serialized_end=776
-  _globals['_KVSOURCE']._serialized_start=778
-  _globals['_KVSOURCE']._serialized_end=864
-  _globals['_DECODERESPONSE']._serialized_start=867
-  _globals['_DECODERESPONSE']._serialized_end=1045
-  _globals['_PREFILLWORKER']._serialized_start=1048
-  _globals['_PREFILLWORKER']._serialized_end=1215
-  _globals['_DECODEWORKER']._serialized_start=1217
-  _globals['_DECODEWORKER']._serialized_end=1306
+  _globals['_TRANSFERKEY']._serialized_start=66
+  _globals['_TRANSFERKEY']._serialized_end=116
+  _globals['_PREFILLREQUEST']._serialized_start=119
+  _globals['_PREFILLREQUEST']._serialized_end=305
+  _globals['_PREFILLRESPONSE']._serialized_start=308
+  _globals['_PREFILLRESPONSE']._serialized_end=494
+  _globals['_RELEASEREQUEST']._serialized_start=496
+  _globals['_RELEASEREQUEST']._serialized_end=548
+  _globals['_RELEASERESPONSE']._serialized_start=550
+  _globals['_RELEASERESPONSE']._serialized_end=567
+  _globals['_DECODEREQUEST']._serialized_start=570
+  _globals['_DECODEREQUEST']._serialized_end=746
+  _globals['_KVSOURCE']._serialized_start=748
+  _globals['_KVSOURCE']._serialized_end=834
+  _globals['_DECODERESPONSE']._serialized_start=837
+  _globals['_DECODERESPONSE']._serialized_end=1015
+  _globals['_PREFILLWORKER']._serialized_start=1018
+  _globals['_PREFILLWORKER']._serialized_end=1161
+  _globals['_DECODEWORKER']._serialized_start=1163
+  _globals['_DECODEWORKER']._serialized_end=1240
 # @@protoc_insertion_point(module_scope)

@@ -35,12 +35,12 @@ class PrefillWorkerStub(object):
             channel: A grpc.Channel.
         """
         self.Prefill = channel.unary_unary(
-                '/baton.internal.PrefillWorker/Prefill',
+                '/baton.v1.PrefillWorker/Prefill',
                 request_serializer=core_dot_messages_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=core_dot_messages_dot_worker__pb2.PrefillResponse.FromString,
                 _registered_method=True)
         self.Release = channel.unary_unary(
-                '/baton.internal.PrefillWorker/Release',
+                '/baton.v1.PrefillWorker/Release',
                 request_serializer=core_dot_messages_dot_worker__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=core_dot_messages_dot_worker__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
@@ -81,9 +81,9 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'baton.internal.PrefillWorker', rpc_method_handlers)
+            'baton.v1.PrefillWorker', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.internal.PrefillWorker', rpc_method_handlers)
+    server.add_registered_method_handlers('baton.v1.PrefillWorker', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -104,7 +104,7 @@ class PrefillWorker(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/baton.internal.PrefillWorker/Prefill',
+            '/baton.v1.PrefillWorker/Prefill',
             core_dot_messages_dot_worker__pb2.PrefillRequest.SerializeToString,
             core_dot_messages_dot_worker__pb2.PrefillResponse.FromString,
             options,
@@ -131,7 +131,7 @@ class PrefillWorker(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/baton.internal.PrefillWorker/Release',
+            '/baton.v1.PrefillWorker/Release',
             core_dot_messages_dot_worker__pb2.ReleaseRequest.SerializeToString,
             core_dot_messages_dot_worker__pb2.ReleaseResponse.FromString,
             options,
@@ -155,7 +155,7 @@ class DecodeWorkerStub(object):
             channel: A grpc.Channel.
         """
         self.Decode = channel.unary_stream(
-                '/baton.internal.DecodeWorker/Decode',
+                '/baton.v1.DecodeWorker/Decode',
                 request_serializer=core_dot_messages_dot_worker__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=core_dot_messages_dot_worker__pb2.DecodeResponse.FromString,
                 _registered_method=True)
@@ -181,9 +181,9 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'baton.internal.DecodeWorker', rpc_method_handlers)
+            'baton.v1.DecodeWorker', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.internal.DecodeWorker', rpc_method_handlers)
+    server.add_registered_method_handlers('baton.v1.DecodeWorker', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -204,7 +204,7 @@ class DecodeWorker(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/baton.internal.DecodeWorker/Decode',
+            '/baton.v1.DecodeWorker/Decode',
             core_dot_messages_dot_worker__pb2.DecodeRequest.SerializeToString,
             core_dot_messages_dot_worker__pb2.DecodeResponse.FromString,
             options,

@@ -17,7 +17,7 @@ from core.rpc.status import abort
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Handler = Any  # a grpc.RpcMethodHandler, in fact a named tuple with ``_replace``
 
-ARRIVAL_S: Final = 10.0  # longest time from the start of a call to its request
+ARRIVAL_S: Final = 30.0  # longest time from the start of a call to its request
 
 
 class CheckRequests(grpc.aio.ServerInterceptor):
@@ -92,7 +92,9 @@ async def _only_request(requests: AsyncIterator[Any], context: _Context) -> Any:
         async with asyncio.timeout(ARRIVAL_S):
             request = await anext(aiter(requests))
     except TimeoutError:
-        late = DeadlineError(f"no request came within {ARRIVAL_S:g} s", reason="NO_REQUEST")
+        late = DeadlineError(
+            f"the request did not arrive within {ARRIVAL_S:g} s", reason="NO_REQUEST"
+        )
         await abort(context, late)
     except StopAsyncIteration:
         await abort(context, _malformed("the call has no request"))

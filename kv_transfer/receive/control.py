@@ -27,6 +27,7 @@ class ControlConnection:
     """Sends and receives control messages. Only the receiver thread of the peer uses it.
 
     Args:
+        clock: monotonic time, seconds.
         socket: the control socket.
         monitor: becomes readable when the connection is lost.
     """
@@ -44,6 +45,7 @@ class ControlConnection:
         self._monitor = monitor
         self._wake_socket = peer.outbox.wake_socket
         self._unread: deque[wire.ToDecode] = deque()  # arrived while the pair was being made
+        self._welcomed = False
         self._poller = zmq.Poller()
         for source in (socket, monitor, self._wake_socket):
             self._poller.register(source, zmq.POLLIN)
@@ -83,6 +85,7 @@ class ControlConnection:
         if isinstance(answer, wire.Refuse):
             raise IncompatibleError(answer.reason)
         if isinstance(answer, wire.Welcome) and answer.pair_id == pair_id:
+            self._welcomed = True
             return answer
         raise ProtocolError(f"{type(answer).__name__} before WELCOME")
 
@@ -111,7 +114,8 @@ class ControlConnection:
         Raises PairError if this worker no longer needs the pair.
         """
         deadline_s = self._clock() + timeout_s
-        # The monitor is not polled here: while a pair is made, a lost connection is a timeout.
+        # The monitor is not polled here. If the connection is lost while a pair is made, ZeroMQ
+        # connects again, and the peer refuses the unknown connection, or nothing comes in time.
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_socket, zmq.POLLIN)
@@ -122,6 +126,8 @@ class ControlConnection:
                 self._peer.outbox.clear_wakes()
             if self._peer.closing:
                 raise PairError("this worker no longer needs the pair")
+            if self._welcomed:  # otherwise the peer might drop the KV of what was posted meanwhile
+                self.flush()
             if self._socket in ready:
                 return wire.decode_to_decode(self._socket.recv())
             if remaining_s <= 0:

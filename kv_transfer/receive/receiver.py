@@ -121,6 +121,7 @@ class Receiver:
         self._staging = view.staging(max_units, options.staging_buffers)
         with self._transfers.lock:
             self._transfers.pair_is_up(peer, plan)
+        control.flush()  # what was posted while gloo connected
         self._last_heard_s = rank.clock()
 
     def _hello(self, pair_id: str) -> wire.Hello:

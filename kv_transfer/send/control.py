@@ -142,7 +142,11 @@ class ControlServer:
         transfers.peers[routing_id] = peer
         transfers.post(peer, wire.Welcome(hello.pair_id, self._rank.geometry))
         sender = Sender(peer, transfers, self._rank)
-        sender.thread.start()  # after WELCOME, because the sender posts messages of its own
+        try:
+            sender.thread.start()  # after WELCOME, because the sender posts messages of its own
+        except RuntimeError:  # the process may start no more threads
+            transfers.close_peer(peer, "the prefill worker can start no thread")
+            raise
         self.sender_threads = [t for t in self.sender_threads if t.is_alive()] + [sender.thread]
 
     def _accept(self, hello: wire.Hello) -> PairPlan:

@@ -77,7 +77,7 @@ class Peer:
         return self.hello.geometry.tp_rank
 
     def wake_sender(self) -> None:
-        """End all waits of the sender, which must end. The caller holds the lock."""
+        """End the sender's wait, except one for gloo's connection. The caller holds the lock."""
         self.wake.notify()
         self.published.put(None)
         if self.pair is not None:

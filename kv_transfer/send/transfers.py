@@ -212,7 +212,7 @@ class SendTransfers:
     # ---- control thread ------------------------------------------------------------------
 
     def new_peer(self, routing_id: bytes, hello: wire.Hello, plan: PairPlan) -> Peer:
-        """Make a peer; the caller adds it to ``peers`` when its sender has started."""
+        """Make a peer. The caller adds it to ``peers`` and starts its sender."""
         now_s = self._rank.clock()
         return Peer(
             routing_id=routing_id,

@@ -46,8 +46,8 @@ class Workers:
 
     If the registry fails, the last snapshot stays. A restarted store does not know a worker until
     the worker renews its lease. After a possible restart, missing workers therefore stay in the
-    snapshot for the length of one lease. A channel is closed when its worker has left the snapshot
-    and nothing uses the channel.
+    snapshot for ``lost_after_s``. A channel is closed when its worker has left the snapshot and
+    nothing uses the channel.
 
     Args:
         clock: monotonic time, seconds.

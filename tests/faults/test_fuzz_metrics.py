@@ -47,12 +47,26 @@ def test_bytes_on_the_metrics_server(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_connections_to_the_metrics_server_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_server._Handler, "timeout", 0.5)
+def test_connections_to_the_metrics_server_have_a_limit() -> None:
     with serving() as server, contextlib.ExitStack() as stack:
-        silent = [socket.create_connection((HOST, server.port)) for _ in range(MAX_CONNECTIONS)]
-        for each in silent:
-            stack.enter_context(each)
-        extra = stack.enter_context(socket.create_connection((HOST, server.port), 5))
+        for _ in range(MAX_CONNECTIONS):
+            stack.enter_context(socket.create_connection((HOST, server.port)))
+        extra = stack.enter_context(socket.create_connection((HOST, server.port)))
+        extra.settimeout(metrics_server.REQUEST_S / 2)
         assert extra.recv(1) == b"", "it is closed at once"
-        wait_until(lambda: is_read(server), what="silent clients were sent away")
+
+
+def test_a_client_that_sends_its_request_slowly_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics_server, "REQUEST_S", 0.3)
+    with serving() as server, socket.create_connection((HOST, server.port), 5) as client:
+
+        def is_sent_away() -> bool:
+            try:
+                client.sendall(b"x")
+            except OSError:
+                return True
+            return False
+
+        wait_until(is_sent_away, what="the connection is broken", within_s=10)

@@ -87,6 +87,7 @@ class RouterHarness:
                     "failover_timeout_s": 0.01,  # tests of longer waits run in virtual time
                     **(router or {}),
                 },
+                "redis": {"renew_s": 0.01},
             }
         )
         self.registry = MemoryRegistry(lease_s=3600)

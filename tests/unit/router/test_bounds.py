@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.v1 import inference_pb2
 from core.errors import BatonError
 from core.messages import worker_pb2
 from core.rpc import request_checks
@@ -49,9 +49,10 @@ async def error_without_requests(router: RouterHarness, *, half_closes: bool) ->
 
 
 async def test_a_call_without_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_checks, "ARRIVAL_S", 0.1)
     async with RouterHarness() as router:
-        late = await error_without_requests(router, half_closes=False)
+        with monkeypatch.context() as short:
+            short.setattr(request_checks, "ARRIVAL_S", 0.1)
+            late = await error_without_requests(router, half_closes=False)
         assert (late.code, late.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "NO_REQUEST")
         empty = await error_without_requests(router, half_closes=True)
         assert empty.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -65,7 +66,7 @@ async def decode_hangs(*_: object) -> AsyncGenerator[worker_pb2.DecodeResponse, 
 
 async def test_a_deadline_has_a_limit() -> None:
     decode = FakeDecode(script=decode_hangs)
-    limits = {"max_deadline_s": 0.2}
+    limits = {"max_deadline_s": 0.2, "default_deadline_s": 0.2}
     async with RouterHarness(prefill=[FakePrefill()], decode=[decode], router=limits) as router:
         call = router.call(token_ids=IDS, timeout=10**6)
         async with asyncio.timeout(WITHIN_S):
@@ -77,11 +78,12 @@ async def test_a_deadline_has_a_limit() -> None:
 async def test_connections_have_a_limit() -> None:
     async with RouterHarness(router={"max_connections": 2}) as router:
         kept = [await connect(router) for _ in range(2)]
-        extra = await connect(router)
+        for reader, _ in kept:
+            assert (await read_frame(reader))[0] == SETTINGS
+        extra = await asyncio.open_connection("127.0.0.1", router.port)
         async with asyncio.timeout(WITHIN_S):
             assert await extra[0].read() == b"", "the server closes it without a word"
-        for reader, writer in kept:
-            assert (await read_frame(reader))[0] == SETTINGS
+        for _, writer in kept:
             writer.close()
         extra[1].close()
 
@@ -116,16 +118,29 @@ async def test_an_old_connection_is_replaced_and_its_calls_go_on() -> None:
     limits = {"max_connection_age_s": age_s}
     async with RouterHarness(prefill=[FakePrefill()], decode=[decode], router=limits) as router:
         call = router.call(token_ids=IDS)
-        reader, writer = await connect(router)
         began_s = time.monotonic()
+        reader, writer = await connect(router)
+        ready = grpc.ChannelConnectivity.READY
         async with asyncio.timeout(WITHIN_S):
             while (await read_frame(reader))[0] != GOAWAY:
                 pass
+            while router.channel.get_state() is ready:
+                await router.channel.wait_for_state_change(ready)
         assert time.monotonic() - began_s > age_s / 2
         writer.close()
         old.set()
         assert await read_all(call), "the older call has gone on"
         assert await read_all(router.call(token_ids=IDS))
+
+
+async def test_a_health_watch_does_not_outlive_its_connection() -> None:
+    limits = {"max_connection_age_s": 0.2, "max_deadline_s": 0.2, "default_deadline_s": 0.2}
+    async with RouterHarness(router=limits) as router:
+        watch = health_pb2_grpc.HealthStub(router.channel).Watch(health_pb2.HealthCheckRequest())
+        async with asyncio.timeout(WITHIN_S):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_all(watch)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def connect(router: RouterHarness) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -140,5 +155,5 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return head[3], await reader.readexactly(int.from_bytes(head[:3]))
 
 
-async def read_all(call: Any) -> list[inference_pb2.GenerateResponse]:
+async def read_all(call: Any) -> list[Any]:
     return [response async for response in call]
