@@ -61,6 +61,12 @@ class Supervisor:
             try:
                 await run()
                 logger.error("%s has ended; it is started again", name)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                assert task is not None
+                if task.cancelling():
+                    raise
+                logger.exception("%s was cancelled by a defect; it is started again", name)
             except Exception:
                 logger.exception("%s has failed; it is started again", name)
             finally:

@@ -8,7 +8,7 @@ import logging
 import math
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
@@ -16,6 +16,7 @@ from core.config.schema import Config
 from core.errors import ConfigError, InternalError
 from core.model.resolve import resolve_model
 from core.rpc.credentials import ClusterCredentials
+from core.rpc.health import NOT_SERVING, SERVING, HealthServicer
 from core.rpc.options import server_options
 from core.rpc.request_checks import CheckRequests
 from core.state.journal import JournalStore
@@ -35,9 +36,8 @@ from router.workers.membership import WorkerList, Workers, WorkersSettings
 
 logger = logging.getLogger(__name__)
 
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _STATUS_S = 0.5  # time to send the status of ended calls to their clients
 
 
@@ -65,8 +65,7 @@ class RouterServer:
         self._text = text
         self._journal = Journal(journal, self._journal_settings()) if journal is not None else None
         self._server: grpc.aio.Server | None = None
-        self._health = health.aio.HealthServicer()
-        self._health_tasks: set[asyncio.Task[None]] = set()
+        self._health = HealthServicer("", SERVICE)
         self._serving: bool | None = None
         self._can_serve_now = False
         self._supervisor = Supervisor(self._update_serving)
@@ -157,7 +156,7 @@ class RouterServer:
         await asyncio.shield(self._stopped)
 
     async def _stop(self, grace_s: float) -> None:
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         if self._server is not None:
             server, self._server = self._server, None
             if self.handler is not None:
@@ -180,7 +179,6 @@ class RouterServer:
             await self._journal.close()
         if self.workers is not None:
             await self.workers.close()
-        await asyncio.gather(*self._health_tasks)
         if self._text is not None:
             self._text.close()
 
@@ -201,7 +199,7 @@ class RouterServer:
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         host, address = self._config.router_host, self._config.router_address
         try:
@@ -236,13 +234,7 @@ class RouterServer:
         if serving is self._serving:
             return
         self._serving = serving
-        task = asyncio.create_task(self._publish_health(SERVING if serving else NOT_SERVING))
-        self._health_tasks.add(task)
-        task.add_done_callback(self._health_tasks.discard)
-
-    async def _publish_health(self, status: int) -> None:
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+        self._health.set(SERVING if serving else NOT_SERVING)
 
     def _admission_limits(self) -> AdmissionLimits:
         router = self._config.router

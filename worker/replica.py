@@ -21,14 +21,14 @@ from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass, replace
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health_pb2_grpc
 
 from core.config.schema import Config
 from core.errors import InternalError, UnavailableError
 from core.model.resolve import ResolvedModel
 from core.net import host_port
 from core.rpc.credentials import ClusterCredentials
+from core.rpc.health import SERVING, HealthServicer
 from core.rpc.options import server_options
 from core.rpc.request_checks import CheckRequests
 from core.state.orders import report_failure
@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 AddService = Callable[[grpc.aio.Server, Engine, Intake, Peers], None]
 
+_MAX_CONNECTIONS = 1024  # of routers; each router has one connection
 _KV_POLL_S = 0.05  # short compared with a start or a drain
 _CANCEL_GRACE_S = 0.2  # time in which cancelled calls send their status
 
@@ -132,7 +133,7 @@ class WorkerReplica:
         self._id = f"{pool}-{secrets.token_hex(3)}"
         self._intake = Intake(config.pool(pool).max_concurrent)
         self._liveness = LivenessProbe(engine.ping, config.pool(pool).progress_timeout_s)
-        self._health = health_aio.HealthServicer()
+        self._health = HealthServicer("")
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
         self._record: WorkerRecord | None = None
@@ -205,11 +206,14 @@ class WorkerReplica:
         limit = int(self._config.router.max_message_bytes)
         server = grpc.aio.server(
             interceptors=(CheckRequests(),),
-            options=server_options(limit, self._config.cluster.connection_silence_s),
+            options=(
+                *server_options(limit, self._config.cluster.connection_silence_s),
+                ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
+            ),
         )
         self._add_service(server, self._engine, self._intake, self._peers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(SERVING)
         host = self._config.cluster.host
         try:
             if self._credentials is None:
@@ -321,7 +325,7 @@ class WorkerReplica:
 
         A router that has not seen the mark gets a refusal and retries on another worker.
         """
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         if self._record is not None:
             self._record = replace(self._record, state=WorkerState.DRAINING)
             await self._try_update(self._renew())

@@ -121,14 +121,17 @@ local function forget(id)
 end
 local function write(entry, lease, id, writer, token, mode, after, offset, data)
   local known = redis.call('GETRANGE', entry, 0, {WRITER_CHARS - 1})
+  local known_token = redis.call('GETRANGE', entry, {WRITER_CHARS}, header - 1)
   local length = redis.call('STRLEN', entry) - header
   if mode == 'begin' then
     local serving = redis.call('GET', lease)
     if serving and serving ~= writer then return {Written.TAKEN.value} end
+    -- Another router has resumed this very request, and this change comes late.
+    if known ~= writer and known_token == token then return {Written.TAKEN.value} end
   elseif known ~= '' and known ~= writer then return {Written.TAKEN.value}
   elseif mode == 'append' and (known == '' or offset > length) then return {Written.GONE.value} end
 
-  if mode ~= 'append' then length = 0 end
+  if known ~= writer then length = 0 end
   redis.call('ZREM', complete, id)
   local size = math.ceil({_CONTENT_FACTOR} * math.max(length, offset + #data))
   local total = account(id, {_ENTRY_BYTES} + size)
@@ -143,7 +146,8 @@ local function write(entry, lease, id, writer, token, mode, after, offset, data)
     total = forget(oldest)
   end
 
-  if mode == 'append' then redis.call('SETRANGE', entry, header + offset, data)
+  -- The content of one writer only grows, so a repeated change never makes it shorter.
+  if known == writer then redis.call('SETRANGE', entry, header + offset, data)
   else redis.call('SET', entry, writer .. token .. data) end
   redis.call('PEXPIRE', entry, ttl_ms)
   redis.call('ZADD', expiry, now + ttl_ms, id)
@@ -243,11 +247,13 @@ class MemoryJournal:
         if change.mode is Mode.BEGIN:
             if self._serving(key) not in (None, change.writer):
                 return Written.TAKEN
+            if entry is not None and entry.writer != change.writer and entry.token == change.token:
+                return Written.TAKEN
         elif entry is not None and entry.writer != change.writer:
             return Written.TAKEN
         elif change.mode is Mode.APPEND and (entry is None or change.offset > len(entry.content)):
             return Written.GONE
-        if entry is None or change.mode is not Mode.APPEND:
+        if entry is None or entry.writer != change.writer:
             entry = MemoryEntry(change.writer, change.token)
         entry.content[change.offset : change.offset + len(change.data)] = change.data
         entry.is_complete = False

@@ -150,6 +150,7 @@ class RequestHandler:
         Raises:
             BatonError: why the request ended without a finish reason; it carries the request's id.
         """
+        request.DiscardUnknownFields()  # the journal and the workers would get them
         request_id = request.request_id or f"req-{uuid.uuid4().hex}"
         await self._serve(request_id, deadline_s, sink, lambda call: self._generate(request, call))
 

@@ -237,6 +237,8 @@ class Journal:
             NotFoundError: the store has no entry with this token.
             UnavailableError: the store does not answer.
         """
+        if len(token) != TOKEN_CHARS:
+            raise _not_resumable(request_id)
         entry = Entry(self, request_id, token)
         try:
             content = await self._store.take(request_id, entry.writer, token)
@@ -247,11 +249,7 @@ class Journal:
         if content is Written.TAKEN:
             raise _in_flight_error(request_id, self._settings.lease_s)
         if isinstance(content, Written):
-            raise NotFoundError(
-                f"the request {request_id!r} is not in the journal with this resume token, so it "
-                "cannot be resumed",
-                reason=NOT_RESUMABLE,
-            )
+            raise _not_resumable(request_id)
         entry.taken_over(content)
         with self._served(entry):
             yield entry, journal_pb2.JournalEntry.FromString(content)
@@ -368,6 +366,14 @@ def batches_of(content: journal_pb2.JournalEntry) -> list[TokenBatch]:
         TokenBatch(tuple(each.token_ids), tuple(each.logprobs), each.finish_reason)
         for each in content.batches
     ]
+
+
+def _not_resumable(request_id: str) -> NotFoundError:
+    return NotFoundError(
+        f"the request {request_id!r} is not in the journal with this resume token, so it cannot be "
+        "resumed",
+        reason=NOT_RESUMABLE,
+    )
 
 
 def _in_flight_error(request_id: str, lease_s: float) -> AlreadyExistsError:

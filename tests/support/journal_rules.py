@@ -24,7 +24,7 @@ ENTRY_BYTES = 10_000
 BUDGET_BYTES = ENTRIES * memory_bytes(ENTRY_BYTES)
 
 A, B, C = (letter * WRITER_CHARS for letter in "abc")
-TOKEN = "t" * TOKEN_CHARS
+TOKEN, ANOTHER_TOKEN = "t" * TOKEN_CHARS, "u" * TOKEN_CHARS
 
 
 def begin(writer: str, request: bytes = b"asked", request_id: str = "r") -> Change:
@@ -54,9 +54,27 @@ async def check_one_router_serves_a_request(store: JournalStore) -> None:
     assert await store.write([begin(B)]) == [TAKEN]
     assert await store.write([begin(A)]) == [DONE]  # the same write again
     await store.write([release(A, 5)])
-    assert await store.write([begin(B, b"anew")]) == [DONE]
-    assert await store.write([release(B, 4)]) == [DONE]
-    assert await store.take("r", C, TOKEN) == b"anew"
+    anew = replace(begin(B, b"anew"), token=ANOTHER_TOKEN)
+    assert await store.write([anew]) == [DONE]
+    assert await store.write([replace(release(B, 4), token=ANOTHER_TOKEN)]) == [DONE]
+    assert await store.take("r", C, ANOTHER_TOKEN) == b"anew"
+
+
+async def check_a_late_begin_does_not_replace_the_resumed_request(store: JournalStore) -> None:
+    """Its first answer was lost, so the router repeats it after a pause."""
+    await store.write([begin(A), release(A, 5)])
+    assert await store.take("r", B, TOKEN) == b"asked"
+    await store.write([append(B, 5, b"more", After.RELEASED)])
+    assert await store.write([begin(A, b"asked")]) == [TAKEN]
+    assert await store.take("r", C, TOKEN) == b"askedmore"
+
+
+async def check_a_late_repetition_does_not_shorten_the_content(store: JournalStore) -> None:
+    await store.write([begin(A), append(A, 5, b"more")])
+    again = [begin(A), replace(begin(A), mode=Mode.RESTORE)]
+    assert await store.write(again) == [DONE, DONE]
+    await store.write([release(A, 9)])
+    assert await store.take("r", B, TOKEN) == b"askedmore"
 
 
 async def check_a_replaced_writer_writes_nothing(store: JournalStore) -> None:
@@ -132,6 +150,8 @@ async def check_an_entry_that_outgrows_the_budget_is_dropped(store: JournalStore
 RULES = (
     check_content_comes_back_in_order,
     check_one_router_serves_a_request,
+    check_a_late_begin_does_not_replace_the_resumed_request,
+    check_a_late_repetition_does_not_shorten_the_content,
     check_a_replaced_writer_writes_nothing,
     check_an_unknown_request_is_gone,
     check_content_has_no_holes,

@@ -5,6 +5,7 @@ An end is one rank: a prefill server or a decode client.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -188,7 +189,9 @@ class Stranger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._dealer.close()
+        with contextlib.suppress(zmq.ZMQError):
+            self._dealer.send(wire.encode(wire.Bye()), zmq.NOBLOCK)
+        self._dealer.close(linger=500)
 
 
 def _options(incarnation: str, options: dict[str, Any]) -> TransferOptions:

@@ -10,7 +10,7 @@ from core.tasks import HEALTHY_S, MAX_FAILURES, RESTART_S, Supervisor
 from tests.support.virtual_time import elapse, run_virtually
 
 
-@pytest.mark.parametrize("ending", ["raises", "returns"])
+@pytest.mark.parametrize("ending", ["raises", "returns", "cancels itself"])
 def test_a_task_that_ends_is_started_again(ending: str, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         changes: list[bool] = []
@@ -24,6 +24,8 @@ def test_a_task_that_ends_is_started_again(ending: str, caplog: pytest.LogCaptur
                 await asyncio.get_running_loop().create_future()
             if ending == "raises":
                 raise KeyError("a defect")
+            if ending == "cancels itself":
+                raise asyncio.CancelledError
 
         supervisor.start("work", work)
         await elapse(2.5 * RESTART_S)
@@ -35,7 +37,7 @@ def test_a_task_that_ends_is_started_again(ending: str, caplog: pytest.LogCaptur
         await supervisor.stop()
 
     run_virtually(scenario(), seed=1)
-    assert "work has" in caplog.text
+    assert "it is started again" in caplog.text
     assert ("KeyError: 'a defect'" in caplog.text) == (ending == "raises")
 
 

@@ -70,6 +70,19 @@ async def test_workers_get_the_same_key_and_the_transfer_source() -> None:
     )
 
 
+async def test_unknown_fields_of_a_request_are_not_passed_on() -> None:
+    """They may be long, and would take memory of the journal and of each worker."""
+    prefill, decode = FakePrefill(), FakeDecode()
+    unknown = bytes([0xA2, 0x06, 3]) + b"abc"  # field 100
+    sampling = inference_pb2.SamplingParams.FromString(unknown)
+    assert sampling.SerializeToString() == unknown
+    async with RouterHarness(prefill=[prefill], decode=[decode]) as router:
+        async for _ in router.call(token_ids={"ids": PROMPT}, sampling=sampling):
+            pass
+    for request in (*prefill.requests, *decode.requests):
+        assert b"abc" not in request.SerializeToString()
+
+
 async def test_the_first_token_does_not_wait_for_the_decode_worker() -> None:
     may_decode = asyncio.Event()
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import pytest
 
 from baton.v1 import inference_pb2
-from core.errors import AlreadyExistsError, CancelledError, UnavailableError
+from core.errors import AlreadyExistsError, CancelledError, NotFoundError, UnavailableError
 from core.state.journal import After, Change, JournalStore, MemoryJournal, Written
 from core.tasks import Supervisor
 from router.request import UNFINISHED, TokenBatch
@@ -279,6 +279,19 @@ async def test_a_resume_whose_answer_is_lost_leaves_the_content(
         async with router().resume("r", token) as (_, content):
             assert content.request == REQUEST
             assert batches_of(content) == [FIRST]
+
+
+async def test_a_token_of_the_wrong_length_does_not_reach_the_store(
+    router: JournalFactory, store: Store
+) -> None:
+    """Otherwise it would be part of a write that all requests share."""
+    journal = router()
+    for token in ("", "x" * 4_000_000):
+        with pytest.raises(NotFoundError):
+            async with journal.resume("r", token):
+                pass
+    await journal.close()
+    assert not store.writes
 
 
 async def test_an_entry_that_was_dropped_is_not_written_again(
