@@ -22,6 +22,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 from core.config.schema import Config
 from core.errors import ConfigError, InvalidArgumentError, WorkerLostError
 from core.model.resolve import ResolvedModel
+from core.net import is_loopback
 from core.types import Pool, WorkerLoad
 from engine.protocol import (
     EngineFacts,
@@ -106,6 +107,9 @@ class VllmEngine:
         They apply to the whole process, which runs only this engine.
         """
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        if is_loopback(self._config.cluster.host):
+            # vLLM's own gloo groups would listen at the address of the host's name.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if not torch.cuda.is_available():
             os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
             # Even with enforce_eager, vLLM runs some helpers (logprobs) through torch.compile.
