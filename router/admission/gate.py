@@ -38,8 +38,9 @@ Acquire = Callable[[], P | None]
 
 
 class _Waiter(Generic[P]):
-    def __init__(self, acquire: Acquire[P]) -> None:
+    def __init__(self, acquire: Acquire[P], *, needs_room: bool) -> None:
         self.acquire = acquire
+        self.needs_room = needs_room
         self.passed = 0  # how many requests have started before this one, which was next
         self.granted: asyncio.Future[P] = asyncio.get_running_loop().create_future()
 
@@ -94,14 +95,20 @@ class AdmissionGate:
             DeadlineError: the deadline has passed.
         """
         self._check_deadline(request)
-        if self._must_wait:
+        if self._must_wait(needs_room=True):
             self._check_wait(request)
 
     @contextlib.asynccontextmanager
-    async def admit(self, request: AdmissionRequest, acquire: Acquire[P]) -> AsyncIterator[P]:
+    async def admit(
+        self, request: AdmissionRequest, acquire: Acquire[P], *, needs_room: bool = True
+    ) -> AsyncIterator[P]:
         """Wait for the request's turn, then run the block with the permit from ``acquire``.
 
         The permit is closed when the block ends.
+
+        Args:
+            needs_room: whether ``acquire`` takes capacity on the workers. A request that takes none
+                passes those that wait for capacity.
 
         Raises:
             CapacityError: the queue is full, the request has waited too long, or it would wait too
@@ -110,9 +117,9 @@ class AdmissionGate:
             BatonError: from ``acquire``.
         """
         self._check_deadline(request)
-        permit = None if self._must_wait else acquire()
+        permit = None if self._must_wait(needs_room=needs_room) else acquire()
         if permit is None:
-            permit = await self._wait(request, acquire)
+            permit = await self._wait(request, _Waiter(acquire, needs_room=needs_room))
         else:
             self.running += 1
         started_s = self._clock()
@@ -143,11 +150,12 @@ class AdmissionGate:
         """Start a request that fits, although the next one in turn (``head``) does not fit yet.
 
         Otherwise, one long request would leave workers idle. Each head is passed by at most
-        ``_MAX_PASSED`` requests, so it does not starve.
+        ``_MAX_PASSED`` requests that need room, so it does not starve.
         """
-        if head.passed >= _MAX_PASSED:
-            return False
+        is_held = head.passed >= _MAX_PASSED
         for request, waiter in self._queues.after_next(_LOOK_AHEAD_REQUESTS):
+            if is_held and waiter.needs_room:
+                continue
             if decide_dispatch(request, self._clock()) is not None:
                 continue  # it is refused at its turn
             try:
@@ -155,7 +163,7 @@ class AdmissionGate:
             except BatonError:
                 continue  # likewise
             if permit is not None:
-                head.passed += 1
+                head.passed += waiter.needs_room
                 self._grant(waiter, permit)
                 return True
         return False
@@ -165,10 +173,9 @@ class AdmissionGate:
         self.running += 1
         waiter.granted.set_result(permit)
 
-    async def _wait(self, request: AdmissionRequest, acquire: Acquire[P]) -> P:
+    async def _wait(self, request: AdmissionRequest, waiter: _Waiter[P]) -> P:
         """Wait for a permit. After an error, the request is not queued and holds no permit."""
         self._check_wait(request)
-        waiter = _Waiter(acquire)
         self._queues.push(request, waiter)
         self.wake()  # the request may fit, although those before it do not
         timeout_s = self._limits.classes[request.service_class].queue_timeout_s
@@ -188,10 +195,10 @@ class AdmissionGate:
                 raise self._timeout_error(request, timeout_s) from None
             raise
 
-    @property
-    def _must_wait(self) -> bool:
-        """Whether other requests wait already, or ``max_concurrent`` requests run."""
-        return bool(self._queues) or self.running >= self._limits.max_concurrent
+    def _must_wait(self, *, needs_room: bool) -> bool:
+        """Whether ``max_concurrent`` requests run, or others wait already for the same room."""
+        others_wait = needs_room and bool(self._queues)
+        return others_wait or self.running >= self._limits.max_concurrent
 
     def _check_deadline(self, request: AdmissionRequest) -> None:
         if self._clock() >= request.deadline_s:

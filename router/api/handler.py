@@ -254,9 +254,10 @@ class RequestHandler:
                 call.deadline_s,
                 cost=len(ready.prompt),
             )
-            # The request has been admitted before, so it takes no permit for room on the workers.
-            # If other requests wait, it waits for its turn.
-            async with self.admission.admit(wanted, lambda: contextlib.ExitStack[None]()):
+            # The request has been admitted before, so it takes no permit for room on the workers,
+            # and passes those that wait for room.
+            no_permit = contextlib.ExitStack[None]
+            async with self.admission.admit(wanted, no_permit, needs_room=False):
                 await self._continue(entry, journaled, ready, call, first)
 
     async def _continue(

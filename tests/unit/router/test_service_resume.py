@@ -144,9 +144,9 @@ async def test_a_resumed_request_keeps_its_service_class(monkeypatch: pytest.Mon
         gate, admitted = router.server.handler.admission, []
         admit = gate.admit
 
-        def record(request: AdmissionRequest, acquire: Any) -> Any:
+        def record(request: AdmissionRequest, *args: Any, **kwargs: Any) -> Any:
             admitted.append(request)
-            return admit(request, acquire)
+            return admit(request, *args, **kwargs)
 
         monkeypatch.setattr(gate, "admit", record)
         call = router.call(

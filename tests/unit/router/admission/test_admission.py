@@ -196,7 +196,8 @@ class GateHarness:
 
         async def run() -> None:
             acquire = functools.partial(self.acquire, needs)
-            async with self.gate.admit(AdmissionRequest("c", deadline_s), acquire):
+            wanted = AdmissionRequest("c", deadline_s)
+            async with self.gate.admit(wanted, acquire, needs_room=needs > 0):
                 self.order.append(name)
                 await end.wait()
 
@@ -247,6 +248,9 @@ async def test_a_request_that_does_not_fit_leaves_room_to_others_for_a_while() -
     await turns()
     assert harness.order.count("small") == _MAX_PASSED
     assert "late" not in harness.order
+    running.append(harness.start("resumed", needs=0))
+    await turns()
+    assert harness.order[-1] == "resumed", "it was admitted before, and needs no room"
     for _, end in running:
         end.set()
     await asyncio.gather(*(task for task, _ in running))
