@@ -168,7 +168,7 @@ def _check_peer(group: _GlooGroup, store: Store, rank: int, timeout: timedelta) 
     peer = 1 - rank
     token = secrets.token_bytes(_TOKEN_BYTES)
     store.set(f"token/{rank}", token)
-    received = torch.empty(_TOKEN_BYTES, dtype=torch.uint8)
+    received = torch.zeros(_TOKEN_BYTES, dtype=torch.uint8)
     sent = group.send([torch.tensor(list(token), dtype=torch.uint8)], peer, _TAG)
     group.recv([received], peer, _TAG).wait(timeout)
     sent.wait(timeout)
