@@ -8,7 +8,7 @@ import logging
 import math
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
@@ -36,7 +36,6 @@ from router.workers.membership import WorkerList, Workers, WorkersSettings
 
 logger = logging.getLogger(__name__)
 
-HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _STATUS_S = 0.5  # time to send the status of ended calls to their clients
 
@@ -199,7 +198,7 @@ class RouterServer:
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         host, address = self._config.router_host, self._config.router_address
         try:

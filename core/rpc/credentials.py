@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -76,6 +77,17 @@ class ClusterCredentials:
             private_key=self.key,
             certificate_chain=self.certificate,
         )
+
+
+def open_channel(
+    address: str,
+    credentials: ClusterCredentials | None,
+    options: Sequence[tuple[str, int]] = (),
+) -> grpc.aio.Channel:
+    """Open a channel to a worker. Without credentials, it has no TLS, for tests."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, credentials.for_channel(), (*options, *CHANNEL_OPTIONS))
 
 
 # gRPC compares the name in the certificate with this one instead of the address.

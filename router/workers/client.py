@@ -7,7 +7,7 @@ from typing import cast
 import grpc
 
 from core.messages import worker_pb2, worker_pb2_grpc
-from core.rpc.credentials import CHANNEL_OPTIONS, ClusterCredentials
+from core.rpc.credentials import ClusterCredentials, open_channel
 from core.rpc.options import channel_options
 
 IDLE = grpc.ChannelConnectivity.IDLE
@@ -49,12 +49,7 @@ class WorkerClient:
             # Channels to the same address share no connection: each incarnation has its own.
             ("grpc.use_local_subchannel_pool", 1),
         )
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options)
-        else:
-            self._channel = grpc.aio.secure_channel(
-                address, credentials.for_channel(), (*options, *CHANNEL_OPTIONS)
-            )
+        self._channel = open_channel(address, credentials, options)
         self._prefill = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self._decode = worker_pb2_grpc.DecodeWorkerStub(self._channel)
 

@@ -24,7 +24,7 @@ from baton.errors import ERROR_DETAIL_KEY
 from baton.v1 import inference_pb2
 from core.config.schema import Config
 from core.messages import worker_pb2, worker_pb2_grpc
-from core.rpc.credentials import CHANNEL_OPTIONS, ClusterCredentials
+from core.rpc.credentials import ClusterCredentials, open_channel
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool
@@ -167,7 +167,7 @@ async def worker(credentials: ClusterCredentials | None = None) -> AsyncIterator
     record = await replica.start()
     numbers = iter(range(10**6))
     try:
-        async with _open_channel(record.address, credentials) as channel:
+        async with open_channel(record.address, credentials) as channel:
             stub: Any = worker_pb2_grpc.DecodeWorkerStub(channel)
 
             def decode(tokens: int) -> Any:
@@ -201,12 +201,6 @@ async def worker(credentials: ClusterCredentials | None = None) -> AsyncIterator
             )
     finally:
         await replica.stop(1)
-
-
-def _open_channel(address: str, credentials: ClusterCredentials | None) -> grpc.aio.Channel:
-    if credentials is None:
-        return grpc.aio.insecure_channel(address)
-    return grpc.aio.secure_channel(address, credentials.for_channel(), CHANNEL_OPTIONS)
 
 
 SERVERS = {"router": router, "worker": worker}
