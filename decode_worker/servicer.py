@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Callable
 
 import grpc
 
@@ -15,7 +18,7 @@ from worker.calls import check_deadline, closing, errors_to_status, transfer_id_
 from worker.intake import Intake
 from worker.peers import Peers
 
-_MAX_WARNED = 64  # names of workers that are remembered
+_WARN_INTERVAL_S = 60.0  # the cause may concern every request
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +28,19 @@ _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeR
 class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
     """Serves ``DecodeWorker`` of ``worker.proto``."""
 
-    def __init__(self, engine: Engine, intake: Intake, peers: Peers) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        intake: Intake,
+        peers: Peers,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._intake = intake
         self._peers = peers
-        self._warned: set[str] = set()  # the unknown KV sources of which the log has told
+        self._monotonic = monotonic
+        self._warn_after_s = -math.inf  # on the clock of ``monotonic``
+        self._unwarned = 0  # prompts since the last warning
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
         """Stream the tokens of one attempt as the engine samples them."""
@@ -55,11 +66,24 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
         try:
             addresses = await self._peers.kv_addresses(source.incarnation)
         except UnavailableError as error:  # a slower answer is better than none
-            if source.worker_id not in self._warned:  # once, because it may concern each request
-                self._warned = {*[*self._warned][-_MAX_WARNED:], source.worker_id}
-                _log.warning("prompts of %s are computed here: %s", source.worker_id, error)
+            self._warn(source.worker_id, error)
             return None
         return KvReceive(source.incarnation, addresses, source.forwards_first_token)
+
+    def _warn(self, worker_id: str, error: UnavailableError) -> None:
+        self._unwarned += 1
+        now_s = self._monotonic()
+        if now_s < self._warn_after_s:
+            return
+        _log.warning(
+            "%d prompts whose KV source is unknown are computed here since the last warning; "
+            "the latest came from %s: %s",
+            self._unwarned,
+            worker_id,
+            error,
+        )
+        self._warn_after_s = now_s + _WARN_INTERVAL_S
+        self._unwarned = 0
 
 
 def add_decode_service(
