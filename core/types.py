@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from core.histogram import Histogram
 
 
 class Pool(enum.StrEnum):
@@ -49,8 +51,60 @@ class WorkerRecord:
     model: str  # served name of the model
     load: WorkerLoad
     metrics: str = ""  # Prometheus, "http://host:port/metrics"
+    application: str = ""  # the Serve application that runs it; empty in tests
+    can_change_role: bool = False  # whether its engine can serve the other pool, too
 
     @property
     def key(self) -> WorkerKey:
         """Identifies this process of the worker."""
         return self.id, self.incarnation
+
+
+class Need(enum.StrEnum):
+    """What a request waits for at its router."""
+
+    PREFILL = "prefill"  # room on a prefill worker
+    DECODE = "decode"  # room for its KV on a decode worker
+    BOTH = "both"
+    ROUTER = "router"  # the router runs ``router.max_concurrent`` requests
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """The requests of one class that wait at one router for the same thing."""
+
+    service_class: str
+    need: Need
+    requests: int
+    prompt_tokens: int
+    kv_tokens: int  # that will need KV when the requests end, as estimated
+    oldest_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """One router's requests on one worker. Tokens are as in ``autoscale.snapshot.PoolDemand``."""
+
+    worker_id: str
+    incarnation: str
+    pool: Pool
+    requests: int
+    tokens: int
+    tokens_per_s: float  # while busy with this router's requests; 0 while unknown
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRecord:
+    """One router's lease in the registry, with what it measures."""
+
+    id: str
+    address: str  # gRPC, "host:port"
+    queues: tuple[QueueLoad, ...] = ()
+    shares: tuple[WorkerShare, ...] = ()
+    # Over the latest ``window_s`` seconds.
+    window_s: float = 0.0
+    arrived_requests: int = 0
+    arrived_prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft_s: Histogram = field(default_factory=Histogram)
+    itl_s: Histogram = field(default_factory=Histogram)

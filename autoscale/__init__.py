@@ -1,0 +1,4 @@
+"""The autoscaling policy: its file, and the pure function that decides. README.md explains it.
+
+Nothing here does I/O or reads a clock, so that the cluster and the simulator decide alike.
+"""

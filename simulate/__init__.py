@@ -1,0 +1,1 @@
+"""Runs the policies of admission, placement and autoscaling on a trace, in virtual time."""
