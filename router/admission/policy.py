@@ -1,4 +1,4 @@
-"""Decides which requests wait, which are refused and which runs next. Pure; used by ``gate``.
+"""Decides which requests wait, which are refused and which runs next. Pure; used by ``turns``.
 
 A request runs immediately if no other request waits, fewer than ``max_concurrent`` run, and workers
 have room for it (``router.placement``). Otherwise it waits in the queue of its service class.
