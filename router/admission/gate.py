@@ -72,6 +72,7 @@ class AdmissionGate:
             CapacityError: the queue is full, the request has waited too long, or it would wait too
                 long or miss its deadline.
             DeadlineError: the deadline passed before the request ran.
+            UnavailableError: a pool without a worker got none in time.
             BatonError: from ``acquire``.
         """
         decided = asyncio.Event()
@@ -93,7 +94,13 @@ class AdmissionGate:
     async def _wait(self, turn: Turn[P], decided: asyncio.Event) -> None:
         """Wait for a permit. After an error, the request is not queued and holds no permit."""
         try:
-            async with asyncio.timeout_at(self.turns.give_up_s(turn)):
+            async with asyncio.timeout_at(self.turns.give_up_s(turn)) as timeout:
+
+                def reschedule() -> None:
+                    if not timeout.expired():
+                        timeout.reschedule(self.turns.give_up_s(turn))
+
+                turn.on_limit = reschedule
                 await decided.wait()
         except TimeoutError:
             raise self.turns.give_up(turn) from None

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from core.errors import BatonError, CapacityError, DeadlineError
+from core.types import Need, Pool, QueueLoad
 from router.admission.expectation import smoothed
 from router.admission.policy import (
     AdmissionLimits,
@@ -26,6 +27,8 @@ from router.admission.policy import (
     decide_admission,
     decide_dispatch,
 )
+from router.errors import no_worker_error
+from router.room import NoRoom
 
 # How many requests behind one that does not fit are tried. Each try asks the placement.
 _LOOK_AHEAD_REQUESTS = 16
@@ -40,9 +43,9 @@ class Permit(Protocol):
 
 
 P = TypeVar("P", bound=Permit)
-# Takes capacity on the workers. Returns None if there is no capacity now. Raises BatonError if
-# waiting would not help.
-Acquire = Callable[[], P | None]
+# Takes capacity on the workers, or says which pools have none now. Raises BatonError if waiting
+# would not help.
+Acquire = Callable[[], P | NoRoom]
 
 
 class Turn(Generic[P]):
@@ -51,20 +54,31 @@ class Turn(Generic[P]):
     Attributes:
         permit: held since the request runs; None while it waits.
         error: why the request was refused after it had waited; None otherwise.
+        on_limit: called when ``Turns.give_up_s`` has changed; the caller of ``enter`` may set it.
     """
 
     def __init__(
-        self, request: AdmissionRequest, acquire: Acquire[P], *, needs_room: bool, now_s: float
+        self,
+        request: AdmissionRequest,
+        acquire: Acquire[P],
+        *,
+        needs_room: bool,
+        now_s: float,
+        empty_s: float,
     ) -> None:
         self.request = request
         self.acquire = acquire
         self.needs_room = needs_room
         self.arrived_s = now_s
         self.started_s = now_s
+        self.empty_before_s = empty_s  # ``Turns`` had waited so long for first workers
+        self.no_room: NoRoom | None = None  # the answer of the latest try
+        self.tried = 0  # the number of that try's round
         self.permit: P | None = None
         self.error: BatonError | None = None
         self.passed = 0  # how many requests have started before this one, which was next
         self.on_decided: Callable[[Turn[P]], None] = lambda _turn: None
+        self.on_limit: Callable[[], None] = lambda: None
 
 
 class Turns:
@@ -79,11 +93,47 @@ class Turns:
         self._clock = clock
         self._mean_run_s = 0.0  # smoothed over the latest requests; 0 if unknown
         self._queues: Queues[Turn[Any]] = Queues(limits.classes)
+        self._round = 0  # in each round, ``wake`` tries the next request and some after it
+        self._head: Turn[Any] | None = None  # which had no room in the latest round
+        # Pools whose first worker requests wait for, as the latest round found, and since when.
+        self._found_empty: frozenset[Pool] = frozenset()
+        self._empty: frozenset[Pool] = frozenset()
+        self._empty_since_s = 0.0
+        self._empty_s = 0.0  # how long requests waited for first workers before that
         self.running = 0
 
     @property
     def waiting(self) -> int:
         return len(self._queues)
+
+    def need(self, turn: Turn[P]) -> Need:
+        """What a waiting request waits for, as of the latest ``wake``.
+
+        A request that was not tried then waits for the same as the one that was next.
+        """
+        if self._head is None or self.running >= self._limits.max_concurrent:
+            return Need.ROUTER
+        no_room = turn.no_room if turn.tried == self._round else self._head.no_room
+        assert no_room is not None
+        return no_room.need
+
+    def queue_loads(self) -> tuple[QueueLoad, ...]:
+        """The waiting requests by class and need. Each is in one of the sums."""
+        groups: dict[tuple[str, Need], list[Turn[Any]]] = {}
+        for request, turn in self._queues:
+            groups.setdefault((request.service_class, self.need(turn)), []).append(turn)
+        now_s = self._clock()
+        return tuple(
+            QueueLoad(
+                service_class,
+                need,
+                requests=len(turns),
+                prompt_tokens=sum(turn.request.prompt_tokens for turn in turns),
+                kv_tokens=sum(turn.request.kv_tokens for turn in turns),
+                oldest_wait_s=now_s - min(turn.arrived_s for turn in turns),
+            )
+            for (service_class, need), turns in groups.items()
+        )
 
     def check(self, request: AdmissionRequest) -> None:
         """Raise early if ``enter`` would refuse the request now.
@@ -124,8 +174,11 @@ class Turns:
             BatonError: from ``acquire``.
         """
         self._check_deadline(request)
-        turn = Turn(request, acquire, needs_room=needs_room, now_s=self._clock())
-        permit = None if self._must_wait(needs_room=needs_room) else acquire()
+        now_s = self._clock()
+        turn = Turn(
+            request, acquire, needs_room=needs_room, now_s=now_s, empty_s=self._waited_empty_s()
+        )
+        permit = None if self._must_wait(needs_room=needs_room) else self._try(turn)
         if permit is not None:
             self._start(turn, permit)
             return turn
@@ -154,16 +207,29 @@ class Turns:
         self.wake()  # the requests after this one may fit
 
     def give_up_s(self, turn: Turn[P]) -> float:
-        """When a waiting request has waited for as long as it may."""
-        timeout_s = self._limits.classes[turn.request.service_class].queue_timeout_s
-        return min(turn.request.deadline_s, turn.arrived_s + timeout_s)
+        """When a waiting request has waited for as long as it may. See ``Turn.on_limit``.
+
+        While a pool has no worker, ``cold_start_timeout_s`` bounds the wait for the first one. That
+        time does not count towards the class's ``queue_timeout_s``.
+        """
+        now_s = self._clock()
+        empty_s = self._waited_empty_s() - turn.empty_before_s
+        if self._empty:
+            left_s = self._limits.cold_start_timeout_s - empty_s
+        else:
+            left_s = self._timeout_s(turn) - (now_s - turn.arrived_s - empty_s)
+        return min(turn.request.deadline_s, now_s + left_s)
 
     def give_up(self, turn: Turn[P]) -> BatonError:
         """Forget a request that has waited for as long as it may. Return the error to raise."""
+        empty = self._empty
         self.leave(turn)
         if self._clock() >= turn.request.deadline_s:
             return DeadlineError("the deadline passed while the request waited to run")
-        timeout_s = self._limits.classes[turn.request.service_class].queue_timeout_s
+        if empty:
+            detail = f"none has started within {self._limits.cold_start_timeout_s:g} s"
+            return no_worker_error(next(pool for pool in Pool if pool in empty), detail)
+        timeout_s = self._timeout_s(turn)
         return CapacityError(
             f"no room became free within {timeout_s:g} s",
             reason="QUEUE_TIMEOUT",
@@ -174,18 +240,25 @@ class Turns:
         """Start waiting requests in turn while there is room. Call when room may have grown."""
         while self.running < self._limits.max_concurrent and (head := self._queues.peek()):
             request, turn = head
+            self._round += 1
+            self._found_empty = frozenset()
             try:
                 _raise(decide_dispatch(request, self._clock()))
-                permit = turn.acquire()
+                permit = self._try(turn)
             except BatonError as err:
                 self._queues.remove(turn)
                 turn.error = err
                 turn.on_decided(turn)
                 continue
             if permit is None and not self._backfill(turn):
+                self._head = turn
+                self._note_empty(self._found_empty)
                 return
             if permit is not None:
                 self._grant(turn, permit)
+        self._head = None
+        if not self._queues:
+            self._note_empty(frozenset())
 
     def _backfill(self, head: Turn[Any]) -> bool:
         """Start a request that fits, although the next one in turn (``head``) does not fit yet.
@@ -200,7 +273,7 @@ class Turns:
             if decide_dispatch(request, self._clock()) is not None:
                 continue  # it is refused at its turn
             try:
-                permit = turn.acquire()
+                permit = self._try(turn)
             except BatonError:
                 continue  # likewise
             if permit is not None:
@@ -208,6 +281,32 @@ class Turns:
                 self._grant(turn, permit)
                 return True
         return False
+
+    def _try(self, turn: Turn[P]) -> P | None:
+        """Take capacity on the workers for a request. Keep the reason if there is none now."""
+        taken = turn.acquire()
+        if not isinstance(taken, NoRoom):
+            return taken
+        turn.no_room, turn.tried = taken, self._round
+        self._found_empty |= taken.empty
+        return None
+
+    def _note_empty(self, empty: frozenset[Pool]) -> None:
+        """Note which pools without a worker requests wait for now."""
+        waited_s, was_empty = self._waited_empty_s(), bool(self._empty)
+        self._empty = empty
+        if bool(empty) is was_empty:
+            return
+        self._empty_s, self._empty_since_s = waited_s, self._clock()
+        for _, turn in self._queues:
+            turn.on_limit()
+
+    def _waited_empty_s(self) -> float:
+        """For how long, in total, requests have waited for the first worker of a pool."""
+        return self._empty_s + (self._clock() - self._empty_since_s if self._empty else 0.0)
+
+    def _timeout_s(self, turn: Turn[P]) -> float:
+        return self._limits.classes[turn.request.service_class].queue_timeout_s
 
     def _grant(self, turn: Turn[P], permit: P) -> None:
         self._queues.start(turn)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from core.errors import CapacityError, DeadlineError, InvalidArgumentError, UnavailableError
+from core.types import Pool
 from router.admission.gate import AdmissionGate
 from router.admission.policy import (
     AdmissionLimits,
@@ -19,6 +20,7 @@ from router.admission.policy import (
     decide_dispatch,
 )
 from router.admission.turns import MAX_PASSED
+from router.room import NoRoom
 from tests.support.virtual_time import elapse, run_virtually
 
 FAR_S = 1e6
@@ -174,6 +176,7 @@ class GateHarness:
 
     Attributes:
         places: how many permits are free.
+        no_room: what ``acquire`` returns if too few places are free.
         error: if set, ``acquire`` raises it.
         order: names of the requests, in the order in which they began to run.
     """
@@ -181,13 +184,14 @@ class GateHarness:
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
         self.gate = AdmissionGate(limits, asyncio.get_running_loop().time)
         self.places = places
+        self.no_room = NoRoom(frozenset({Pool.DECODE}))
         self.error: UnavailableError | None = None
         self.order: list[str] = []
 
-    def acquire(self, needs: int = 1) -> FakePermit | None:
+    def acquire(self, needs: int = 1) -> FakePermit | NoRoom:
         if self.error is not None:
             raise self.error
-        return FakePermit(self, needs) if self.places >= needs else None
+        return FakePermit(self, needs) if self.places >= needs else self.no_room
 
     def start(
         self, name: str, deadline_s: float = FAR_S, needs: int = 1
