@@ -99,6 +99,7 @@ class RouterRecord:
 
     id: str
     address: str  # gRPC, "host:port"
+    renewals: int = 0  # of the lease so far; a greater number means newer measurements
     queues: tuple[QueueLoad, ...] = ()
     shares: tuple[WorkerShare, ...] = ()
     # Over the latest ``window_s`` seconds.

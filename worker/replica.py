@@ -64,13 +64,14 @@ class WorkerSettings:
 
 
 async def start_worker(
-    settings: WorkerSettings, add_service: AddService, *, slot: int
+    settings: WorkerSettings, add_service: AddService, *, slot: int, application: str
 ) -> WorkerReplica:
     """Start a worker. If the start fails, report the error to the launcher and raise it again.
 
     Args:
         slot: number of this worker among the pool's workers on this machine, from 0. Selects the
             CPU cores.
+        application: name of the Serve application that runs the worker.
 
     Raises:
         ConfigError, BatonError: the worker cannot start.
@@ -87,6 +88,7 @@ async def start_worker(
             add_service=add_service,
             incarnation=incarnation,
             credentials=settings.credentials,
+            application=application,
         )
         await worker.start()
     except Exception as error:
@@ -107,6 +109,7 @@ class WorkerReplica:
         add_service: registers the pool's servicer on the server.
         incarnation: id of this process start.
         credentials: of the cluster; None serves whoever connects, for tests.
+        application: name of the Serve application that runs the worker; empty in tests.
     """
 
     def __init__(
@@ -120,8 +123,10 @@ class WorkerReplica:
         *,
         incarnation: str,
         credentials: ClusterCredentials | None,
+        application: str = "",
     ) -> None:
         self._config = config
+        self._application = application
         self._credentials = credentials
         self._pool = pool
         self._model = model
@@ -160,6 +165,7 @@ class WorkerReplica:
                 model=self._model,
                 load=self._engine.load(),
                 metrics=self._serve_metrics(),
+                application=self._application,
             )
             self._supervisor.start("lease", self._keep_lease)
             await self._pair_up()

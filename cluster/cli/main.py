@@ -81,11 +81,13 @@ def _down(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from cluster.cli.status import as_json, as_table, read_workers
+    from cluster.cli.status import as_json, as_table, read_view, read_workers
 
     state = _running(_load(options))
-    workers = read_workers(state) if state.store is not None else ()
-    print((as_json if options.json else as_table)(state, workers))
+    has_store = state.store is not None
+    workers = read_workers(state) if has_store else ()
+    view = read_view(state) if has_store else None
+    print((as_json if options.json else as_table)(state, workers, view))
     return 0
 
 
@@ -106,6 +108,51 @@ def _drain(options: argparse.Namespace) -> int:
         drain(_running(_load(options)), options.worker, progress.step)
     _say(f"{options.worker} has left; another worker starts in its place")
     return 0
+
+
+def _policy_apply(options: argparse.Namespace) -> int:
+    from cluster.cli.policy import apply, read_policy_text
+
+    view = apply(_running(_load(options)), read_policy_text(options.policy))
+    _say(f"policy {view.policy} applies" + (", as advice only" if view.advisory else ""))
+    return 0
+
+
+def _policy_check(options: argparse.Namespace) -> int:
+    from cluster.cli.policy import read_policy_text
+
+    for path in options.policies:
+        read_policy_text(path)
+        _say(f"{path}: correct")
+    return 0
+
+
+def _policy_show(options: argparse.Namespace) -> int:
+    from cluster.cli.policy import show
+
+    _say(show(_running(_load(options))).rstrip())
+    return 0
+
+
+def _policy_remove(options: argparse.Namespace) -> int:
+    from cluster.cli.policy import remove
+
+    remove(_running(_load(options)))
+    _say("no policy any more; each pool keeps its number of workers")
+    return 0
+
+
+def _policy_explain(options: argparse.Namespace) -> int:
+    from cluster.cli.policy import as_json, as_text, explained
+
+    _say((as_json if options.json else as_text)(explained(_running(_load(options)))))
+    return 0
+
+
+def _policy_simulate(options: argparse.Namespace) -> int:
+    from simulate.command import simulate
+
+    return simulate(options)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -203,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
         "worker", metavar="WORKER", help="id of the worker, as baton status shows it"
     )
 
+    _policy_commands(commands)
+
     generate = _command(commands, "generate", _generate, "send one prompt, stream the answer")
     generate.add_argument("prompt", help="the text; - reads it from standard input")
     generate.add_argument("--chat", action="store_true", help="send the prompt as a chat message")
@@ -213,6 +262,24 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     _sampling(chat)
     return parser
+
+
+def _policy_commands(commands: Any) -> None:
+    about = "apply, check, explain and simulate an autoscaling policy"
+    policy = commands.add_parser("policy", help=about, description=about)
+    verbs = policy.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    apply = _command(verbs, "apply", _policy_apply, "apply a policy; no worker restarts")
+    apply.add_argument("policy", type=Path, metavar="FILE", help="policy file")
+
+    check = _command(verbs, "check", _policy_check, "check policy files, without a cluster")
+    check.add_argument("policies", type=Path, nargs="+", metavar="FILE", help="policy file")
+
+    _command(verbs, "show", _policy_show, "print the policy that applies")
+    _command(verbs, "remove", _policy_remove, "go on without a policy")
+
+    explain = _command(verbs, "explain", _policy_explain, "show the decision now, and why")
+    explain.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _command(commands: Any, name: str, run: Command, about: str) -> argparse.ArgumentParser:

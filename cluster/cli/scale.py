@@ -1,4 +1,4 @@
-"""``baton scale``: asks the launcher to change the number of workers, and waits for the change."""
+"""``baton scale``: asks the autoscaler to change the number of workers, and waits for the change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.types import Pool, WorkerRecord, WorkerState
 def scale(
     state: ClusterState, targets: Mapping[Pool, int], progress: Callable[[str], None]
 ) -> None:
-    """Ask the launcher for the numbers of workers in ``targets``.
+    """Ask the autoscaler for the numbers of workers in ``targets``.
 
     Return when each pool in ``targets`` has exactly the requested number of ready workers.
 

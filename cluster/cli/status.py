@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+from cluster.autoscale.view import AutoscaleView, decode_view
 from cluster.local.readiness import count_ready
 from cluster.local.run_dir import ClusterState
 from core.errors import UnavailableError
@@ -41,6 +42,25 @@ def read_workers(state: ClusterState) -> tuple[WorkerRecord, ...]:
     async def read() -> tuple[WorkerRecord, ...]:
         async with open_registry(state) as registry:
             return await registry.list()
+
+    return asyncio.run(read())
+
+
+def read_view(state: ClusterState) -> AutoscaleView | None:
+    """Return the autoscaler's latest view; None if it has not answered within a lease.
+
+    Raises:
+        UnavailableError: the store does not answer, or the cluster has no store yet.
+    """
+    if state.store is None:
+        raise UnavailableError(f"the cluster {state.name!r} has no store yet")
+    store = state.store.autoscale()
+
+    async def read() -> AutoscaleView | None:
+        try:
+            return decode_view((await store.read()).view)
+        finally:
+            await store.close()
 
     return asyncio.run(read())
 
@@ -84,45 +104,70 @@ async def open_registry(state: ClusterState) -> AsyncIterator[RedisRegistry]:
         await registry.close()
 
 
-def as_json(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
+def as_json(
+    state: ClusterState, workers: Sequence[WorkerRecord], view: AutoscaleView | None
+) -> str:
     """Return one JSON object: fields of the cluster, and ``workers`` as a list of flat objects."""
     return json.dumps(
         {
             "name": state.name,
-            "phase": _phase(state, workers)[0],
+            "phase": _phase(state, workers, view)[0],
             "address": state.address,
             "model": state.model,
             "pid": state.pid,
+            "policy": view.policy if view is not None else "",
+            "targets": _targets(view),
             "workers": [_row(worker) for worker in workers],
         },
         indent=2,
     )
 
 
-def as_table(state: ClusterState, workers: Sequence[WorkerRecord]) -> str:
-    """Return one line about the cluster, then a table with one row for each worker."""
-    phase, reason = _phase(state, workers)
+def as_table(
+    state: ClusterState, workers: Sequence[WorkerRecord], view: AutoscaleView | None
+) -> str:
+    """Return one line about the cluster, a table with one row for each worker, and problems."""
+    phase, reason = _phase(state, workers, view)
     if reason:
         phase = f"{phase} ({reason})"
     head = f"{state.name}: {phase}, {state.model or 'no model yet'}, gRPC at {state.address}"
+    problems = [
+        f"{each.id} has not started: {each.problem}"
+        for each in (view.workers if view is not None else ())
+        if each.problem
+    ]
     if not workers:
-        return f"{head}\nno workers"
+        return "\n".join([head, "no workers", *problems])
     rows = [[str(_row(worker)[column]) for column in _COLUMNS] for worker in workers]
     table = [list(_COLUMNS), *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in table
     ]
-    return "\n".join([head, *(line.rstrip() for line in lines)])
+    return "\n".join([head, *(line.rstrip() for line in lines), *problems])
 
 
-def _phase(state: ClusterState, workers: Sequence[WorkerRecord]) -> tuple[str, str]:
-    """Return the cluster's phase, and why it is "degraded": a pool has no ready worker."""
+def _phase(
+    state: ClusterState, workers: Sequence[WorkerRecord], view: AutoscaleView | None
+) -> tuple[str, str]:
+    """Return the cluster's phase, and why: a pool has no ready worker.
+
+    The phase is "degraded", unless the policy has no worker for that pool at the moment.
+    """
     ready = count_ready(workers)
     empty = [pool for pool in Pool if not ready[pool]]
     if state.phase != "ready" or not empty:
         return state.phase, ""
-    return "degraded", ", ".join(f"no ready {pool} worker" for pool in empty)
+    targets = _targets(view)
+    missing = [pool for pool in empty if targets.get(pool) != 0]
+    if not missing:
+        return "ready", ", ".join(f"{pool} is scaled to zero" for pool in empty)
+    return "degraded", ", ".join(f"no ready {pool} worker" for pool in missing)
+
+
+def _targets(view: AutoscaleView | None) -> dict[str, int]:
+    """Return the number of workers that each pool should have; empty if it is unknown."""
+    return {} if view is None else {each.pool.value: each.target for each in view.pools}
 
 
 def _row(worker: WorkerRecord) -> dict[str, str | int]:

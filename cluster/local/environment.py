@@ -53,6 +53,9 @@ def cluster_environment(
         "RAY_event_stats": "0",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        # How soon Serve says that Ray has found no node for a worker.
+        "RAY_SERVE_SLOW_STARTUP_WARNING_S": "5",
+        "RAY_SERVE_SLOW_STARTUP_WARNING_PERIOD_S": "5",
         # A worker that fails its health check has nothing left to drain.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # With user code in a separate thread, a process has two event loops. They share the one

@@ -16,6 +16,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from cluster.autoscale.policy_file import first_workers, read_policy, worker_gpus
+from cluster.autoscale.view import decode_view
 from cluster.local.draining import Drainer
 from cluster.local.environment import applied, cluster_environment
 from cluster.local.failure_log import keep_logs
@@ -30,6 +32,7 @@ from core.config.schema import Config
 from core.errors import ConfigError, InternalError, UnavailableError
 from core.model.resolve import ResolvedModel, resolve_model
 from core.rpc.credentials import ClusterCredentials
+from core.state.autoscale import AutoscaleStore
 from core.state.orders import Orders, StartFailure
 from core.state.registry import RedisRegistry
 from core.state.store import Store
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
-_POLL_S = 0.2  # how soon scale orders and ended processes are noticed
+_POLL_S = 0.2  # how soon changes and ended processes are noticed
 
 
 class StartInterruptedError(Exception):
@@ -68,7 +71,9 @@ class Cluster:
         self.config = config
         self._progress = progress
         self._signal = signal or NeverStop()
-        self._wanted = {pool: config.pool(pool).replicas for pool in Pool}
+        gpus = worker_gpus(config)
+        self._policy = read_policy(config, gpus)
+        self._wanted = first_workers(config, self._policy, gpus)
         self._stack = ExitStack()  # undoes the steps of start, the last one first
         self._drainer = Drainer(progress)
         self._loop = LoopThread()
@@ -78,6 +83,8 @@ class Cluster:
         self._runtime: RayRuntime | None = None
         self._registry: RedisRegistry | None = None
         self._orders: Orders | None = None
+        self._autoscale: AutoscaleStore | None = None
+        self._last_change = 0  # number of the latest reported change of the autoscaler
 
     @property
     def address(self) -> str:
@@ -109,20 +116,6 @@ class Cluster:
         assert self._registry is not None
         return self._await(self._registry.list())
 
-    def scale(self, pool: Pool, replicas: int) -> None:
-        """Change the number of workers of ``pool``, without waiting (see ``wait_ready``).
-
-        Raises:
-            ConfigError: ``replicas`` is out of the pool's bounds.
-            UnavailableError: Ray Serve does not answer.
-        """
-        limit = self.config.pool(pool).max_replicas
-        if not 1 <= replicas <= limit:
-            raise ConfigError(f"{pool}: {replicas} workers are not between 1 and {limit}")
-        assert self._runtime is not None
-        self._runtime.scale(pool, replicas)
-        self._wanted[pool] = replicas
-
     def wait_ready(self) -> None:
         """Wait until the router serves and at least the wanted number of workers is ready.
 
@@ -151,7 +144,7 @@ class Cluster:
             time.sleep(_POLL_S)
 
     def watch(self, say: Callable[[str], None]) -> None:
-        """Keep the cluster running and carry out scale orders, until the stop signal comes.
+        """Keep the cluster running and report what happens, until the stop signal comes.
 
         Restarts an embedded Valkey that died. If the registry does not answer, this is reported
         once, and running requests continue.
@@ -171,7 +164,8 @@ class Cluster:
             if self._valkey is not None and self._valkey.ensure_running():
                 say("the embedded Valkey had ended and was started again")
             try:
-                self._carry_out_orders(say)
+                self._report_failures(say)
+                self._report_scaling(say)
                 ready = self._report_changes(ready, say)
                 if registry_is_away:
                     say("the registry answers again")
@@ -273,8 +267,9 @@ class Cluster:
         store = Store.of(self.config, url)
         registry = self._registry = store.registry()
         orders = self._orders = store.orders()
-        self._stack.callback(lambda: self._await(registry.close()))
-        self._stack.callback(lambda: self._await(orders.close()))
+        autoscale = self._autoscale = store.autoscale()
+        for each in (registry, orders, autoscale):
+            self._stack.callback(lambda part=each: self._await(part.close()))
         if self._await(registry.list()):
             raise ConfigError(
                 f"redis.url: workers of a cluster named {cluster.name!r} are registered there; "
@@ -283,6 +278,9 @@ class Cluster:
         # Drop the unread failures and orders that an earlier cluster of this name left.
         self._await(orders.take_failures())
         self._await(orders.take_scale())
+        self._await(autoscale.forget())
+        if self._policy is not None:
+            self._await(autoscale.apply_policy(self._policy.text))
         return store
 
     def _start_ray(self, run: RunDir, model: ResolvedModel, store: Store) -> None:
@@ -363,16 +361,21 @@ class Cluster:
         except (OSError, RuntimeError) as error:  # this error must not hide the failure itself
             return f"logs could not be kept: {error}"
 
-    def _carry_out_orders(self, say: Callable[[str], None]) -> None:
+    def _report_failures(self, say: Callable[[str], None]) -> None:
         assert self._orders is not None
-        for pool, replicas in self._await(self._orders.take_scale()).items():
-            say(f"scaling {pool} from {self._wanted[pool]} to {replicas}")
-            try:
-                self.scale(pool, replicas)
-            except (ConfigError, UnavailableError) as error:
-                say(str(error))
         for failure in self._await(self._orders.take_failures()):
             say(f"the {failure.part} could not start: {failure.message}; trying again")
+
+    def _report_scaling(self, say: Callable[[str], None]) -> None:
+        """Report the changes that the autoscaler has made since the last call."""
+        assert self._autoscale is not None
+        view = decode_view(self._await(self._autoscale.read()).view)
+        if view is None:
+            return
+        for change in view.changes:
+            if change.number > self._last_change:
+                say(change.line)
+                self._last_change = change.number
 
     def _report_changes(
         self, before: frozenset[str] | None, say: Callable[[str], None]

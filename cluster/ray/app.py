@@ -1,4 +1,8 @@
-"""The Ray Serve application: one deployment for the router and one for each pool."""
+"""The Ray Serve applications: the main one with router and autoscaler, and one for each worker.
+
+Each worker has an application of its own, because Serve chooses by itself which replica of a
+deployment leaves, and may start another one in place of a replica that drains.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from cluster.ray.deployments import Router, RouterSettings, Worker
+from cluster.ray.deployments import Autoscaler, Router, RouterSettings, Worker, WorkerAppSettings
 from core.config.schema import Config, PoolConfig
 from core.model.resolve import ResolvedModel
 from core.rpc.credentials import ClusterCredentials
@@ -15,7 +19,9 @@ from core.state.store import Store
 from core.types import Pool
 from worker.replica import WorkerSettings
 
+APP = "baton"  # the main application
 ROUTER = "Router"
+AUTOSCALER = "Autoscaler"
 DEPLOYMENTS = {Pool.PREFILL: "PrefillWorker", Pool.DECODE: "DecodeWorker"}
 
 # Ray places replicas by GPUs and labels. Baton binds engines to CPU cores, so Ray need not count
@@ -37,7 +43,7 @@ def build_app(
     credentials: ClusterCredentials,
     cuda: bool,
 ) -> Application:
-    """Build the application. Its ingress deployment is the router.
+    """Build the main application: the router and the autoscaler, which starts the workers.
 
     Serve wants an ingress, but requests reach the router directly, not through Serve.
 
@@ -46,9 +52,15 @@ def build_app(
         cuda: whether the cluster has CUDA devices. If True, a worker takes one device for each
             rank, unless its pool sets ``num_gpus_per_replica``.
     """
-    workers = [
-        _worker(WorkerSettings(config, pool, model, store, credentials), cuda=cuda) for pool in Pool
-    ]
+    workers = WorkerAppSettings(config, model, store, credentials, cuda=cuda, main_app=APP)
+    autoscaler = serve.deployment(
+        name=AUTOSCALER,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": _NUM_CPUS, "resources": _ON_HEAD},
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=_STOP_MARGIN_S,
+        **_common(),
+    )(Autoscaler)
     router = serve.deployment(
         name=ROUTER,
         num_replicas=1,
@@ -57,20 +69,23 @@ def build_app(
         graceful_shutdown_timeout_s=config.cluster.stop_grace_s + _STOP_MARGIN_S,
         **_common(),
     )(Router)
-    return router.bind(RouterSettings(config, store, credentials), *workers)
+    return router.bind(RouterSettings(config, store, credentials), autoscaler.bind(workers))
 
 
-def _worker(settings: WorkerSettings, *, cuda: bool) -> Application:
-    pool, options = settings.pool, settings.config.pool(settings.pool)
+def build_worker(settings: WorkerAppSettings, pool: Pool) -> Application:
+    """Build the application of one worker."""
+    options = settings.config.pool(pool)
     deployment = serve.deployment(
         name=DEPLOYMENTS[pool],
-        num_replicas=options.replicas,
-        ray_actor_options=actor_options(options, cuda=cuda),
+        num_replicas=1,
+        ray_actor_options=actor_options(options, cuda=settings.cuda),
         health_check_period_s=options.health_check_period_s,
         graceful_shutdown_timeout_s=options.shutdown_grace_s + _STOP_MARGIN_S,
         **_common(),
     )
-    return deployment(Worker).bind(settings)
+    return deployment(Worker).bind(
+        WorkerSettings(settings.config, pool, settings.model, settings.store, settings.credentials)
+    )
 
 
 def actor_options(pool: PoolConfig, *, cuda: bool) -> dict[str, Any]:

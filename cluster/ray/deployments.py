@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.ray.replica import drain_on_sigterm, local_slot, on_this_node, prepare_process
+from cluster.autoscale.apps import parse_name
+from cluster.ray.replica import application_name, drain_on_sigterm, on_this_node, prepare_process
 from core.config.schema import Config
 from core.memory import trim_heap
+from core.model.resolve import ResolvedModel
 from core.rpc.credentials import ClusterCredentials
 from core.state.orders import ROUTER, report_failure
 from core.state.store import Store
@@ -31,15 +33,27 @@ class RouterSettings:
     credentials: ClusterCredentials
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerAppSettings:
+    """What the applications of all workers have in common; the autoscaler's argument."""
+
+    config: Config
+    model: ResolvedModel
+    store: Store
+    credentials: ClusterCredentials
+    cuda: bool
+    main_app: str  # the application of router and autoscaler; names of workers begin with it
+
+
 class Router:
     """The router's replica. The launcher drains it before Serve does.
 
     Args:
-        _handles: handles of the pools, unused. Serve deploys only the ingress deployment (this
-            router) and the deployments that are bound to it. Therefore the pools are bound to it.
+        _autoscaler: unused. Serve deploys only the ingress deployment (this router) and the
+            deployments that are bound to it. Therefore the autoscaler is bound to it.
     """
 
-    async def __init__(self, settings: RouterSettings, *_handles: object) -> None:  # type: ignore[misc]
+    async def __init__(self, settings: RouterSettings, _autoscaler: object) -> None:  # type: ignore[misc]
         from router.server import RouterServer  # workers need not load its libraries
         from router.text.codec import keep_torch_out
 
@@ -84,9 +98,12 @@ class Worker:
         settings = replace(settings, config=on_this_node(settings.config))
         prepare_process(settings.config.cluster.host)
         drain_on_sigterm(self.__del__)
+        name = application_name()
+        parts = parse_name(name)
+        assert parts is not None, f"{name} is no worker"
         self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
         self._worker: WorkerReplica | None = None
-        self._worker = await start_worker(settings, _pool_service(settings.pool), slot=local_slot())
+        self._worker = await start_worker(settings, _pool_service(settings.pool), slot=parts[2], application=name)
         trim_heap()
 
     async def check_health(self) -> None:
@@ -97,6 +114,31 @@ class Worker:
     async def __del__(self) -> None:
         if self._worker is not None:
             await self._worker.stop(self._grace_s)
+
+
+class Autoscaler:
+    """The autoscaler's replica. It starts and stops the workers."""
+
+    async def __init__(self, settings: WorkerAppSettings) -> None:  # type: ignore[misc]
+        from cluster.autoscale.loop import AutoscaleLoop  # workers need not load the policy
+        from cluster.autoscale.policy_file import worker_gpus
+        from cluster.ray.worker_apps import ServeWorkerApps
+
+        prepare_process(settings.config.cluster.host)
+        self._apps = ServeWorkerApps(settings)
+        self._loop = AutoscaleLoop(
+            settings.config, self._apps, settings.store, gpus=worker_gpus(settings.config)
+        )
+        self._loop.start()
+        trim_heap()
+
+    def check_health(self) -> None:
+        """Raises InternalError if the autoscaler should be replaced."""
+        self._loop.check_health()
+
+    async def __del__(self) -> None:
+        await self._loop.stop()
+        self._apps.close()
 
 
 def _pool_service(pool: Pool) -> AddService:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,16 @@ from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
-from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve._private.common import DeploymentID
-from ray.serve.context import _get_global_client
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from cluster.ray.app import DEPLOYMENTS, ROUTER
+from cluster.autoscale.apps import parse_name
+from cluster.ray.app import APP, ROUTER
 from core.config.schema import Config
-from core.errors import InternalError, UnavailableError
-from core.types import Pool
-
-APP = "baton"
+from core.errors import InternalError
 
 _OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; Baton stores no objects in it
 _DELETE_POLL_S = 0.05  # how soon the end of the last replica is noticed
-_CALL_TIMEOUT_S = 10.0  # if Serve's controller dies, its replacement runs within seconds
 
 
 class _QuietNode(Node):
@@ -84,7 +77,7 @@ class RayRuntime:
 
     def deploy(self, app: Application) -> None:
         """Give the application to Serve and return. Serve starts it in the background."""
-        target = serve.RunTarget(app, name=APP, route_prefix=None, external_scaler_enabled=True)
+        target = serve.RunTarget(app, name=APP, route_prefix=None)
         serve.run_many(
             [target],
             wait_for_ingress_deployment_creation=False,
@@ -92,29 +85,14 @@ class RayRuntime:
         )
 
     def failure(self) -> str | None:
-        """Return why Serve gave up deploying the application, or None if it has not given up."""
-        status = serve.status().applications.get(APP)
-        if status is None or status.status is not ApplicationStatus.DEPLOY_FAILED:
-            return None
-        messages = [d.message for d in status.deployments.values() if d.message]
-        lines = [line for line in "\n".join(messages or [status.message]).splitlines() if line]
-        return lines[-1].strip() if lines else "Ray Serve gives no reason"
-
-    def scale(self, pool: Pool, replicas: int) -> None:
-        """Change a pool's number of replicas. The replicas that stay keep running undisturbed.
-
-        Raises:
-            UnavailableError: Serve's controller is gone or hangs.
-        """
-        deployment = DeploymentID(name=DEPLOYMENTS[pool], app_name=APP)
-        try:
-            controller = _get_global_client()._controller
-            ray.get(
-                controller.update_deployment_replicas.remote(deployment, replicas),
-                timeout=_CALL_TIMEOUT_S,
-            )
-        except (RayError, RayServeException) as error:
-            raise UnavailableError("Ray Serve does not answer") from error
+        """Return why Serve gave up deploying an application, or None if it has not given up."""
+        for status in serve.status().applications.values():
+            if status.status is ApplicationStatus.DEPLOY_FAILED:
+                messages = [d.message for d in status.deployments.values() if d.message]
+                lines = "\n".join(messages or [status.message]).splitlines()
+                told = [line.strip() for line in lines if line.strip()]
+                return told[-1] if told else "Ray Serve gives no reason"
+        return None
 
     def is_alive(self) -> bool:
         """Return whether all of Ray's own processes still run."""
@@ -134,12 +112,10 @@ class RayRuntime:
     def delete(self, timeout_s: float) -> bool:
         """Drain and stop all replicas. Return False if some are left after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s
-        serve.delete(APP, _blocking=False)
-        while APP in serve.status().applications:
-            if time.monotonic() > deadline_s:
-                return False
-            time.sleep(_DELETE_POLL_S)
-        return True
+        # The autoscaler goes first, so that it starts no other worker in between.
+        return _delete(lambda name: name == APP, deadline_s) and _delete(
+            lambda name: parse_name(name) is not None, deadline_s
+        )
 
     def stop(self, *, disconnect: bool = True) -> None:
         """End Ray immediately. Idempotent.
@@ -186,6 +162,19 @@ class RayRuntime:
         # Otherwise this process prints pages about a dead worker, even with log_to_driver off.
         ray_worker._worker_logs_enabled = False
         serve.start(proxy_location="Disabled")
+
+
+def _delete(chosen: Callable[[str], bool], deadline_s: float) -> bool:
+    """Delete the applications that ``chosen`` accepts, and wait until they are gone."""
+    asked: set[str] = set()
+    while left := {name for name in serve.status().applications if chosen(name)}:
+        if time.monotonic() > deadline_s:
+            return False
+        for name in left - asked:
+            serve.delete(name, _blocking=False)
+        asked |= left
+        time.sleep(_DELETE_POLL_S)
+    return True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Gets a replica's index and node address from Ray, and prepares the replica's process."""
+"""Gets a replica's application and node address from Ray, and prepares the replica's process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ from core.net import bracketed, is_loopback
 logger = logging.getLogger(__name__)
 
 
-def local_slot() -> int:
-    """Return this replica's index among its deployment's replicas on this machine, from 0.
-
-    A replacement gets the index of the replica that it replaces.
-    """
-    slot: int = serve.get_replica_context().rank.local_rank
-    return slot
+def application_name() -> str:
+    """Return the name of the Serve application that this replica belongs to."""
+    name: str = serve.get_replica_context().app_name
+    return name
 
 
 def on_this_node(config: Config) -> Config:

@@ -83,6 +83,11 @@ class ClusterConfig(_Section):
         description="Folder for sockets, logs and pid files. Default: $XDG_RUNTIME_DIR/baton, or "
         "/tmp/baton-UID if that variable is not set. Ray's sockets need a short path.",
     )
+    policy: Path | None = Field(
+        default=None,
+        description="File with the autoscaling policy that the cluster starts with. Default: each "
+        "pool keeps its number of workers, which baton scale changes.",
+    )
     start_timeout_s: Seconds = Field(
         default=180,
         description="Seconds within which all configured workers must become ready. Most of this "

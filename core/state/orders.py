@@ -1,7 +1,7 @@
-"""Sends scale orders and start failures to the launcher through Redis.
+"""Sends scale orders to the autoscaler, and start failures to the launcher, through Redis.
 
 ``baton scale`` sends scale orders. Workers and the router report why they could not start. Reading
-a key deletes it. A key that no launcher reads expires.
+a key deletes it. A key that nobody reads expires.
 
     baton:{cluster}:scale:{pool}     number of workers that the pool should have
     baton:{cluster}:failure:{part}   why a worker of a pool, or the router, could not start
@@ -21,7 +21,7 @@ from core.types import Pool
 ROUTER = "router"  # the part of a cluster that is not a pool
 _PARTS = (*Pool, ROUTER)
 
-_ORDER_TTL_MS = 60_000  # an order or failure that no launcher has read by then is outdated
+_ORDER_TTL_MS = 60_000  # an order or failure that nobody has read by then is outdated
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Orders:
         self._prefix = f"baton:{cluster}"
 
     async def ask_scale(self, pool: Pool, replicas: int) -> None:
-        """Ask the launcher for ``replicas`` workers in ``pool``. Replaces an unread order."""
+        """Ask the autoscaler for ``replicas`` workers in ``pool``. Replaces an unread order."""
         await self._client.execute(
             ("SET", f"{self._prefix}:scale:{pool}", replicas, "PX", _ORDER_TTL_MS)
         )

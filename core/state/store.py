@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:  # these modules import the driver, which takes 0.1 s
     from core.config.schema import Config
+    from core.state.autoscale import AutoscaleStore
     from core.state.journal import RedisJournal
     from core.state.orders import Orders
     from core.state.registry import RedisRegistry
@@ -69,3 +70,14 @@ class Store:
         from core.state.orders import Orders
 
         return Orders(self.url, cluster=self.cluster, socket_timeout_s=self.socket_timeout_s)
+
+    def autoscale(self) -> AutoscaleStore:
+        """Open the autoscaler's policy, memory and view."""
+        from core.state.autoscale import AutoscaleStore
+
+        return AutoscaleStore(
+            self.url,
+            cluster=self.cluster,
+            view_s=self.lease_s,
+            socket_timeout_s=self.socket_timeout_s,
+        )

@@ -98,20 +98,3 @@ def test_requests_go_on_while_valkey_is_replaced(cluster: FakeEngineCluster) -> 
             pass
         assert cluster.complete(PROMPT, 5).token_ids == next_tokens(PROMPT, 5)
     cluster.wait(lambda: len(cluster.workers()) == workers)
-
-
-@pytest.mark.parametrize(
-    ("call", "error"),
-    [
-        ("ray.get", GetTimeoutError("late")),
-        ("ray.get", ActorDiedError()),
-        ("cluster.ray.head._get_global_client", RayServeException("no controller")),
-    ],
-)
-def test_scaling_is_unavailable_when_serve_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
-) -> None:
-    monkeypatch.setattr(ray_head, "_get_global_client", MagicMock())
-    monkeypatch.setattr(call, MagicMock(side_effect=error))
-    with pytest.raises(UnavailableError, match="Ray Serve does not answer"):
-        ray_head.RayRuntime(Config(), tmp_path).scale(Pool.DECODE, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ STOP_S = GRACE_S + 30.0
 SILENCE_S = 4.0  # ``cluster.connection_silence_s``
 
 ROUTER = "ray::ServeReplica:baton:Router"
+AUTOSCALER = "ray::ServeReplica:baton:Autoscaler"
 CONTROLLER = "ray::ServeController"
 REPLICAS = {
     Pool.PREFILL: "ray::ServeReplica:baton:PrefillWorker",
@@ -41,8 +43,9 @@ RAYLET = "raylet"
 # This identifies the core: with one rank, a replica spawns only the core and Python's resource
 # tracker, which has another command line.
 _ENGINE_UNNAMED = b"from multiprocessing.spawn import spawn_main"
+_WORKER_APP = re.compile(r":baton-[a-z]+-\d+-[0-9a-f]{6}:")  # each worker has an application
 _FILES_OF_RAY = 5  # allowed additional files, because Ray's connections come and go
-_KINDS = (ROUTER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
+_KINDS = (ROUTER, AUTOSCALER, CONTROLLER, *REPLICAS.values(), ENGINE, STORE, GCS, RAYLET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ class LiveCluster:
 
     def expected_process_counts(self) -> Counter[str]:
         """Return the process counts of an undisturbed cluster."""
-        kinds = {ROUTER: 1, CONTROLLER: 1, STORE: 1, GCS: 1, RAYLET: 1}
+        kinds = {ROUTER: 1, AUTOSCALER: 1, CONTROLLER: 1, STORE: 1, GCS: 1, RAYLET: 1}
         kinds |= {REPLICAS[pool]: size for pool, size in self.sizes.items()}
         return Counter(kinds | ({ENGINE: sum(self.sizes.values())} if self.has_engines else {}))
 
@@ -305,10 +308,11 @@ def _kind(pid: int) -> str:
     words = line.rstrip(b"\0 ").decode(errors="replace").split("\0")
     if _ENGINE_UNNAMED in line:
         return ENGINE
-    program = words[0].rpartition("/")[2]
+    title = _WORKER_APP.sub(":baton:", words[0])
+    program = title.rpartition("/")[2]
     for kind in _KINDS:
         # Ray appends the method that the actor runs.
-        if program == kind or words[0] == kind or words[0].startswith(f"{kind}."):
+        if program == kind or title == kind or title.startswith(f"{kind}."):
             return kind
     return " ".join(words)
 

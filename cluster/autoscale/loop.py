@@ -1,0 +1,305 @@
+"""Observes the cluster once a second, asks the policy, and carries out what it decides.
+
+    read policy and orders ▸ list applications, workers, routers ▸ decide ▸ add, remove, change role
+    ▸ keep memory, view and plan in the store
+
+If the store or Serve does not answer, the step ends there and nothing changes: the next step sees
+the cluster as it is then. A restart goes on with the memory in the store. Without that memory, the
+number of workers that exist is the number to keep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+import msgspec
+
+from autoscale.decide import Decision, State, decide
+from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
+from cluster.autoscale.apps import AppState, WorkerApp, WorkerApps, free_slot
+from cluster.autoscale.observe import Observation, observe
+from cluster.autoscale.policy_file import PolicyFile, checked_policy, digest_of, fixed_policy
+from cluster.autoscale.view import KEPT_CHANGES, AutoscaleView, Change, encode_view
+from core.config.schema import Config
+from core.errors import ConfigError, InternalError, UnavailableError
+from core.state.autoscale import AutoscaleStore
+from core.state.orders import Orders
+from core.state.registry import Registry
+from core.state.store import Store
+from core.tasks import Supervisor
+from core.types import Pool
+
+_STEP_S = 1.0
+# A worker that could not start is tried again after 1, 2, 4, … seconds.
+_FIRST_BACKOFF_S = 1.0
+_MAX_BACKOFF_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a restart goes on with."""
+
+    fixed: Mapping[Pool, int]  # numbers of workers without a policy, and beside an advisory one
+    fixed_state: State | None = None
+    policy_state: State | None = None
+    policy_digest: str = ""  # of the policy that ``policy_state`` belongs to
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(slots=True)
+class _Backoff:
+    """When the next worker of a pool may start after some could not."""
+
+    failures: int = 0
+    until_s: float = -math.inf
+
+    def failed(self, now_s: float) -> None:
+        delay_s = min(_FIRST_BACKOFF_S * 2**self.failures, _MAX_BACKOFF_S)
+        self.failures = min(self.failures + 1, 16)
+        self.until_s = now_s + delay_s
+
+
+def _now_s() -> float:
+    """Seconds since the epoch: schedules need the time of day, and a restart goes on with it."""
+    return datetime.now(UTC).timestamp()
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The parts of the store that the loop uses."""
+
+    registry: Registry
+    orders: Orders
+    autoscale: AutoscaleStore
+
+    async def close(self) -> None:
+        for part in (self.registry, self.orders, self.autoscale):
+            await part.close()
+
+
+class AutoscaleLoop:
+    """Keeps the pools at the numbers of workers that the policy or the operator wants.
+
+    Args:
+        gpus: what one worker of each pool holds of the policy's budget.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        apps: WorkerApps,
+        store: Store,
+        *,
+        gpus: Mapping[Pool, float],
+        clock: Callable[[], float] = _now_s,
+    ) -> None:
+        self._config = config
+        self._apps = apps
+        self._store = _Parts(store.registry(), store.orders(), store.autoscale())
+        self._gpus = gpus
+        self._clock = clock
+        self._memory: Memory | None = None
+        self._policy: PolicyFile | None = None
+        self._refused: tuple[str, str] = "", ""  # digest of a policy, and why it was not taken
+        self._observation: Observation | None = None
+        self._backoff = {pool: _Backoff() for pool in Pool}
+        self._is_away = False
+        self._supervisor = Supervisor()
+
+    def start(self) -> None:
+        """Run a step each second in the background, until ``stop``."""
+        self._supervisor.start("autoscaler", self._run)
+
+    async def stop(self) -> None:
+        """Stop. The workers stay."""
+        await self._supervisor.stop()
+        await self._store.close()
+
+    def check_health(self) -> None:
+        """Raise InternalError if the autoscaler should be replaced."""
+        if self._supervisor.has_given_up:
+            raise InternalError("the autoscaler failed again and again; its log says why")
+
+    async def step(self) -> None:
+        """Observe, decide and carry out once.
+
+        Raises:
+            UnavailableError: the store or Serve does not answer.
+        """
+        now_s = self._clock()
+        kept = await self._store.autoscale.read()
+        apps = await self._apps.list()
+        if self._memory is None:
+            self._memory = _restored(kept.state) or self._first_memory(apps)
+        self._take_policy(kept.policy, now_s)
+        await self._take_orders(now_s)
+        observation = self._observation = observe(
+            apps,
+            await self._store.registry.list(),
+            await self._store.registry.list_routers(),
+            self._gpus,
+            self._observation,
+            now_s,
+        )
+        await self._remove_failed(apps, now_s)
+        decision, advice = self._decide(observation.snapshot, now_s)
+        for action in decision.actions:
+            await self._carry_out(action, apps, now_s)
+            if action.kind is ActionKind.ADD:  # so that the next one gets another slot
+                apps = await self._apps.list()
+        await self._publish(decision, advice, now_s)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.step()
+                if self._is_away:
+                    logger.warning("the autoscaler goes on")
+                self._is_away = False
+            except UnavailableError as error:
+                if not self._is_away:
+                    logger.warning("%s; the numbers of workers stay", error)
+                self._is_away = True
+            await asyncio.sleep(_STEP_S)
+
+    def _first_memory(self, apps: tuple[WorkerApp, ...]) -> Memory:
+        """Without a memory, the workers that exist are wanted. Without workers, it is a start."""
+        if not apps:
+            return Memory(fixed={pool: self._config.pool(pool).replicas for pool in Pool})
+        counts = {pool: sum(_stays(app) and app.pool is pool for app in apps) for pool in Pool}
+        return Memory(fixed=counts)
+
+    def _take_policy(self, text: str | None, now_s: float) -> None:
+        """Take a policy that was applied or removed. A wrong one is refused, and the last stays."""
+        memory = self._remembered()
+        if text is None:
+            if self._policy is not None:
+                self._policy = None
+                self._refused = "", ""
+                self._remember(replace(memory, fixed=self._counts()))
+                self._note(now_s, None, "no policy any more; each pool keeps its number of workers")
+            return
+        digest = digest_of(text)
+        if digest == self._refused[0] or (self._policy and self._policy.digest == digest):
+            return
+        try:
+            policy = checked_policy(text, "policy", self._config, self._gpus)
+        except ConfigError as error:
+            self._refused = digest, str(error)
+            self._note(now_s, None, f"a policy was refused: {error}")
+            return
+        self._refused = "", ""
+        self._policy = policy
+        if memory.policy_digest != digest:
+            self._remember(replace(memory, policy_digest=digest))
+            self._note(now_s, None, f"policy {policy.name!r} applies")
+
+    async def _take_orders(self, now_s: float) -> None:
+        for pool, workers in (await self._store.orders.take_scale()).items():
+            if self._policy is not None and not self._policy.is_advisory:
+                self._note(now_s, pool, "an order to scale was refused: the policy decides")
+                continue
+            memory = self._remembered()
+            self._note(now_s, pool, f"scaling from {memory.fixed[pool]} to {workers}, as ordered")
+            self._remember(replace(memory, fixed={**memory.fixed, pool: workers}))
+
+    def _decide(self, snapshot: Snapshot, now_s: float) -> tuple[Decision, Decision | None]:
+        """Return the decision to carry out, and that of an advisory policy."""
+        memory, policy = self._remembered(), self._policy
+        decided: Decision | None = None
+        if policy is not None:
+            decided = decide(snapshot, memory.policy_state, now_s, policy.policy)
+            memory = replace(memory, policy_state=decided.state)
+        if decided is not None and not policy.is_advisory:
+            self._remember(memory)
+            return decided, None
+        fixed = decide(snapshot, memory.fixed_state, now_s, fixed_policy(memory.fixed))
+        self._remember(replace(memory, fixed_state=fixed.state))
+        return fixed, decided
+
+    async def _remove_failed(self, apps: tuple[WorkerApp, ...], now_s: float) -> None:
+        for app in apps:
+            if app.state is AppState.FAILED:
+                self._backoff[app.pool].failed(now_s)
+                self._note(now_s, app.pool, f"{app.name} could not start: {app.message}")
+                await self._apps.remove(app.name)
+
+    async def _carry_out(self, action: Action, apps: tuple[WorkerApp, ...], now_s: float) -> None:
+        if action.kind is ActionKind.ADD:
+            if now_s < self._backoff[action.pool].until_s:
+                return
+            await self._apps.add(action.pool, free_slot(apps, action.pool))
+            self._note(now_s, action.pool, f"a worker starts: {action.text}")
+            return
+        assert action.worker is not None, "only a new worker has no name"
+        if action.kind is ActionKind.REMOVE:
+            await self._apps.remove(action.worker)
+            self._note(now_s, action.pool, f"{action.worker} leaves: {action.text}")
+            return
+        await self._change_role(action.worker, action.pool)
+        self._note(now_s, action.pool, f"{action.worker} comes from the other pool: {action.text}")
+
+    async def _change_role(self, application: str, pool: Pool) -> None:
+        for record in await self._store.registry.list():
+            if record.application == application:
+                await self._store.registry.ask_to_change_role(record.id, pool)
+
+    async def _publish(
+        self, decision: Decision, advice: Decision | None, now_s: float
+    ) -> None:
+        memory, observation, policy = self._remembered(), self._observation, self._policy
+        assert observation is not None, "a step observes before it publishes"
+        snapshot = observation.snapshot
+        view = AutoscaleView(
+            policy=policy.name if policy is not None else "",
+            policy_digest=policy.digest if policy is not None else "",
+            refused_digest=self._refused[0],
+            refused_why=self._refused[1],
+            advisory=policy is not None and policy.is_advisory,
+            demand_age_s=None if snapshot.demand is None else now_s - snapshot.measured_s,
+            pools=decision.pools,
+            advice=advice.pools if advice is not None else (),
+            workers=snapshot.workers,
+            changes=memory.changes,
+        )
+        await self._store.autoscale.write(msgspec.json.encode(memory), encode_view(view))
+        await self._store.registry.put_plan(self._plan(decision))
+
+    def _counts(self) -> dict[Pool, int]:
+        """The workers of each pool that run or start, as last observed."""
+        views = self._observation.snapshot.workers if self._observation is not None else ()
+        return {
+            pool: sum(view.pool is pool and view.phase is not Phase.LEAVING for view in views)
+            for pool in Pool
+        }
+
+    def _remembered(self) -> Memory:
+        assert self._memory is not None, "a step begins with the memory"
+        return self._memory
+
+    def _note(self, now_s: float, pool: Pool | None, text: str) -> None:
+        """Log a change, and keep it among the latest ones."""
+        memory = self._remembered()
+        number = memory.changes[-1].number + 1 if memory.changes else 1
+        change = Change(number, now_s, pool, text)
+        logger.info("%s", change.line)
+        self._memory = replace(memory, changes=(*memory.changes, change)[-KEPT_CHANGES:])
+
+
+def _restored(state: bytes | None) -> Memory | None:
+    """Return the memory, or None if there is none that this version can read."""
+    if state is None:
+        return None
+    try:
+        return msgspec.json.decode(state, type=Memory)
+    except msgspec.MsgspecError as error:
+        logger.warning("the autoscaler's memory cannot be read, and starts anew: %s", error)
+        return None
