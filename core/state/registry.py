@@ -5,8 +5,10 @@ expires after ``lease_s``, so routers stop using a dead worker without any other
 
     baton:{cluster}:worker:{id}   JSON of the record; expires after lease_s
     baton:{cluster}:workers       set of the ids, so that a listing need not scan all keys
-    baton:{cluster}:drain:{id}    exists if the worker was asked to drain; the next put deletes it
-    baton:{cluster}:role:{id}     the pool that the worker was asked to join; the next put deletes it
+    baton:{cluster}:drain:{id}    exists if the worker was asked to drain
+    baton:{cluster}:role:{id}     the pool that the worker was asked to join
+
+The worker's next renewal reads and deletes the last two.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from core.errors import UnavailableError
 from core.state.redis import RedisClient
 from core.types import Pool, WorkerOrder, WorkerRecord
 
-# Lifetime of the set of ids and of orders to workers, in leases. They outlive a short absence of all
-# workers, and expire some time after the cluster ends.
+# Lifetime of the set of ids and of orders to workers, in leases. They outlive a short absence of
+# all workers, and expire some time after the cluster ends.
 _INDEX_LEASES = 100
 
 
