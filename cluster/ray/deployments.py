@@ -78,7 +78,7 @@ class Router:
 
 
 class Worker:
-    """The replica of a worker. ``settings.pool`` says whether it is a prefill or decode worker."""
+    """The replica of a worker. ``settings.pool`` is the pool that it joins first."""
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
@@ -86,7 +86,9 @@ class Worker:
         drain_on_sigterm(self.__del__)
         self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
         self._worker: WorkerReplica | None = None
-        self._worker = await start_worker(settings, _pool_service(settings.pool), slot=local_slot())
+        pools = tuple(Pool) if settings.config.cluster.role_change else (settings.pool,)
+        services = {pool: _pool_service(pool) for pool in pools}
+        self._worker = await start_worker(settings, services, slot=local_slot())
         trim_heap()
 
     async def check_health(self) -> None:
