@@ -197,7 +197,7 @@ async def cluster() -> AsyncIterator[CancelBench]:
                 model=model.served_name,
                 engine=engine,
                 registry=registry,
-                add_service=ADD_SERVICE[pool],
+                services={pool: ADD_SERVICE[pool]},
                 incarnation=incarnation,
                 credentials=None,
             )

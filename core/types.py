@@ -19,6 +19,14 @@ class WorkerState(enum.StrEnum):
     DRAINING = "draining"
 
 
+class WorkerOrder(enum.StrEnum):
+    """What a worker was asked to do through the registry."""
+
+    DRAIN = "drain"  # drain and stop
+    PREFILL = Pool.PREFILL.value  # change to this pool
+    DECODE = Pool.DECODE.value
+
+
 WorkerKey = tuple[str, str]  # id and incarnation, so that a restarted worker has a new key
 
 
@@ -39,7 +47,8 @@ class WorkerRecord:
     """One worker's lease in the registry.
 
     ``incarnation`` is new at each process start. It distinguishes a restarted worker from the
-    earlier process at the same address, which held other requests.
+    earlier process at the same address, which held other requests. ``pool`` may change while the
+    process runs, see ``worker.replica``.
     """
 
     id: str
@@ -53,6 +62,7 @@ class WorkerRecord:
     metrics: str = ""  # Prometheus, "http://host:port/metrics"
     application: str = ""  # the Serve application that runs it; empty in tests
     can_change_role: bool = False  # whether its engine can serve the other pool, too
+    changes_to: Pool | None = None  # the pool that it will join when it has drained; None: it stays
 
     @property
     def key(self) -> WorkerKey:

@@ -95,7 +95,11 @@ class FakeEngine:
             kv_addresses=("tcp://127.0.0.1:1",),  # never used
         )
 
-    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:  # noqa: ARG002
+    async def pair_up(
+        self,
+        others: Mapping[str, tuple[str, ...]],  # noqa: ARG002
+        pool: Pool,  # noqa: ARG002
+    ) -> Set[str]:
         """See ``Engine``."""
         return set()
 

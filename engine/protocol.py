@@ -12,7 +12,7 @@ from typing import Protocol
 
 from baton.v1 import inference_pb2
 from core.errors import InvalidArgumentError
-from core.types import WorkerLoad
+from core.types import Pool, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class EngineFacts:
 
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int
-    # Addresses of the KV control servers, one per TP rank. Empty if the engine has none.
+    # Addresses of the KV control servers, one per TP rank. Empty if the engine cannot send KV.
     kv_addresses: tuple[str, ...]
 
 
@@ -95,7 +95,7 @@ class Engine(Protocol):
             WorkerLostError: the engine died.
         """
 
-    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]], pool: Pool) -> Set[str]:
         """Make KV pairs with workers of the other pool before a request needs them.
 
         A pair connects one prefill rank and one decode rank. On a decode worker, this call starts
@@ -103,7 +103,9 @@ class Engine(Protocol):
         pairs exist.
 
         Args:
-            others: KV control addresses of the other workers, by incarnation.
+            others: KV control addresses of the other workers, by incarnation. Pairs are made once
+                with each worker, and again if an earlier call did not list the worker.
+            pool: this worker's pool. It may change if ``cluster.role_change`` is set.
 
         Returns:
             The incarnations in ``others`` whose pairs do not exist yet but may still be made.

@@ -21,7 +21,7 @@ _MAX_RINGS = 1000  # read at a time: other users of this machine can ring withou
 
 
 class Doorbell:
-    """The engine core's end; each decode worker has one."""
+    """The engine core's end; each worker that can receive KV has one."""
 
     def __init__(self, incarnation: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

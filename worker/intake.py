@@ -1,4 +1,8 @@
-"""Admits requests to one worker, waits until all have ended, and can end them early."""
+"""Admits requests to one worker, waits until all have ended, and can end them early.
+
+A worker has an intake for each pool that it may belong to. Only the intake of its current pool is
+open.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class Intake:
         """Admit a request and track it during the block. The current task must serve the request.
 
         Raises:
-            UnavailableError: the worker drains (raised at the start of the block), or
+            UnavailableError: the intake is closed (raised at the start of the block), or
                 ``send_away`` ended the request (raised at the end of the block).
             AlreadyExistsError: ``transfer_id`` is already in flight.
             CapacityError: ``limit`` requests are already in flight.
@@ -48,8 +52,12 @@ class Intake:
             yield
 
     def close(self) -> None:
-        """Refuse all further requests."""
+        """Refuse all further requests, until ``open``."""
         self._open = False
+
+    def open(self) -> None:
+        """Admit requests, as after the constructor."""
+        self._open = True
 
     def send_away(self) -> None:
         """End all requests in flight. Their routers continue them on other workers."""
@@ -61,4 +69,4 @@ class Intake:
 
 
 def _draining_error() -> UnavailableError:
-    return UnavailableError("this worker is shutting down", reason=WORKER_DRAINING)
+    return UnavailableError("this worker is leaving, or has left, its pool", reason=WORKER_DRAINING)

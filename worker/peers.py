@@ -18,11 +18,19 @@ class Peers:
 
     KV addresses come from here, and never from a request: a worker connects only to members of its
     cluster.
+
+    Args:
+        incarnation: of this worker. While it changes its pool, the registry may list it in the
+            other one.
+
+    Attributes:
+        pool: this worker's pool. The owner changes it when the worker changes its pool.
     """
 
-    def __init__(self, registry: Registry, pool: Pool) -> None:
+    def __init__(self, registry: Registry, pool: Pool, incarnation: str = "") -> None:
+        self.pool = pool
         self._registry = registry
-        self._pool = pool
+        self._incarnation = incarnation
         # By incarnation; those that were seen last are at the end. Workers that the registry has
         # lost are remembered: a restarted registry knows no worker before it renews its lease.
         self._addresses: dict[str, tuple[str, ...]] = {}
@@ -36,7 +44,12 @@ class Peers:
         Raises:
             UnavailableError: the registry does not answer.
         """
-        others = [each for each in await self._registry.list() if each.pool is not self._pool]
+        pool = self.pool
+        others = [
+            each
+            for each in await self._registry.list()
+            if each.pool is not pool and each.incarnation != self._incarnation
+        ]
         for each in others:
             self._addresses.pop(each.incarnation, None)  # the latest go to the end
             self._addresses[each.incarnation] = each.kv_addresses

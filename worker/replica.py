@@ -8,47 +8,68 @@
            If the waits take longer than ``grace_s``, the worker ends the remaining
            requests, and their routers continue them on other workers.
 
-This module knows neither Ray nor the protocol of a pool. ``add_service`` adds the pool's servicer.
+With ``cluster.role_change``, the registry can order a worker to change its pool. The engine, the
+server and the incarnation stay, so the model is not loaded again:
+
+    change: lease DRAINING ▸ wait until routers have seen it ▸ refuse new requests
+            ▸ wait as in ``stop``, at most ``shutdown_grace_s`` of the old pool
+            ▸ lease STARTING in the new pool ▸ KV pairs ▸ lease READY
+
+The server has the services of both pools from the start. The service of the pool that the worker
+does not belong to refuses requests as a draining worker does.
+
+    an order comes...                            result
+    to join the pool that the worker is in       nothing changes
+    before the worker is ready                   the worker changes when it is ready
+    during a change                              the latest order counts: after the drain, the
+                                                 worker joins the pool that it names
+    while the worker stops                       nothing changes
+    and the registry fails before it has the     the worker stays in its pool, because routers could
+    drain                                        not learn of the change
+    and the registry fails later                 the worker changes; it is registered in its new
+                                                 pool when the registry is back
+
+A drain, a stop or a failed engine ends a change: the worker drains in the pool it is in, and stops.
+
+This module knows neither Ray nor the protocol of a pool. ``services`` adds the pools' servicers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
 from core.config.schema import Config
-from core.errors import InternalError, UnavailableError
+from core.errors import UnavailableError
 from core.model.resolve import ResolvedModel
 from core.net import host_port
 from core.rpc.credentials import ClusterCredentials
-from core.rpc.health import SERVING, HealthServicer
-from core.rpc.options import server_options
-from core.rpc.request_checks import CheckRequests
+from core.rpc.health import HealthServicer
 from core.state.orders import report_failure
 from core.state.registry import Registry
 from core.state.store import Store
 from core.tasks import Supervisor
-from core.types import Pool, WorkerRecord, WorkerState
+from core.types import Pool, WorkerOrder, WorkerRecord, WorkerState
 from engine.protocol import Engine
 from engine.vllm.log_buffers import log_buffers_kept
+from worker.drain import Drain
 from worker.intake import Intake
+from worker.lease import Lease
 from worker.liveness import LivenessProbe
 from worker.metrics_server import MetricsServer
+from worker.pairing import Pairing
 from worker.peers import Peers
+from worker.server import start_server
 
 _log = logging.getLogger(__name__)
 
 AddService = Callable[[grpc.aio.Server, Engine, Intake, Peers], None]
 
-_MAX_CONNECTIONS = 1024  # of routers; each router has one connection
-_KV_POLL_S = 0.05  # short compared with a start or a drain
 _CANCEL_GRACE_S = 0.2  # time in which cancelled calls send their status
 
 
@@ -64,11 +85,16 @@ class WorkerSettings:
 
 
 async def start_worker(
-    settings: WorkerSettings, add_service: AddService, *, slot: int, application: str
+    settings: WorkerSettings,
+    services: Mapping[Pool, AddService],
+    *,
+    slot: int,
+    application: str,
 ) -> WorkerReplica:
     """Start a worker. If the start fails, report the error to the launcher and raise it again.
 
     Args:
+        services: see ``WorkerReplica``.
         slot: number of this worker among the pool's workers on this machine, from 0. Selects the
             CPU cores.
         application: name of the Serve application that runs the worker.
@@ -85,7 +111,7 @@ async def start_worker(
             model=settings.model.served_name,
             engine=engine,
             registry=settings.store.registry(),
-            add_service=add_service,
+            services=services,
             incarnation=incarnation,
             credentials=settings.credentials,
             application=application,
@@ -106,7 +132,9 @@ class WorkerReplica:
 
     Args:
         model: name under which the model is served.
-        add_service: registers the pool's servicer on the server.
+        pool: the pool that the worker joins first.
+        services: registers a pool's servicer on the server. With ``cluster.role_change``, those of
+            both pools are needed, otherwise that of ``pool``.
         incarnation: id of this process start.
         credentials: of the cluster; None serves whoever connects, for tests.
         application: name of the Serve application that runs the worker; empty in tests.
@@ -119,30 +147,46 @@ class WorkerReplica:
         model: str,
         engine: Engine,
         registry: Registry,
-        add_service: AddService,
+        services: Mapping[Pool, AddService],
         *,
         incarnation: str,
         credentials: ClusterCredentials | None,
         application: str = "",
     ) -> None:
+        can_change = config.cluster.role_change
+        assert not can_change or services.keys() == set(Pool), "a role has no service"
         self._config = config
         self._application = application
         self._credentials = credentials
-        self._pool = pool
+        self._pool = pool  # now
+        self._wanted_pool = pool  # by the latest order
         self._model = model
         self._engine = engine
         self._registry = registry
-        self._peers = Peers(registry, pool)
-        self._add_service = add_service
+        self._peers = Peers(registry, pool, incarnation)
+        self._services = services
         self._incarnation = incarnation
-        self._id = f"{pool}-{secrets.token_hex(3)}"
-        self._intake = Intake(config.pool(pool).max_concurrent)
-        self._liveness = LivenessProbe(engine.ping, config.pool(pool).progress_timeout_s)
+        self._id = f"{'worker' if can_change else pool}-{secrets.token_hex(3)}"
+        self._pairing = Pairing(
+            self._id,
+            engine,
+            self._peers,
+            timeout_s=config.kv_transfer.pair_timeout_s,
+            renew_s=config.redis.renew_s,
+        )
+        self._intakes = {each: Intake(config.pool(each).max_concurrent) for each in services}
+        self._drain = Drain(self._intakes.values(), engine.load)
+        self._drain.close()  # until the worker joins a pool
+        # The longest step is the engine's, so it does not depend on the role.
+        progress_timeout_s = max(config.pool(each).progress_timeout_s for each in services)
+        self._liveness = LivenessProbe(engine.ping, progress_timeout_s)
         self._health = HealthServicer("")
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
-        self._record: WorkerRecord | None = None
+        self._lease: Lease | None = None
         self._supervisor = Supervisor()
+        self._is_started = False
+        self._changing: asyncio.Task[None] | None = None
         self._stopped: asyncio.Task[None] | None = None
 
     async def start(self) -> WorkerRecord:
@@ -155,7 +199,7 @@ class WorkerReplica:
         """
         try:
             facts = await self._engine.start()
-            self._record = WorkerRecord(
+            record = WorkerRecord(
                 id=self._id,
                 pool=self._pool,
                 state=WorkerState.STARTING,
@@ -166,17 +210,26 @@ class WorkerReplica:
                 load=self._engine.load(),
                 metrics=self._serve_metrics(),
                 application=self._application,
+                can_change_role=self._config.cluster.role_change,
             )
-            self._supervisor.start("lease", self._keep_lease)
-            await self._pair_up()
+            self._lease = Lease(
+                self._registry,
+                record,
+                load=self._engine.load,
+                renew_s=self._config.redis.renew_s,
+                on_order=self._obey,
+            )
+            self._supervisor.start("lease", self._lease.keep)
+            await self._join(self._lease, self._pool)
         except BaseException:
             await self._end()
             raise
-        self._record = replace(self._record, state=WorkerState.READY)
-        await self._try_update(self._renew())
-        if self._pool is Pool.DECODE:
-            self._supervisor.start("KV pairs", self._keep_pairing)
-        return self._record
+        if self._config.cluster.role_change or self._pool is Pool.DECODE:
+            self._supervisor.start("KV pairs", self._pairing.keep)
+        self._is_started = True
+        record = self._lease.record
+        self._change_pool()  # if this was ordered meanwhile
+        return record
 
     async def check_health(self) -> None:
         """Raise WorkerLostError if this worker can no longer serve requests.
@@ -209,28 +262,14 @@ class WorkerReplica:
 
     async def _serve(self) -> str:
         """Start the server on a free port and return "host:port"."""
-        limit = int(self._config.router.max_message_bytes)
-        server = grpc.aio.server(
-            interceptors=(CheckRequests(),),
-            options=(
-                *server_options(limit, self._config.cluster.connection_silence_s),
-                ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
-            ),
+        self._server, address = await start_server(
+            self._config, self._credentials, self._health, self._add_services
         )
-        self._add_service(server, self._engine, self._intake, self._peers)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        self._health.set(SERVING)
-        host = self._config.cluster.host
-        try:
-            if self._credentials is None:
-                port = server.add_insecure_port(host_port(host, 0))
-            else:
-                port = server.add_secure_port(host_port(host, 0), self._credentials.for_server())
-        except RuntimeError as error:
-            raise InternalError(f"cannot listen on {host}: {error}") from None
-        await server.start()
-        self._server = server
-        return host_port(host, port)
+        return address
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        for pool, add_service in self._services.items():
+            add_service(server, self._engine, self._intakes[pool], self._peers)
 
     def _serve_metrics(self) -> str:
         """Serve this process's Prometheus metrics on a free port and return the URL."""
@@ -242,77 +281,84 @@ class WorkerReplica:
         if self._metrics is not None:
             self._metrics.stop()
 
-    async def _pair_up(self) -> None:
-        """Wait for the KV pairs with the other pool's workers, so that no request waits for them.
+    async def _join(self, lease: Lease, pool: Pool) -> None:
+        """Become a worker of ``pool``: register, make the KV pairs, and be ready for requests."""
+        self._pool = self._peers.pool = pool
+        self._intakes[pool].open()
+        fields = {"pool": pool, "changes_to": None}
+        if await lease.publish(state=WorkerState.STARTING, **fields):
+            await self._pairing.make()
+        if self._stopped is None:
+            await lease.publish(state=WorkerState.READY)
 
-        Waits at most ``kv_transfer.pair_timeout_s``. Later requests make the missing pairs.
-        """
-        timeout_s = self._config.kv_transfer.pair_timeout_s
-        missing: Set[str] = set()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._renew()  # registers this worker, so that the other pool finds it
-                while True:
-                    missing = await self._engine.pair_up(await self._peers.refresh())
-                    if not missing:
-                        return
-                    await asyncio.sleep(_KV_POLL_S)
-        except UnavailableError as error:
-            _log.warning("%s could not make KV pairs in advance: %s", self._id, error)
-        except TimeoutError:
-            _log.warning(
-                "%s made no KV pair with %s within %.1f s", self._id, sorted(missing), timeout_s
-            )
-
-    async def _keep_pairing(self) -> None:
-        """Make pairs with prefill workers that start later. Their ``start`` waits for the pairs."""
-        paired: Set[str] = set()
-        while True:
-            with contextlib.suppress(UnavailableError):  # _keep_lease logs it
-                others = await self._peers.refresh()
-                if others.keys() - paired:
-                    await self._engine.pair_up(others)
-                paired = others.keys()
-            await asyncio.sleep(self._config.redis.renew_s)
-
-    async def _keep_lease(self) -> None:
-        """Renew the lease until cancelled. Log when the registry goes away and comes back."""
-        unreachable = False
-        while True:
-            try:
-                await self._renew()
-                if unreachable:
-                    _log.warning("%s reaches the registry again", self._id)
-                unreachable = False
-            except UnavailableError as error:
-                if not unreachable:
-                    _log.warning("%s cannot renew its lease and retries: %s", self._id, error)
-                unreachable = True
-            await asyncio.sleep(self._config.redis.renew_s)
-
-    async def _renew(self) -> None:
-        """Renew the lease with the current load. Start a drain if the registry asks for one."""
-        assert self._record is not None
-        if await self._registry.put(replace(self._record, load=self._engine.load())):
+    def _obey(self, order: WorkerOrder) -> None:
+        """Do what the registry asks for. Return before it is done."""
+        if order is WorkerOrder.DRAIN:
             self._drain_for_replacement("its drain was requested in the registry")
+        elif not self._config.cluster.role_change:
+            _log.error(
+                "%s was ordered to join the %s pool, and cannot: cluster.role_change is not set",
+                self._id,
+                order.value,
+            )
+        else:
+            self._wanted_pool = Pool(order.value)
+            self._change_pool()
 
-    async def _stop(self, grace_s: float) -> None:
+    def _change_pool(self) -> None:
+        """Begin to change to the wanted pool, unless there is nothing to do or no time for it."""
+        is_changing = self._changing is not None and not self._changing.done()
+        if self._wanted_pool is self._pool or is_changing:
+            return
+        if self._is_started and self._stopped is None:
+            self._changing = asyncio.create_task(self._change(), name="change of pool")
+
+    async def _change(self) -> None:
+        """Change pools until this worker is in the wanted one. If that fails, begin to stop."""
+        assert self._lease is not None
+        try:
+            while self._wanted_pool is not self._pool:
+                await self._change_once(self._lease)
+        except Exception:  # noqa: BLE001 - a worker between two pools must not stay
+            _log.exception("%s failed to change its pool", self._id)
+            self._drain_for_replacement("it failed to change its pool")
+
+    async def _change_once(self, lease: Lease) -> None:
+        """Drain, and join the pool that is wanted then, which may be the old one."""
+        _log.info("%s leaves the %s pool to join %s", self._id, self._pool, self._wanted_pool)
+        if not await self._announce_drain(lease, changes_to=self._wanted_pool):
+            _log.error("%s stays in its pool, because the registry is not reachable", self._id)
+            self._wanted_pool = self._pool
+            lease.change(state=WorkerState.READY, changes_to=None)
+            return
+        grace_s = self._config.pool(self._pool).shutdown_grace_s
         try:
             async with asyncio.timeout(grace_s):
-                await self._announce_drain()
-                self._intake.close()
-                await self._intake.drained()
-                await self._kv_fetched()
+                await self._drain.run_out()
         except TimeoutError:
-            self._intake.close()
-            _log.warning(
-                "%s: some requests or KV transfers did not end within %.1f s", self._id, grace_s
-            )
-            self._intake.send_away()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CANCEL_GRACE_S):
-                    await self._intake.drained()
+            await self._send_away(grace_s)
+        await self._join(lease, self._wanted_pool)
+
+    async def _stop(self, grace_s: float) -> None:
+        if self._changing is not None:
+            self._changing.cancel()
+            await asyncio.gather(self._changing, return_exceptions=True)
+        try:
+            async with asyncio.timeout(grace_s):
+                self._health.stop()
+                if self._lease is not None:
+                    await self._announce_drain(self._lease, changes_to=None)
+                await self._drain.run_out()
+        except TimeoutError:
+            await self._send_away(grace_s)
         await self._end()
+
+    async def _send_away(self, grace_s: float) -> None:
+        """End the requests that outlast the grace, so that routers continue them elsewhere."""
+        _log.warning(
+            "%s: some requests or KV transfers did not end within %.1f s", self._id, grace_s
+        )
+        await self._drain.send_away()
 
     async def _end(self) -> None:
         """Stop everything that ``start`` has started, also after a failed start."""
@@ -323,40 +369,22 @@ class WorkerReplica:
         # Cancel the ping after the engine has stopped: a health check then raises WorkerLostError
         # before it looks at the ping. While the engine runs, the check would raise CancelledError.
         await self._liveness.close()
-        await self._try_update(self._registry.remove(self._id))
+        try:
+            await self._registry.remove(self._id)
+        except UnavailableError as error:  # the lease then expires by itself
+            _log.warning("%s could not end its lease: %s", self._id, error)
         await self._registry.close()
 
-    async def _announce_drain(self) -> None:
+    async def _announce_drain(self, lease: Lease, changes_to: Pool | None) -> bool:
         """Mark this worker as draining, and give the routers time to see the mark.
 
-        A router that has not seen the mark gets a refusal and retries on another worker.
+        A router that has not seen the mark gets a refusal and retries on another worker. Returns
+        False if the mark could not be written.
         """
-        self._health.stop()
-        if self._record is not None:
-            self._record = replace(self._record, state=WorkerState.DRAINING)
-            await self._try_update(self._renew())
-            # A poll that is under way may miss the change. The next poll sees it.
-            await asyncio.sleep(2 * self._config.router.registry_poll_s)
-
-    async def _kv_fetched(self) -> None:
-        """Return when all KV blocks are free. Then no decode worker has KV to fetch from here."""
-        while True:
-            # Sleep first: the engine updates its number of free blocks just after the last output.
-            await asyncio.sleep(_KV_POLL_S)
-            load = self._engine.load()
-            if load.kv_blocks_free >= load.kv_blocks_total:
-                return
-
-    async def _try_update(self, update: Coroutine[None, None, None]) -> None:
-        """Await an update of the registry. Log a warning if the registry is not reachable.
-
-        A lost update does no harm. The next renewal writes the new state, and a lease that is not
-        removed expires by itself.
-        """
-        try:
-            await update
-        except UnavailableError as error:
-            _log.warning("%s could not update the registry: %s", self._id, error)
+        announced = await lease.publish(state=WorkerState.DRAINING, changes_to=changes_to)
+        # A poll that is under way may miss the change. The next poll sees it.
+        await asyncio.sleep(2 * self._config.router.registry_poll_s)
+        return announced
 
 
 def _make_engine(settings: WorkerSettings, slot: int, incarnation: str) -> Engine:

@@ -92,7 +92,7 @@ class Router:
 
 
 class Worker:
-    """The replica of a worker. ``settings.pool`` says whether it is a prefill or decode worker."""
+    """The replica of a worker. ``settings.pool`` is the pool that it joins first."""
 
     async def __init__(self, settings: WorkerSettings) -> None:  # type: ignore[misc]
         settings = replace(settings, config=on_this_node(settings.config))
@@ -103,7 +103,9 @@ class Worker:
         assert parts is not None, f"{name} is no worker"
         self._grace_s = settings.config.pool(settings.pool).shutdown_grace_s
         self._worker: WorkerReplica | None = None
-        self._worker = await start_worker(settings, _pool_service(settings.pool), slot=parts[2], application=name)
+        pools = tuple(Pool) if settings.config.cluster.role_change else (settings.pool,)
+        services = {pool: _pool_service(pool) for pool in pools}
+        self._worker = await start_worker(settings, services, slot=parts[2], application=name)
         trim_heap()
 
     async def check_health(self) -> None:

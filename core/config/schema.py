@@ -103,6 +103,12 @@ class ClusterConfig(_Section):
         "connection counts as broken. Only this bound detects a failed host or network, because "
         "such a failure leaves the connection open.",
     )
+    role_change: bool = Field(
+        default=False,
+        strict=True,
+        description="Start workers so that they can change between the pools without loading the "
+        "model again. Both pools must then have the same engine.",
+    )
     num_cpus: Count | None = Field(
         default=None,
         description="CPU cores of this machine that Ray may assign. Default: the number that Ray "
@@ -503,6 +509,17 @@ class RedisConfig(_Section):
         return self
 
 
+# The fields of a pool that an engine starts with, so that they cannot change with the role.
+_ENGINE_FIELDS = (
+    "engine_kind",
+    "tensor_parallel_size",
+    "engine",
+    "kv_cache_gib",
+    "num_gpus_per_replica",
+    "label_selector",
+)
+
+
 class Config(_Section):
     """The configuration of a whole cluster."""
 
@@ -538,6 +555,20 @@ class Config(_Section):
                 f"redis.renew_s {renew_s} must be at most half of router.worker_lost_after_s "
                 f"{lost_s}, so that a store that was emptied learns of each worker in time"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_change_between_equal_engines(self) -> Self:
+        if not self.cluster.role_change:
+            return self
+        for field in _ENGINE_FIELDS:
+            prefill, decode = getattr(self.prefill, field), getattr(self.decode, field)
+            if prefill != decode:
+                raise ValueError(
+                    "cluster.role_change needs the same engine in both pools, but "
+                    f"prefill.{field} is {prefill!r} and decode.{field} is {decode!r}: write the "
+                    "same value in both, or set cluster.role_change to false"
+                )
         return self
 
     @property

@@ -5,11 +5,15 @@ expires after ``lease_s``, so routers stop using a dead worker without any other
 
     baton:{cluster}:worker:{id}   JSON of the record; expires after lease_s
     baton:{cluster}:workers       set of the ids, so that a listing need not scan all keys
-    baton:{cluster}:drain:{id}    exists if the worker was asked to drain; the next put deletes it
+    baton:{cluster}:drain:{id}    exists if the worker was asked to drain
+    baton:{cluster}:role:{id}     the pool that the worker was asked to join
+
+The worker's next renewal reads and deletes the last two.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -18,24 +22,32 @@ import msgspec
 
 from core.errors import UnavailableError
 from core.state.redis import RedisClient
-from core.types import WorkerRecord
+from core.types import Pool, WorkerOrder, WorkerRecord
 
-# Lifetime of the set of ids and of drain requests, in leases. They outlive a short absence of all
-# workers, and expire some time after the cluster ends.
+# Lifetime of the set of ids and of orders to workers, in leases. They outlive a short absence of
+# all workers, and expire some time after the cluster ends.
 _INDEX_LEASES = 100
+
+
+_log = logging.getLogger(__name__)
 
 
 class Registry(Protocol):
     """All methods except ``close`` raise UnavailableError when the store does not answer."""
 
-    async def put(self, record: WorkerRecord) -> bool:
+    async def put(self, record: WorkerRecord) -> WorkerOrder | None:
         """Take or renew the lease of ``record.id``.
 
-        Returns True if a drain was requested since the last renewal.
+        Returns what the worker was asked to do since the last renewal. A drain wins over a change
+        of role, and the latest role over earlier ones. If the store's answer is lost, so is the
+        order: whoever gave it sees that the record does not change, and gives it again.
         """
 
     async def ask_to_drain(self, worker_id: str) -> None:
         """Ask a worker to drain and stop. An unknown id is not an error."""
+
+    async def ask_to_change_role(self, worker_id: str, pool: Pool) -> None:
+        """Ask a worker to drain and then serve ``pool``. An unknown id is not an error."""
 
     async def remove(self, worker_id: str) -> None:
         """End a lease. An unknown id is not an error."""
@@ -62,22 +74,32 @@ class RedisRegistry:
         self._prefix = f"baton:{cluster}:worker:"
         self._index = f"baton:{cluster}:workers"
         self._drain = f"baton:{cluster}:drain:"
+        self._role = f"baton:{cluster}:role:"
         self._lease_ms = round(lease_s * 1000)
 
-    async def put(self, record: WorkerRecord) -> bool:
+    async def put(self, record: WorkerRecord) -> WorkerOrder | None:
         """See ``Registry``."""
-        *_, asked = await self._client.execute(
+        *_, drain, role = await self._client.execute(
             ("SET", self._prefix + record.id, msgspec.json.encode(record), "PX", self._lease_ms),
             ("SADD", self._index, record.id),
             ("PEXPIRE", self._index, self._lease_ms * _INDEX_LEASES),
             ("GETDEL", self._drain + record.id),
+            ("GETDEL", self._role + record.id),
         )
-        return asked is not None
+        if drain is not None:
+            return WorkerOrder.DRAIN
+        return _decode_role(role) if role is not None else None
 
     async def ask_to_drain(self, worker_id: str) -> None:
         """See ``Registry``."""
         await self._client.execute(
             ("SET", self._drain + worker_id, 1, "PX", self._lease_ms * _INDEX_LEASES)
+        )
+
+    async def ask_to_change_role(self, worker_id: str, pool: Pool) -> None:
+        """See ``Registry``."""
+        await self._client.execute(
+            ("SET", self._role + worker_id, pool.value, "PX", self._lease_ms * _INDEX_LEASES)
         )
 
     async def remove(self, worker_id: str) -> None:
@@ -117,21 +139,25 @@ class MemoryRegistry:
         self._lease_s = lease_s
         self._clock = clock
         self._leases: dict[str, tuple[float, WorkerRecord]] = {}  # id -> (end of lease, record)
-        self._to_drain: set[str] = set()
+        self._orders: dict[str, WorkerOrder] = {}
         self.available = True  # False: every call fails, as if the store did not answer
 
-    async def put(self, record: WorkerRecord) -> bool:
+    async def put(self, record: WorkerRecord) -> WorkerOrder | None:
         """See ``Registry``."""
         self._check()
         self._leases[record.id] = (self._clock() + self._lease_s, record)
-        asked = record.id in self._to_drain
-        self._to_drain.discard(record.id)
-        return asked
+        return self._orders.pop(record.id, None)
 
     async def ask_to_drain(self, worker_id: str) -> None:
         """See ``Registry``."""
         self._check()
-        self._to_drain.add(worker_id)
+        self._orders[worker_id] = WorkerOrder.DRAIN
+
+    async def ask_to_change_role(self, worker_id: str, pool: Pool) -> None:
+        """See ``Registry``."""
+        self._check()
+        if self._orders.get(worker_id) is not WorkerOrder.DRAIN:
+            self._orders[worker_id] = WorkerOrder(pool.value)
 
     async def remove(self, worker_id: str) -> None:
         """See ``Registry``."""
@@ -153,6 +179,15 @@ class MemoryRegistry:
             raise UnavailableError(
                 "the registry does not answer", reason="REGISTRY_UNAVAILABLE", retry_after_s=1.0
             )
+
+
+def _decode_role(value: bytes) -> WorkerOrder | None:
+    """Return the order. An order that no version of Baton knows is logged and dropped."""
+    try:
+        return WorkerOrder(Pool(value.decode()).value)
+    except ValueError:
+        _log.warning("dropped an order to change to the pool %r: there is no such pool", value)
+        return None
 
 
 def decode_record(value: bytes) -> WorkerRecord:

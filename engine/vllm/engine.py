@@ -65,6 +65,7 @@ class VllmEngine:
     ) -> None:
         self._config = config
         self._pool = pool
+        self._sends_kv = pool is Pool.PREFILL or config.cluster.role_change
         self._pool_config = config.pool(pool)
         self._model = model
         self._cpu_binding = cpu_binding
@@ -84,7 +85,7 @@ class VllmEngine:
         llm = await asyncio.to_thread(self._make_llm, self._reports)
         self._llm = llm
         addresses: tuple[str, ...] = ()
-        if self._pool is Pool.PREFILL:
+        if self._sends_kv:
             addresses = await asyncio.to_thread(
                 self._reports.addresses,
                 self._pool_config.tensor_parallel_size,
@@ -147,7 +148,7 @@ class VllmEngine:
         return KVTransferConfig(
             kv_connector="BatonConnector",
             kv_connector_module_path="kv_transfer.vllm.connector",
-            kv_role="kv_producer" if self._pool is Pool.PREFILL else "kv_consumer",
+            kv_role=kv_role(self._config, self._pool),
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=options
             | {"report_to": report_to, "model": self._model.served_name},
@@ -193,17 +194,17 @@ class VllmEngine:
             self._queued_tokens.pop(request.transfer_id, None)
             self._stats.forget_report(request.transfer_id)
 
-    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]], pool: Pool) -> Set[str]:
         """See ``Engine``."""
         if len(others) > self._config.kv_transfer.max_pairs:
             return set()  # not all of these pairs can exist at the same time
         llm = self._running()
         try:
-            if self._pool is Pool.DECODE:
-                for incarnation in others.keys() - self._prewarmed:
-                    await llm.collective_rpc("kv_prewarm", args=(others[incarnation], incarnation))
-                self._prewarmed = set(others)
-            ranks = await llm.collective_rpc("kv_paired_with")
+            wanted = others if pool is Pool.DECODE else {}
+            for incarnation in wanted.keys() - self._prewarmed:
+                await llm.collective_rpc("kv_prewarm", args=(wanted[incarnation], incarnation))
+            self._prewarmed = set(wanted)
+            ranks = await llm.collective_rpc("kv_paired_with", args=(pool.value,))
         except EngineDeadError as error:
             raise WorkerLostError("the engine of this worker died") from error
         return others.keys() - set.intersection(*(set(paired) for paired in ranks))
@@ -263,6 +264,17 @@ class VllmEngine:
         if self._llm is None:
             raise WorkerLostError("the engine of this worker is not running")
         return self._llm
+
+
+def kv_role(config: Config, pool: Pool) -> str:
+    """Return vLLM's ``kv_role``. It is fixed when an engine starts.
+
+    ``kv_both`` costs a prefill or decode engine little: see test_kv_roles.py for what depends on
+    the role in vLLM.
+    """
+    if config.cluster.role_change:
+        return "kv_both"
+    return "kv_producer" if pool is Pool.PREFILL else "kv_consumer"
 
 
 def engine_arguments(config: Config, pool: Pool, model: ResolvedModel) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from kv_transfer.doorbell import Doorbell
 from kv_transfer.vllm.metadata import StepPlan
 from kv_transfer.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kv_transfer.vllm.scheduler_side import SchedulerSide
-from kv_transfer.vllm.worker_side import WorkerSide
+from kv_transfer.vllm.worker_side import Role, WorkerSide
 
 
 class RankCalls:
@@ -57,9 +57,13 @@ class RankCalls:
         """Start to make the pairs with a prefill worker, and return before they are open."""
         self._worker_side().prewarm(tuple(addresses), incarnation)
 
-    def kv_paired_with(self) -> list[str]:
-        """Return the incarnations of the workers with which all pairs of this rank are open."""
-        return sorted(self._worker_side().paired_with())
+    def kv_paired_with(self, role: Role) -> list[str]:
+        """Return the incarnations of the workers with which all pairs of this rank are open.
+
+        Args:
+            role: in which the pairs are used.
+        """
+        return sorted(self._worker_side().paired_with(role))
 
     def _worker_side(self) -> WorkerSide:
         connector = get_kv_transfer_group()

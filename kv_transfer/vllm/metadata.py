@@ -20,14 +20,14 @@ class StepPlan(KVConnectorMetadata):
     ``preempted`` and ``aborted`` are transfer ids.
     """
 
-    # On a prefill worker:
+    # For requests that send:
     chunks: list[StepChunk] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     # Requests that have finished with a token: the transfer id, and the token's id or, if the
     # token is not forwarded, None.
     sampled: list[tuple[str, int | None]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    # On a decode worker:
+    # For requests that receive:
     reservations: list[Reservation] = field(default_factory=list)
     # For each transfer: its id, and the prefill worker's control addresses and incarnation.
     cancelled: list[tuple[str, tuple[str, ...], str]] = field(default_factory=list)

@@ -38,7 +38,10 @@ class _Receive:
 
 
 class SchedulerSide:
-    """Used by the engine core's thread only. ``doorbell`` is None except on a decode worker."""
+    """Used by the engine core's thread only.
+
+    ``doorbell`` is None if the engine cannot receive KV.
+    """
 
     def __init__(self, doorbell: Doorbell | None) -> None:
         self._doorbell = doorbell
@@ -111,7 +114,7 @@ class SchedulerSide:
             self._doorbell is not None
             and self._idle
             and not busy
-            and not (self._plan.reservations or self._plan.cancelled)
+            and self._plan == StepPlan()  # nothing for the ranks
             and any(receive.pending for receive in self._receives.values())
         ):
             self._doorbell.wait(_IDLE_SLEEP_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.config import VllmConfig
@@ -26,11 +26,15 @@ from kv_transfer.send.server import PrefillServer
 from kv_transfer.vllm.cpu_packing import packed_positions
 from kv_transfer.vllm.metadata import RankResults, StepPlan
 
+Role = Literal["prefill", "decode"]  # the values of ``core.types.Pool``
+
 
 class WorkerSide:
     """Used only by the rank's thread that runs the model.
 
-    A prefill rank has a ``PrefillServer``. A decode rank has a ``DecodeClient``.
+    A prefill rank (``kv_producer``) has a ``PrefillServer``. A decode rank (``kv_consumer``) has a
+    ``DecodeClient``. A rank whose worker can change its pool (``kv_both``) has both. They share
+    only the caches, in which vLLM gives each block to one request's send or receive.
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -49,7 +53,7 @@ class WorkerSide:
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start this rank's side of the KV stream.
 
-        A prefill rank reports its control address to the front end.
+        A rank that can send KV reports its control address to the front end.
 
         Raises:
             IncompatibleError: the caches cannot be streamed. The front end gets the reason, too.
@@ -88,7 +92,7 @@ class WorkerSide:
             self._server = PrefillServer(caches, geometry, options, on_stuck=on_stuck)
             address = self._server.address
             send_report(report_to, options.secret, RankReport(self._tp_rank, address=address))
-        else:
+        if self._config.is_kv_consumer:
             self._button = DoorbellButton(options.incarnation)
             self._client = DecodeClient(
                 caches, geometry, options, on_result=self._button.ring, on_stuck=on_stuck
@@ -157,12 +161,17 @@ class WorkerSide:
 
     def prewarm(self, addresses: tuple[str, ...], incarnation: str) -> None:
         """See ``DecodeClient.prewarm``."""
-        assert self._client is not None, "a prefill worker opens no pair"
+        assert self._client is not None, "this rank cannot receive KV, so it opens no pair"
         self._client.prewarm(addresses, incarnation)
 
-    def paired_with(self) -> set[str]:
-        """Return the incarnations of the workers with which all pairs of this rank are open."""
-        end = self._server if self._server is not None else self._client
+    def paired_with(self, role: Role) -> set[str]:
+        """Return the incarnations of the workers with which all pairs of this rank are open.
+
+        Args:
+            role: of this worker now. As a prefill worker, its server's pairs count; as a decode
+                worker, its client's.
+        """
+        end = self._server if role == "prefill" else self._client
         return set() if end is None else end.paired_with()
 
     def layer_done(self, layer_name: str) -> None:
@@ -176,12 +185,11 @@ class WorkerSide:
             self._server.end_step()
 
     def take_results(self) -> KVConnectorTransferResults:
-        """Return requests whose blocks may be freed (prefill) or whose receive is over (decode)."""
-        if self._server is not None:
-            return KVConnectorTransferResults(finished_sending=self._server.take_released())
-        assert self._client is not None
-        self._results = self._client.take_results()
+        """Return sends whose blocks may be freed, and receives that are over."""
+        if self._client is not None:
+            self._results = self._client.take_results()
         return KVConnectorTransferResults(
+            finished_sending=self._server.take_released() if self._server is not None else set(),
             finished_recving={result.request_id for result in self._results},
             failed_recving={r.request_id for r in self._results if not r.complete},
         )

@@ -160,7 +160,7 @@ async def worker(credentials: ClusterCredentials | None = None) -> AsyncIterator
         model="m",
         engine=engine,
         registry=MemoryRegistry(lease_s=3600),
-        add_service=add,
+        services={Pool.DECODE: add},
         incarnation="i",
         credentials=credentials,
     )

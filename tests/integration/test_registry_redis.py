@@ -115,6 +115,23 @@ async def test_a_worker_is_asked_to_drain_once(registry: RedisRegistry) -> None:
     await rules.check_asked_to_drain_once(registry)
 
 
+async def test_a_worker_is_asked_to_change_its_role_once(registry: RedisRegistry) -> None:
+    await rules.check_asked_to_change_role_once(registry)
+
+
+async def test_the_pool_of_a_record_may_change(registry: RedisRegistry) -> None:
+    await rules.check_the_pool_of_a_record_may_change(registry)
+
+
+async def test_an_order_to_join_an_unknown_pool_is_dropped(
+    url: str, name: str, registry: RedisRegistry
+) -> None:
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+    await client.execute(("SET", f"baton:{name}:role:{rules.DECODE.id}", b"\xffcache"))
+    assert await registry.put(rules.DECODE) is None
+    await client.close()
+
+
 async def test_a_renewal_replaces_the_record(registry: RedisRegistry) -> None:
     await rules.check_renewal_replaces(registry)
 

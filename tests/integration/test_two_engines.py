@@ -83,11 +83,15 @@ async def engines(
 async def test_both_engines_make_pairs_before_a_request(engines: Engines) -> None:
     prefill = {engines.receive.incarnation: engines.receive.control_addresses}
     decode = {engines.decode_incarnation: ()}
-    assert await engines.prefill.pair_up(decode), "pairs exist before decode has asked for them"
+    assert await engines.prefill.pair_up(decode, Pool.PREFILL), (
+        "pairs exist before decode has asked for them"
+    )
 
     async def are_paired() -> bool:
-        missing = await engines.decode.pair_up(prefill), await engines.prefill.pair_up(decode)
-        return not any(missing)
+        return not (
+            await engines.decode.pair_up(prefill, Pool.DECODE)
+            or await engines.prefill.pair_up(decode, Pool.PREFILL)
+        )
 
     await until_awaited(are_paired, what="all ranks are paired")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from core.state.registry import Registry
-from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from core.types import Pool, WorkerLoad, WorkerOrder, WorkerRecord, WorkerState
 
 DECODE = WorkerRecord(
     id="decode-1",
@@ -52,9 +52,33 @@ async def check_renewal_replaces(registry: Registry) -> None:
 
 async def check_asked_to_drain_once(registry: Registry) -> None:
     await registry.ask_to_drain(DECODE.id)
-    assert not await registry.put(PREFILL)
-    assert await registry.put(DECODE)
-    assert not await registry.put(DECODE)
+    assert await registry.put(PREFILL) is None
+    assert await registry.put(DECODE) is WorkerOrder.DRAIN
+    assert await registry.put(DECODE) is None
+
+
+async def check_asked_to_change_role_once(registry: Registry) -> None:
+    await registry.ask_to_change_role("never-there", Pool.DECODE)
+    await registry.ask_to_change_role(DECODE.id, Pool.DECODE)
+    await registry.ask_to_change_role(DECODE.id, Pool.PREFILL)
+    assert await registry.put(PREFILL) is None
+    assert await registry.put(DECODE) is WorkerOrder.PREFILL  # the latest
+    assert await registry.put(DECODE) is None
+    for asks in ("drain first", "role first"):
+        if asks == "drain first":
+            await registry.ask_to_drain(DECODE.id)
+        await registry.ask_to_change_role(DECODE.id, Pool.PREFILL)
+        if asks == "role first":
+            await registry.ask_to_drain(DECODE.id)
+        assert await registry.put(DECODE) is WorkerOrder.DRAIN
+        assert await registry.put(DECODE) is None
+
+
+async def check_the_pool_of_a_record_may_change(registry: Registry) -> None:
+    await registry.put(replace(DECODE, changes_to=Pool.PREFILL))
+    changed = replace(DECODE, pool=Pool.PREFILL)
+    await registry.put(changed)
+    assert await registry.list() == (changed,)
 
 
 async def check_a_removed_worker_can_come_back(registry: Registry) -> None:

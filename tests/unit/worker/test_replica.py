@@ -19,7 +19,7 @@ from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.credentials import ClusterCredentials
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
-from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from core.types import Pool, WorkerLoad, WorkerOrder, WorkerRecord, WorkerState
 from engine.fake import FakeEngine, FakeLatency
 from engine.protocol import EngineOutput, EngineRequest
 from prefill_worker.servicer import add_prefill_service
@@ -51,7 +51,7 @@ class WatchedRegistry(MemoryRegistry):
         super().__init__(lease_s=NEVER_S)
         self.draining = asyncio.Event()
 
-    async def put(self, record: WorkerRecord) -> bool:
+    async def put(self, record: WorkerRecord) -> WorkerOrder | None:
         if record.state is WorkerState.DRAINING:
             self.draining.set()
         return await super().put(record)
@@ -81,7 +81,7 @@ class Setup:
             model="m",
             engine=engine,
             registry=self.registry,
-            add_service=add_prefill_service,
+            services={pool: add_prefill_service},
             incarnation="i",
             credentials=self.credentials,
         )
@@ -249,11 +249,13 @@ class PairingEngine(WatchedEngine):
 
     def __init__(self, config: Config, pool: Pool) -> None:
         super().__init__(config, pool, latency=FakeLatency(0, 0, 0))
+        self.pool = pool
         self.up: set[str] = set()  # incarnations of other workers
         self.requested: set[str] = set()  # incarnations that pair_up() was called with
         self.fault: str | None = None
 
-    async def pair_up(self, others: Mapping[str, tuple[str, ...]]) -> Set[str]:
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]], pool: Pool) -> Set[str]:
+        assert pool is self.pool
         self.requested |= others.keys()
         return others.keys() - self.up
 

@@ -249,6 +249,26 @@ def test_an_explicit_binding_is_kept(tmp_path: Path) -> None:
     assert (config.prefill.cpu_binding, config.decode.cpu_binding) == ((), ("7",))
 
 
+POOL = {
+    "engine_kind": "fake",
+    "tensor_parallel_size": 2,
+    "engine": {"max_num_seqs": 8},
+    "kv_cache_gib": 3,
+    "num_gpus_per_replica": 1.0,
+    "label_selector": {"zone": "a"},
+}
+
+
+@pytest.mark.parametrize("field", POOL)
+def test_roles_change_only_between_equal_engines(field: str) -> None:
+    pools = {"prefill": POOL, "decode": {key: POOL[key] for key in POOL if key != field}}
+    assert not load_config(None, pools).cluster.role_change, "without it, pools may differ"
+    with pytest.raises(ConfigError, match=rf"^cluster.role_change .*prefill\.{field} is .*decode"):
+        load_config(None, {**pools, "cluster.role_change": True})
+    equal = {"prefill": POOL, "decode": {**POOL, "max_concurrent": 9, "replicas": 2}}
+    assert load_config(None, {**equal, "cluster.role_change": True}).cluster.role_change
+
+
 def test_the_run_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert load_config().cluster.run_path == Path("/run/user/7/baton")

@@ -36,6 +36,14 @@ async def test_asked_to_drain_once(registry: MemoryRegistry) -> None:
     await rules.check_asked_to_drain_once(registry)
 
 
+async def test_asked_to_change_role_once(registry: MemoryRegistry) -> None:
+    await rules.check_asked_to_change_role_once(registry)
+
+
+async def test_the_pool_of_a_record_may_change(registry: MemoryRegistry) -> None:
+    await rules.check_the_pool_of_a_record_may_change(registry)
+
+
 async def test_renewal_replaces(registry: MemoryRegistry) -> None:
     await rules.check_renewal_replaces(registry)
 
