@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import msgspec
@@ -23,7 +23,13 @@ from autoscale.decide import Decision, State, decide
 from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
 from cluster.autoscale.apps import AppState, WorkerApp, WorkerApps, free_slot
 from cluster.autoscale.observe import Observation, observe
-from cluster.autoscale.policy_file import PolicyFile, checked_policy, digest_of, fixed_policy
+from cluster.autoscale.policy_file import (
+    PolicyFile,
+    checked_policy,
+    digest_of,
+    first_workers,
+    fixed_policy,
+)
 from cluster.autoscale.view import KEPT_CHANGES, AutoscaleView, Change, encode_view
 from core.config.schema import Config
 from core.errors import ConfigError, InternalError, UnavailableError
@@ -47,6 +53,7 @@ class Memory:
     """What a restart goes on with."""
 
     fixed: Mapping[Pool, int]  # numbers of workers without a policy, and beside an advisory one
+    has_started: bool = False  # whether the first workers were started
     fixed_state: State | None = None
     policy_state: State | None = None
     policy_digest: str = ""  # of the policy that ``policy_state`` belongs to
@@ -141,10 +148,12 @@ class AutoscaleLoop:
             self._memory = _restored(kept.state) or self._first_memory(apps)
         self._take_policy(kept.policy, now_s)
         await self._take_orders(now_s)
+        if not self._memory.has_started:
+            apps = await self._start_workers(apps)
         observation = self._observation = observe(
             apps,
             await self._store.registry.list(),
-            await self._store.registry.list_routers(),
+            (),
             self._gpus,
             self._observation,
             now_s,
@@ -174,8 +183,20 @@ class AutoscaleLoop:
         """Without a memory, the workers that exist are wanted. Without workers, it is a start."""
         if not apps:
             return Memory(fixed={pool: self._config.pool(pool).replicas for pool in Pool})
-        counts = {pool: sum(_stays(app) and app.pool is pool for app in apps) for pool in Pool}
-        return Memory(fixed=counts)
+        stay = [app for app in apps if app.state is not AppState.LEAVING]
+        counts = {pool: sum(app.pool is pool for app in stay) for pool in Pool}
+        return Memory(fixed=counts, has_started=True)
+
+    async def _start_workers(self, apps: tuple[WorkerApp, ...]) -> tuple[WorkerApp, ...]:
+        """Start the workers that a new cluster begins with, and return all applications."""
+        first = first_workers(self._config, self._policy, self._gpus)
+        for pool in Pool:
+            # Some may be there already, if an earlier try was interrupted.
+            for _ in range(first[pool] - sum(app.pool is pool for app in apps)):
+                await self._apps.add(pool, free_slot(apps, pool))
+                apps = await self._apps.list()
+        self._remember(replace(self._remembered(), has_started=True))
+        return apps
 
     def _take_policy(self, text: str | None, now_s: float) -> None:
         """Take a policy that was applied or removed. A wrong one is refused, and the last stays."""
@@ -252,9 +273,7 @@ class AutoscaleLoop:
             if record.application == application:
                 await self._store.registry.ask_to_change_role(record.id, pool)
 
-    async def _publish(
-        self, decision: Decision, advice: Decision | None, now_s: float
-    ) -> None:
+    async def _publish(self, decision: Decision, advice: Decision | None, now_s: float) -> None:
         memory, observation, policy = self._remembered(), self._observation, self._policy
         assert observation is not None, "a step observes before it publishes"
         snapshot = observation.snapshot
@@ -271,7 +290,6 @@ class AutoscaleLoop:
             changes=memory.changes,
         )
         await self._store.autoscale.write(msgspec.json.encode(memory), encode_view(view))
-        await self._store.registry.put_plan(self._plan(decision))
 
     def _counts(self) -> dict[Pool, int]:
         """The workers of each pool that run or start, as last observed."""
@@ -280,6 +298,9 @@ class AutoscaleLoop:
             pool: sum(view.pool is pool and view.phase is not Phase.LEAVING for view in views)
             for pool in Pool
         }
+
+    def _remember(self, memory: Memory) -> None:
+        self._memory = memory
 
     def _remembered(self) -> Memory:
         assert self._memory is not None, "a step begins with the memory"

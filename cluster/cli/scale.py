@@ -1,4 +1,4 @@
-"""``baton scale``: asks the autoscaler to change the number of workers, and waits for the change."""
+"""``baton scale``: asks the autoscaler for numbers of workers, and waits until they are there."""
 
 from __future__ import annotations
 

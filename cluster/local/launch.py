@@ -268,8 +268,8 @@ class Cluster:
         registry = self._registry = store.registry()
         orders = self._orders = store.orders()
         autoscale = self._autoscale = store.autoscale()
-        for each in (registry, orders, autoscale):
-            self._stack.callback(lambda part=each: self._await(part.close()))
+        for part in (registry, orders, autoscale):
+            self._stack.callback(self._close, part)
         if self._await(registry.list()):
             raise ConfigError(
                 f"redis.url: workers of a cluster named {cluster.name!r} are registered there; "
@@ -282,6 +282,9 @@ class Cluster:
         if self._policy is not None:
             self._await(autoscale.apply_policy(self._policy.text))
         return store
+
+    def _close(self, part: RedisRegistry | Orders | AutoscaleStore) -> None:
+        self._await(part.close())
 
     def _start_ray(self, run: RunDir, model: ResolvedModel, store: Store) -> None:
         self._progress("starting Ray")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError
@@ -34,7 +34,7 @@ class ServeWorkerApps:
     def __init__(self, settings: WorkerAppSettings) -> None:
         self._settings = settings
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="serve")
-        self._call: Future[object] | None = None  # the latest
+        self._call: Future[Any] | None = None  # the latest
 
     async def list(self) -> tuple[WorkerApp, ...]:
         """See ``WorkerApps``."""
@@ -45,9 +45,7 @@ class ServeWorkerApps:
     async def add(self, pool: Pool, slot: int) -> str:
         """See ``WorkerApps``."""
         name = new_name(self._settings.main_app, pool, slot)
-        target = serve.RunTarget(
-            build_worker(self._settings, pool), name=name, route_prefix=None
-        )
+        target = serve.RunTarget(build_worker(self._settings, pool), name=name, route_prefix=None)
 
         def deploy() -> None:
             serve.run_many(

@@ -15,8 +15,7 @@ import ray
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
-from cluster.ray.app import ROUTER
-from cluster.ray.head import APP
+from cluster.ray.app import APP, ROUTER
 
 _CALL_TIMEOUT_S = 20.0
 
