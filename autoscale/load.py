@@ -14,6 +14,8 @@ from autoscale.policy import (
     DecodePolicy,
     Policy,
     PrefillPolicy,
+    Schedule,
+    Spec,
     within,
 )
 from core.config.errors import nearest
@@ -25,7 +27,7 @@ from core.types import Pool
 # its text is bounded.
 MAX_POLICY_CHARS = 100_000
 
-Path_ = tuple[str | int, ...]
+Location = tuple[str | int, ...]
 
 
 def load_policy(path: Path) -> Policy:
@@ -57,7 +59,7 @@ def parse_policy(text: str, name: str) -> Policy:
     loader = UniqueKeyLoader(text)
     try:
         node = loader.get_single_node()
-        raw = loader.construct_document(node) if node is not None else None
+        raw = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -66,7 +68,7 @@ def parse_policy(text: str, name: str) -> Policy:
         raise ConfigError(f"{name}: is not valid YAML: {error}") from None
     finally:
         loader.dispose()
-    if not isinstance(raw, dict):
+    if node is None or not isinstance(raw, dict):
         raise ConfigError(
             f"{name}:1: must consist of apiVersion, kind, metadata and spec, not of "
             f"{'nothing' if raw is None else f'a {type(raw).__name__}'}"
@@ -114,10 +116,7 @@ def check_against(
             )
     for when, schedule in [("", None), *((f" in schedule {s.name}", s) for s in spec.schedules)]:
         # One worker of each pool must have room even if the minimum is 0.
-        least = {
-            pool: max(1, within(schedule and schedule.bounds(pool), spec.pool(pool))[0])
-            for pool in Pool
-        }
+        least = {pool: max(1, _fewest(spec, schedule, pool)) for pool in Pool}
         gpus = sum(least[pool] * gpus_per_worker[pool] for pool in Pool)
         if gpus > spec.budget.gpus + 1e-9:
             raise ConfigError(
@@ -127,16 +126,20 @@ def check_against(
             )
 
 
+def _fewest(spec: Spec, schedule: Schedule | None, pool: Pool) -> int:
+    return within(None if schedule is None else schedule.bounds(pool), spec.pool(pool))[0]
+
+
 def _describe(entry: Any, node: yaml.Node, name: str) -> str:
     """Return a line for one mistake that pydantic found."""
     context = entry.get("ctx", {})
-    location: Path_ = (*entry["loc"], *context.get("path", ()))
+    location: Location = (*entry["loc"], *context.get("path", ()))
     fields, line = _find(node, location)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fields)
     return f"{name}:{line}: {path.removeprefix('.')}: {_explain(entry, location)}"
 
 
-def _find(node: yaml.Node, location: Path_) -> tuple[Path_, int]:
+def _find(node: yaml.Node, location: Location) -> tuple[Location, int]:
     """Return the path as the file spells it, and the line of the deepest part that exists."""
     path: list[str | int] = []
     line = node.start_mark.line + 1
@@ -154,11 +157,11 @@ def _find(node: yaml.Node, location: Path_) -> tuple[Path_, int]:
     return tuple(path), line
 
 
-def _is_tag(location: Path_, index: int) -> bool:
+def _is_tag(location: Location, index: int) -> bool:
     return index >= 2 and location[index - 2] == "signals"
 
 
-def _explain(entry: Any, location: Path_) -> str:
+def _explain(entry: Any, location: Location) -> str:
     context = entry.get("ctx", {})
     match entry["type"]:
         case "extra_forbidden":
@@ -179,8 +182,8 @@ def _explain(entry: Any, location: Path_) -> str:
     return f"{message}, not {shown!r}"
 
 
-def _explain_signal(tag: str, location: Path_) -> str:
-    pool = Pool(location[location.index("signals") - 1])
+def _explain_signal(tag: str, location: Location) -> str:
+    pool = Pool(str(location[location.index("signals") - 1]))
     types = {each: list(_signal_types(each)) for each in Pool}
     if tag in types[other := next(each for each in Pool if each is not pool)]:
         return f"{tag} is a signal of {other}; {pool} has {', '.join(types[pool])}"
@@ -203,7 +206,7 @@ def _signal_types(pool: Pool) -> Iterator[str]:
         yield from get_args(signal.model_fields["type"].annotation)
 
 
-def _field_names(location: Path_) -> list[str]:
+def _field_names(location: Location) -> list[str]:
     """Return the names that the section at ``location`` of a policy may contain."""
     models: list[type[BaseModel]] = [Policy]
     for part in location:

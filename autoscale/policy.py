@@ -154,6 +154,10 @@ class ScalingPolicy(_Section):
     period_seconds: PeriodSeconds = Field(description="Length of the period.")
 
 
+def _at_most(kind: str, value: int) -> ScalingPolicy:
+    return ScalingPolicy.model_validate({"type": kind, "value": value, "periodSeconds": 15})
+
+
 class _ScalingRules(_Section):
     tolerance: Annotated[float, Field(ge=0, lt=1, strict=True)] = Field(
         default=0.1,
@@ -180,8 +184,8 @@ class ScaleUp(_ScalingRules):
     )
     policies: Policies = Field(
         default=(
-            ScalingPolicy(type="Percent", value=100, periodSeconds=15),
-            ScalingPolicy(type="Pods", value=4, periodSeconds=15),
+            _at_most("Percent", 100),
+            _at_most("Pods", 4),
         ),
         description="Bounds on growth. As in HPA, a pool may double in 15 s, or add 4 workers.",
     )
@@ -196,7 +200,7 @@ class ScaleDown(_ScalingRules):
         "removes no worker. A pool goes to zero after this time without any request.",
     )
     policies: Policies = Field(
-        default=(ScalingPolicy(type="Percent", value=100, periodSeconds=15),),
+        default=(_at_most("Percent", 100),),
         description="Bounds on shrinking. As in HPA, all may go at once after the window.",
     )
     max_utilization: Fraction = Field(
@@ -387,8 +391,8 @@ class Spec(_Section):
     @field_validator("ratio")
     @classmethod
     def _can_hold(cls, ratio: Ratio | None, info: ValidationInfo) -> Ratio | None:
-        pools = [info.data.get("prefill"), info.data.get("decode")]
-        if ratio is None or None in pools:
+        pools = [info.data[pool.value] for pool in Pool if pool.value in info.data]
+        if ratio is None or len(pools) < 2:  # a pool has mistakes of its own
             return ratio
         prefill, decode = (range(max(p.min_replicas, 1), p.max_replicas + 1) for p in pools)
         if not any(low_and_high(ratio, count, prefill) for count in decode):

@@ -114,7 +114,7 @@ def _amount(
                 return 0, "", "the KV room of a worker is unknown"
             return measured.tokens / (room or 1), "workers' KV waiting or running", ""
         case QueueSeconds():
-            amount, unit = measured.tokens, "s of work waiting or running"
+            amount, unit = float(measured.tokens), "s of work waiting or running"
         case Utilization():
             amount, unit = measured.demand.arrival_tokens_per_s, "busy workers"
     if amount and not rate:
