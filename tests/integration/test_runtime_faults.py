@@ -66,7 +66,7 @@ def test_sigterm_drains_a_process(cluster: FakeEngineCluster, deployment: str) -
             answer = cluster.complete(PROMPT, 5)
         except baton.UnavailableError:
             return False
-        return answer.token_ids == next_tokens(PROMPT, 5) and len(cluster.replicas()) == 5
+        return answer.token_ids == next_tokens(PROMPT, 5) and len(cluster.replicas()) == 6
 
     cluster.wait(is_replaced)
 
