@@ -32,6 +32,25 @@ async def test_an_incarnation_that_no_prefill_worker_has_is_refused(incarnation:
         await Peers(registry, Pool.DECODE).kv_addresses(incarnation)
 
 
+async def test_the_other_pool_is_the_one_that_this_worker_is_not_in() -> None:
+    registry = MemoryRegistry(lease_s=3600)
+    peers = Peers(registry, Pool.DECODE, "mine")
+    decode = replace(DECODE, incarnation="d1", kv_addresses=("tcp://127.0.0.1:4",))
+    for record in (PREFILL, decode):
+        await registry.put(record)
+    assert await peers.refresh() == {PREFILL.incarnation: PREFILL.kv_addresses}
+    peers.pool = Pool.PREFILL
+    assert await peers.refresh() == {"d1": decode.kv_addresses}
+    peers.pool = Pool.DECODE
+    assert await peers.refresh() == {PREFILL.incarnation: PREFILL.kv_addresses}
+
+
+async def test_a_worker_that_the_registry_lists_in_its_old_pool_is_no_peer_of_itself() -> None:
+    registry = MemoryRegistry(lease_s=3600)
+    await registry.put(PREFILL)
+    assert await Peers(registry, Pool.DECODE, PREFILL.incarnation).refresh() == {}
+
+
 @pytest.mark.parametrize("lost", ["away", "restarted", "draining"])
 async def test_a_known_worker_stays_known(lost: str) -> None:
     registry = MemoryRegistry(lease_s=3600)
