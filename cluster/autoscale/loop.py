@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import msgspec
 
-from autoscale.decide import Decision, State, decide
+from autoscale.decide import Decision, decide
 from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
+from autoscale.state import State
 from cluster.autoscale.apps import AppState, WorkerApp, WorkerApps, free_slot
 from cluster.autoscale.observe import Observation, observe
 from cluster.autoscale.policy_file import (
@@ -38,7 +39,7 @@ from core.state.orders import Orders
 from core.state.registry import Registry
 from core.state.store import Store
 from core.tasks import Supervisor
-from core.types import Pool
+from core.types import Pool, PoolPlan, WorkerRecord, WorkerState
 
 _STEP_S = 1.0
 # A worker that could not start is tried again after 1, 2, 4, … seconds.
@@ -150,10 +151,11 @@ class AutoscaleLoop:
         await self._take_orders(now_s)
         if not self._memory.has_started:
             apps = await self._start_workers(apps)
+        workers = await self._store.registry.list()
         observation = self._observation = observe(
             apps,
-            await self._store.registry.list(),
-            (),
+            workers,
+            await self._store.registry.list_routers(),
             self._gpus,
             self._observation,
             now_s,
@@ -164,6 +166,7 @@ class AutoscaleLoop:
             await self._carry_out(action, apps, now_s)
             if action.kind is ActionKind.ADD:  # so that the next one gets another slot
                 apps = await self._apps.list()
+        await self._order_role_change(decision, workers)
         await self._publish(decision, advice, now_s)
 
     async def _run(self) -> None:
@@ -239,7 +242,7 @@ class AutoscaleLoop:
         if policy is not None:
             decided = decide(snapshot, memory.policy_state, now_s, policy.policy)
             memory = replace(memory, policy_state=decided.state)
-        if decided is not None and not policy.is_advisory:
+        if decided is not None and policy is not None and not policy.is_advisory:
             self._remember(memory)
             return decided, None
         fixed = decide(snapshot, memory.fixed_state, now_s, fixed_policy(memory.fixed))
@@ -265,13 +268,19 @@ class AutoscaleLoop:
             await self._apps.remove(action.worker)
             self._note(now_s, action.pool, f"{action.worker} leaves: {action.text}")
             return
-        await self._change_role(action.worker, action.pool)
         self._note(now_s, action.pool, f"{action.worker} comes from the other pool: {action.text}")
 
-    async def _change_role(self, application: str, pool: Pool) -> None:
-        for record in await self._store.registry.list():
-            if record.application == application:
-                await self._store.registry.ask_to_change_role(record.id, pool)
+    async def _order_role_change(self, decision: Decision, workers: Iterable[WorkerRecord]) -> None:
+        """Tell a worker its new role, again and again until it has begun to change."""
+        change = decision.state.role_change
+        for record in workers:
+            if (
+                change is not None
+                and record.application == change.worker
+                and record.pool is not change.to
+                and record.state is WorkerState.READY
+            ):
+                await self._store.registry.ask_to_change_role(record.id, change.to)
 
     async def _publish(self, decision: Decision, advice: Decision | None, now_s: float) -> None:
         memory, observation, policy = self._remembered(), self._observation, self._policy
@@ -290,6 +299,22 @@ class AutoscaleLoop:
             changes=memory.changes,
         )
         await self._store.autoscale.write(msgspec.json.encode(memory), encode_view(view))
+        await self._store.registry.put_plans(self._plans(decision))
+
+    def _plans(self, decision: Decision) -> tuple[PoolPlan, ...]:
+        """Return what routers should know: that an empty pool may get workers.
+
+        Without a policy, no pool is empty on purpose, and routers are told nothing: they refuse
+        requests at once if a pool has lost its workers.
+        """
+        policy = self._policy
+        if policy is None or policy.is_advisory:
+            return ()
+        pools = policy.policy.spec.pool
+        return tuple(
+            PoolPlan(each.pool, each.target, pools(each.pool).max_replicas)
+            for each in decision.pools
+        )
 
     def _counts(self) -> dict[Pool, int]:
         """The workers of each pool that run or start, as last observed."""

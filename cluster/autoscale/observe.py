@@ -60,7 +60,8 @@ def observe(
     )
     measured_s = now_s if is_new or before is None else before.snapshot.measured_s
     demand = {pool: _demand(pool, routers) for pool in Pool} if routers else None
-    return Observation(Snapshot(tuple(views), demand, measured_s), phases, reports)
+    snapshot = Snapshot(tuple(views), demand, measured_s, gpus_per_worker=gpus)
+    return Observation(snapshot, phases, reports)
 
 
 def _phase(app: WorkerApp, record: WorkerRecord | None) -> Phase:

@@ -290,21 +290,18 @@ class Cluster:
         self._progress("starting Ray")
         # Imported only here for two reasons: the import takes seconds, and during the import Ray
         # reads its settings from the environment, which ``_start`` has set by now.
-        from cluster.ray.app import build_app
+        from cluster.ray.app import APP, build_app
+        from cluster.ray.deployments import WorkerAppSettings
         from cluster.ray.head import RayRuntime
 
         runtime = RayRuntime(self.config, run.scratch / "ray")
         self._stack.callback(lambda: runtime.stop(disconnect=not self._drainer.has_abandoned_call))
         runtime.start()
         self._runtime = runtime
-        app = build_app(
-            self.config,
-            model,
-            store,
-            credentials=self.credentials,
-            cuda=runtime.has_cuda(),
+        settings = WorkerAppSettings(
+            self.config, model, store, self.credentials, cuda=runtime.has_cuda(), main_app=APP
         )
-        runtime.deploy(app)
+        runtime.deploy(build_app(settings))
 
     def _write_state(self, cluster_id: str, served_name: str, store: Store | None) -> None:
         assert self._run is not None

@@ -12,10 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.ray.deployments import Autoscaler, Router, RouterSettings, Worker, WorkerAppSettings
-from core.config.schema import Config, PoolConfig
-from core.model.resolve import ResolvedModel
-from core.rpc.credentials import ClusterCredentials
-from core.state.store import Store
+from core.config.schema import PoolConfig
 from core.types import Pool
 from worker.replica import WorkerSettings
 
@@ -35,24 +32,12 @@ _DRAIN_POLL_S = 0.05  # how soon Serve notices that a replica has drained
 _CONTROL_CALLS = 10  # only the launcher calls replicas through Serve, and rarely
 
 
-def build_app(
-    config: Config,
-    model: ResolvedModel,
-    store: Store,
-    *,
-    credentials: ClusterCredentials,
-    cuda: bool,
-) -> Application:
+def build_app(settings: WorkerAppSettings) -> Application:
     """Build the main application: the router and the autoscaler, which starts the workers.
 
     Serve wants an ingress, but requests reach the router directly, not through Serve.
-
-    Args:
-        credentials: known only to this cluster's processes.
-        cuda: whether the cluster has CUDA devices. If True, a worker takes one device for each
-            rank, unless its pool sets ``num_gpus_per_replica``.
     """
-    workers = WorkerAppSettings(config, model, store, credentials, cuda=cuda, main_app=APP)
+    config = settings.config
     autoscaler = serve.deployment(
         name=AUTOSCALER,
         num_replicas=1,
@@ -69,7 +54,9 @@ def build_app(
         graceful_shutdown_timeout_s=config.cluster.stop_grace_s + _STOP_MARGIN_S,
         **_common(),
     )(Router)
-    return router.bind(RouterSettings(config, store, credentials), autoscaler.bind(workers))
+    return router.bind(
+        RouterSettings(config, settings.store, settings.credentials), autoscaler.bind(settings)
+    )
 
 
 def build_worker(settings: WorkerAppSettings, pool: Pool) -> Application:

@@ -40,7 +40,9 @@ class WorkerAppSettings:
     config: Config
     model: ResolvedModel
     store: Store
-    credentials: ClusterCredentials
+    credentials: ClusterCredentials  # known only to this cluster's processes
+    # Whether the cluster has CUDA devices. If True, a worker takes one device for each rank, unless
+    # its pool sets ``num_gpus_per_replica``.
     cuda: bool
     main_app: str  # the application of router and autoscaler; names of workers begin with it
 

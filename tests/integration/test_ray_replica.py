@@ -10,6 +10,7 @@ from core.config.schema import Config
 from core.model.resolve import ResolvedModel
 from core.rpc.credentials import ClusterCredentials
 from core.state.store import Store
+from core.types import Pool
 
 pytestmark = pytest.mark.integration
 
@@ -36,19 +37,22 @@ def test_a_replica_uses_the_address_of_its_own_node(
 
 
 def test_the_router_is_pinned_to_the_head_and_the_workers_are_not() -> None:
-    from cluster.ray.app import build_app
+    from cluster.ray.app import APP, build_app, build_worker
+    from cluster.ray.deployments import WorkerAppSettings
 
-    app = build_app(
+    settings = WorkerAppSettings(
         Config(),
         ResolvedModel("", "m"),
         Store.of(Config(), ""),
-        credentials=ClusterCredentials.create(),
+        ClusterCredentials.create(),
         cuda=False,
+        main_app=APP,
     )
-    router = app._bound_deployment
+    router = build_app(settings)._bound_deployment
     assert router.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
-    for worker in router.init_args[1:]:
-        assert not worker._bound_deployment.ray_actor_options.get("resources")
+    for pool in Pool:
+        worker = build_worker(settings, pool)._bound_deployment
+        assert not worker.ray_actor_options.get("resources")
 
 
 def test_rays_handler_of_sigterm_calls_what_drain_on_sigterm_replaces() -> None:

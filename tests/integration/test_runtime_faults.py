@@ -5,18 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
-from ray.exceptions import ActorDiedError, GetTimeoutError
-from ray.serve.exceptions import RayServeException
 
 import baton
 from cluster.local import reaper
-from cluster.ray import head as ray_head
-from core.config.schema import Config
-from core.errors import UnavailableError
-from core.types import Pool
 from engine.fake import next_tokens
 from tests.support.fake_engine_cluster import PROMPT, FakeEngineCluster
 

@@ -168,8 +168,6 @@ def test_a_name_carries_pool_and_slot() -> None:
 
 
 def test_a_new_worker_gets_the_lowest_slot_that_no_worker_has() -> None:
-    apps = tuple(
-        WorkerApp(f"w{slot}", Pool.DECODE, slot, AppState.LEAVING) for slot in (0, 1, 3)
-    )
+    apps = tuple(WorkerApp(f"w{slot}", Pool.DECODE, slot, AppState.LEAVING) for slot in (0, 1, 3))
     assert free_slot(apps, Pool.DECODE) == 2
     assert free_slot(apps, Pool.PREFILL) == 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
+from autoscale.snapshot import Phase, PoolDecision, WorkerView
+from cluster.autoscale.view import AutoscaleView
 from cluster.cli.status import as_json, as_table
 from cluster.local.run_dir import ClusterState
 from core.types import Pool, WorkerRecord, WorkerState
@@ -28,6 +31,21 @@ STATE = ClusterState(
 )
 
 
+def view_of(pools: Iterable[PoolDecision]) -> AutoscaleView:
+    return AutoscaleView(
+        policy="p",
+        policy_digest="1",
+        refused_digest="",
+        refused_why="",
+        advisory=False,
+        demand_age_s=0.0,
+        pools=tuple(pools),
+        advice=(),
+        workers=(),
+        changes=(),
+    )
+
+
 @pytest.mark.parametrize(
     ("workers", "phase", "reason"),
     [
@@ -44,9 +62,26 @@ STATE = ClusterState(
 def test_the_phase_follows_from_the_workers(
     workers: tuple[WorkerRecord, ...], phase: str, reason: str
 ) -> None:
-    assert as_table(STATE, workers).startswith(f"c: {phase}{reason}, m, gRPC at")
-    assert json.loads(as_json(STATE, workers))["phase"] == phase
+    assert as_table(STATE, workers, None).startswith(f"c: {phase}{reason}, m, gRPC at")
+    assert json.loads(as_json(STATE, workers, None))["phase"] == phase
 
 
 def test_a_cluster_that_starts_is_not_degraded() -> None:
-    assert as_table(replace(STATE, phase="starting"), ()).startswith("c: starting, m, gRPC at")
+    assert as_table(replace(STATE, phase="starting"), (), None).startswith(
+        "c: starting, m, gRPC at"
+    )
+
+
+def test_a_pool_that_the_policy_has_scaled_to_zero_is_no_fault() -> None:
+    targets = {Pool.PREFILL: 1, Pool.DECODE: 0}
+    view = view_of(PoolDecision(pool, 0, target, ()) for pool, target in targets.items())
+    assert as_table(STATE, (PREFILL,), view).startswith("c: ready (decode is scaled to zero), m")
+    assert as_table(STATE, (), view).startswith("c: degraded (no ready prefill worker), m")
+    assert json.loads(as_json(STATE, (PREFILL,), view))["targets"] == {"prefill": 1, "decode": 0}
+
+
+def test_a_worker_without_a_place_is_named_with_rays_words() -> None:
+    waiting = WorkerView("baton-decode-1-aaaaaa", Pool.DECODE, Phase.PENDING, 0.0, problem="no GPU")
+    view = replace(view_of(()), workers=(waiting,))
+    table = as_table(STATE, (PREFILL, DECODE), view)
+    assert table.splitlines()[-1] == "baton-decode-1-aaaaaa has not started: no GPU"

@@ -6,16 +6,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from autoscale.policy import Policy
+from cluster.autoscale.policy_file import PolicyFile
+from cluster.autoscale.view import AutoscaleView, Change, encode_view
 from cluster.local import launch
 from cluster.local.launch import Cluster, StartInterruptedError
 from cluster.local.run_dir import RunDir
 from core.config.schema import Config, load_config
-from core.errors import ConfigError, InternalError, UnavailableError
+from core.errors import InternalError, UnavailableError
 from core.model.resolve import ResolvedModel
+from core.state.autoscale import Kept
 from core.state.orders import StartFailure
 from core.state.store import Store
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
@@ -29,10 +33,7 @@ def quiet(_line: str) -> None:
 
 @dataclass
 class FakeRuntime:
-    """A fake Ray runtime. ``scale`` records its call, or raises ``scale_error`` if it is given."""
-
-    scaled: list[tuple[Pool, int]] = field(default_factory=list)
-    scale_error: Exception | None = None
+    """A fake Ray runtime."""
 
     def is_alive(self) -> bool:
         return True
@@ -46,11 +47,6 @@ class FakeRuntime:
     def worker_logs(self) -> list[Path]:
         return []
 
-    def scale(self, pool: Pool, replicas: int) -> None:
-        if self.scale_error is not None:
-            raise self.scale_error
-        self.scaled.append((pool, replicas))
-
     def drain_router(self, grace_s: float) -> None:
         """Return immediately."""
 
@@ -60,7 +56,7 @@ class FakeRuntime:
 
 @dataclass
 class FakeStore:
-    """Replaces both the registry and the ``Orders`` of a cluster.
+    """Replaces the registry, the ``Orders`` and the ``AutoscaleStore`` of a cluster.
 
     Each call of ``list`` takes the next element of ``answers`` and returns or raises it. When
     only the last element is left, each call uses this element.
@@ -68,6 +64,8 @@ class FakeStore:
 
     answers: list[tuple[WorkerRecord, ...] | Exception] = field(default_factory=list)
     orders: dict[Pool, int] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    policy: str | None = "left by an earlier cluster"
 
     async def list(self) -> tuple[WorkerRecord, ...]:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -78,6 +76,16 @@ class FakeStore:
     async def take_scale(self) -> dict[Pool, int]:
         taken, self.orders = self.orders, {}
         return taken
+
+    async def read(self) -> Kept:
+        view = AutoscaleView("", "", "", "", False, None, (), (), (), self.changes)
+        return Kept(self.policy, None, encode_view(view))
+
+    async def forget(self) -> None:
+        self.policy = None
+
+    async def apply_policy(self, text: str) -> None:
+        self.policy = text
 
     async def take_failures(self) -> tuple[StartFailure, ...]:
         return ()
@@ -117,7 +125,7 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     ) -> Any:
         cluster: Any = Cluster(config or Config(), progress, signal)
         cluster._runtime = FakeRuntime()
-        cluster._registry = cluster._orders = store or FakeStore([ALL])
+        cluster._registry = cluster._orders = cluster._autoscale = store or FakeStore([ALL])
         request.addfinalizer(cluster._loop.close)
         return cluster
 
@@ -153,20 +161,18 @@ class StopAfter:
         return self.polls < 0
 
 
-@pytest.mark.parametrize(
-    "error", [UnavailableError("Ray Serve does not answer"), ConfigError("it does not fit")]
-)
-def test_an_order_that_cannot_be_carried_out_does_not_end_the_cluster(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_changes_of_the_autoscaler_are_reported_once(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_POLL_S", 0.001)
-    store = FakeStore([ALL], orders={Pool.DECODE: 2})
-    cluster = make(store, signal=StopAfter(2))
-    cluster._runtime.scale_error = error
+    changes = (
+        Change(1, 0.0, Pool.DECODE, "scaling from 1 to 2, as ordered"),
+        Change(2, 0.0, None, "policy 'chat' applies"),
+    )
+    store = FakeStore([ALL], changes=changes)
     said: list[str] = []
-    cluster.watch(said.append)
-    assert said == ["scaling decode from 1 to 2", str(error)]
-    assert cluster._wanted[Pool.DECODE] == 1
+    make(store, signal=StopAfter(3)).watch(said.append)
+    assert said == ["decode: scaling from 1 to 2, as ordered", "policy 'chat' applies"]
 
 
 def test_workers_that_come_and_go_are_reported(
@@ -242,16 +248,19 @@ def test_a_signal_ends_the_unpacking_of_the_model(
     assert lines == ["unpacking, 0 s", "unpacking, 1 s"]
 
 
-def test_a_scale_order_for_an_earlier_cluster_is_dropped(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("policy", [None, "apiVersion: baton/v1"])
+def test_what_an_earlier_cluster_left_in_the_store_is_dropped(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, policy: str | None
 ) -> None:
     store = FakeStore([()], orders={Pool.DECODE: 8})
-    monkeypatch.setattr(Store, "registry", lambda _self: store)
-    monkeypatch.setattr(Store, "orders", lambda _self: store)
+    for part in ("registry", "orders", "autoscale"):
+        monkeypatch.setattr(Store, part, lambda _self: store)
     cluster = make(config=load_config(None, {"redis.url": "redis://10.0.0.1"}))
+    if policy is not None:
+        cluster._policy = PolicyFile(cast("Policy", None), policy)
     cluster._connect_registry(None)
-    cluster._carry_out_orders(quiet)
-    assert cluster._runtime.scaled == []
+    assert store.orders == {}
+    assert store.policy == policy
 
 
 @dataclass
