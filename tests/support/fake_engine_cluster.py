@@ -27,7 +27,7 @@ GONE_S = 15.0  # the longest that a cluster may take to end and remove everythin
 PROMPT = [5, 6, 7]
 
 _CONFIG = """\
-cluster: {{name: {name}, run_dir: {run_dir}, start_timeout_s: {start_s}, stop_grace_s: 8}}
+cluster: {{name: {name}, run_dir: {run_dir}, start_timeout_s: {start_s}, stop_grace_s: 8{more}}}
 model: {{path: {model}}}
 router: {{port: 0}}
 prefill: {{engine_kind: fake}}
@@ -138,21 +138,28 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "cluster.cli.main", *arguments]
 
 
-def write_config(folder: Path, model: Path, name: str) -> Path:
+def write_config(folder: Path, model: Path, name: str, more: str = "") -> Path:
     file = folder / f"{name}.yaml"
-    file.write_text(_CONFIG.format(name=name, run_dir=folder / "run", model=model, start_s=START_S))
+    file.write_text(
+        _CONFIG.format(
+            name=name, run_dir=folder / "run", model=model, start_s=START_S, more=more
+        )
+    )
     return file
 
 
-def start(folder: Path, model: Path, name: str, *arguments: str) -> FakeEngineCluster:
+def start(
+    folder: Path, model: Path, name: str, *arguments: str, settings: str = ""
+) -> FakeEngineCluster:
     """Launch a cluster without waiting until it is ready. The caller must ``kill`` it.
 
     Args:
         folder: gets the cluster's configuration, log and run directory.
         model: a folder that ``word_model.write_word_model`` has written.
         arguments: more arguments of ``baton up``.
+        settings: more settings of the section ``cluster``, such as ", role_change: true".
     """
-    config_file = write_config(folder, model, name)
+    config_file = write_config(folder, model, name, settings)
     log = folder / f"{name}.log"
     with log.open("w") as output:
         launcher = subprocess.Popen(

@@ -314,3 +314,21 @@ def test_the_ledger_measures_the_rate_of_a_busy_prefill_worker() -> None:
         failed.prefill_ended(done=False)  # neither its tokens nor its time count
         now_s += 7.0  # idle time does not count
     assert ledger.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)
+
+
+def test_a_worker_that_changes_its_pool_is_counted_for_its_requests_of_both() -> None:
+    """A request of the old pool may end at the router a little after it ended at the worker."""
+    ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
+    changing = worker("w"), replace(worker("w"), pool=Pool.PREFILL)
+    old = place(ledger, (worker("p1"), changing[0]))
+    new = place(ledger, (changing[1], worker("d1")))
+    assert (old.placement.decode, new.placement.prefill) == changing
+    assert ledger.own_load(("w", "1")).requests == 2
+    assert ledger.own_load(("w", "1")).tokens == 16 + 10
+    old.close()
+    assert ledger.own_load(("w", "1")).tokens == 10
+    new.prefill_ended(done=True)
+    new.close()
+    for _ in range(2):
+        ledger.new_snapshot(frozenset({("w", "1"), ("p1", "1"), ("d1", "1")}))
+    assert ledger.own_load(("w", "1")) == OwnLoad(), "the old pool's load is forgotten"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from core.state.registry import MemoryRegistry
-from core.types import RegistrySnapshot, WorkerRecord, WorkerState
+from core.types import Pool, RegistrySnapshot, WorkerRecord, WorkerState
 from router.workers.membership import Workers, WorkersSettings
 from tests.support.fake_workers import FakeDecode
 
@@ -168,6 +168,25 @@ async def test_a_channel_stays_open_while_its_worker_lives() -> None:
         assert first is second
     await setup.workers.close()
     assert setup.workers.open_channels == 0
+
+
+async def test_a_worker_that_changes_its_pool_keeps_its_channel_and_is_listed_once() -> None:
+    setup = Setup()
+    await setup.registry.put(setup.record)
+    await setup.workers.refresh()
+    changed = replace(setup.record, pool=Pool.PREFILL)
+    async with setup.workers.connection(setup.record, setup.on_lost) as first:
+        setup.registry.available = False
+        await setup.workers.refresh()
+        setup.registry.available = True
+        await setup.registry.put(changed)
+        setup.now_s = 10.0
+        await setup.workers.refresh()
+        assert setup.workers.snapshot == (changed,), "the old record counts as missing"
+        async with setup.workers.connection(changed, setup.on_lost) as second:
+            assert first is second
+    assert setup.lost_calls == 0
+    await setup.workers.close()
 
 
 async def test_on_lost_is_called_only_after_a_worker_is_missing_for_a_lease() -> None:
