@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
-from cluster.cli.status import wait_for_workers
+from cluster.cli.status import read_view, wait_for_workers
 from cluster.local.run_dir import ClusterState
 from core.errors import ConfigError
 from core.types import Pool, WorkerRecord, WorkerState
@@ -19,7 +19,8 @@ def scale(
     Return when each pool in ``targets`` has exactly the requested number of ready workers.
 
     Raises:
-        ConfigError: a number is out of its pool's bounds, or the cluster is not ready.
+        ConfigError: a number is out of its pool's bounds, the cluster is not ready, or a policy
+            decides.
         UnavailableError: a pool does not reach its number within ``cluster.start_timeout_s``, or
             the registry does not answer.
     """
@@ -31,6 +32,12 @@ def scale(
             raise ConfigError(
                 f"{pool}={replicas} is not between 1 and {limit} ({pool}.max_replicas)"
             )
+    view = read_view(state)
+    if view is not None and view.policy and not view.advisory:
+        raise ConfigError(
+            f"policy {view.policy!r} decides how many workers there are; change it with baton "
+            "policy apply, or remove it with baton policy remove"
+        )
     asyncio.run(_send_order(state, targets))
 
     def remaining(workers: Sequence[WorkerRecord]) -> str | None:

@@ -141,9 +141,7 @@ def _command(*arguments: str) -> list[str]:
 def write_config(folder: Path, model: Path, name: str, more: str = "") -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(
-        _CONFIG.format(
-            name=name, run_dir=folder / "run", model=model, start_s=START_S, more=more
-        )
+        _CONFIG.format(name=name, run_dir=folder / "run", model=model, start_s=START_S, more=more)
     )
     return file
 
