@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from autoscale.decide import Decision, decide
-from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
+from autoscale.snapshot import Action, ActionKind, Phase, PoolDecision, Snapshot
 from autoscale.state import State
 from cluster.autoscale.apps import AppState, WorkerApp, WorkerApps, free_slot
 from cluster.autoscale.observe import Observation, observe
@@ -163,7 +163,7 @@ class AutoscaleLoop:
         await self._remove_failed(apps, now_s)
         decision, advice = self._decide(observation.snapshot, now_s)
         for action in decision.actions:
-            await self._carry_out(action, apps, now_s)
+            await self._carry_out(action, decision, apps, now_s)
             if action.kind is ActionKind.ADD:  # so that the next one gets another slot
                 apps = await self._apps.list()
         await self._order_role_change(decision, workers)
@@ -256,17 +256,20 @@ class AutoscaleLoop:
                 self._note(now_s, app.pool, f"{app.name} could not start: {app.message}")
                 await self._apps.remove(app.name)
 
-    async def _carry_out(self, action: Action, apps: tuple[WorkerApp, ...], now_s: float) -> None:
+    async def _carry_out(
+        self, action: Action, decision: Decision, apps: tuple[WorkerApp, ...], now_s: float
+    ) -> None:
+        why = _why(next(each for each in decision.pools if each.pool is action.pool))
         if action.kind is ActionKind.ADD:
             if now_s < self._backoff[action.pool].until_s:
                 return
             await self._apps.add(action.pool, free_slot(apps, action.pool))
-            self._note(now_s, action.pool, f"a worker starts: {action.text}")
+            self._note(now_s, action.pool, f"a worker starts: {why}")
             return
         assert action.worker is not None, "only a new worker has no name"
         if action.kind is ActionKind.REMOVE:
             await self._apps.remove(action.worker)
-            self._note(now_s, action.pool, f"{action.worker} leaves: {action.text}")
+            self._note(now_s, action.pool, f"{action.worker} leaves: {why}; {action.text}")
             return
         self._note(now_s, action.pool, f"{action.worker} comes from the other pool: {action.text}")
 
@@ -338,6 +341,12 @@ class AutoscaleLoop:
         change = Change(number, now_s, pool, text)
         logger.info("%s", change.line)
         self._memory = replace(memory, changes=(*memory.changes, change)[-KEPT_CHANGES:])
+
+
+def _why(decision: PoolDecision) -> str:
+    """Return a pool's target and the reason that decided it."""
+    reason = decision.reasons[0]
+    return f"{decision.current} to {decision.target} by {reason.rule}: {reason.text}"
 
 
 def _restored(state: bytes | None) -> Memory | None:
