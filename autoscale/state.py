@@ -83,6 +83,7 @@ class PoolState:
     load: Window = ()
     changes: tuple[Change, ...] = ()
     too_few: TooFew | None = None
+    grew_s: float | None = None  # when the signals last asked for more workers
     unplaced: Unplaced | None = None
     # The last known values, for while the pool is empty; 0: never known.
     tokens_per_s: float = 0.0
@@ -122,6 +123,7 @@ class PoolState:
             load=past(self.load),
             changes=changes,
             too_few=too_few,
+            grew_s=None if self.grew_s is None else min(self.grew_s, now_s),
             unplaced=unplaced,
         )
 
