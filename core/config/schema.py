@@ -461,9 +461,9 @@ class KvTransferConfig(_Section):
     )
     max_pairs: Count = Field(
         default=64,
-        description="Largest number of pairs of one rank. If another pair is needed, the pair that "
-        "has been idle for longest is closed. If all pairs are busy, the new pair is refused. On "
-        "GPUs, a pair takes 50 to 100 MB of memory.",
+        description="Largest number of pairs of one rank, in each role. If another pair is needed, "
+        "the pair that has been idle for longest is closed. If all pairs are busy, the new pair is "
+        "refused. On GPUs, a pair takes 50 to 100 MB of memory.",
     )
     peer_lease_s: Seconds = Field(
         default=5,

@@ -34,7 +34,7 @@ class WorkerSide:
 
     A prefill rank (``kv_producer``) has a ``PrefillServer``. A decode rank (``kv_consumer``) has a
     ``DecodeClient``. A rank whose worker can change its pool (``kv_both``) has both. They share
-    only the caches, in which vLLM gives each block to one request's send or receive.
+    only the caches. vLLM lets no other request use a block while a receive writes to it.
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

@@ -144,3 +144,27 @@ async def test_a_single_rank_runs_in_the_engine_cores_process_and_is_bound_to_it
     assert not seen.pop("v2"), "engine.vllm.sampling needs the V1 model runner"
     assert seen == {"executor": UniProcExecutor, "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}
     assert "GOMP_CPU_AFFINITY" not in os.environ, "only the engine core's process needs it"
+
+
+async def test_pairs_are_made_in_the_current_role_and_again_after_a_change() -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Ranks(ScriptedLlm):
+        async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[list[str]]:
+            calls.append((name, *args))
+            return [["p1", "d1"], ["p1"]]  # of two ranks
+
+    engine = make(Ranks())
+    prewarm, p1, d1 = ("kv_prewarm", ("tcp://p1",), "p1"), {"p1": ("tcp://p1",)}, {"d1": ()}
+    asked: dict[Pool, tuple[Any, ...]] = {pool: ("kv_paired_with", pool.value) for pool in Pool}
+    assert await engine.pair_up(p1, Pool.DECODE) == set()
+    assert await engine.pair_up(p1, Pool.DECODE) == set()
+    assert calls == [prewarm, asked[Pool.DECODE], asked[Pool.DECODE]], "asked for once"
+    calls.clear()
+    assert await engine.pair_up(d1, Pool.PREFILL) == {"d1"}, "a rank lacks the pair"
+    assert calls == [asked[Pool.PREFILL]], "a prefill worker waits for the decode workers"
+    calls.clear()
+    await engine.pair_up(p1, Pool.DECODE)
+    await engine.pair_up({}, Pool.DECODE)
+    await engine.pair_up(p1, Pool.DECODE)
+    assert [call for call in calls if call[0] == "kv_prewarm"] == [prewarm, prewarm]

@@ -30,6 +30,18 @@ class Engines:
     decode: VllmEngine
     receive: KvReceive  # names the prefill engine in requests to the decode engine
     decode_incarnation: str
+    decode_addresses: tuple[str, ...]  # of KV control; empty without ``cluster.role_change``
+
+    def swapped(self) -> Engines:
+        """Return the same engines, each in the other's role. Needs ``cluster.role_change``."""
+        receive = KvReceive(self.decode_incarnation, self.decode_addresses, True)
+        return Engines(
+            prefill=self.decode,
+            decode=self.prefill,
+            receive=receive,
+            decode_incarnation=self.receive.incarnation,
+            decode_addresses=self.receive.control_addresses,
+        )
 
     @property
     def block_tokens(self) -> tuple[int, int]:
@@ -131,9 +143,9 @@ async def two_engines(overrides: Mapping[str, Any], cores: Sequence[str]) -> Asy
         # One after the other: each engine takes the metrics of an earlier one out of the registry,
         # and those of the decode engine are tested.
         facts = await prefill.start()
-        await decode.start()
+        decode_facts = await decode.start()
         receive = KvReceive(names[0], facts.kv_addresses, True)
-        yield Engines(prefill, decode, receive, names[1])
+        yield Engines(prefill, decode, receive, names[1], decode_facts.kv_addresses)
     finally:
         await prefill.stop()
         await decode.stop()
