@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 
@@ -198,17 +199,16 @@ class AutoscaleLoop:
             for _ in range(first[pool] - sum(app.pool is pool for app in apps)):
                 await self._apps.add(pool, free_slot(apps, pool))
                 apps = await self._apps.list()
-        self._remember(replace(self._remembered(), has_started=True))
+        self._remember(has_started=True)
         return apps
 
     def _take_policy(self, text: str | None, now_s: float) -> None:
         """Take a policy that was applied or removed. A wrong one is refused, and the last stays."""
-        memory = self._remembered()
         if text is None:
             if self._policy is not None:
                 self._policy = None
                 self._refused = "", ""
-                self._remember(replace(memory, fixed=self._counts()))
+                self._remember(fixed=self._counts())
                 self._note(now_s, None, "no policy any more; each pool keeps its number of workers")
             return
         digest = digest_of(text)
@@ -222,32 +222,31 @@ class AutoscaleLoop:
             return
         self._refused = "", ""
         self._policy = policy
-        if memory.policy_digest != digest:
-            self._remember(replace(memory, policy_digest=digest))
+        if self._remembered().policy_digest != digest:
+            self._remember(policy_digest=digest)
             self._note(now_s, None, f"policy {policy.name!r} applies")
 
     async def _take_orders(self, now_s: float) -> None:
         for pool, workers in (await self._store.orders.take_scale()).items():
-            if self._policy is not None and not self._policy.is_advisory:
+            if self._follows_policy:
                 self._note(now_s, pool, "an order to scale was refused: the policy decides")
                 continue
-            memory = self._remembered()
-            self._note(now_s, pool, f"scaling from {memory.fixed[pool]} to {workers}, as ordered")
-            self._remember(replace(memory, fixed={**memory.fixed, pool: workers}))
+            fixed = self._remembered().fixed
+            self._remember(fixed={**fixed, pool: workers})
+            self._note(now_s, pool, f"scaling from {fixed[pool]} to {workers}, as ordered")
 
     def _decide(self, snapshot: Snapshot, now_s: float) -> tuple[Decision, Decision | None]:
         """Return the decision to carry out, and that of an advisory policy."""
-        memory, policy = self._remembered(), self._policy
-        decided: Decision | None = None
-        if policy is not None:
-            decided = decide(snapshot, memory.policy_state, now_s, policy.policy)
-            memory = replace(memory, policy_state=decided.state)
-        if decided is not None and policy is not None and not policy.is_advisory:
-            self._remember(memory)
-            return decided, None
+        memory, advice = self._remembered(), None
+        if self._policy is not None:
+            decision = decide(snapshot, memory.policy_state, now_s, self._policy.policy)
+            self._remember(policy_state=decision.state)
+            if not self._policy.is_advisory:
+                return decision, None
+            advice = decision
         fixed = decide(snapshot, memory.fixed_state, now_s, fixed_policy(memory.fixed))
-        self._remember(replace(memory, fixed_state=fixed.state))
-        return fixed, decided
+        self._remember(fixed_state=fixed.state)
+        return fixed, advice
 
     async def _remove_failed(self, apps: tuple[WorkerApp, ...], now_s: float) -> None:
         for app in apps:
@@ -259,7 +258,8 @@ class AutoscaleLoop:
     async def _carry_out(
         self, action: Action, decision: Decision, apps: tuple[WorkerApp, ...], now_s: float
     ) -> None:
-        why = _why(next(each for each in decision.pools if each.pool is action.pool))
+        pool = next(each for each in decision.pools if each.pool is action.pool)
+        why = _why(pool) if self._follows_policy else f"{pool.current} to {pool.target}, as ordered"
         if action.kind is ActionKind.ADD:
             if now_s < self._backoff[action.pool].until_s:
                 return
@@ -319,6 +319,10 @@ class AutoscaleLoop:
             for each in decision.pools
         )
 
+    @property
+    def _follows_policy(self) -> bool:
+        return self._policy is not None and not self._policy.is_advisory
+
     def _counts(self) -> dict[Pool, int]:
         """The workers of each pool that run or start, as last observed."""
         views = self._observation.snapshot.workers if self._observation is not None else ()
@@ -327,8 +331,9 @@ class AutoscaleLoop:
             for pool in Pool
         }
 
-    def _remember(self, memory: Memory) -> None:
-        self._memory = memory
+    def _remember(self, **fields: Any) -> None:
+        """Change fields of the memory."""
+        self._memory = replace(self._remembered(), **fields)
 
     def _remembered(self) -> Memory:
         assert self._memory is not None, "a step begins with the memory"
@@ -336,17 +341,18 @@ class AutoscaleLoop:
 
     def _note(self, now_s: float, pool: Pool | None, text: str) -> None:
         """Log a change, and keep it among the latest ones."""
-        memory = self._remembered()
-        number = memory.changes[-1].number + 1 if memory.changes else 1
-        change = Change(number, now_s, pool, text)
+        changes = self._remembered().changes
+        change = Change(changes[-1].number + 1 if changes else 1, now_s, pool, text)
         logger.info("%s", change.line)
-        self._memory = replace(memory, changes=(*memory.changes, change)[-KEPT_CHANGES:])
+        self._remember(changes=(*changes, change)[-KEPT_CHANGES:])
 
 
 def _why(decision: PoolDecision) -> str:
-    """Return a pool's target and the reason that decided it."""
-    reason = decision.reasons[0]
-    return f"{decision.current} to {decision.target} by {reason.rule}: {reason.text}"
+    """Return a pool's target, the rule that decided it, and the strongest signal."""
+    rule, *others = decision.reasons
+    signal = next((each for each in others if each.rule.startswith("signals[")), None)
+    told = "; ".join(f"{each.rule}: {each.text}" for each in (rule, signal) if each is not None)
+    return f"{decision.current} to {decision.target}, {told}"
 
 
 def _restored(state: bytes | None) -> Memory | None:
