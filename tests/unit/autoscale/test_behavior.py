@@ -143,12 +143,10 @@ def test_a_signal_within_its_tolerance_changes_nothing() -> None:
 
 
 def test_changes_are_bounded() -> None:
-    rules = policy({"behavior": {"scaleUp": {"policies": [{**PODS_2, "periodSeconds": 1800}]}}})
+    rules = [policy({"minReplicas": count, "maxReplicas": count}) for count in (1, 2)]
     state: State | None = None
     for second in range(1000):
-        views = workers(1 + second % 2, 1)
-        # Advisory would not note; so the target itself is made to move by maxReplicas.
-        rules = policy({"maxReplicas": 1 + second % 2, "minReplicas": 1 + second % 2})
         now_s = NOW_S + second
-        state = decide(snapshot(views, 1, 1, now_s), state, now_s, rules).state
+        seen = snapshot(workers(1, 1), 1, 1, now_s)
+        state = decide(seen, state, now_s, rules[second % 2]).state
         assert len(state.pools[Pool.PREFILL].changes) <= 256

@@ -58,37 +58,105 @@ def test_the_example_is_read() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("target: 1.0", "targt: 1.0", "10: spec.prefill.signals[0].targt: unknown field; the nearest name is target"),
-        ("behavior:", "behaviour:", "12: spec.prefill.behaviour: unknown field; the nearest name is behavior"),
-        ("roleChange", "rolechange", "22: spec.rolechange: unknown field; the nearest name is roleChange"),
-        ("periodSeconds", "period", "15: spec.prefill.behavior.scaleUp.policies[0].period: unknown field; the nearest name is periodSeconds"),
-        ("QueueSeconds", "QueueSecnds", "10: spec.prefill.signals[0].type: unknown type 'QueueSecnds'; the nearest name is QueueSeconds"),
-        ("KVUtilization", "TTFT", "19: spec.decode.signals[0].type: TTFT is a signal of prefill; decode has"),
+        (
+            "target: 1.0",
+            "targt: 1.0",
+            "10: spec.prefill.signals[0].targt: unknown field; the nearest name is target",
+        ),
+        (
+            "behavior:",
+            "behaviour:",
+            "12: spec.prefill.behaviour: unknown field; the nearest name is behavior",
+        ),
+        (
+            "roleChange",
+            "rolechange",
+            "22: spec.rolechange: unknown field; the nearest name is roleChange",
+        ),
+        (
+            "periodSeconds",
+            "period",
+            "15: spec.prefill.behavior.scaleUp.policies[0].period: unknown field",
+        ),
+        (
+            "QueueSeconds",
+            "QueueSecnds",
+            "10: spec.prefill.signals[0].type: unknown type 'QueueSecnds'; the nearest name is Q",
+        ),
+        (
+            "KVUtilization",
+            "TTFT",
+            "19: spec.decode.signals[0].type: TTFT is a signal of prefill; decode has",
+        ),
         ("TTFT", "ITL", "11: spec.prefill.signals[1].type: ITL is a signal of decode; prefill has"),
-        ("QueueSeconds", "KVUtilization", "10: spec.prefill.signals[0].type: KVUtilization is a signal of decode"),
-        ("KVUtilization", "QueueSeconds", "19: spec.decode.signals[0].type: QueueSeconds is a signal of prefill"),
+        (
+            "QueueSeconds",
+            "KVUtilization",
+            "10: spec.prefill.signals[0].type: KVUtilization is a signal of decode",
+        ),
+        (
+            "KVUtilization",
+            "QueueSeconds",
+            "19: spec.decode.signals[0].type: QueueSeconds is a signal of prefill",
+        ),
         ("type: QueueSeconds, ", "", "10: spec.prefill.signals[0].type: is missing"),
-        ("percentile: 95", "percentile: 90", "11: spec.prefill.signals[1].percentile: must be 95 or 99, not 90"),
-        ("mode: Active", "mode: Advsory", "5: spec.mode: must be Active or Advisory, not 'Advsory'; the nearest is Advisory"),
-        ("kind: AutoscalingPolicy", "kind: Policy", "2: kind: must be AutoscalingPolicy, not 'Policy'"),
+        (
+            "percentile: 95",
+            "percentile: 90",
+            "11: spec.prefill.signals[1].percentile: must be 95 or 99, not 90",
+        ),
+        (
+            "mode: Active",
+            "mode: Advsory",
+            "5: spec.mode: must be Active or Advisory, not 'Advsory'; the nearest is Ad",
+        ),
+        (
+            "kind: AutoscalingPolicy",
+            "kind: Policy",
+            "2: kind: must be AutoscalingPolicy, not 'Policy'",
+        ),
         ("apiVersion: baton/v1\n", "", "1: apiVersion: is missing"),
         ("maxReplicas: 8", 'maxReplicas: "8"', "8: spec.prefill.maxReplicas: "),
         ("maxReplicas: 8", "maxReplicas: yes", "8: spec.prefill.maxReplicas: "),
         ("target: 1.0", "target: 0", "10: spec.prefill.signals[0].target: "),
         ("target: 1.0", "target: .inf", "10: spec.prefill.signals[0].target: "),
-        ("minReplicas: 1", "minReplicas: 9", "8: spec.prefill.maxReplicas: must be at least minReplicas (9), not 8"),
+        (
+            "minReplicas: 1",
+            "minReplicas: 9",
+            "8: spec.prefill.maxReplicas: must be at least minReplicas (9), not 8",
+        ),
         ("min: 0.25", "min: 5", "21: spec.ratio.max: must be at least ratio.min (5), not 4"),
         ("min: 0.25, max: 4", "min: 20, max: 30", "21: spec.ratio: no numbers of workers"),
-        ("roleChange: Never", "roleChange: WhenBudgetIsSpent\n  budget: {gpus: 8}", "23: is not valid YAML: the key 'budget' appears twice"),
-        ("budget: {gpus: 8, priority: Decode}", "mode: Active", "20: is not valid YAML: the key 'mode' appears twice"),
+        (
+            "roleChange: Never",
+            "roleChange: WhenBudgetIsSpent\n  budget: {gpus: 8}",
+            "23: is not valid YAML: the key 'budget' appears twice",
+        ),
+        (
+            "budget: {gpus: 8, priority: Decode}",
+            "mode: Active",
+            "20: is not valid YAML: the key 'mode' appears twice",
+        ),
         ("0 8 *", "0 8 8 *", "25: spec.schedules[0].start: '0 8 8 * * 1-5' is no cron expression"),
         ("0 18 * * 1-5", "0 8 * * 1-5", "26: spec.schedules[0].end: must differ from start"),
-        ("Europe/Berlin", "Europe/Berln", "27: spec.schedules[0].timeZone: unknown time zone 'Europe/Berln'; the nearest name is Europe/Berlin"),
-        ("minReplicas: 4", "minReplicas: 9", "28: spec.schedules[0].prefill.minReplicas: 9 (minReplicas) is more than 8"),
-        ("minReplicas: 4", "maxReplicas: 9", "28: spec.schedules[0].prefill.maxReplicas: must be at most"),
+        (
+            "Europe/Berlin",
+            "Europe/Berln",
+            "27: spec.schedules[0].timeZone: unknown time zone 'Europe/Berln'; the nearest",
+        ),
+        (
+            "minReplicas: 4",
+            "minReplicas: 9",
+            "28: spec.schedules[0].prefill.minReplicas: 9 (minReplicas) is more",
+        ),
+        (
+            "minReplicas: 4",
+            "maxReplicas: 9",
+            "28: spec.schedules[0].prefill.maxReplicas: must be at most",
+        ),
         ("spec:", "spec: [", "6: is not valid YAML"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_named_with_its_line(old: str, new: str, error: str) -> None:
     assert old in TEXT
     with pytest.raises(ConfigError) as caught:
