@@ -135,6 +135,7 @@ class State:
     pools: Mapping[Pool, PoolState]
     measured_s: float | None = None  # of the latest demand that was used
     role_change: RoleChange | None = None
+    role_change_failed_s: float | None = None  # when the latest one that failed was given up
     format: int = field(default=1)  # of the text; other formats are not read
 
 
