@@ -43,7 +43,8 @@ from router.api.validate import (
     with_prompt,
 )
 from router.dispatch.attempt import Emit
-from router.dispatch.dispatcher import Dispatcher, Progress
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.progress import Progress
 from router.errors import RETRY_AFTER_S
 from router.phases import PhaseClock
 from router.request import TokenBatch, TokenRequest

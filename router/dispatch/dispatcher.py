@@ -29,9 +29,9 @@ from core.types import Need, QueueLoad, WorkerKey, WorkerRecord
 from router.admission.expectation import Expectation
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
 from router.dispatch.first_token import first_token_rule
+from router.dispatch.progress import Progress
 from router.dispatch.retry import Retries, RetryLimits
 from router.errors import RETRY_AFTER_S
-from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
     LOCAL_PREFILL,
@@ -77,36 +77,6 @@ class DispatchCounters:
     def local_prefills(self) -> int:
         """Attempts that were placed without a prefill worker."""
         return self.placements[LOCAL_PREFILL]
-
-
-@dataclass(slots=True)
-class Progress:
-    """The state of one request over all its attempts."""
-
-    request: TokenRequest
-    worker_request_id: str  # used once, unlike a client's request id
-    deadline_s: float
-    phases: PhaseClock
-    service_class: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    attempts: int = 0
-    lost_attempts: int = 0  # also those at other routers, before a resume
-    on_lost_attempt: Callable[[int], None] = lambda _count: None  # gets lost_attempts
-    prefill_id: str = ""
-    decode_id: str = ""
-    attempt: Attempt | None = None  # the latest
-
-    @property
-    def remaining_tokens(self) -> int:
-        return self.request.sampling.max_tokens - len(self.token_ids)
-
-    def sampling(self) -> inference_pb2.SamplingParams:
-        """The sampling parameters of the next attempt, for the tokens that are still to come."""
-        sampling = inference_pb2.SamplingParams()
-        sampling.CopyFrom(self.request.sampling)
-        sampling.max_tokens = self.remaining_tokens
-        sampling.min_tokens = max(0, sampling.min_tokens - len(self.token_ids))
-        return sampling
 
 
 @dataclass(frozen=True, slots=True)

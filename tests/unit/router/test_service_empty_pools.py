@@ -96,7 +96,7 @@ async def test_two_routers_have_different_leases() -> None:
         router.registry.available = True
 
 
-async def test_a_failing_lease_makes_no_router_unhealthy() -> None:
+async def test_a_failing_lease_makes_no_router_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
         lease = router.server._lease
         assert lease is not None
@@ -104,7 +104,7 @@ async def test_a_failing_lease_makes_no_router_unhealthy() -> None:
         async def fails(_record: object) -> None:
             raise ZeroDivisionError("a defect of the store's driver")
 
-        router.registry.put_router = fails  # type: ignore[method-assign]
+        monkeypatch.setattr(router.registry, "put_router", fails)
         before = lease.record().renewals
         await until(lambda: lease.record().renewals > before + 2, what="the lease is tried again")
         assert await status(router) == SERVING
