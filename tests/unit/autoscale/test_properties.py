@@ -113,7 +113,7 @@ class World:
 
     def age(self, view: WorkerView) -> WorkerView | None:
         """Return the worker a second later."""
-        moves = {
+        moves: dict[Phase, list[Phase | None]] = {
             Phase.PENDING: [Phase.PENDING, Phase.STARTING],
             Phase.STARTING: [Phase.STARTING, Phase.READY],
             Phase.READY: [Phase.READY],
