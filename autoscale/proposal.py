@@ -132,6 +132,7 @@ def _votes(
     demand: PoolDemand,
     now_s: float,
 ) -> list[Vote]:
+    behavior = policy.behavior
     settle_s = max(spec.warmup_seconds, demand.latency_window_s)
     measured = Measured(
         state.target,
@@ -139,8 +140,9 @@ def _votes(
         state.tokens_per_s,
         state.kv_tokens_total,
         len(workers.ready_since(now_s - settle_s)),
-        policy.behavior.scale_up.tolerance,
-        policy.behavior.scale_down.tolerance,
+        behavior.scale_up.tolerance,
+        behavior.scale_down.tolerance,
+        margin=behavior.scale_down.tolerance if workers.pool is Pool.DECODE else 0.0,
     )
     votes = [evaluate(index, signal, measured) for index, signal in enumerate(policy.signals)]
     if not measured.is_idle:

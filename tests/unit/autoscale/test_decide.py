@@ -464,6 +464,19 @@ def test_a_worker_without_a_place_is_given_up_and_tried_again() -> None:
     assert unplaced.retry_s == NOW_S + 152 + 50  # 60 s is more than the longest time
 
 
+def test_workers_that_were_ordered_together_fail_once() -> None:
+    stuck = [worker(f"p{i}", Phase.PENDING, phase_since_s=NOW_S + i) for i in (1, 2)]
+    state: State | None = None
+    for second in (3, 62, 63):  # the first one stays for a while after it was given up
+        seen = snapshot((*workers(1, 1), *stuck), 3, 1, NOW_S + second)
+        decision = run(policy(), seen, state, second)
+        state = decision.state
+    assert actions(decision, ActionKind.REMOVE) == ["p2", "p1"]
+    unplaced = state.pools[Pool.PREFILL].unplaced if state is not None else None
+    assert unplaced is not None
+    assert (unplaced.failures, unplaced.retry_s) == (1, NOW_S + 62 + 60)
+
+
 def test_a_place_that_is_found_ends_the_wait() -> None:
     rules = policy()
     stuck = worker("p9", Phase.PENDING, phase_since_s=NOW_S - 100)
