@@ -9,6 +9,7 @@ import pytest
 from core.state.registry import MemoryRegistry
 from core.types import Pool, WorkerOrder, WorkerRecord, WorkerState
 from tests.support.registry_rules import DECODE
+from tests.support.waiting import until
 from worker.lease import Lease
 
 pytestmark = pytest.mark.asyncio
@@ -21,12 +22,15 @@ class SlowRegistry(MemoryRegistry):
         super().__init__(lease_s=3600)
         self.gate = asyncio.Event()
         self.puts = 0
+        self.answered = 0
 
     async def put(self, record: WorkerRecord) -> WorkerOrder | None:
         self.puts += 1
         if self.puts == 1:
             await self.gate.wait()
-        return await super().put(record)
+        order = await super().put(record)
+        self.answered += 1
+        return order
 
 
 def lease(registry: MemoryRegistry, orders: list[WorkerOrder]) -> Lease:
@@ -37,12 +41,12 @@ async def test_an_older_record_does_not_overtake_a_newer_one() -> None:
     registry = SlowRegistry()
     one = lease(registry, [])
     renewing = asyncio.create_task(one.keep())
-    while not registry.puts:  # noqa: ASYNC110 - the event loop runs the task next
-        await asyncio.sleep(0)
+    await until(lambda: registry.puts == 1, what="a renewal is under way")
     publishing = asyncio.create_task(one.publish(pool=Pool.PREFILL, state=WorkerState.STARTING))
     await asyncio.sleep(0)
     registry.gate.set()
     assert await publishing
+    await until(lambda: registry.answered == 2, what="both records are written")
     (record,) = await registry.list()
     assert (record.pool, record.state) == (Pool.PREFILL, WorkerState.STARTING)
     renewing.cancel()

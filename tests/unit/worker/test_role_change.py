@@ -551,3 +551,27 @@ async def test_only_a_decode_worker_pairs_with_workers_that_come_later() -> None
         await worker.change(Pool.DECODE)
         later = requested[requested.index((Pool.PREFILL, frozenset())) + 1 :]
         assert later == [(Pool.DECODE, frozenset({"p1", "p2"}))]
+
+
+async def test_pairs_that_an_outage_prevents_are_made_after_it() -> None:
+    async with Worker(Pool.DECODE) as worker:
+        registry, requested = worker.registry, worker.engine.requested
+        await registry.put(PREFILL)
+        wanted = [(Pool.DECODE, frozenset({PREFILL.incarnation}))]
+        await until(lambda: requested[-1:] == wanted, what="the pair was requested")
+        await worker.change(Pool.PREFILL)
+        requested.clear()
+
+        def on_put(record: WorkerRecord) -> None:
+            if record.state is WorkerState.DRAINING:
+                registry.available = False
+
+        registry.after_put = on_put
+        await worker.order(Pool.DECODE)
+        await until(lambda: not registry.available, what="the registry is away")
+        change = worker.replica._changing
+        await until(lambda: change is not None and change.done(), what="it has changed")
+        assert not requested
+        registry.after_put = lambda _: None
+        registry.available = True
+        await until(lambda: requested[-1:] == wanted, what="the pair was requested again")
