@@ -243,20 +243,23 @@ def processes_of(cluster_id: str, kind: str | None = None) -> list[ClusterProces
     return sorted((each for each in found if each.kind in wanted), key=_started_s)
 
 
-def start(folder: Path, name: str, config: str, sizes: Mapping[Pool, int]) -> LiveCluster:
+def start(
+    folder: Path, name: str, config: str, sizes: Mapping[Pool, int], *, settings: str = ""
+) -> LiveCluster:
     """Start a cluster and wait until it is ready. ``stop`` ends it.
 
     Args:
         folder: for the cluster's files.
         config: YAML without the section ``cluster``.
         sizes: number of workers in each pool.
+        settings: more settings of the section ``cluster``, such as ", role_change: true".
     """
     run_dir, config_file, log = folder / "run", folder / f"{name}.yaml", folder / f"{name}.log"
-    settings = (
+    section = (
         f"name: {name}, run_dir: {run_dir}, start_timeout_s: {START_S}, stop_grace_s: {GRACE_S}, "
-        f"connection_silence_s: {SILENCE_S}"
+        f"connection_silence_s: {SILENCE_S}{settings}"
     )
-    config_file.write_text(f"cluster: {{{settings}}}\n{config}")
+    config_file.write_text(f"cluster: {{{section}}}\n{config}")
     flags = [word for pool in Pool for word in (f"--{pool}", str(sizes[pool]))]
     with log.open("w") as output:
         launcher = subprocess.Popen(
