@@ -17,10 +17,9 @@ from core.types import Pool
 
 # A load is remembered in steps of 5%, so that a window of loads is bounded.
 _LOAD_STEP = math.log(1.05)
-# The count that was too few for a load is not tried again with 90% of that load for each worker.
-# After an hour it is, because prompts and outputs may have become shorter.
+# A pool does not shrink if each worker would then have 90% of the load with which there were too few.
 _TOO_FEW_FRACTION = 0.9
-_TOO_FEW_MEMORY_S = 3600.0
+_TOO_FEW_MEMORY_S = 3600.0  # after an hour it does: prompts and outputs may have become shorter
 
 
 @dataclass(frozen=True, slots=True)

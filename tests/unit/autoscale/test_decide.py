@@ -348,6 +348,13 @@ def test_a_worker_changes_its_role_if_the_budget_is_spent() -> None:
     assert (action.kind, action.pool, action.worker) == (ActionKind.CHANGE_ROLE, Pool.DECODE, "p1")
 
 
+def test_no_role_changes_for_a_worker_whose_gpus_are_about_to_be_free() -> None:
+    views = (*views_that_change(2, 1), worker("p9", Phase.LEAVING))
+    decision = run(policy(**CHANGING), snapshot(views, 1, 2))
+    assert not actions(decision, ActionKind.CHANGE_ROLE)
+    assert targets(decision) == (1, 2)
+
+
 def test_a_change_of_role_is_followed_until_the_worker_is_ready() -> None:
     rules = policy(**CHANGING)
     decision = run(rules, snapshot(views_that_change(3, 1), 1, 2))
