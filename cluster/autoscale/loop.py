@@ -42,7 +42,7 @@ from core.state.store import Store
 from core.tasks import Supervisor
 from core.types import Pool, PoolPlan, WorkerRecord, WorkerState
 
-_STEP_S = 1.0
+_STEP_S = 1.0  # each step costs a listing of Serve's applications
 # A worker that could not start is tried again after 1, 2, 4, … seconds.
 _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0

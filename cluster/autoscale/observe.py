@@ -13,6 +13,7 @@ from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
 from cluster.autoscale.apps import AppState, WorkerApp
 from core.histogram import Histogram
 from core.types import Need, Pool, RouterRecord, WorkerRecord, WorkerShare, WorkerState
+from router.signals import LATENCY_WINDOW_S
 
 # A request that waits for one of these waits for the pool.
 _NEEDS = {Pool.PREFILL: (Need.PREFILL, Need.BOTH), Pool.DECODE: (Need.DECODE, Need.BOTH)}
@@ -147,4 +148,5 @@ def _demand(pool: Pool, routers: tuple[RouterRecord, ...]) -> PoolDemand:
         arrival_requests_per_s=requests,
         arrival_tokens_per_s=tokens,
         latency_s=sum(latencies, Histogram()),
+        latency_window_s=LATENCY_WINDOW_S,
     )

@@ -21,7 +21,7 @@ from core.errors import ConfigError, UnavailableError
 from core.state.autoscale import AutoscaleStore
 
 _APPLY_TIMEOUT_S = 15.0  # the autoscaler looks once a second; its replacement starts within seconds
-_POLL_S = 0.1
+_POLL_S = 0.1  # the autoscaler looks once a second
 
 T = TypeVar("T")
 

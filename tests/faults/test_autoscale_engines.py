@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 # pools have the same engine.
 CONFIG = """\
 model: {dtype: float32, max_model_len: 2048}
-router: {port: 0}
+router: {port: 0, classes: {interactive: {queue_timeout_s: 300}}}
 prefill:
   cpu_binding: ["0"]
   engine: {max_num_batched_tokens: 256, enable_prefix_caching: false}
@@ -74,7 +74,7 @@ def policy(least: int = 1, **spec: Any) -> dict[str, Any]:
         "metadata": {"name": "test"},
         "spec": {
             "warmupSeconds": 0,
-            "prefill": {**pool, "signals": [{"type": "QueueRequests", "target": 6}]},
+            "prefill": {**pool, "signals": [{"type": "QueueRequests", "target": 3}]},
             "decode": {**pool, "signals": [{"type": "QueueRequests", "target": 8}]},
             **spec,
         },
@@ -131,7 +131,7 @@ def test_each_pool_grows_alone_and_a_worker_changes_its_role(
 
         budget = {"gpus": 3, "priority": "Neither"}
         apply(cluster, tmp_path, policy(budget=budget, roleChange="WhenBudgetIsSpent"))
-        with Load(address, many(LONG_PROMPT, 8)) as load:
+        with Load(address, many(LONG_PROMPT, 5)) as load:
             wait_for_sizes(cluster, 2, 1)
             load.finish()
         check(load, answers)
