@@ -60,6 +60,28 @@ class WorkerRecord:
         return self.id, self.incarnation
 
 
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """What the autoscaler plans for a pool. It writes this for the routers."""
+
+    pool: Pool
+    target_workers: int  # that should exist now
+    max_workers: int  # that may exist; 0: none will come
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySnapshot:
+    """What routers read in the registry."""
+
+    workers: tuple[WorkerRecord, ...]  # with valid leases, ordered by id
+    plans: tuple[PoolPlan, ...] = ()  # empty if no autoscaler has written any lately
+
+    @property
+    def coming(self) -> frozenset[Pool]:
+        """The pools for which the autoscaler may start workers."""
+        return frozenset(plan.pool for plan in self.plans if plan.max_workers > 0)
+
+
 class Need(enum.StrEnum):
     """What a request waits for at its router."""
 
@@ -95,16 +117,22 @@ class WorkerShare:
 
 @dataclass(frozen=True, slots=True)
 class RouterRecord:
-    """One router's lease in the registry, with what it measures."""
+    """One router's lease in the registry, with what it measures.
+
+    A request is either in ``queues`` or in ``shares``. So the sums over all routers are the load of
+    the cluster.
+    """
 
     id: str
     address: str  # gRPC, "host:port"
     queues: tuple[QueueLoad, ...] = ()
     shares: tuple[WorkerShare, ...] = ()
-    # Over the latest ``window_s`` seconds.
+    # Over the latest ``window_s`` seconds. Requests that were refused count, too.
     window_s: float = 0.0
     arrived_requests: int = 0
     arrived_prompt_tokens: int = 0
-    output_tokens: int = 0
+    output_tokens: int = 0  # from decode workers
+    # Over a longer window (router/signals.py). TTFT is from the request's arrival at the router to
+    # its first token there.
     ttft_s: Histogram = field(default_factory=Histogram)
     itl_s: Histogram = field(default_factory=Histogram)

@@ -1,28 +1,37 @@
-"""The registry of live workers: their addresses, states and loads.
+"""The registry of live workers and routers, and what the autoscaler plans for the pools.
 
 A worker's record is a lease. The worker renews it while it is alive. Without a renewal, the record
-expires after ``lease_s``, so routers stop using a dead worker without any other action.
+expires after ``lease_s``, so routers stop using a dead worker without any other action. A router's
+record is a lease, too: what a dead router has measured is forgotten.
 
     baton:{cluster}:worker:{id}   JSON of the record; expires after lease_s
     baton:{cluster}:workers       set of the ids, so that a listing need not scan all keys
     baton:{cluster}:drain:{id}    exists if the worker was asked to drain; the next put deletes it
+    baton:{cluster}:router:{id}   JSON of a router's record; expires after lease_s
+    baton:{cluster}:routers       set of the routers' ids
+    baton:{cluster}:pools         JSON of the pools' plans; expires some leases after the last write
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from core.errors import UnavailableError
-from core.state.redis import RedisClient
-from core.types import WorkerRecord
+from core.state.redis import Command, RedisClient
+from core.types import PoolPlan, RegistrySnapshot, RouterRecord, WorkerRecord
 
 # Lifetime of the set of ids and of drain requests, in leases. They outlive a short absence of all
 # workers, and expire some time after the cluster ends.
 _INDEX_LEASES = 100
+# Lifetime of the pools' plans, in leases: about the time in which an autoscaler that died is
+# replaced. Meanwhile, requests that wait for a pool's first worker must not be refused.
+_PLAN_LEASES = 10
+
+T = TypeVar("T")
 
 
 class Registry(Protocol):
@@ -43,6 +52,24 @@ class Registry(Protocol):
     async def list(self) -> tuple[WorkerRecord, ...]:
         """Return the workers with valid leases, ordered by id."""
 
+    async def snapshot(self) -> RegistrySnapshot:
+        """Return the workers, as ``list`` does, and the pools' plans.
+
+        Plans that cannot be read count as missing.
+        """
+
+    async def put_plans(self, plans: tuple[PoolPlan, ...]) -> None:
+        """Replace the plans of all pools. Without another call, they expire."""
+
+    async def put_router(self, record: RouterRecord) -> None:
+        """Take or renew the lease of a router."""
+
+    async def remove_router(self, router_id: str) -> None:
+        """End a router's lease. An unknown id is not an error."""
+
+    async def list_routers(self) -> tuple[RouterRecord, ...]:
+        """Return the routers with valid leases, ordered by id."""
+
     async def close(self) -> None:
         """Disconnect. Leases stay until they expire. Idempotent."""
 
@@ -62,14 +89,15 @@ class RedisRegistry:
         self._prefix = f"baton:{cluster}:worker:"
         self._index = f"baton:{cluster}:workers"
         self._drain = f"baton:{cluster}:drain:"
+        self._router_prefix = f"baton:{cluster}:router:"
+        self._router_index = f"baton:{cluster}:routers"
+        self._plans = f"baton:{cluster}:pools"
         self._lease_ms = round(lease_s * 1000)
 
     async def put(self, record: WorkerRecord) -> bool:
         """See ``Registry``."""
         *_, asked = await self._client.execute(
-            ("SET", self._prefix + record.id, msgspec.json.encode(record), "PX", self._lease_ms),
-            ("SADD", self._index, record.id),
-            ("PEXPIRE", self._index, self._lease_ms * _INDEX_LEASES),
+            *self._renewal(self._prefix, self._index, record),
             ("GETDEL", self._drain + record.id),
         )
         return asked is not None
@@ -88,17 +116,62 @@ class RedisRegistry:
 
     async def list(self) -> tuple[WorkerRecord, ...]:
         """See ``Registry``."""
-        ids: list[bytes] = sorted((await self._client.execute(("SMEMBERS", self._index)))[0])
-        if not ids:
-            return ()
-        keys = [self._prefix.encode() + worker_id for worker_id in ids]
+        return (await self.snapshot()).workers
+
+    async def snapshot(self) -> RegistrySnapshot:
+        """See ``Registry``."""
+        values, plans = await self._read(self._prefix, self._index, self._plans)
+        workers = tuple(decode_record(value) for value in values)
+        return RegistrySnapshot(workers, decode_plans(plans) if plans is not None else ())
+
+    async def put_plans(self, plans: tuple[PoolPlan, ...]) -> None:
+        """See ``Registry``."""
+        ttl_ms = self._lease_ms * _PLAN_LEASES
+        await self._client.execute(("SET", self._plans, msgspec.json.encode(plans), "PX", ttl_ms))
+
+    async def put_router(self, record: RouterRecord) -> None:
+        """See ``Registry``."""
+        await self._client.execute(*self._renewal(self._router_prefix, self._router_index, record))
+
+    async def remove_router(self, router_id: str) -> None:
+        """See ``Registry``."""
+        await self._client.execute(
+            ("DEL", self._router_prefix + router_id), ("SREM", self._router_index, router_id)
+        )
+
+    async def list_routers(self) -> tuple[RouterRecord, ...]:
+        """See ``Registry``."""
+        values, _ = await self._read(self._router_prefix, self._router_index)
+        return tuple(decode_router(value) for value in values)
+
+    def _renewal(
+        self, prefix: str, index: str, record: WorkerRecord | RouterRecord
+    ) -> tuple[Command, ...]:
+        return (
+            ("SET", prefix + record.id, msgspec.json.encode(record), "PX", self._lease_ms),
+            ("SADD", index, record.id),
+            ("PEXPIRE", index, self._lease_ms * _INDEX_LEASES),
+        )
+
+    async def _read(
+        self, prefix: str, index: str, another: str | None = None
+    ) -> tuple[list[bytes], bytes | None]:
+        """Return the records whose ids are in a set, ordered by id, and the value of ``another``
+        key, which comes with the same answer."""
+        ids: list[bytes] = sorted((await self._client.execute(("SMEMBERS", index)))[0])
+        keys = [prefix.encode() + each for each in ids]
+        if another is not None:
+            keys.append(another.encode())
+        if not keys:
+            return [], None
         values: list[bytes | None] = (await self._client.execute(("MGET", *keys)))[0]
-        # If a worker takes its lease again before this SREM, the set of ids lacks the worker until
-        # its next renewal.
-        expired = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
+        other = values.pop() if another is not None else None
+        # If a lease is taken again before this SREM, the set of ids lacks it until its next
+        # renewal.
+        expired = [each for each, value in zip(ids, values, strict=True) if value is None]
         if expired:
-            await self._client.execute(("SREM", self._index, *expired))
-        return tuple(decode_record(value) for value in values if value is not None)
+            await self._client.execute(("SREM", index, *expired))
+        return [value for value in values if value is not None], other
 
     async def close(self) -> None:
         """See ``Registry``."""
@@ -118,6 +191,8 @@ class MemoryRegistry:
         self._clock = clock
         self._leases: dict[str, tuple[float, WorkerRecord]] = {}  # id -> (end of lease, record)
         self._to_drain: set[str] = set()
+        self._routers: dict[str, tuple[float, RouterRecord]] = {}
+        self._plans: tuple[float, tuple[PoolPlan, ...]] = (0.0, ())
         self.available = True  # False: every call fails, as if the store did not answer
 
     async def put(self, record: WorkerRecord) -> bool:
@@ -140,13 +215,44 @@ class MemoryRegistry:
 
     async def list(self) -> tuple[WorkerRecord, ...]:
         """See ``Registry``."""
+        return (await self.snapshot()).workers
+
+    async def snapshot(self) -> RegistrySnapshot:
+        """See ``Registry``."""
         self._check()
-        now_s = self._clock()
-        self._leases = {key: lease for key, lease in self._leases.items() if lease[0] > now_s}
-        return tuple(self._leases[worker_id][1] for worker_id in sorted(self._leases))
+        until_s, plans = self._plans
+        workers = self._valid(self._leases)
+        return RegistrySnapshot(workers, plans if until_s > self._clock() else ())
+
+    async def put_plans(self, plans: tuple[PoolPlan, ...]) -> None:
+        """See ``Registry``."""
+        self._check()
+        self._plans = self._clock() + _PLAN_LEASES * self._lease_s, plans
+
+    async def put_router(self, record: RouterRecord) -> None:
+        """See ``Registry``."""
+        self._check()
+        self._routers[record.id] = (self._clock() + self._lease_s, record)
+
+    async def remove_router(self, router_id: str) -> None:
+        """See ``Registry``."""
+        self._check()
+        self._routers.pop(router_id, None)
+
+    async def list_routers(self) -> tuple[RouterRecord, ...]:
+        """See ``Registry``."""
+        self._check()
+        return self._valid(self._routers)
 
     async def close(self) -> None:
         """See ``Registry``."""
+
+    def _valid(self, leases: dict[str, tuple[float, T]]) -> tuple[T, ...]:
+        """Drop expired leases. Return the records of the others, ordered by id."""
+        now_s = self._clock()
+        for each in [each for each, (until_s, _) in leases.items() if until_s <= now_s]:
+            del leases[each]
+        return tuple(leases[each][1] for each in sorted(leases))
 
     def _check(self) -> None:
         if not self.available:
@@ -161,8 +267,29 @@ def decode_record(value: bytes) -> WorkerRecord:
     Raises:
         UnavailableError: ``value`` is not a record, so another program writes to the same keys.
     """
+    return _decode(value, WorkerRecord)
+
+
+def decode_router(value: bytes) -> RouterRecord:
+    """Decode a router's record, as ``decode_record`` does.
+
+    Raises:
+        UnavailableError: ``value`` is not a record. Without it, the numbers would be too low.
+    """
+    return _decode(value, RouterRecord)
+
+
+def decode_plans(value: bytes) -> tuple[PoolPlan, ...]:
+    """Decode the pools' plans; none if they cannot be read."""
     try:
-        return msgspec.json.decode(value, type=WorkerRecord)
+        return msgspec.json.decode(value, type=tuple[PoolPlan, ...])
+    except msgspec.MsgspecError:
+        return ()
+
+
+def _decode(value: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(value, type=kind)
     except msgspec.MsgspecError as error:
         raise UnavailableError(
             f"the registry holds a record that cannot be read: {error}",

@@ -1,4 +1,4 @@
-"""Decides which requests wait, which are refused and which runs next. Pure; used by ``gate``.
+"""Decides which requests wait, which are refused and which runs next. Pure; used by ``turns``.
 
 A request runs immediately if no other request waits, fewer than ``max_concurrent`` run, and workers
 have room for it (``router.placement``). Otherwise it waits in the queue of its service class.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -44,6 +44,7 @@ class AdmissionLimits:
 
     max_concurrent: int
     classes: Mapping[str, ClassLimits]
+    cold_start_timeout_s: float = 180.0  # replaces queue_timeout_s while a pool has no worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,16 @@ class AdmissionRequest:
         deadline_s: on the clock of ``now_s``.
         service_s: how long the request will likely run; 0 if unknown.
         cost: how much of its class's share the request uses, in any unit.
+        prompt_tokens: to compute. These two are only reported, for the autoscaler.
+        kv_tokens: that will likely need KV when the request ends.
     """
 
     service_class: str
     deadline_s: float
     service_s: float = 0.0
     cost: float = 1.0
+    prompt_tokens: int = 0
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,10 @@ class Queues(Generic[T]):
 
     def __len__(self) -> int:
         return sum(len(queue.entries) for queue in self._queues.values())
+
+    def __iter__(self) -> Iterator[tuple[AdmissionRequest, T]]:
+        """All waiting requests: class by class, in each the earliest deadline first."""
+        return (entry[2:] for queue in self._queues.values() for entry in queue.entries)
 
     def waiting(self, service_class: str) -> int:
         """The number of waiting requests of one class."""

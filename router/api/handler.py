@@ -44,8 +44,8 @@ from router.api.validate import (
 )
 from router.dispatch.attempt import Emit
 from router.dispatch.dispatcher import Dispatcher, Progress
+from router.errors import RETRY_AFTER_S
 from router.phases import PhaseClock
-from router.placement.policy import RETRY_AFTER_S
 from router.request import TokenBatch, TokenRequest
 from router.resume.journal import NOT_RESUMABLE, Entry, Journal, batches_of
 from router.text.codec import TextCodec
@@ -227,7 +227,11 @@ class RequestHandler:
         token_ids = await self._tokenise(checked)
         ready = with_prompt(checked, token_ids, self._text.model)
         wanted = replace(
-            wanted, service_s=self._dispatcher.service_s(ready), cost=len(ready.prompt)
+            wanted,
+            service_s=self._dispatcher.service_s(ready),
+            cost=len(ready.prompt),
+            prompt_tokens=len(ready.prompt),
+            kv_tokens=self._dispatcher.kv_tokens(ready),
         )
         async with self.admission.admit(wanted, lambda: self._dispatcher.place(ready)) as permit:
             await call.sink.accept()
@@ -253,6 +257,8 @@ class RequestHandler:
                 self.admission.class_of(journaled.request.service_class),
                 call.deadline_s,
                 cost=len(ready.prompt),
+                prompt_tokens=len(ready.prompt),
+                kv_tokens=self._dispatcher.kv_tokens(ready),
             )
             # The request has been admitted before, so it takes no permit for room on the workers,
             # and passes those that wait for room.

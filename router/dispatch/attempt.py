@@ -37,10 +37,8 @@ from router.dispatch.assemble import (
     FirstTokenDiffersError,
     ProtocolViolationError,
 )
-from router.placement.policy import (
-    RETRY_AFTER_S,
-    Placement,
-)
+from router.errors import RETRY_AFTER_S
+from router.placement.policy import Placement
 from router.request import UNFINISHED, TokenBatch
 from router.workers.client import DecodeCall, PrefillCall, WorkerClient
 

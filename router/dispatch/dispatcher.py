@@ -30,16 +30,17 @@ from router.admission.expectation import Expectation
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
 from router.dispatch.first_token import first_token_rule
 from router.dispatch.retry import Retries, RetryLimits
+from router.errors import RETRY_AFTER_S
 from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
     LOCAL_PREFILL,
-    RETRY_AFTER_S,
     LocalPrefill,
     Placement,
     PlacementFacts,
 )
 from router.request import TokenBatch, TokenRequest
+from router.room import NoRoom
 from router.workers.client import WorkerClient
 from router.workers.membership import Workers
 
@@ -128,8 +129,8 @@ class Dispatcher:
         self._expectation = Expectation()
         self.counters = DispatchCounters()
 
-    def place(self, request: TokenRequest) -> PlacementPermit | None:
-        """Reserve workers for a new request; None if a needed pool has no worker with room now.
+    def place(self, request: TokenRequest) -> PlacementPermit | NoRoom:
+        """Reserve workers for a new request; NoRoom if a needed pool has no room now.
 
         Raises:
             UnavailableError: a pool that the request needs has no usable worker.
@@ -140,6 +141,11 @@ class Dispatcher:
     def service_s(self, request: TokenRequest) -> float:
         """How long a request will likely run; 0 if unknown."""
         return self._expectation.service_s(request.sampling.max_tokens)
+
+    def kv_tokens(self, request: TokenRequest) -> int:
+        """How many tokens of a request will likely need KV when it ends."""
+        growth_tokens = self._expectation.growth_tokens(request.sampling.max_tokens)
+        return len(request.prompt) + growth_tokens
 
     async def run(
         self, progress: Progress, emit: Emit, permit: PlacementPermit | None = None
@@ -191,7 +197,7 @@ class Dispatcher:
             facts = replace(facts, excluded=retries.excluded(self._clock()))
             try:
                 permit = self._ledger.place(self._workers.snapshot, facts)
-                assert permit is not None, "None is only for requests that may wait"
+                assert not isinstance(permit, NoRoom), "only for requests that may wait"
                 return permit
             except UnavailableError:
                 if retries.last is None:

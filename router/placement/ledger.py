@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from core.errors import UnavailableError
 from core.types import Pool, WorkerKey, WorkerRecord
+from router.errors import no_worker_error
 from router.placement.policy import (
-    RETRY_AFTER_S,
     NoWorker,
     OwnLoad,
     Placement,
@@ -18,6 +17,7 @@ from router.placement.policy import (
     decide_placement,
     tokens_on,
 )
+from router.room import NoRoom
 
 RATE_MEMORY = 0.98  # decay of a prefill rate at each prompt; about the latest 50 prompts count
 
@@ -92,19 +92,22 @@ class PlacementLedger:
 
     def place(
         self, snapshot: tuple[WorkerRecord, ...], facts: PlacementFacts
-    ) -> PlacementPermit | None:
+    ) -> PlacementPermit | NoRoom:
         """Choose workers and count the request on them.
 
-        Returns None if a needed pool has no worker with room and the request may wait.
+        Returns NoRoom if a needed pool has no worker with room and the request may wait.
 
         Raises:
-            UnavailableError: a pool that the request needs has no usable worker.
+            UnavailableError: a pool that the request needs has no usable worker, and the request
+                may not wait for one.
         """
         placement = decide_placement(snapshot, facts, self._state, self._limits, self._clock())
-        if placement is None:
-            return None
+        if isinstance(placement, NoRoom):
+            return placement
         if isinstance(placement, NoWorker):
-            raise _unavailable(placement)
+            known = placement.known
+            detail = f"{known} known, none usable" if known else "none is known"
+            raise no_worker_error(placement.pool, detail)
         self._state = placement.state
         return PlacementPermit(placement, self, facts)
 
@@ -186,12 +189,3 @@ class _Account:
             peak_tokens=max((tokens for _, tokens in reported), default=0),
             tokens_per_s=self._done_tokens / self._busy_s if self._busy_s else 0.0,
         )
-
-
-def _unavailable(missing: NoWorker) -> UnavailableError:
-    detail = f"{missing.known} known, none usable" if missing.known else "none is known"
-    return UnavailableError(
-        f"no {missing.pool} worker can take the request ({detail})",
-        reason=f"NO_{missing.pool.upper()}_WORKER",
-        retry_after_s=RETRY_AFTER_S,
-    )

@@ -19,15 +19,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from core.types import Pool, WorkerKey, WorkerRecord, WorkerState
+from router.room import NoRoom
 
 LocalPrefill = Literal["never", "fallback", "always"]
 
 KV_SCARCE_FRACTION = 0.05  # a decode worker with fewer free blocks will soon preempt
 BUSY_REQUESTS = 2  # keep a prefill worker busy: one prompt is computed, the next is already there
 KV_STEPS = 10  # KV use is compared in tenths, so that workers take turns despite small differences
-# If a worker was paused and lost its lease, it is back after one renewal, within a second. A worker
-# that is starting takes longer, and the client will try again.
-RETRY_AFTER_S = 1.0
 
 # Reasons of placements; the router counts and logs them.
 LEAST_LOADED = "least_loaded"
@@ -79,6 +77,7 @@ class PlacementFacts:
         local_prefill: whether the decode worker prefills: never, as a fallback when no prefill
             worker is usable, or always.
         may_wait: the request can wait until there is room.
+        coming: pools that may get workers soon. A request that may wait waits for the first one.
         excluded: workers that failed this request before.
         preferred_decode: the decode worker that already holds the prompt's KV.
     """
@@ -89,6 +88,7 @@ class PlacementFacts:
     growth_tokens: int
     local_prefill: LocalPrefill
     may_wait: bool = False
+    coming: frozenset[Pool] = frozenset()
     excluded: frozenset[WorkerKey] = frozenset()
     preferred_decode: WorkerKey | None = None
 
@@ -121,31 +121,36 @@ def decide_placement(
     state: PlacementState,
     limits: PlacementLimits,
     now_s: float,
-) -> Placement | NoWorker | None:
+) -> Placement | NoRoom | NoWorker:
     """Choose the workers for one attempt.
 
-    Returns None if a needed pool has no worker with room and the request may wait.
+    Returns NoRoom if a needed pool has no worker with room and the request may wait.
     """
-    prefills = _usable(Pool.PREFILL, snapshot, facts, state, now_s)
-    decodes = _usable(Pool.DECODE, snapshot, facts, state, now_s)
-    if facts.local_prefill == "always":
-        prefills = []
-    elif not prefills and facts.local_prefill == "never":
-        return _no_worker(Pool.PREFILL, snapshot)
-    one_token = bool(prefills) and facts.max_tokens == 1
-    if not decodes and not one_token:
-        return _no_worker(Pool.DECODE, snapshot)
-    prefill = _choose(Pool.PREFILL, prefills, snapshot, facts, state, limits)
-    decode = None
-    if not one_token:
-        decode = _choose(Pool.DECODE, decodes, snapshot, facts, state, limits)
-    if (prefills and prefill is None) or (not one_token and decode is None):
-        return None
+    usable = {pool: _usable(pool, snapshot, facts, state, now_s) for pool in Pool}
+    needed = _needed(facts, has_prefill=bool(usable[Pool.PREFILL]))
+    empty = frozenset(pool for pool in needed if not usable[pool])
+    for pool in needed:
+        if pool in empty and not (facts.may_wait and pool in facts.coming):
+            return NoWorker(pool, known=sum(record.pool is pool for record in snapshot))
+    chosen = {pool: _choose(pool, usable[pool], snapshot, facts, state, limits) for pool in needed}
+    full = frozenset(pool for pool, record in chosen.items() if record is None)
+    if full:
+        return NoRoom(full, empty)
+    prefill, decode = chosen.get(Pool.PREFILL), chosen.get(Pool.DECODE)
     after = replace(state, turn=state.turn + 1)
-    if one_token:
+    if decode is None:
         return Placement(None, prefill, ONE_TOKEN, after)
     reason = LEAST_LOADED if prefill is not None else LOCAL_PREFILL
     return Placement(decode, prefill, reason, after)
+
+
+def _needed(facts: PlacementFacts, *, has_prefill: bool) -> tuple[Pool, ...]:
+    """The pools that an attempt uses."""
+    if facts.local_prefill == "always" or (facts.local_prefill == "fallback" and not has_prefill):
+        return (Pool.DECODE,)
+    if facts.max_tokens == 1:
+        return (Pool.PREFILL,)
+    return (Pool.PREFILL, Pool.DECODE)
 
 
 def tokens_on(record: WorkerRecord, facts: PlacementFacts) -> int:
@@ -255,7 +260,3 @@ def _decode_score(record: WorkerRecord, own: OwnLoad) -> tuple[float, ...]:
     free_fraction = load.kv_blocks_free / max(load.kv_blocks_total, 1)
     used_steps = int((1 - free_fraction) * KV_STEPS)
     return free_fraction < KV_SCARCE_FRACTION, streams, used_steps
-
-
-def _no_worker(pool: Pool, snapshot: tuple[WorkerRecord, ...]) -> NoWorker:
-    return NoWorker(pool, known=sum(record.pool is pool for record in snapshot))

@@ -34,7 +34,7 @@ from core.state.orders import ROUTER, Orders, StartFailure, report_failure
 from core.state.redis import RedisClient
 from core.state.registry import RedisRegistry
 from core.state.store import Store
-from core.types import Pool
+from core.types import Pool, RegistrySnapshot
 from router.api.validate import MAX_REQUEST_ID_CHARS
 from tests.support import journal_rules
 from tests.support import registry_rules as rules
@@ -123,6 +123,42 @@ async def test_a_removed_worker_can_come_back(registry: RedisRegistry) -> None:
     await rules.check_a_removed_worker_can_come_back(registry)
 
 
+async def test_routers(registry: RedisRegistry) -> None:
+    await rules.check_routers(registry)
+
+
+async def test_plans(registry: RedisRegistry) -> None:
+    await rules.check_plans(registry)
+
+
+async def test_an_unreadable_router_or_plan_does_not_hide_the_workers(
+    url: str, name: str, registry: RedisRegistry
+) -> None:
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+    await registry.put(rules.DECODE)
+    await registry.put_router(rules.ROUTER)
+    await client.execute(
+        ("SET", f"baton:{name}:router:{rules.ROUTER.id}", "?", "PX", 60_000),
+        ("SET", f"baton:{name}:pools", "?", "PX", 60_000),
+    )
+    assert await registry.snapshot() == RegistrySnapshot((rules.DECODE,))
+    with pytest.raises(UnavailableError, match="cannot be read"):
+        await registry.list_routers()
+    await client.close()
+
+
+async def test_every_key_of_routers_and_plans_expires(
+    url: str, name: str, registry: RedisRegistry
+) -> None:
+    client = RedisClient(url, socket_timeout_s=TIMEOUT_S)
+    await registry.put_router(rules.ROUTER)
+    await registry.put_plans(rules.PLANS)
+    (keys,) = await client.execute(("KEYS", f"baton:{name}:*"))
+    assert len(keys) == 3
+    assert all(ttl > 0 for ttl in await client.execute(*(("PTTL", key) for key in keys)))
+    await client.close()
+
+
 async def test_clusters_do_not_see_each_other(url: str, registry: RedisRegistry) -> None:
     await registry.put(rules.DECODE)
     other = connect(url, "another")
@@ -137,10 +173,11 @@ async def test_a_lease_ends_unless_renewed_and_leaves_nothing(url: str, name: st
     started_s = time.monotonic()
     await registry.put(rules.DECODE)
     await registry.put(rules.PREFILL)
+    await registry.put_router(rules.ROUTER)
 
     async def is_prefill_gone() -> bool:
         await registry.put(rules.DECODE)
-        return await registry.list() == (rules.DECODE,)
+        return await registry.list() == (rules.DECODE,) and await registry.list_routers() == ()
 
     await until_awaited(is_prefill_gone, what="the lease has run out")
     assert time.monotonic() - started_s > LEASE_S * 0.9

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from core.histogram import Histogram
 from core.state.registry import Registry
-from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
+from core.types import (
+    Need,
+    Pool,
+    PoolPlan,
+    QueueLoad,
+    RouterRecord,
+    WorkerLoad,
+    WorkerRecord,
+    WorkerShare,
+    WorkerState,
+)
 
 DECODE = WorkerRecord(
     id="decode-1",
@@ -24,6 +35,22 @@ PREFILL = replace(
     id="prefill-1",
     pool=Pool.PREFILL,
     kv_addresses=("tcp://127.0.0.1:2", "tcp://127.0.0.1:3"),
+)
+ROUTER = RouterRecord(
+    id="router-1",
+    address="127.0.0.1:4",
+    queues=(QueueLoad("interactive", Need.BOTH, 3, 300, 400, 1.5),),
+    shares=(WorkerShare("decode-1", "i1", Pool.DECODE, 2, 64, 30.5),),
+    window_s=10.0,
+    arrived_requests=7,
+    arrived_prompt_tokens=700,
+    output_tokens=50,
+    ttft_s=Histogram({3: 4, 60: 1}),
+    itl_s=Histogram({0: 45}),
+)
+PLANS = (
+    PoolPlan(Pool.PREFILL, target_workers=0, max_workers=0),
+    PoolPlan(Pool.DECODE, target_workers=0, max_workers=2),
 )
 
 
@@ -63,3 +90,32 @@ async def check_a_removed_worker_can_come_back(registry: Registry) -> None:
     restarted = replace(DECODE, incarnation="i2")
     await registry.put(restarted)
     assert await registry.list() == (restarted,)
+
+
+async def check_routers(registry: Registry) -> None:
+    assert await registry.list_routers() == ()
+    other = replace(ROUTER, id="router-0", queues=())
+    await registry.put_router(ROUTER)
+    await registry.put_router(other)
+    assert await registry.list_routers() == (other, ROUTER)  # sorted by id, with every field
+    idle = replace(ROUTER, queues=(), shares=())
+    await registry.put_router(idle)
+    await registry.put(DECODE)
+    await registry.remove_router(other.id)
+    await registry.remove_router("never-there")
+    assert await registry.list_routers() == (idle,)
+    assert await registry.list() == (DECODE,), "workers and routers are apart"
+
+
+async def check_plans(registry: Registry) -> None:
+    assert (await registry.snapshot()).plans == ()
+    await registry.put_plans(PLANS)
+    snapshot = await registry.snapshot()
+    assert (snapshot.workers, snapshot.plans) == ((), PLANS)
+    assert snapshot.coming == {Pool.DECODE}
+    await registry.put(PREFILL)
+    await registry.put(DECODE)
+    await registry.put_plans(PLANS[:1])
+    snapshot = await registry.snapshot()
+    assert (snapshot.workers, snapshot.plans) == ((DECODE, PREFILL), PLANS[:1])
+    assert snapshot.coming == frozenset()

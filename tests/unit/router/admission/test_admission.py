@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from core.errors import CapacityError, DeadlineError, InvalidArgumentError, UnavailableError
-from router.admission.gate import _MAX_PASSED, AdmissionGate
+from core.types import Pool
+from router.admission.gate import AdmissionGate
 from router.admission.policy import (
     AdmissionLimits,
     AdmissionRequest,
@@ -18,6 +19,8 @@ from router.admission.policy import (
     decide_admission,
     decide_dispatch,
 )
+from router.admission.turns import MAX_PASSED
+from router.room import NoRoom
 from tests.support.virtual_time import elapse, run_virtually
 
 FAR_S = 1e6
@@ -173,6 +176,7 @@ class GateHarness:
 
     Attributes:
         places: how many permits are free.
+        no_room: what ``acquire`` returns if too few places are free.
         error: if set, ``acquire`` raises it.
         order: names of the requests, in the order in which they began to run.
     """
@@ -180,13 +184,14 @@ class GateHarness:
     def __init__(self, limits: AdmissionLimits = LIMITS, places: int = 1000) -> None:
         self.gate = AdmissionGate(limits, asyncio.get_running_loop().time)
         self.places = places
+        self.no_room = NoRoom(frozenset({Pool.DECODE}))
         self.error: UnavailableError | None = None
         self.order: list[str] = []
 
-    def acquire(self, needs: int = 1) -> FakePermit | None:
+    def acquire(self, needs: int = 1) -> FakePermit | NoRoom:
         if self.error is not None:
             raise self.error
-        return FakePermit(self, needs) if self.places >= needs else None
+        return FakePermit(self, needs) if self.places >= needs else self.no_room
 
     def start(
         self, name: str, deadline_s: float = FAR_S, needs: int = 1
@@ -237,7 +242,7 @@ async def test_a_request_that_does_not_fit_leaves_room_to_others_for_a_while() -
     running.append(harness.start("big", needs=10))
     await turns()
     passed = 0
-    while passed < _MAX_PASSED:
+    while passed < MAX_PASSED:
         task, end = harness.start("small")
         await turns()
         assert harness.order[-1] == "small", "five places are free"
@@ -246,7 +251,7 @@ async def test_a_request_that_does_not_fit_leaves_room_to_others_for_a_while() -
         passed += 1
     running.append(harness.start("late"))
     await turns()
-    assert harness.order.count("small") == _MAX_PASSED
+    assert harness.order.count("small") == MAX_PASSED
     assert "late" not in harness.order
     running.append(harness.start("resumed", needs=0))
     await turns()
@@ -280,13 +285,13 @@ async def test_requests_of_two_classes_in_front_do_not_starve_each_other() -> No
     for service_class in "ab":
         start(f"big {service_class}", service_class, 10)
         await turns()
-    for number in range(4 * _MAX_PASSED):
+    for number in range(4 * MAX_PASSED):
         start("small", "ab"[number % 2], 1)
         await turns()
         if harness.order[-1] == "small":
             ends[-1].set()
             await turns()
-    assert harness.order.count("small") <= 2 * _MAX_PASSED
+    assert harness.order.count("small") <= 2 * MAX_PASSED
     for end in ends:
         end.set()
     await asyncio.gather(*tasks)
@@ -298,18 +303,18 @@ async def test_when_the_request_in_front_gives_up_the_next_one_runs() -> None:
     first, end = harness.start("first")
     await turns()
     big, _ = harness.start("big", needs=2)
-    small = [harness.start(f"small {number}") for number in range(_MAX_PASSED + 1)]
+    small = [harness.start(f"small {number}") for number in range(MAX_PASSED + 1)]
     await turns()
     end.set()
-    for task, end_small in small[:_MAX_PASSED]:
+    for task, end_small in small[:MAX_PASSED]:
         end_small.set()
         await task
     await turns()
-    assert harness.order[-1] != f"small {_MAX_PASSED}"
+    assert harness.order[-1] != f"small {MAX_PASSED}"
     big.cancel()
     await asyncio.gather(big, return_exceptions=True)
     await turns()
-    assert harness.order[-1] == f"small {_MAX_PASSED}"
+    assert harness.order[-1] == f"small {MAX_PASSED}"
     small[-1][1].set()
     await asyncio.gather(first, small[-1][0])
 
@@ -336,17 +341,17 @@ def test_no_worker_idles_and_no_request_starves(seed: int) -> None:
         for number in range(120):
             tasks.append(asyncio.create_task(live(f"r{number}")))
             await elapse(rng.choice((0, 0.1, 0.5)))
-            queues = harness.gate._queues
+            queues = harness.gate.turns._queues
             head = queues.peek()
-            if head is not None and head[1].passed < _MAX_PASSED:
+            if head is not None and head[1].passed < MAX_PASSED:
                 waiting = [
-                    cast(functools.partial[Any], waiter.acquire).args[0]
-                    for _, waiter in queues.after_next(16)
+                    cast(functools.partial[Any], turn.acquire).args[0]
+                    for _, turn in queues.after_next(16)
                 ]
                 assert all(needs > harness.places for needs in waiting), "a place idles"
         await asyncio.gather(*tasks)
         for place, name in enumerate(harness.order):
-            assert place - int(name[1:]) <= 2 * _MAX_PASSED, f"{name} starved"
+            assert place - int(name[1:]) <= 2 * MAX_PASSED, f"{name} starved"
 
     run_virtually(scenario(), seed)
 

@@ -16,6 +16,7 @@ from router.placement.policy import (
     PlacementState,
     decide_placement,
 )
+from router.room import NoRoom
 
 FACTS = PlacementFacts(
     model="m", prompt_tokens=10, max_tokens=10, growth_tokens=6, local_prefill="never"
@@ -51,10 +52,9 @@ def choose(
 
 def must_wait(*workers: WorkerRecord, own: dict[WorkerKey, OwnLoad] | None = None) -> bool:
     state = PlacementState(own or {})
-    assert decide_placement(workers, FACTS, state, LIMITS, now_s=0.0), (
-        "a running request never waits"
-    )
-    return decide_placement(workers, NEW_REQUEST, state, LIMITS, now_s=0.0) is None
+    running = decide_placement(workers, FACTS, state, LIMITS, now_s=0.0)
+    assert isinstance(running, Placement), "a running request never waits"
+    return isinstance(decide_placement(workers, NEW_REQUEST, state, LIMITS, now_s=0.0), NoRoom)
 
 
 def test_the_fewest_queued_tokens_win_on_prefill() -> None:
@@ -257,7 +257,7 @@ def place(
     ledger: PlacementLedger, workers: tuple[WorkerRecord, ...], facts: PlacementFacts = FACTS
 ) -> PlacementPermit:
     permit = ledger.place(workers, facts)
-    assert permit is not None
+    assert isinstance(permit, PlacementPermit)
     return permit
 
 
@@ -279,9 +279,9 @@ def test_room_is_not_used_twice_between_two_reports() -> None:
     ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
     workers = (worker("p1"), worker("d1", kv_blocks_free=2, kv_blocks_total=2))
     permits = [place(ledger, workers, NEW_REQUEST) for _ in range(2)]
-    assert ledger.place(workers, NEW_REQUEST) is None
+    assert isinstance(ledger.place(workers, NEW_REQUEST), NoRoom)
     permits[0].close()
-    assert ledger.place(workers, NEW_REQUEST) is not None
+    assert isinstance(ledger.place(workers, NEW_REQUEST), PlacementPermit)
 
 
 def test_the_ledger_forgets_ended_requests() -> None:
