@@ -14,11 +14,10 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from core.histogram import bound_s, bucket_of
 from simulate.latency import DecodeLatency
 
 T = TypeVar("T")
@@ -42,19 +41,13 @@ class Gaps:
     first_s: float
     last_s: float
 
-    def by_bucket(self) -> Iterator[tuple[int, int]]:
-        """Yield (bucket of ``core.histogram``, number of gaps)."""
-        bucket, last = bucket_of(self.first_s), bucket_of(self.last_s)
-        growth_s = (self.last_s - self.first_s) / (self.count - 1) if self.count > 1 else 0.0
-        done = 0
-        while bucket < last and growth_s > 0:
-            inside = min(self.count, int((bound_s(bucket) - self.first_s) / growth_s) + 1)
-            if inside > done:
-                yield bucket, (inside - done) * self.streams
-                done = inside
-            bucket += 1
-        if done < self.count:
-            yield last, (self.count - done) * self.streams
+    @property
+    def tokens(self) -> int:
+        return self.streams * self.count
+
+    @property
+    def mean_s(self) -> float:
+        return (self.first_s + self.last_s) / 2
 
 
 @dataclass(slots=True)

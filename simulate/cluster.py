@@ -16,7 +16,7 @@ from simulate.engines import DecodeEngine
 from simulate.fleet import Fleet
 from simulate.front import Active, Front, FrontSettings
 from simulate.latency import LatencyModel
-from simulate.signals import DecodeRates, Window, snapshot_of
+from simulate.observe import Observer
 from simulate.timeline import VirtualTimeline
 from simulate.trace import Trace
 
@@ -48,7 +48,6 @@ class ClusterSettings:
         front: the router's limits; their defaults are those of the configuration.
         gpus: of the cluster; workers beyond them wait until GPUs are free.
         poll_s: between two reads of the registry. A lease is renewed every second read.
-        window_s: arrivals and latencies of so many seconds are published.
         drain_s: a decode worker that drains for so long moves its streams.
         start_s: the date at which the trace begins, seconds since the epoch.
     """
@@ -57,7 +56,6 @@ class ClusterSettings:
     gpus: float = math.inf
     poll_s: float = 0.25
     tick_s: float = 1.0
-    window_s: int = 10
     drain_s: float = 60.0
     start_s: float = MONDAY_S
 
@@ -144,8 +142,6 @@ class _Cluster:
         self._scaler = scaler
         self._settings = settings
         self._timeline = VirtualTimeline()
-        self._window = Window(settings.window_s)
-        self._rates = DecodeRates()
         self._ended: dict[int, Active] = {}
         self._samples: list[Sample] = []
         self._decisions: list[tuple[float, Action]] = []
@@ -156,9 +152,9 @@ class _Cluster:
             model,
             self._timeline,
             settings.front,
-            on_first=self._window.first_token,
             on_end=self._end,
         )
+        self._observer = Observer(self._front, model.gpus, settings.start_s)
         self._fleet = self._front.fleet = Fleet(
             model,
             self._timeline,
@@ -199,7 +195,7 @@ class _Cluster:
         )
 
     def _new_engine(self) -> DecodeEngine:
-        self._engines.append(DecodeEngine(self._model, self._timeline, self._window.gaps))
+        self._engines.append(DecodeEngine(self._model, self._timeline, self._front.gaps))
         return self._engines[-1]
 
     def _arrive_from(self, index: int) -> None:
@@ -209,7 +205,6 @@ class _Cluster:
         request = self._trace.requests[index]
 
         def arrive() -> None:
-            self._window.arrived(request.prompt_tokens)
             self._front.arrive(index, request)
             self._arrive_from(index + 1)
 
@@ -238,20 +233,16 @@ class _Cluster:
         for worker in list(self._fleet):
             if worker.decode is not None:
                 worker.decode.update()
-        self._rates.measure(self._fleet)
+        self._front.count_tokens()
         self._samples.append(self._sample())
         if self._scaler is not None:
             self._scale(self._scaler)
-        self._window.next_second()
         self._front.settle()
         return not self._is_done
 
     def _scale(self, scaler: Scaler) -> None:
         now_s = self._settings.start_s + self._timeline.now_s
-        snapshot = snapshot_of(
-            self._fleet, self._front, self._window, self._rates, self._model.gpus, now_s
-        )
-        decision = scaler(snapshot, self._state, now_s)
+        decision = scaler(self._observer.snapshot(), self._state, now_s)
         self._state = decision.state
         for action in decision.actions:
             self._decisions.append((self._timeline.now_s, action))

@@ -75,8 +75,6 @@ class PrefillEngine:
         self._queue: deque[Prompt] = deque()
         self._cache = PrefixCache(model.kv.prefill_tokens)
         self._queued_tokens = 0
-        self.busy_s = 0.0  # of prompts that were begun
-        self.done_tokens = 0
 
     @property
     def is_idle(self) -> bool:
@@ -106,13 +104,11 @@ class PrefillEngine:
         prompt = self._queue[0]
         cached = self._cache.cached_tokens(prompt.block_ids, prompt.tokens)
         seconds = self._model.prefill.seconds(prompt.tokens, cached)
-        self.busy_s += seconds
         self._timeline.at(self._timeline.now_s + seconds, self._end)
 
     def _end(self) -> None:
         prompt = self._queue.popleft()
         self._queued_tokens -= prompt.tokens
-        self.done_tokens += prompt.tokens
         self._cache.add(prompt.block_ids)
         if self._queue:
             self._begin()
@@ -170,8 +166,7 @@ class DecodeEngine:
         self._reserved_tokens = 0
         self._scheduled_s = math.inf
         self._schedule_number = 0
-        self._since_s = timeline.now_s
-        self.busy_s = 0.0
+        self._reported_tokens = 0
         self.done_tokens = 0
         self.preemptions = 0
 
@@ -223,9 +218,6 @@ class DecodeEngine:
     def update(self) -> None:
         """Do all steps until now, and change the batch if a step has just ended."""
         now_s = self._timeline.now_s
-        if self._batch:
-            self.busy_s += now_s - self._since_s
-        self._since_s = now_s
         ended = self._batch.advance(now_s)
         for each in ended:
             each.item.number = 0
@@ -236,6 +228,11 @@ class DecodeEngine:
         self._schedule()
         for each in ended:
             each.item.on_end(each.gap_p95_s)
+
+    def new_tokens(self) -> int:
+        """Return how many tokens all streams got since the last call."""
+        new, self._reported_tokens = self.done_tokens - self._reported_tokens, self.done_tokens
+        return new
 
     def load(self) -> WorkerLoad:
         """What the worker reports."""
@@ -260,7 +257,7 @@ class DecodeEngine:
         return self._model.kv.decode_tokens - self.kv_used_tokens
 
     def _count(self, gaps: Gaps) -> None:
-        self.done_tokens += gaps.streams * gaps.count
+        self.done_tokens += gaps.tokens
         self._on_gaps(gaps)
 
     def _admit(self) -> None:

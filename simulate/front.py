@@ -25,6 +25,8 @@ from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import PlacementFacts, PlacementLimits
 from router.room import NoRoom
+from router.signals import Signals
+from simulate.batch import Gaps
 from simulate.engines import Prompt, Stream, Timeline
 from simulate.fleet import MODEL, Fleet, Worker
 from simulate.latency import LatencyModel, TransferStart
@@ -53,7 +55,7 @@ class FrontSettings:
 class Active:
     """A request from its arrival to its end. Only ``Front`` changes it."""
 
-    __slots__ = ("attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index", "is_prefilled",
+    __slots__ = ("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index", "is_prefilled",
                  "max_tokens", "permit", "phases", "prefill", "request", "sender", "service_class",
                  "started_s", "status", "stream", "tokens", "turn")  # fmt: skip
 
@@ -64,6 +66,7 @@ class Active:
         self.request = request
         self.service_class = service_class
         self.max_tokens = max_tokens
+        self.arrived_s = math.nan  # at the router
         self.phases: PhaseClock
         self.turn: Turn[PlacementPermit] | None = None
         self.permit: PlacementPermit | None = None  # of the current attempt
@@ -85,7 +88,6 @@ class Front:
     """Serves requests on the workers of a fleet.
 
     Args:
-        on_first: called with the TTFT of each request.
         on_end: called once for each request, when it has ended.
     """
 
@@ -95,13 +97,11 @@ class Front:
         timeline: Timeline,
         settings: FrontSettings,
         *,
-        on_first: Callable[[float], None],
         on_end: Callable[[Active], None],
     ) -> None:
         self._model = model
         self._timeline = timeline
         self._settings = settings
-        self._on_first = on_first
         self._on_end = on_end
         self.fleet: Fleet  # set by the owner, before the first request
         self.turns = Turns(settings.admission, self._now)
@@ -110,6 +110,7 @@ class Front:
         )
         self.ledger.on_room = self._on_room
         self.expectation = Expectation()
+        self.signals = Signals(self._now)
         self.running: dict[int, Active] = {}  # by index
         self.waiting: dict[int, Active] = {}
         self._decided: list[Active] = []
@@ -122,7 +123,9 @@ class Front:
         name = request.service_class or next(iter(classes))
         max_tokens = max(request.output_tokens, self._settings.max_tokens or 0)
         active = Active(index, request, name, max_tokens)
+        active.arrived_s = self._now()
         active.phases = PhaseClock(self._now)
+        self.signals.arrived(request.prompt_tokens)
         blocks = -(-(request.prompt_tokens + max_tokens) // self._model.kv.block_tokens)
         if blocks * self._model.kv.block_tokens > self._model.kv.decode_tokens:
             self._end(active, TOO_LONG)
@@ -154,6 +157,21 @@ class Front:
         """Note that the registry was read."""
         self.ledger.new_snapshot(frozenset(each.key for each in self.fleet.records))
         self.settle()
+
+    def count_tokens(self) -> None:
+        """Count the tokens of the running streams, for the rates of the decode workers."""
+        done: set[str] = set()
+        for active in self.running.values():
+            worker, stream = active.decode, active.stream
+            if worker is not None and stream is not None and stream.number:
+                if worker.id not in done:
+                    self._count_tokens(active)
+                done.add(worker.id)
+
+    def gaps(self, gaps: Gaps) -> None:
+        """Count times between two tokens."""
+        self.signals.decoded(gaps.tokens)
+        self.signals.next_tokens(gaps.tokens, gaps.tokens * gaps.mean_s)
 
     def settle(self) -> None:
         """Start the requests whose turn has come, and end those that were refused."""
@@ -282,7 +300,7 @@ class Front:
         active.phases.tokens_arrived(1)
         if math.isnan(active.first_s):
             active.first_s = self._now()
-            self._on_first(active.first_s - active.request.arrival_s)
+            self.signals.first_token(active.first_s - active.arrived_s)
         stream = active.stream
         if stream is None:
             self._finish(active)
@@ -312,7 +330,8 @@ class Front:
         def arrived() -> None:
             if active.attempt != attempt:
                 return
-            if receiver.decode is not None:
+            if receiver.decode is not None and active.permit is not None:
+                active.permit.decoded(1)  # a stream begins; its first step's tokens count here
                 receiver.decode.kv_arrived(stream)
             self._release(active)
             self.settle()
@@ -333,9 +352,19 @@ class Front:
         active.gap_p95_s = max(active.gap_p95_s, gap_p95_s)
         assert active.stream is not None
         active.stream.tokens = 0
+        self._count_tokens(active)
         if active.is_prefilled:
             self._finish(active)
             self.settle()
+
+    def _count_tokens(self, active: Active) -> None:
+        """Count the tokens of all streams on a request's decode worker.
+
+        The ledger keeps one rate per worker, so that any stream's permit can report them.
+        """
+        worker = active.decode
+        if worker is not None and worker.decode is not None and active.permit is not None:
+            active.permit.decoded(worker.decode.new_tokens())
 
     def _finish(self, active: Active) -> None:
         request, worker = active.request, active.decode

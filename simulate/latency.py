@@ -147,10 +147,11 @@ def h100_8b() -> LatencyModel:
         "GFLOP a token at 36% of 989 TFLOPS, within the 15,000-25,000 tokens/s that vendors and "
         "vLLM users publish. Decode: 16 GB of weights at 3.35 TB/s are 4.8 ms, published steps of "
         "small batches are 7-8 ms. KV: 32 layers * 8 heads * 128 * 2 * 2 bytes a token, read at "
-        "70% of the bandwidth.",
+        "70% of the bandwidth. Transfer: computing a token's KV takes 45 us, sending it at 25 GB/s "
+        "5 us, so all but about a tenth is hidden.",
         prefill=PrefillLatency(base_s=0.008, per_token_s=45e-6, per_square_token_s=6.6e-10),
         decode=DecodeLatency(base_s=0.008, per_stream_s=50e-6, per_kv_token_s=56e-9),
-        transfer=TransferLatency(base_s=0.003, bytes_per_s=25e9, kv_bytes_per_token=131_072),
+        transfer=TransferLatency(base_s=0.008, bytes_per_s=250e9, kv_bytes_per_token=131_072),
         kv=KvRoom(prefill_tokens=400_000, decode_tokens=400_000),
         cold_start_s=60.0,
     )

@@ -1,0 +1,105 @@
+"""What the autoscaler sees of the simulated cluster.
+
+The router's part is the record that a live router publishes, made by the same code
+(``router.lease``, ``router.signals``). It is joined with the workers as in a live cluster.
+"""
+
+from __future__ import annotations
+
+from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
+from core.types import Need, Pool, RouterRecord, WorkerKey, WorkerShare
+from router.lease import RouterLease
+from simulate.fleet import Worker
+from simulate.front import Front
+
+# A request that waits for one of these waits for the pool.
+_NEEDS = {Pool.PREFILL: (Need.PREFILL, Need.BOTH), Pool.DECODE: (Need.DECODE, Need.BOTH)}
+
+
+class _NoStore:
+    """The record is read here, so it need not be written."""
+
+    async def put_router(self, record: RouterRecord) -> None:
+        raise NotImplementedError
+
+    async def remove_router(self, router_id: str) -> None:
+        raise NotImplementedError
+
+
+class Observer:
+    """Makes snapshots.
+
+    Args:
+        gpus: of one worker.
+        start_s: the policy's time at the start of the simulation.
+    """
+
+    def __init__(self, front: Front, gpus: float, start_s: float) -> None:
+        self._front = front
+        self._gpus = gpus
+        self._start_s = start_s
+        self._lease = RouterLease(
+            _NoStore(),
+            router_id="router",
+            address="",
+            turns=front.turns,
+            ledger=front.ledger,
+            signals=front.signals,
+            renew_s=1.0,
+            timeout_s=1.0,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Return what the autoscaler sees now."""
+        router = self._lease.record()
+        shares = {(each.worker_id, each.incarnation): each for each in router.shares}
+        return Snapshot(
+            workers=tuple(self._view(worker, shares) for worker in self._front.fleet),
+            demand={pool: demand(pool, router) for pool in Pool},
+            measured_s=self._start_s + self._front.now_s,
+        )
+
+    def _view(self, worker: Worker, shares: dict[WorkerKey, WorkerShare]) -> WorkerView:
+        is_pending = worker.phase is Phase.PENDING
+        since_s = self._start_s + worker.since_s
+        if worker.record is None:
+            return WorkerView(
+                worker.id,
+                worker.role,
+                worker.phase,
+                since_s,
+                gpus=0.0 if is_pending else self._gpus,
+                problem="no GPU is free" if is_pending else "",
+            )
+        share = shares.get(worker.record.key)
+        load = worker.load()
+        return WorkerView(
+            worker.id,
+            worker.role,
+            worker.phase,
+            since_s,
+            gpus=self._gpus,
+            requests=share.requests if share is not None else 0,
+            kv_tokens_used=(load.kv_blocks_total - load.kv_blocks_free) * load.kv_block_tokens,
+            kv_tokens_total=load.kv_blocks_total * load.kv_block_tokens,
+            tokens_per_s=share.tokens_per_s if share is not None else 0.0,
+            can_change_role=True,
+        )
+
+
+def demand(pool: Pool, router: RouterRecord) -> PoolDemand:
+    """Return what the requests of one router need of a pool."""
+    queues = [each for each in router.queues if each.need in _NEEDS[pool]]
+    shares = [each for each in router.shares if each.pool is pool]
+    is_prefill = pool is Pool.PREFILL
+    tokens = router.arrived_prompt_tokens if is_prefill else router.output_tokens
+    return PoolDemand(
+        waiting_requests=sum(each.requests for each in queues),
+        waiting_tokens=sum(q.prompt_tokens if is_prefill else q.kv_tokens for q in queues),
+        oldest_wait_s=max((each.oldest_wait_s for each in queues), default=0.0),
+        running_requests=sum(each.requests for each in shares),
+        running_tokens=sum(each.tokens for each in shares),
+        arrival_requests_per_s=router.arrived_requests / router.window_s,
+        arrival_tokens_per_s=tokens / router.window_s,
+        latency_s=router.ttft_s if is_prefill else router.itl_s,
+    )
