@@ -125,6 +125,7 @@ class RouterRecord:
 
     id: str
     address: str  # gRPC, "host:port"
+    renewals: int = 0  # grows with each renewal, so that a reader knows what is new
     queues: tuple[QueueLoad, ...] = ()
     shares: tuple[WorkerShare, ...] = ()
     # Over the latest ``window_s`` seconds. Requests that were refused count, too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from baton.v1 import inference_pb2
+from router.signals import Signals
 
 
 class PhaseClock:
@@ -12,10 +13,13 @@ class PhaseClock:
 
     Args:
         clock: monotonic time, seconds.
+        signals: get TTFT and the time between tokens; None: nobody does.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], signals: Signals | None = None) -> None:
         self._clock = clock
+        self._signals = signals
+        self._is_resumed = False
         self._accepted_s = clock()
         self._dispatched_s: float | None = None
         self._first_s: float | None = None
@@ -33,11 +37,20 @@ class PhaseClock:
         if self._dispatched_s is None:
             self._dispatched_s = self._clock()
 
+    def resumed(self) -> None:
+        """Note that the request began at another router, so its TTFT is not known here."""
+        self._is_resumed = True
+
     def tokens_arrived(self, count: int) -> None:
         """Note that ``count`` tokens reached the router."""
         if count == 0:
             return
-        self._last_s = self._clock()
+        before_s, self._last_s = self._last_s, self._clock()
+        if self._signals is not None and before_s is not None:
+            self._signals.next_tokens(count, self._last_s - before_s)
+        elif self._signals is not None and not self._is_resumed:
+            # Not the time of the first write: a client that reads slowly is no reason to scale.
+            self._signals.first_token(self._last_s - self._accepted_s)
         if self._tokens == 0:
             self._first_s = self._last_s
         if self._tokens < 2 <= self._tokens + count:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+from typing import Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -15,6 +16,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 from core.config.schema import Config
 from core.errors import ConfigError, InternalError
 from core.model.resolve import resolve_model
+from core.net import host_port
 from core.rpc.credentials import ClusterCredentials
 from core.rpc.health import NOT_SERVING, SERVING, HealthServicer
 from core.rpc.options import server_options
@@ -28,9 +30,11 @@ from router.api.handler import RequestBounds, RequestHandler
 from router.api.servicer import InferenceServicer
 from router.dispatch.dispatcher import DispatchCounters, Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
+from router.lease import RouterLease, RouterLeases, new_router_id
 from router.placement.ledger import PlacementLedger
 from router.placement.policy import PlacementLimits
 from router.resume.journal import Journal, JournalSettings
+from router.signals import Signals
 from router.text.codec import TextCodec, load_text_codec
 from router.workers.membership import WorkerList, Workers, WorkersSettings
 
@@ -40,11 +44,15 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _STATUS_S = 0.5  # time to send the status of ended calls to their clients
 
 
+class RouterRegistry(WorkerList, RouterLeases, Protocol):
+    """The part of the registry that the router uses."""
+
+
 class RouterServer:
     """Serves applications from ``start`` until ``stop``; owns every part that it creates.
 
     Args:
-        registry: only read; the caller closes it.
+        registry: the caller closes it.
         text: the server closes it. If None, ``start`` loads it from ``config.model``.
         journal: the server closes it. If None, requests cannot be resumed.
         credentials: of the cluster, for the connections to workers; see ``WorkerClient``.
@@ -53,11 +61,12 @@ class RouterServer:
     def __init__(
         self,
         config: Config,
-        registry: WorkerList,
+        registry: RouterRegistry,
         text: TextCodec | None = None,
         journal: JournalStore | None = None,
         credentials: ClusterCredentials | None = None,
     ) -> None:
+        self.id = new_router_id()
         self._config = config
         self._credentials = credentials
         self._registry = registry
@@ -65,6 +74,7 @@ class RouterServer:
         self._journal = Journal(journal, self._journal_settings()) if journal is not None else None
         self._server: grpc.aio.Server | None = None
         self._health = HealthServicer("", SERVICE)
+        self._lease: RouterLease | None = None
         self._serving: bool | None = None
         self._can_serve_now = False
         self._supervisor = Supervisor(self._update_serving)
@@ -91,6 +101,7 @@ class RouterServer:
             text = self._text = await asyncio.to_thread(_load_text, self._config)
         clock = asyncio.get_running_loop().time
         redis = self._config.redis
+        signals = Signals(clock)
         ledger = PlacementLedger(
             self._placement_limits(),
             clock,
@@ -105,7 +116,7 @@ class RouterServer:
 
         self.workers = Workers(self._registry, self._workers_settings(), clock, on_snapshot)
         self._dispatcher = Dispatcher(
-            self.workers, ledger, self._dispatch_settings(text.model.served_name), clock
+            self.workers, ledger, self._dispatch_settings(text.model.served_name), clock, signals
         )
         router = self._config.router
         admission = AdmissionGate(self._admission_limits(), clock)
@@ -119,6 +130,7 @@ class RouterServer:
             ),
             clock=clock,
             journal=self._journal,
+            signals=signals,
         )
         servicer = self.servicer = InferenceServicer(self.handler, clock)
         if self._journal is not None:
@@ -128,6 +140,17 @@ class RouterServer:
             self._update_serving()
             await self.workers.refresh()
             self._supervisor.start("registry poll", self.workers.poll)
+            self._lease = RouterLease(
+                self._registry,
+                router_id=self.id,
+                address=host_port(self._config.router_host, port),
+                turns=admission.turns,
+                ledger=ledger,
+                signals=signals,
+                renew_s=redis.renew_s,
+                timeout_s=redis.socket_timeout_s,
+            )
+            self._supervisor.start("router lease", self._lease.run)
             assert self._server is not None
             await self._server.start()
         except BaseException:
@@ -174,6 +197,8 @@ class RouterServer:
         if self._dispatcher is not None:
             await self._dispatcher.close()
         await self._supervisor.stop()
+        if self._lease is not None:
+            await self._lease.remove()
         if self._journal is not None:
             await self._journal.close()
         if self.workers is not None:
@@ -223,7 +248,13 @@ class RouterServer:
         return min(2 * self.handler.admission.max_requests + 100, 2**31 - 1)
 
     def _can_serve(self, snapshot: tuple[WorkerRecord, ...]) -> bool:
+        """Whether each pool has a ready worker, or will get one when a request waits for it.
+
+        If a router with empty pools did not serve, no request would ever reach it.
+        """
+        assert self.workers is not None
         ready = {record.pool for record in snapshot if record.state is WorkerState.READY}
+        ready |= self.workers.coming
         local = self._config.router.local_prefill == "fallback"
         return Pool.DECODE in ready and (Pool.PREFILL in ready or local)
 
@@ -241,7 +272,7 @@ class RouterServer:
             name: ClassLimits(each.weight, each.max_queue, each.queue_timeout_s)
             for name, each in router.classes.items()
         }
-        return AdmissionLimits(router.max_concurrent, classes)
+        return AdmissionLimits(router.max_concurrent, classes, router.cold_start_timeout_s)
 
     def _placement_limits(self) -> PlacementLimits:
         max_requests = {pool: self._config.pool(pool).max_concurrent for pool in Pool}

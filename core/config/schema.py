@@ -263,6 +263,12 @@ class RouterConfig(_Section):
         "stops a request that makes workers crash. An attempt does not count if it reaches no "
         "worker, or if a worker refuses it because that worker is full or draining.",
     )
+    cold_start_timeout_s: Seconds = Field(
+        default=180,
+        description="Seconds that a request may wait while a pool has no worker and the autoscaler "
+        "may start one. Must exceed the time that a worker takes to start. Replaces the class's "
+        "queue_timeout_s during that time.",
+    )
     failover_timeout_s: Seconds = Field(
         default=60,
         description="Seconds that a request waits for another worker after its worker was lost. "

@@ -48,6 +48,7 @@ from router.errors import RETRY_AFTER_S
 from router.phases import PhaseClock
 from router.request import TokenBatch, TokenRequest
 from router.resume.journal import NOT_RESUMABLE, Entry, Journal, batches_of
+from router.signals import Signals
 from router.text.codec import TextCodec
 from router.text.output import TextOutput
 
@@ -114,6 +115,7 @@ class RequestHandler:
         clock: the event loop's time, seconds. Deadlines are times of this clock.
         journal: None if requests cannot be resumed.
         phase_clock: measures durations, seconds. The event loop's clock may be too coarse (1 ms).
+        signals: get arrivals, TTFT and the time between tokens; None: nobody does.
     """
 
     def __init__(
@@ -125,7 +127,9 @@ class RequestHandler:
         clock: Callable[[], float],
         journal: Journal | None = None,
         phase_clock: Callable[[], float] = time.perf_counter,
+        signals: Signals | None = None,
     ) -> None:
+        self._signals = signals or Signals(clock)
         self._text = text
         self._dispatcher = dispatcher
         self.admission = admission
@@ -217,15 +221,20 @@ class RequestHandler:
             min(deadline_s, now_s + bounds.max_deadline_s),
             bounds.client_stall_s,
             sink,
-            PhaseClock(self._phase_clock),
+            PhaseClock(self._phase_clock, self._signals),
         )
 
     async def _generate(self, request: inference_pb2.GenerateRequest, call: _Call) -> None:
         wanted = AdmissionRequest(self.admission.class_of(request.service_class), call.deadline_s)
         checked = check_request(request, call.request_id, self._text.model)
-        self.admission.check(wanted)  # before tokenising, to save the work for a refused request
+        try:
+            self.admission.check(wanted)  # before tokenising, to save the work for a refusal
+        except BatonError:
+            self._signals.arrived(_known_tokens(checked))
+            raise
         token_ids = await self._tokenise(checked)
         ready = with_prompt(checked, token_ids, self._text.model)
+        self._signals.arrived(len(ready.prompt))
         wanted = replace(
             wanted,
             service_s=self._dispatcher.service_s(ready),
@@ -276,6 +285,7 @@ class RequestHandler:
     ) -> None:
         """Send the responses from number ``first`` on, and run the rest of the request."""
         await call.sink.accept()
+        call.phases.resumed()
         progress = call.progress(ready)
         progress.lost_attempts = journaled.lost_attempts
         progress.on_lost_attempt = entry.note_lost_attempts
@@ -326,6 +336,12 @@ class RequestHandler:
             )
         with self._in_flight.track(key):
             yield
+
+
+def _known_tokens(checked: CheckedRequest) -> int | None:
+    """The number of prompt tokens; None if the prompt must be tokenised first."""
+    prompt = checked.prompt
+    return None if isinstance(prompt, PromptText | ChatTurns) else len(prompt.token_ids)
 
 
 def _draining() -> UnavailableError:

@@ -41,6 +41,7 @@ from router.placement.policy import (
 )
 from router.request import TokenBatch, TokenRequest
 from router.room import NoRoom
+from router.signals import Signals
 from router.workers.client import WorkerClient
 from router.workers.membership import Workers
 
@@ -112,6 +113,7 @@ class Dispatcher:
 
     Args:
         clock: monotonic time, seconds; the clock of ``Progress.deadline_s``.
+        signals: get the number of tokens from decode workers; None: nobody does.
     """
 
     def __init__(
@@ -120,7 +122,9 @@ class Dispatcher:
         ledger: PlacementLedger,
         settings: DispatchSettings,
         clock: Callable[[], float],
+        signals: Signals | None = None,
     ) -> None:
+        self._signals = signals or Signals(clock)
         self._workers = workers
         self._ledger = ledger
         self._settings = settings
@@ -133,10 +137,15 @@ class Dispatcher:
         """Reserve workers for a new request; NoRoom if a needed pool has no room now.
 
         Raises:
-            UnavailableError: a pool that the request needs has no usable worker.
+            UnavailableError: a pool that the request needs has no usable worker, and the autoscaler
+                may start none.
         """
-        facts = self._facts_of(len(request.prompt), request.sampling.max_tokens)
-        return self._ledger.place(self._workers.snapshot, replace(facts, may_wait=True))
+        facts = replace(
+            self._facts_of(len(request.prompt), request.sampling.max_tokens),
+            may_wait=True,
+            coming=self._workers.coming,
+        )
+        return self._ledger.place(self._workers.snapshot, facts)
 
     def service_s(self, request: TokenRequest) -> float:
         """How long a request will likely run; 0 if unknown."""
@@ -227,9 +236,17 @@ class Dispatcher:
         plan = self._plan(progress, placement)
         self._count_start(plan)
 
+        prefilled = int(plan.forwards_first_token)  # tokens that the prefill worker may still send
+
         async def emit_and_note(batch: TokenBatch) -> bool:
+            nonlocal prefilled
+            count = len(batch.token_ids)
             progress.token_ids.extend(batch.token_ids)
-            progress.phases.tokens_arrived(len(batch.token_ids))
+            progress.phases.tokens_arrived(count)
+            if decoded := count - min(prefilled, count):
+                permit.decoded(decoded)
+                self._signals.decoded(decoded)
+            prefilled -= min(prefilled, count)
             return await emit(batch)
 
         async with contextlib.AsyncExitStack() as stack:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
-from core.types import Pool, WorkerKey, WorkerRecord
+from core.types import Pool, WorkerKey, WorkerRecord, WorkerShare
 from router.errors import no_worker_error
 from router.placement.policy import (
     NoWorker,
@@ -20,6 +21,9 @@ from router.placement.policy import (
 from router.room import NoRoom
 
 RATE_MEMORY = 0.98  # decay of a prefill rate at each prompt; about the latest 50 prompts count
+# The same of a decode rate: about so many of the latest seconds with streams count. Long enough for
+# some streams to begin and end, and short enough to follow the load.
+DECODE_MEMORY_S = 10.0
 
 
 class PlacementPermit:
@@ -30,20 +34,27 @@ class PlacementPermit:
     ) -> None:
         self.placement = placement
         self._ledger = ledger
-        self._counted = {
-            record.pool: (record.key, tokens_on(record, facts))
-            for record in (placement.prefill, placement.decode)
-            if record is not None
-        }
-        for key, tokens in self._counted.values():
-            ledger.add(key, tokens)
+        self._counted: dict[Pool, tuple[Account, int]] = {}
+        for record in (placement.prefill, placement.decode):
+            if record is not None:
+                tokens = tokens_on(record, facts)
+                self._counted[record.pool] = ledger.add(record, tokens), tokens
+        self._streams = False  # the decode worker has sent a token
 
     def prefill_ended(self, done: bool) -> None:
         """Note that the prefill worker has answered (``done``) or failed. Idempotent."""
         self._remove(Pool.PREFILL, done)
 
+    def decoded(self, count: int) -> None:
+        """Note that the decode worker has sent tokens."""
+        if count and (counted := self._counted.get(Pool.DECODE)) is not None:
+            self._ledger.decoded(counted[0], count, starts=not self._streams)
+            self._streams = True
+
     def close(self) -> None:
         """Note that the request no longer runs on its workers. Idempotent."""
+        if self._streams and (counted := self._counted.get(Pool.DECODE)) is not None:
+            self._ledger.stream_ended(counted[0])
         self._remove(Pool.PREFILL, False)
         self._remove(Pool.DECODE, False)
 
@@ -76,7 +87,7 @@ class PlacementLedger:
         self._clock = clock
         self._suspect_s = suspect_s
         self._report_snapshots = report_snapshots
-        self._accounts: dict[WorkerKey, _Account] = {}
+        self._accounts: dict[WorkerKey, Account] = {}
         self._own: dict[WorkerKey, OwnLoad] = {}
         self._suspects: dict[WorkerKey, float] = {}
         self._state = PlacementState(self._own, self._suspects)
@@ -111,22 +122,46 @@ class PlacementLedger:
         self._state = placement.state
         return PlacementPermit(placement, self, facts)
 
-    def add(self, key: WorkerKey, tokens: int) -> None:
-        """Count one more request on a worker."""
-        account = self._accounts.setdefault(key, _Account(self._report_snapshots))
-        account.add(tokens, self._clock())
-        self._own[key] = account.load()
+    def shares(self) -> tuple[WorkerShare, ...]:
+        """This router's requests on each worker that it has used, and the rates of the workers."""
+        now_s = self._clock()
+        return tuple(
+            WorkerShare(*key, each.pool, each.requests, each.tokens, each.tokens_per_s(now_s))
+            for key, each in self._accounts.items()
+        )
 
-    def remove(self, key: WorkerKey, tokens: int, *, done: bool) -> None:
+    def add(self, record: WorkerRecord, tokens: int) -> Account:
+        """Count one more request on a worker. Return the worker's account."""
+        account = self._accounts.get(record.key)
+        if account is None or account.pool is not record.pool:  # the worker may change its role
+            account = Account(record.key, record.pool, self._report_snapshots)
+            self._accounts[record.key] = account
+        account.add(tokens, self._clock())
+        self._own[record.key] = account.load()
+        return account
+
+    def remove(self, account: Account, tokens: int, *, done: bool) -> None:
         """Count one request less on a worker.
 
         Args:
             done: whether the worker has computed the request's tokens.
         """
-        account = self._accounts[key]
         account.remove(tokens, self._clock(), done=done)
-        self._own[key] = account.load()
+        if self._accounts.get(account.key) is account:
+            self._own[account.key] = account.load()
         self.on_room()
+
+    def decoded(self, account: Account, count: int, *, starts: bool) -> None:
+        """Count tokens that a decode worker has sent.
+
+        Args:
+            starts: these are the first tokens of a stream.
+        """
+        account.decoded(count, self._clock(), starts=starts)
+
+    def stream_ended(self, account: Account) -> None:
+        """Note that a stream of a decode worker has ended."""
+        account.stream_ended(self._clock())
 
     def suspect(self, key: WorkerKey) -> None:
         """Avoid a worker for ``suspect_s``, because it failed a request."""
@@ -147,44 +182,78 @@ class PlacementLedger:
         self.on_room()
 
 
-class _Account:
-    """This router's requests on one worker."""
+class Account:
+    """This router's requests on one worker. Only the ledger changes it."""
 
-    def __init__(self, report_snapshots: int) -> None:
+    def __init__(self, key: WorkerKey, pool: Pool, report_snapshots: int) -> None:
+        self.key = key
+        self.pool = pool
         self.requests = 0
-        self._tokens = 0
+        self.tokens = 0
         # The peak (requests, tokens) of each interval between two recent snapshots. The last pair
         # covers the time since the latest snapshot.
         self._peaks = deque([(0, 0)], maxlen=report_snapshots + 1)
         self._done_tokens = 0.0
         self._busy_s = 0.0  # time spent on _done_tokens
         self._busy_since_s = 0.0
+        # Decode: streams that have begun; tokens and seconds while there were any, decayed.
+        self._streams = 0
+        self._stream_tokens = 0.0
+        self._stream_s = 0.0
+        self._counted_s = 0.0  # when these two were decayed last
 
     def add(self, tokens: int, now_s: float) -> None:
         if self.requests == 0:
             self._busy_since_s = now_s
         self.requests += 1
-        self._tokens += tokens
+        self.tokens += tokens
         requests, peak = self._peaks[-1]
-        self._peaks[-1] = max(requests, self.requests), max(peak, self._tokens)
+        self._peaks[-1] = max(requests, self.requests), max(peak, self.tokens)
 
     def remove(self, tokens: int, now_s: float, *, done: bool) -> None:
         self.requests -= 1
-        self._tokens -= tokens
+        self.tokens -= tokens
         if done:
             self._done_tokens = RATE_MEMORY * self._done_tokens + tokens
             self._busy_s = RATE_MEMORY * self._busy_s + now_s - self._busy_since_s
             self._busy_since_s = now_s
 
+    def decoded(self, count: int, now_s: float, *, starts: bool) -> None:
+        self._decay(now_s)
+        # The time in which a stream's first tokens were made counts only if there were others.
+        if self._streams or not starts:
+            self._stream_tokens += count
+        self._streams += starts
+
+    def stream_ended(self, now_s: float) -> None:
+        self._decay(now_s)
+        self._streams -= 1
+
+    def tokens_per_s(self, now_s: float) -> float:
+        """The rate while this router had requests on the worker; 0 while unknown."""
+        if self.pool is Pool.PREFILL:
+            return self._done_tokens / self._busy_s if self._busy_s else 0.0
+        self._decay(now_s)
+        return self._stream_tokens / self._stream_s if self._stream_s else 0.0
+
+    def _decay(self, now_s: float) -> None:
+        """Let time with streams pass. Then ``_stream_s`` is the integral of the weights of the
+        past, and ``_stream_tokens`` the sum of the tokens' weights."""
+        if self._streams:
+            weight = math.exp(-(now_s - self._counted_s) / DECODE_MEMORY_S)
+            self._stream_tokens *= weight
+            self._stream_s = self._stream_s * weight + DECODE_MEMORY_S * (1 - weight)
+        self._counted_s = now_s
+
     def new_snapshot(self) -> None:
-        self._peaks.append((self.requests, self._tokens))
+        self._peaks.append((self.requests, self.tokens))
 
     def load(self) -> OwnLoad:
         # Leave out the last pair: the latest reports are older than the time that this pair covers.
         reported = list(self._peaks)[:-1]
         return OwnLoad(
             self.requests,
-            self._tokens,
+            self.tokens,
             peak_requests=max((requests for requests, _ in reported), default=0),
             peak_tokens=max((tokens for _, tokens in reported), default=0),
             tokens_per_s=self._done_tokens / self._busy_s if self._busy_s else 0.0,

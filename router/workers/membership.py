@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.rpc.credentials import ClusterCredentials
-from core.types import WorkerKey, WorkerRecord, WorkerState
+from core.types import Pool, RegistrySnapshot, WorkerKey, WorkerRecord, WorkerState
 from router.workers.client import WorkerClient
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 class WorkerList(Protocol):
     """The part of the registry that the router reads."""
 
-    async def list(self) -> tuple[WorkerRecord, ...]: ...
+    async def snapshot(self) -> RegistrySnapshot: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,10 @@ class Workers:
         self._missing_since_s: dict[WorkerKey, float] = {}
         self._registry_failed = False
         self._refilling_since_s: float | None = None  # since a possible restart of the store
+        self._plans_read_s = -math.inf
         self.snapshot: tuple[WorkerRecord, ...] = ()
+        # Pools for which the autoscaler may start workers; see ``RegistrySnapshot``.
+        self.coming: frozenset[Pool] = frozenset()
 
     @property
     def lost_after_s(self) -> float:
@@ -99,7 +103,7 @@ class Workers:
         """Read the registry once. A failure is logged and leaves the snapshot as it is."""
         try:
             async with asyncio.timeout(self._settings.poll_timeout_s):
-                present = await self._registry.list()
+                read = await self._registry.snapshot()
         except Exception as err:  # noqa: BLE001 - routing goes on, whichever error the store raises
             if not self._registry_failed:
                 logger.warning("registry failed; routing uses the last snapshot: %r", err)
@@ -109,6 +113,8 @@ class Workers:
             return
         if self._registry_failed:
             logger.warning("registry works again")
+        present = read.workers
+        self._note_plans(read)
         returning = self._returning(present)
         self._registry_failed = False
         self.snapshot = (*present, *returning)
@@ -147,6 +153,14 @@ class Workers:
             max_message_bytes=self._settings.max_message_bytes,
             silence_s=self._settings.connection_silence_s,
         )
+
+    def _note_plans(self, read: RegistrySnapshot) -> None:
+        """Keep plans that are missing for ``lost_after_s``: the store may have been restarted."""
+        now_s = self._clock()
+        if read.plans:
+            self.coming, self._plans_read_s = read.coming, now_s
+        elif now_s - self._plans_read_s >= self._settings.lost_after_s:
+            self.coming = frozenset()
 
     def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:
         """Workers of the last snapshot that a restarted store may not know yet."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from core.state.registry import MemoryRegistry
-from core.types import WorkerRecord, WorkerState
+from core.types import RegistrySnapshot, WorkerRecord, WorkerState
 from router.workers.membership import Workers, WorkersSettings
 from tests.support.fake_workers import FakeDecode
 
@@ -132,7 +132,7 @@ async def test_a_worker_that_leaves_alone_is_gone_at_once() -> None:
 
 async def test_a_read_of_a_hung_registry_times_out() -> None:
     class Hanging:
-        async def list(self) -> tuple[WorkerRecord, ...]:
+        async def snapshot(self) -> RegistrySnapshot:
             await asyncio.get_running_loop().create_future()
             raise AssertionError
 
