@@ -36,6 +36,7 @@ class PoolDemand:
     arrival_tokens_per_s: float = 0.0
     # Prefill: TTFT at the client's edge. Decode: time between two tokens. Seconds.
     latency_s: Histogram = field(default_factory=Histogram)
+    latency_window_s: float = 0.0  # the latencies are those of this many latest seconds
 
 
 class Phase(enum.StrEnum):
@@ -70,19 +71,24 @@ class WorkerView:
 class Snapshot:
     """What is known of a cluster at one time.
 
-    ``demand`` is None if the numbers are missing or older than the lease of a router.
+    ``demand`` is None if the numbers are missing or older than the lease of a router. ``workers``
+    shows what all earlier actions have led to: a worker that was ordered is there, at least as
+    PENDING, and one that was removed is LEAVING or gone. Otherwise it would be ordered twice.
     """
 
     workers: tuple[WorkerView, ...]
     demand: Mapping[Pool, PoolDemand] | None
     measured_s: float  # when ``demand`` was measured; equal to the last one: nothing new
+    # What a new worker will hold. Without it, a pool that never had a worker gets none under a
+    # budget, because nobody knows whether the worker fits.
+    gpus_per_worker: Mapping[Pool, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why a number was chosen. ``rule`` names a field of the policy file."""
 
-    rule: str  # such as "signals[0] queueSeconds", "behavior.scaleDown", "budget"
+    rule: str  # such as "signals[0] QueueSeconds", "behavior.scaleDown", "budget"
     workers: int  # the number that this rule leads to
     text: str  # a sentence with the numbers
 

@@ -13,7 +13,7 @@ import yaml
 from core.errors import ConfigError
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a mapping that contains the same key twice. PyYAML would silently use the last one.
 
     The check happens when a mapping is composed. Merges (<<) are applied later, so a merge may
@@ -59,7 +59,7 @@ def read_raw(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(), _UniqueKeyLoader)
+        raw = yaml.load(path.read_text(), UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
