@@ -1,29 +1,18 @@
 """What the autoscaler sees of the simulated cluster.
 
-The router's part is the record that a live router publishes, made by the same code
-(``router.lease``, ``router.signals``). It is joined with the workers as in a live cluster.
+The router's part is the record that a live router publishes. What it holds is measured by the same
+code (``router.signals``, the queues of ``router.admission``, the shares of ``router.placement``).
 """
 
 from __future__ import annotations
 
 from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
 from core.types import Need, Pool, RouterRecord, WorkerKey, WorkerShare
-from router.lease import RouterLease
 from simulate.fleet import Worker
 from simulate.front import Front
 
 # A request that waits for one of these waits for the pool.
 _NEEDS = {Pool.PREFILL: (Need.PREFILL, Need.BOTH), Pool.DECODE: (Need.DECODE, Need.BOTH)}
-
-
-class _NoStore:
-    """The record is read here, so it need not be written."""
-
-    async def put_router(self, record: RouterRecord) -> None:
-        raise NotImplementedError
-
-    async def remove_router(self, router_id: str) -> None:
-        raise NotImplementedError
 
 
 class Observer:
@@ -38,25 +27,34 @@ class Observer:
         self._front = front
         self._gpus = gpus
         self._start_s = start_s
-        self._lease = RouterLease(
-            _NoStore(),
-            router_id="router",
-            address="",
-            turns=front.turns,
-            ledger=front.ledger,
-            signals=front.signals,
-            renew_s=1.0,
-            timeout_s=1.0,
-        )
 
     def snapshot(self) -> Snapshot:
         """Return what the autoscaler sees now."""
-        router = self._lease.record()
+        router = self.record()
         shares = {(each.worker_id, each.incarnation): each for each in router.shares}
         return Snapshot(
             workers=tuple(self._view(worker, shares) for worker in self._front.fleet),
             demand={pool: demand(pool, router) for pool in Pool},
             measured_s=self._start_s + self._front.now_s,
+            gpus_per_worker=dict.fromkeys(Pool, self._gpus),
+        )
+
+    def record(self) -> RouterRecord:
+        """Return what the router publishes."""
+        front = self._front
+        rates = front.signals.rates()
+        ttft_s, itl_s = front.signals.latencies()
+        return RouterRecord(
+            id="router",
+            address="",
+            queues=front.turns.queue_loads(),
+            shares=front.ledger.shares(),
+            window_s=rates.window_s,
+            arrived_requests=rates.requests,
+            arrived_prompt_tokens=rates.prompt_tokens,
+            output_tokens=rates.output_tokens,
+            ttft_s=ttft_s,
+            itl_s=itl_s,
         )
 
     def _view(self, worker: Worker, shares: dict[WorkerKey, WorkerShare]) -> WorkerView:
@@ -68,7 +66,7 @@ class Observer:
                 worker.role,
                 worker.phase,
                 since_s,
-                gpus=0.0 if is_pending else self._gpus,
+                gpus=self._gpus,
                 problem="no GPU is free" if is_pending else "",
             )
         share = shares.get(worker.record.key)
