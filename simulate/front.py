@@ -221,15 +221,15 @@ class Front:
         A request has no room if a smaller one had none, and no room was freed since. That saves
         most calls of the placement while many requests wait.
         """
-        facts = self._facts(active, may_wait=True)
-        kv_tokens = facts.prompt_tokens + facts.growth_tokens
-        has_decode = facts.max_tokens > 1
-        for prompt_tokens, least_kv_tokens, no_room in self._full:
-            if has_decode and facts.prompt_tokens >= prompt_tokens and kv_tokens >= least_kv_tokens:
-                return no_room
-        taken = self.ledger.place(self.fleet.records, facts)
-        if isinstance(taken, NoRoom) and has_decode:
-            self._full.append((facts.prompt_tokens, kv_tokens, taken))
+        prompt_tokens, max_tokens = active.request.prompt_tokens, active.max_tokens
+        kv_tokens = prompt_tokens + self.expectation.growth_tokens(max_tokens)
+        if max_tokens > 1:
+            for least_prompt_tokens, least_kv_tokens, no_room in self._full:
+                if prompt_tokens >= least_prompt_tokens and kv_tokens >= least_kv_tokens:
+                    return no_room
+        taken = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
+        if max_tokens > 1 and isinstance(taken, NoRoom):
+            self._full.append((prompt_tokens, kv_tokens, taken))
         return taken
 
     def _limit(self, active: Active) -> None:
