@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _GROWTH = 1.1  # a bucket's upper bound, relative to the one before; so a quantile is 5% off at most
-_SMALLEST_S = 1e-3
+_SMALLEST_S = 1e-3  # shorter durations share one bucket
 
 
 @dataclass(frozen=True, slots=True)

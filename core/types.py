@@ -120,7 +120,7 @@ class RouterRecord:
     """One router's lease in the registry, with what it measures.
 
     A request is either in ``queues`` or in ``shares``. So the sums over all routers are the load of
-    the cluster.
+    the cluster. ``queues`` may hold several entries with the same class and need.
     """
 
     id: str

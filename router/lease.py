@@ -9,6 +9,7 @@ from typing import Protocol
 
 from core.types import RouterRecord
 from router.admission.turns import Turns
+from router.dispatch.dispatcher import Dispatcher
 from router.placement.ledger import PlacementLedger
 from router.signals import Signals
 
@@ -44,6 +45,7 @@ class RouterLease:
         router_id: str,
         address: str,
         turns: Turns,
+        dispatcher: Dispatcher,
         ledger: PlacementLedger,
         signals: Signals,
         renew_s: float,
@@ -53,6 +55,7 @@ class RouterLease:
         self._id = router_id
         self._address = address
         self._turns = turns
+        self._dispatcher = dispatcher
         self._ledger = ledger
         self._signals = signals
         self._renew_s = renew_s
@@ -90,14 +93,14 @@ class RouterLease:
             logger.warning("this router's lease stays until it expires: %r", err)
 
     def record(self) -> RouterRecord:
-        """What this router measures now. A request is either in a queue or on its workers."""
+        """What this router measures now. A request either waits or is on its workers."""
         rates = self._signals.rates()
         ttft_s, itl_s = self._signals.latencies()
         return RouterRecord(
             id=self._id,
             address=self._address,
             renewals=self._renewals,
-            queues=self._turns.queue_loads(),
+            queues=(*self._turns.queue_loads(), *self._dispatcher.stranded_loads()),
             shares=self._ledger.shares(),
             window_s=rates.window_s,
             arrived_requests=rates.requests,

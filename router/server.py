@@ -145,6 +145,7 @@ class RouterServer:
                 router_id=self.id,
                 address=host_port(self._config.router_host, port),
                 turns=admission.turns,
+                dispatcher=self._dispatcher,
                 ledger=ledger,
                 signals=signals,
                 renew_s=redis.renew_s,

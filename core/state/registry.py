@@ -155,23 +155,22 @@ class RedisRegistry:
 
     async def _read(
         self, prefix: str, index: str, another: str | None = None
-    ) -> tuple[list[bytes], bytes | None]:
+    ) -> tuple[tuple[bytes, ...], bytes | None]:
         """Return the records whose ids are in a set, ordered by id, and the value of ``another``
         key, which comes with the same answer."""
-        ids: list[bytes] = sorted((await self._client.execute(("SMEMBERS", index)))[0])
-        keys = [prefix.encode() + each for each in ids]
-        if another is not None:
-            keys.append(another.encode())
+        ids: tuple[bytes, ...] = (*sorted((await self._client.execute(("SMEMBERS", index)))[0]),)
+        more = (another.encode(),) if another is not None else ()
+        keys = (*(prefix.encode() + each for each in ids), *more)
         if not keys:
-            return [], None
-        values: list[bytes | None] = (await self._client.execute(("MGET", *keys)))[0]
-        other = values.pop() if another is not None else None
+            return (), None
+        found: tuple[bytes | None, ...] = (*(await self._client.execute(("MGET", *keys)))[0],)
+        values, other = found[: len(ids)], found[-1] if more else None
         # If a lease is taken again before this SREM, the set of ids lacks it until its next
         # renewal.
         expired = [each for each, value in zip(ids, values, strict=True) if value is None]
         if expired:
             await self._client.execute(("SREM", index, *expired))
-        return [value for value in values if value is not None], other
+        return tuple(value for value in values if value is not None), other
 
     async def close(self) -> None:
         """See ``Registry``."""

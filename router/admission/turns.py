@@ -264,9 +264,12 @@ class Turns:
         """Start a request that fits, although the next one in turn (``head``) does not fit yet.
 
         Otherwise, one long request would leave workers idle. Each head is passed by at most
-        ``MAX_PASSED`` requests that need room, so it does not starve.
+        ``MAX_PASSED`` requests that need room, so it does not starve. This bound does not apply
+        while the head waits for a pool's first worker, because others take nothing from it then.
         """
-        is_held = head.passed >= MAX_PASSED
+        assert head.no_room is not None
+        is_passed_freely = bool(head.no_room.empty)
+        is_held = head.passed >= MAX_PASSED and not is_passed_freely
         for request, turn in self._queues.after_next(_LOOK_AHEAD_REQUESTS):
             if is_held and turn.needs_room:
                 continue
@@ -277,7 +280,7 @@ class Turns:
             except BatonError:
                 continue  # likewise
             if permit is not None:
-                head.passed += turn.needs_room
+                head.passed += turn.needs_room and not is_passed_freely
                 self._grant(turn, permit)
                 return True
         return False

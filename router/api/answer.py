@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from baton.v1 import inference_pb2
-from router.dispatch.dispatcher import Progress
+from router.dispatch.progress import Progress
 from router.request import UNFINISHED, TokenBatch
 from router.text.output import TextOutput
 

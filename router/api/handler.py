@@ -43,7 +43,8 @@ from router.api.validate import (
     with_prompt,
 )
 from router.dispatch.attempt import Emit
-from router.dispatch.dispatcher import Dispatcher, Progress
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.progress import Progress
 from router.errors import RETRY_AFTER_S
 from router.phases import PhaseClock
 from router.request import TokenBatch, TokenRequest
@@ -92,10 +93,10 @@ class _Call:
     sink: ResponseSink
     phases: PhaseClock
 
-    def progress(self, request: TokenRequest) -> Progress:
+    def progress(self, request: TokenRequest, service_class: str) -> Progress:
         # A client may use an id again. The random suffix makes the id that workers see unique.
         worker_request_id = f"{self.request_id}~{uuid.uuid4().hex[:12]}"
-        return Progress(request, worker_request_id, self.deadline_s, self.phases)
+        return Progress(request, worker_request_id, self.deadline_s, self.phases, service_class)
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         try:
@@ -244,7 +245,7 @@ class RequestHandler:
         )
         async with self.admission.admit(wanted, lambda: self._dispatcher.place(ready)) as permit:
             await call.sink.accept()
-            progress = call.progress(ready)
+            progress = call.progress(ready, wanted.service_class)
             answer = Answer(progress, self._output(ready), call.write)
             if self._journal is None:
                 await self._dispatcher.run(progress, answer.emit, permit)
@@ -273,23 +274,23 @@ class RequestHandler:
             # and passes those that wait for room.
             no_permit = contextlib.ExitStack[None]
             async with self.admission.admit(wanted, no_permit, needs_room=False):
-                await self._continue(entry, journaled, ready, call, first)
+                progress = call.progress(ready, wanted.service_class)
+                await self._continue(entry, journaled, progress, call, first)
 
     async def _continue(
         self,
         entry: Entry,
         journaled: journal_pb2.JournalEntry,
-        ready: TokenRequest,
+        progress: Progress,
         call: _Call,
         first: int,
     ) -> None:
         """Send the responses from number ``first`` on, and run the rest of the request."""
         await call.sink.accept()
         call.phases.resumed()
-        progress = call.progress(ready)
         progress.lost_attempts = journaled.lost_attempts
         progress.on_lost_attempt = entry.note_lost_attempts
-        answer = Answer(progress, self._output(ready), call.write, first)
+        answer = Answer(progress, self._output(progress.request), call.write, first)
         answer.resume_token = entry.token
         more = True
         for batch in batches_of(journaled):

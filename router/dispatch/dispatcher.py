@@ -25,13 +25,13 @@ from core.errors import (
     UnavailableError,
 )
 from core.messages import worker_pb2
-from core.types import WorkerKey, WorkerRecord
+from core.types import Need, QueueLoad, WorkerKey, WorkerRecord
 from router.admission.expectation import Expectation
 from router.dispatch.attempt import Attempt, AttemptFailedError, AttemptPlan, Emit
 from router.dispatch.first_token import first_token_rule
+from router.dispatch.progress import Progress
 from router.dispatch.retry import Retries, RetryLimits
 from router.errors import RETRY_AFTER_S
-from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
     LOCAL_PREFILL,
@@ -79,33 +79,13 @@ class DispatchCounters:
         return self.placements[LOCAL_PREFILL]
 
 
-@dataclass(slots=True)
-class Progress:
-    """The state of one request over all its attempts."""
+@dataclass(frozen=True, slots=True)
+class _Stranded:
+    """A request that has lost its workers and finds no others."""
 
-    request: TokenRequest
-    worker_request_id: str  # used once, unlike a client's request id
-    deadline_s: float
-    phases: PhaseClock
-    token_ids: list[int] = field(default_factory=list)
-    attempts: int = 0
-    lost_attempts: int = 0  # also those at other routers, before a resume
-    on_lost_attempt: Callable[[int], None] = lambda _count: None  # gets lost_attempts
-    prefill_id: str = ""
-    decode_id: str = ""
-    attempt: Attempt | None = None  # the latest
-
-    @property
-    def remaining_tokens(self) -> int:
-        return self.request.sampling.max_tokens - len(self.token_ids)
-
-    def sampling(self) -> inference_pb2.SamplingParams:
-        """The sampling parameters of the next attempt, for the tokens that are still to come."""
-        sampling = inference_pb2.SamplingParams()
-        sampling.CopyFrom(self.request.sampling)
-        sampling.max_tokens = self.remaining_tokens
-        sampling.min_tokens = max(0, sampling.min_tokens - len(self.token_ids))
-        return sampling
+    service_class: str
+    facts: PlacementFacts
+    since_s: float
 
 
 class Dispatcher:
@@ -131,6 +111,7 @@ class Dispatcher:
         self._clock = clock
         self._releases: set[asyncio.Task[None]] = set()
         self._expectation = Expectation()
+        self._stranded: dict[str, _Stranded] = {}  # by worker_request_id
         self.counters = DispatchCounters()
 
     def place(self, request: TokenRequest) -> PlacementPermit | NoRoom:
@@ -150,6 +131,24 @@ class Dispatcher:
     def service_s(self, request: TokenRequest) -> float:
         """How long a request will likely run; 0 if unknown."""
         return self._expectation.service_s(request.sampling.max_tokens)
+
+    def stranded_loads(self) -> tuple[QueueLoad, ...]:
+        """The running requests that wait, because they have lost a worker and no other is usable.
+
+        They need a decode worker, which would also prefill. They are on no worker.
+        """
+        now_s = self._clock()
+        return tuple(
+            QueueLoad(
+                each.service_class,
+                Need.DECODE,
+                requests=1,
+                prompt_tokens=each.facts.prompt_tokens,
+                kv_tokens=each.facts.prompt_tokens + each.facts.growth_tokens,
+                oldest_wait_s=now_s - each.since_s,
+            )
+            for each in self._stranded.values()
+        )
 
     def kv_tokens(self, request: TokenRequest) -> int:
         """How many tokens of a request will likely need KV when it ends."""
@@ -187,7 +186,7 @@ class Dispatcher:
                     "(router.max_attempts)",
                     reason="TOO_MANY_ATTEMPTS",
                 )
-            permit = permit or await self._place(facts or self._facts(progress), retries)
+            permit = permit or await self._place(progress, facts or self._facts(progress), retries)
             progress.attempts += 1
             try:
                 with contextlib.closing(permit):
@@ -200,18 +199,25 @@ class Dispatcher:
         # All tokens are there. Only the finish reason was lost with a worker or a router.
         await emit(TokenBatch((), (), inference_pb2.FINISH_REASON_LENGTH))
 
-    async def _place(self, facts: PlacementFacts, retries: Retries) -> PlacementPermit:
+    async def _place(
+        self, progress: Progress, facts: PlacementFacts, retries: Retries
+    ) -> PlacementPermit:
         """Choose workers. If none is usable, a retry waits, and the first attempt raises."""
-        while True:
-            facts = replace(facts, excluded=retries.excluded(self._clock()))
-            try:
-                permit = self._ledger.place(self._workers.snapshot, facts)
-                assert not isinstance(permit, NoRoom), "only for requests that may wait"
-                return permit
-            except UnavailableError:
-                if retries.last is None:
-                    raise
-            await asyncio.sleep(retries.wait_s(self._clock()))
+        stranded = _Stranded(progress.service_class, facts, self._clock())
+        try:
+            while True:
+                facts = replace(facts, excluded=retries.excluded(self._clock()))
+                try:
+                    permit = self._ledger.place(self._workers.snapshot, facts)
+                    assert not isinstance(permit, NoRoom), "only for requests that may wait"
+                    return permit
+                except UnavailableError:
+                    if retries.last is None:
+                        raise
+                self._stranded[progress.worker_request_id] = stranded
+                await asyncio.sleep(retries.wait_s(self._clock()))
+        finally:
+            self._stranded.pop(progress.worker_request_id, None)
 
     def _facts(self, progress: Progress) -> PlacementFacts:
         """What placement must know about the next attempt."""

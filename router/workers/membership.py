@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -73,7 +72,7 @@ class Workers:
         self._missing_since_s: dict[WorkerKey, float] = {}
         self._registry_failed = False
         self._refilling_since_s: float | None = None  # since a possible restart of the store
-        self._plans_read_s = -math.inf
+        self._plans_missing_since_s: float | None = None
         self.snapshot: tuple[WorkerRecord, ...] = ()
         # Pools for which the autoscaler may start workers; see ``RegistrySnapshot``.
         self.coming: frozenset[Pool] = frozenset()
@@ -158,8 +157,11 @@ class Workers:
         """Keep plans that are missing for ``lost_after_s``: the store may have been restarted."""
         now_s = self._clock()
         if read.plans:
-            self.coming, self._plans_read_s = read.coming, now_s
-        elif now_s - self._plans_read_s >= self._settings.lost_after_s:
+            self.coming, self._plans_missing_since_s = read.coming, None
+            return
+        if self._plans_missing_since_s is None:
+            self._plans_missing_since_s = now_s
+        if now_s - self._plans_missing_since_s >= self._settings.lost_after_s:
             self.coming = frozenset()
 
     def _returning(self, present: tuple[WorkerRecord, ...]) -> tuple[WorkerRecord, ...]:

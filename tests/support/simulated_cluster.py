@@ -36,11 +36,13 @@ from router.api.handler import RequestBounds, RequestHandler
 from router.api.servicer import InferenceServicer
 from router.dispatch.dispatcher import Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
+from router.lease import RouterLease, new_router_id
 from router.placement.ledger import PlacementLedger
 from router.placement.policy import (
     PlacementLimits,
 )
 from router.resume.journal import Journal, JournalSettings
+from router.signals import Signals
 from router.workers.membership import Workers, WorkersSettings
 from tests.support.router_harness import make_codec
 from tests.support.virtual_time import elapse
@@ -388,6 +390,7 @@ class SimRouter:
             lambda snapshot: self.ledger.new_snapshot(frozenset(record.key for record in snapshot)),
             connect=lambda record: cluster.workers[record.id],  # type: ignore[arg-type, return-value]
         )
+        self.signals = Signals(clock)
         self.dispatcher = Dispatcher(
             self.workers,
             self.ledger,
@@ -400,6 +403,7 @@ class SimRouter:
                 max_releases=64,
             ),
             clock,
+            self.signals,
         )
         self.supervisor = Supervisor()
         store = _RouterStore(cluster.journal, self)
@@ -412,18 +416,33 @@ class SimRouter:
             clock=clock,
             journal=self.journal,
             phase_clock=clock,
+            signals=self.signals,
+        )
+        self.lease = RouterLease(
+            cluster.registry,
+            router_id=new_router_id(),
+            address="sim",
+            turns=admission.turns,
+            dispatcher=self.dispatcher,
+            ledger=self.ledger,
+            signals=self.signals,
+            renew_s=RENEW_S,
+            timeout_s=1.0,
         )
         self.servicer = InferenceServicer(self.handler, clock)
 
     async def start(self) -> None:
         await self.workers.refresh()
         self.supervisor.start("registry poll", self.workers.poll)
+        self.supervisor.start("router lease", self.lease.run)
         self.journal.start(self.supervisor)
 
     async def stop(self) -> None:
         await self.handler.drained()
         await self.dispatcher.close()
         await self.supervisor.stop()
+        if self.alive:
+            await self.lease.remove()
         await self.journal.close()
         await self.workers.close()
 

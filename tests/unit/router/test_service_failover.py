@@ -270,7 +270,7 @@ async def test_unreachable_workers_cost_no_attempt_and_other_workers_are_sent_no
     async with RouterHarness(
         prefill=[*dead_prefills, prefill],
         decode=[*dead_decodes, decode],
-        router={"max_attempts": 1},
+        router={"max_attempts": 1, "failover_timeout_s": 30},
     ) as router:
         for each in (*dead_prefills, *dead_decodes):
             await each.stop()

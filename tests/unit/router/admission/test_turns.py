@@ -3,15 +3,14 @@ drives ``Turns`` as the simulator does, without tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from core.errors import BatonError, CapacityError, DeadlineError, UnavailableError
+from core.errors import CapacityError, DeadlineError, UnavailableError
 from core.types import Need, Pool, QueueLoad
 from router.admission.policy import AdmissionLimits, AdmissionRequest, ClassLimits
-from router.admission.turns import Turn, Turns
+from router.admission.turns import MAX_PASSED, Turn, Turns
 from router.room import NoRoom
 
 BOTH = frozenset(Pool)
@@ -148,12 +147,6 @@ def test_needs_cost_no_more_tries() -> None:
     assert cluster.tries == before + 17
 
 
-def error_of(run: Callable[[], object]) -> BatonError:
-    with pytest.raises(BatonError) as caught:
-        run()
-    return caught.value
-
-
 def test_the_wait_for_the_first_worker_of_a_pool_has_its_own_bound() -> None:
     cluster = Cluster(decode=9)
     cluster.empty = frozenset({Pool.PREFILL})
@@ -229,4 +222,16 @@ def test_a_request_refused_at_its_turn_is_told_so() -> None:
     assert late.error.reason == "WOULD_BE_LATE"
     cluster.turns.leave(late)
     assert cluster.turns.running == cluster.turns.waiting == 0
-    assert error_of(lambda: cluster.enter(replace(REQUEST, deadline_s=1.0)))
+    with pytest.raises(DeadlineError):
+        cluster.enter(replace(REQUEST, deadline_s=1.0))
+
+
+def test_a_request_without_a_worker_keeps_no_room_from_others() -> None:
+    cluster = Cluster(prefill=1)
+    cluster.empty = frozenset({Pool.DECODE})
+    waiting = cluster.enter()
+    for _ in range(2 * MAX_PASSED):
+        other = cluster.enter(needed=frozenset({Pool.PREFILL}))
+        assert other.permit is not None
+        cluster.turns.end(other)
+    assert waiting.permit is None

@@ -9,6 +9,7 @@ from core.errors import UnavailableError
 from core.types import Pool, WorkerKey, WorkerLoad, WorkerRecord, WorkerState
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import (
+    NoWorker,
     OwnLoad,
     Placement,
     PlacementFacts,
@@ -239,6 +240,55 @@ def test_an_empty_pool_is_unavailable_with_a_hint(
     assert caught.value.retry_after_s
 
 
+PREFILL, DECODE = frozenset({Pool.PREFILL}), frozenset({Pool.DECODE})
+BOTH = PREFILL | DECODE
+FULL_P = worker("p1", queued_tokens=10**9)
+FULL_D = worker("d1", kv_blocks_free=0)
+BUSY = {("p1", "1"): OwnLoad(requests=2), ("d1", "1"): OwnLoad()}
+
+
+@pytest.mark.parametrize(
+    ("workers", "coming", "expected"),
+    [
+        ((FULL_P, worker("d1")), frozenset(), NoRoom(PREFILL)),
+        ((worker("p2"), FULL_D), frozenset(), NoRoom(DECODE)),
+        ((FULL_P, FULL_D), frozenset(), NoRoom(BOTH)),
+        ((worker("d1"),), PREFILL, NoRoom(PREFILL, empty=PREFILL)),
+        ((worker("p2"),), DECODE, NoRoom(DECODE, empty=DECODE)),
+        ((FULL_D,), PREFILL, NoRoom(BOTH, empty=PREFILL)),
+        ((), BOTH, NoRoom(BOTH, empty=BOTH)),
+        ((), DECODE, NoWorker(Pool.PREFILL, known=0)),
+        ((), PREFILL, NoWorker(Pool.DECODE, known=0)),
+        ((replace(worker("d1"), state=WorkerState.STARTING),), PREFILL, NoWorker(Pool.DECODE, 1)),
+    ],
+)
+def test_which_pools_a_request_waits_for(
+    workers: tuple[WorkerRecord, ...], coming: frozenset[Pool], expected: NoRoom | NoWorker
+) -> None:
+    facts, state = replace(NEW_REQUEST, coming=coming), PlacementState(BUSY)
+    assert decide_placement(workers, facts, state, LIMITS, now_s=0.0) == expected
+
+
+def test_requests_wait_for_no_pool_that_they_do_not_need() -> None:
+    coming = replace(NEW_REQUEST, coming=BOTH)
+    one_token = replace(coming, max_tokens=1)
+    decided = decide_placement((), one_token, PlacementState(), LIMITS, now_s=0.0)
+    assert decided == NoRoom(PREFILL, empty=PREFILL)
+    for local in (
+        replace(coming, local_prefill="fallback"),
+        replace(coming, local_prefill="always"),
+    ):
+        assert choose(worker("d1"), facts=local) == (None, "d1"), "the decode worker prefills"
+        decided = decide_placement((), local, PlacementState(), LIMITS, now_s=0.0)
+        assert decided == NoRoom(DECODE, empty=DECODE)
+
+
+def test_a_running_request_does_not_wait_in_a_queue_for_a_worker_to_come() -> None:
+    facts = replace(FACTS, coming=BOTH)
+    decided = decide_placement((), facts, PlacementState(), LIMITS, now_s=0.0)
+    assert decided == NoWorker(Pool.PREFILL, known=0)
+
+
 def test_a_burst_between_two_snapshots_spreads_out() -> None:
     ledger = PlacementLedger(LIMITS, lambda: 0.0, suspect_s=1.0)
     workers = (worker("p1"), worker("p2"), *(worker(f"d{i}", running=i) for i in range(4)))
@@ -314,3 +364,31 @@ def test_the_ledger_measures_the_rate_of_a_busy_prefill_worker() -> None:
         failed.prefill_ended(done=False)  # neither its tokens nor its time count
         now_s += 7.0  # idle time does not count
     assert ledger.own_load(("p1", "1")).tokens_per_s == pytest.approx(10 / 0.05)
+
+
+def test_the_ledger_measures_the_rate_of_a_decode_worker_with_streams() -> None:
+    now_s = 0.0
+    ledger = PlacementLedger(LIMITS, lambda: now_s, suspect_s=1.0)
+    workers = (worker("p1"), worker("d1"))
+
+    def rate() -> float:
+        return {share.worker_id: share.tokens_per_s for share in ledger.shares()}["d1"]
+
+    for _ in range(20):
+        first, second = (place(ledger, workers) for _ in range(2))
+        now_s += 3.0  # the prefill; no stream has begun
+        for permit in (first, second):
+            permit.decoded(1)
+        for _ in range(100):
+            now_s += 0.02
+            for permit in (first, second):
+                permit.decoded(1)
+        for permit in (first, second):
+            permit.close()
+            permit.close()
+        now_s += 7.0
+    assert rate() == pytest.approx(2 / 0.02, rel=0.02)
+    stalled = place(ledger, workers)
+    stalled.decoded(1)
+    now_s += 30.0
+    assert rate() < 10, "a worker that sends nothing is slow"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from core.state.registry import MemoryRegistry
-from core.types import RegistrySnapshot, WorkerRecord, WorkerState
+from core.types import Pool, PoolPlan, RegistrySnapshot, WorkerRecord, WorkerState
 from router.workers.membership import Workers, WorkersSettings
 from tests.support.fake_workers import FakeDecode
 
@@ -128,6 +128,29 @@ async def test_a_worker_that_leaves_alone_is_gone_at_once() -> None:
     await setup.registry.remove(setup.record.id)
     await setup.workers.refresh()
     assert setup.workers.snapshot == (other,)
+
+
+async def test_plans_outlive_a_restart_of_the_store() -> None:
+    setup = Setup()
+    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0, 2), PoolPlan(Pool.PREFILL, 1, 0)))
+    await setup.workers.refresh()
+    assert setup.workers.coming == {Pool.DECODE}
+    setup.registry.available = False
+    setup.now_s = 100.0
+    await setup.workers.refresh()
+    setup.registry = setup.workers._registry = MemoryRegistry(lease_s=3600)
+    for setup.now_s in (100.5, 103.4):
+        await setup.workers.refresh()
+        assert setup.workers.coming == {Pool.DECODE}
+    setup.now_s = 103.5
+    await setup.workers.refresh()
+    assert setup.workers.coming == frozenset()
+    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0, 2),))
+    await setup.workers.refresh()
+    assert setup.workers.coming == {Pool.DECODE}
+    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0, 0),))
+    await setup.workers.refresh()
+    assert setup.workers.coming == frozenset(), "the autoscaler says so"
 
 
 async def test_a_read_of_a_hung_registry_times_out() -> None:
