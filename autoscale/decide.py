@@ -21,7 +21,7 @@ from autoscale.proposal import Proposal, propose
 from autoscale.snapshot import Action, ActionKind, PoolDecision, Reason, Snapshot, WorkerView
 from autoscale.state import PoolState, RoleChange, State
 from autoscale.unplaced import describe, give_up, most_placeable
-from autoscale.workers import PoolWorkers, still_changing, with_measured, workers_of
+from autoscale.workers import PoolWorkers, follow_role_change, with_measured, workers_of
 from core.types import Pool
 
 
@@ -73,7 +73,7 @@ def _begin(snapshot: Snapshot, state: State | None, spec: Spec, now_s: float) ->
     """
     if state is not None:
         state = replace(state, pools={pool: state.pools[pool].not_after(now_s) for pool in Pool})
-        state = still_changing(snapshot, state, spec.role_change_timeout_seconds, now_s)
+        state = follow_role_change(snapshot, state, spec.role_change_timeout_seconds, now_s)
         if spec.mode == "Active":
             return state
     changing = None if state is None else state.role_change
@@ -130,7 +130,8 @@ def _carry_out(
     targets, reasons = _fit(spec, proposals)
     actions = [_give_up(worker, now_s) for pool in Pool for worker in late[pool]]
     changing, current = before.role_change, {pool: len(pools[pool]) for pool in Pool}
-    if changing is None and spec.role_change == "WhenBudgetIsSpent":
+    may_change = changing is None and before.role_change_failed_s is None
+    if may_change and spec.role_change == "WhenBudgetIsSpent":
         change = choose_role_change(spec, proposals, targets, pools, gpus)
         if change is not None:
             actions.append(change)
@@ -216,11 +217,11 @@ def _next_state(
     measured_s = before.measured_s if snapshot.demand is None else snapshot.measured_s
     if spec.mode == "Advisory":  # nothing is carried out
         pools = {pool: each.state for pool, each in proposals.items()}
-        return State(pools, measured_s, before.role_change)
+        return replace(before, pools=pools, measured_s=measured_s)
     pools = {
         pool: each.state.after_change(
             targets[pool], now_s, longest_period_s(spec.pool(pool).behavior)
         )
         for pool, each in proposals.items()
     }
-    return State(pools, measured_s, changing)
+    return replace(before, pools=pools, measured_s=measured_s, role_change=changing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -134,6 +135,8 @@ def _describe(entry: Any, node: yaml.Node, name: str) -> str:
     """Return a line for one mistake that pydantic found."""
     context = entry.get("ctx", {})
     location: Location = (*entry["loc"], *context.get("path", ()))
+    if entry["type"].startswith("union_tag"):
+        location = (*location, "type")
     fields, line = _find(node, location)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fields)
     return f"{name}:{line}: {path.removeprefix('.')}: {_explain(entry, location)}"
@@ -172,7 +175,7 @@ def _explain(entry: Any, location: Location) -> str:
         case "union_tag_invalid":
             return _explain_signal(str(context["tag"]), location)
         case "union_tag_not_found":
-            return "type is missing; write the signal's type, such as QueueRequests"
+            return "is missing; write the signal's type, such as QueueRequests"
         case "literal_error":
             return _explain_choice(entry["input"], str(context["expected"]))
     message = str(entry["msg"]).removeprefix("Value error, ")
@@ -226,3 +229,7 @@ def _models_in(field: Any) -> Iterable[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models_in(part)
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

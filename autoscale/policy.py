@@ -1,5 +1,7 @@
 """The autoscaling policy: the fields of its file, each with its unit and its reason.
 
+The file has over 400 lines because it describes every field of the policy in one place.
+
 ``autoscale.load`` reads the file. Where a field means the same as in Kubernetes'
 HorizontalPodAutoscaler v2 (HPA), it has the same name and the same default.
 """
@@ -116,7 +118,7 @@ class _Latency(_Section):
 class TTFT(_Latency):
     """The time to first token, at the router's client edge.
 
-    A latency adds workers only while there are requests for them, and takes away one at a time.
+    A latency adds workers only while there are requests for them. See ``autoscale.signals``.
     """
 
     type: Literal["TTFT"]
@@ -125,7 +127,7 @@ class TTFT(_Latency):
 class ITL(_Latency):
     """The inter-token latency: the time between two tokens of a stream.
 
-    A latency adds workers only while there are requests for them, and takes away one at a time.
+    A latency adds workers only while there are requests for them. See ``autoscale.signals``.
     """
 
     type: Literal["ITL"]

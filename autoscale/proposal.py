@@ -58,6 +58,11 @@ class _Draft:
             self.workers = workers
             self.steps.append(Reason(rule, workers, text))
 
+    def bound(self, least: int, most: int, schedules: str) -> None:
+        text = f"{least} to {most} workers{schedules}"
+        rule = "minReplicas" if self.workers < least else "maxReplicas"
+        self.become(min(max(self.workers, least), most), rule, text)
+
 
 def propose(
     spec: Spec,
@@ -80,11 +85,15 @@ def propose(
     if demand is None:  # to stay is what unknown numbers recommend, also to the windows
         state, _ = _remember(state, policy, base, base, 0.0, now_s)
     if hold or demand is None:
-        draft, enough = _Draft(base, [Reason("hold", base, hold)]), base
+        why = hold or "the demand of this pool is unknown"
+        draft, enough = _Draft(base, [Reason("hold", base, why)]), base
     else:
         draft = _Draft(max(base if vote.wanted is None else vote.wanted for vote in votes))
-        state, enough = _follow(draft, policy, votes, workers, state, demand, now_s)
-    draft.become(min(max(draft.workers, least), most), "bounds", f"{least} to {most}{schedules}")
+        if draft.workers > base:
+            state = _note_too_few(state, policy, workers, demand, now_s)
+        draft.bound(least, most, schedules)
+        state, enough = _follow(draft, policy, votes, workers.pool, state, demand, now_s)
+    draft.bound(least, most, schedules)
     return Proposal(
         workers.pool,
         draft.workers,
@@ -150,7 +159,7 @@ def _follow(
     draft: _Draft,
     policy: PoolPolicy,
     votes: list[Vote],
-    workers: PoolWorkers,
+    pool: Pool,
     state: PoolState,
     demand: PoolDemand,
     now_s: float,
@@ -161,11 +170,9 @@ def _follow(
     """
     base, behavior, asked = state.target, policy.behavior, draft.workers
     needed = max(base if vote.needed is None else vote.needed for vote in votes)
-    needed = max(needed, _below_max_utilization(workers.pool, behavior.scale_down, state, demand))
+    needed = max(needed, _below_max_utilization(pool, behavior.scale_down, state, demand))
     state, seen = _remember(state, policy, asked, needed, demand.arrival_tokens_per_s, now_s)
     enough = max(seen.needed, _more_than_too_few(state, seen.load, now_s))
-    if asked > base and (ready := len(workers.of(Phase.READY))):
-        state = replace(state, too_few=TooFew(now_s, seen.load / ready))
     if base == 0 and demand.waiting_requests:
         text = f"{demand.waiting_requests} requests wait and there is no worker"
         draft.become(max(stabilise(base, seen.smallest, seen.largest), 1), "minReplicas", text)
@@ -205,9 +212,9 @@ def _remember(
     smallest, least_asked = lowest(state.smallest, now_s, up_s, asked)
     largest, most_asked = highest(state.largest, now_s, down_s, asked)
     needs, most_needed = highest(state.needed, now_s, down_s, min(needed, policy.max_replicas + 1))
-    loads, step = highest(state.load, now_s, down_s, math.ceil(math.log1p(load) / _LOAD_STEP))
+    loads, step = highest(state.load, now_s, down_s, _load_step(load))
     state = replace(state, smallest=smallest, largest=largest, needed=needs, load=loads)
-    return state, _Seen(least_asked, most_asked, most_needed, math.expm1(step * _LOAD_STEP))
+    return state, _Seen(least_asked, most_asked, most_needed, _load_of(step))
 
 
 def _below_max_utilization(
@@ -217,6 +224,34 @@ def _below_max_utilization(
     if pool is not Pool.PREFILL or not state.tokens_per_s:
         return 0
     return ceil(demand.arrival_tokens_per_s / (state.tokens_per_s * rules.max_utilization))
+
+
+def _note_too_few(
+    state: PoolState, policy: PoolPolicy, workers: PoolWorkers, demand: PoolDemand, now_s: float
+) -> PoolState:
+    """Note the load of each worker now that the signals ask for more of them.
+
+    While a pool goes on to grow, its backlog says little about the load, so the note stays.
+    """
+    window_s = policy.behavior.scale_down.stabilization_window_seconds
+    goes_on = state.grew_s is not None and now_s - state.grew_s < window_s
+    state = replace(state, grew_s=now_s)
+    ready, load = len(workers.of(Phase.READY)), demand.arrival_tokens_per_s
+    _, step = highest(state.load, now_s, window_s, _load_step(load))
+    if not ready or not step:
+        return state
+    known, per_worker = state.too_few, _load_of(step) / ready
+    if known is not None and goes_on and known.load_per_worker >= per_worker:
+        return state
+    return replace(state, too_few=TooFew(now_s, per_worker))
+
+
+def _load_step(load: float) -> int:
+    return math.ceil(math.log1p(load) / _LOAD_STEP)
+
+
+def _load_of(step: int) -> float:
+    return math.expm1(step * _LOAD_STEP)
 
 
 def _more_than_too_few(state: PoolState, load: float, now_s: float) -> int:

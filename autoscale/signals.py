@@ -7,7 +7,7 @@ lower a latency only while requests wait for each other:
 - It grows only up to one worker per request, and at most doubles.
 - It counts only workers that have been ready for as long as the latencies were collected.
   So old latencies and cold workers don't add workers again and again.
-- It shrinks by one worker at a time.
+- It shrinks by one worker at a time, unless another law tells that more can go.
 """
 
 from __future__ import annotations
@@ -122,14 +122,26 @@ def _amount(
     return amount / (rate or 1), unit, ""
 
 
+def _fewest(signal: TTFT | ITL, measured: Measured) -> int:
+    """Return the number below which a low latency does not ask to go.
+
+    ITL grows at most in proportion to the streams of a worker, so the ratio law is safe. TTFT grows
+    more steeply. That is safe only if the N−1 check knows the rate and so the utilisation.
+    """
+    if measured.settled < measured.base:  # some workers start
+        return max(measured.base, 1)
+    if isinstance(signal, ITL) or measured.tokens_per_s:
+        return 1
+    return max(measured.settled - 1, 1)
+
+
 def _evaluate_latency(rule: str, signal: TTFT | ITL, measured: Measured) -> Vote:
-    base, settled, latencies = measured.base, measured.settled, measured.demand.latency_s
+    settled, latencies = measured.settled, measured.demand.latency_s
     if measured.is_idle:
         return Vote(rule, 0, 0, "no requests")
     if settled == 0:
         return Vote(rule, None, None, "no worker has been ready for long enough, so it holds")
-    # Some workers start: one more may be taken away only when all that there are have settled.
-    fewest = max(settled - 1 if settled >= base else base, 1)
+    fewest = _fewest(signal, measured)
     quantile = latencies.quantile(signal.percentile / 100)
     enough = math.ceil(100 / (100 - signal.percentile))  # with fewer, the quantile is the maximum
     if quantile is None or latencies.total < enough:
@@ -146,5 +158,5 @@ def _evaluate_latency(rule: str, signal: TTFT | ITL, measured: Measured) -> Vote
         needed = max(fewest, min(grown, measured.requests))
         text += f", {measured.requests} requests"
     if 1 - measured.tolerance_down <= ratio <= 1 + measured.tolerance_up:
-        return Vote(rule, needed, max(base, 1), f"{text}, within the tolerance")
+        return Vote(rule, needed, max(measured.base, 1), f"{text}, within the tolerance")
     return Vote(rule, needed, needed, text)

@@ -83,6 +83,7 @@ class PoolState:
     load: Window = ()
     changes: tuple[Change, ...] = ()
     too_few: TooFew | None = None
+    grew_s: float | None = None  # when the signals last asked for more workers
     unplaced: Unplaced | None = None
     # The last known values, for while the pool is empty; 0: never known.
     tokens_per_s: float = 0.0
@@ -122,6 +123,7 @@ class PoolState:
             load=past(self.load),
             changes=changes,
             too_few=too_few,
+            grew_s=None if self.grew_s is None else min(self.grew_s, now_s),
             unplaced=unplaced,
         )
 
@@ -133,6 +135,7 @@ class State:
     pools: Mapping[Pool, PoolState]
     measured_s: float | None = None  # of the latest demand that was used
     role_change: RoleChange | None = None
+    role_change_failed_s: float | None = None  # when the latest one that failed was given up
     format: int = field(default=1)  # of the text; other formats are not read
 
 

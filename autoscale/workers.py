@@ -82,14 +82,22 @@ def _median(values: Sequence[float], otherwise: float) -> float:
     return statistics.median(known) if known else otherwise
 
 
-def still_changing(snapshot: Snapshot, state: State, timeout_s: float, now_s: float) -> State:
-    """Forget a change of role that has ended: in success, with the worker's end, or by timeout."""
-    changing = state.role_change
+def follow_role_change(snapshot: Snapshot, state: State, timeout_s: float, now_s: float) -> State:
+    """Forget a change of role that has ended: in success, with the worker's end, or by timeout.
+
+    After a timeout, no role changes for as long again, so that a new worker is tried instead.
+    """
+    failed_s, changing = state.role_change_failed_s, state.role_change
+    if failed_s is not None and now_s - min(failed_s, now_s) > timeout_s:
+        state = replace(state, role_change_failed_s=None)
     if changing is None:
         return state
     since_s = min(changing.since_s, now_s)  # in case the clock was set back
     for each in snapshot.workers:
         arrived = each.pool is changing.to and each.phase in (Phase.READY, Phase.LEAVING)
-        if each.id == changing.worker and not arrived and now_s - since_s <= timeout_s:
+        if each.id != changing.worker or arrived:
+            continue
+        if now_s - since_s <= timeout_s:
             return replace(state, role_change=replace(changing, since_s=since_s))
+        return replace(state, role_change=None, role_change_failed_s=now_s)
     return replace(state, role_change=None)
