@@ -150,9 +150,7 @@ class Batch(Generic[T]):
         self._number += 1
         self._stall_s += stall_s
         finish_step = self._step + tokens
-        self._members[self._number] = _Member(
-            item, self._step, finish_step, kv_tokens - self._step
-        )
+        self._members[self._number] = _Member(item, self._step, finish_step, kv_tokens - self._step)
         self._waited_s[self._number] = waited_s
         heapq.heappush(self._ends, (finish_step, self._number))
         self.kv_tokens += kv_tokens

@@ -298,9 +298,7 @@ def _pair(count: Callable[[Pool], int]) -> tuple[int, int]:
 def worker_seconds(run: Run, pool: Pool, horizon_s: float) -> float:
     """Return how long workers were part of a pool, from the order to start them until gone."""
     return sum(
-        max(0.0, min(to_s, horizon_s) - from_s)
-        for each, from_s, to_s in run.stints
-        if each is pool
+        max(0.0, min(to_s, horizon_s) - from_s) for each, from_s, to_s in run.stints if each is pool
     )
 
 

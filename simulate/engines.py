@@ -177,9 +177,7 @@ class DecodeEngine:
     @property
     def streams(self) -> int:
         """All requests here, running or not."""
-        return (
-            len(self._batch) + len(self._ready) + len(self._receiving) + len(self._waiting)
-        )
+        return len(self._batch) + len(self._ready) + len(self._receiving) + len(self._waiting)
 
     @property
     def kv_used_tokens(self) -> int:

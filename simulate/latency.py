@@ -114,7 +114,11 @@ class LatencyModel:
     request_s: float = 0.0  # client, network and router, until a request is dispatched
 
     def __post_init__(self) -> None:
-        if self.prefill.seconds(1) <= 0 or self.decode.base_s <= 0 or self.transfer.bytes_per_s <= 0:
+        if (
+            self.prefill.seconds(1) <= 0
+            or self.decode.base_s <= 0
+            or self.transfer.bytes_per_s <= 0
+        ):
             raise ConfigError(
                 "prefill and decode.base_s must take time, and transfer.bytes_per_s must be above 0"
             )

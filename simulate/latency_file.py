@@ -1,12 +1,12 @@
 """Reads and writes ``LatencyModel`` as YAML or JSON. The keys are the fields; units are in names.
 
-    name: 8b-h100
-    source: baton policy calibrate
-    prefill: {base_s: 0.008, per_token_s: 4.5e-05, per_square_token_s: 6.6e-10}
-    decode: {base_s: 0.008, per_stream_s: 5.0e-05, per_kv_token_s: 5.6e-08}
-    transfer: {base_s: 0.003, bytes_per_s: 25.0e+9, kv_bytes_per_token: 131072}
-    kv: {prefill_tokens: 400000, decode_tokens: 400000}
-    cold_start_s: 60
+name: 8b-h100
+source: baton policy calibrate
+prefill: {base_s: 0.008, per_token_s: 4.5e-05, per_square_token_s: 6.6e-10}
+decode: {base_s: 0.008, per_stream_s: 5.0e-05, per_kv_token_s: 5.6e-08}
+transfer: {base_s: 0.003, bytes_per_s: 25.0e+9, kv_bytes_per_token: 131072}
+kv: {prefill_tokens: 400000, decode_tokens: 400000}
+cold_start_s: 60
 """
 
 from __future__ import annotations

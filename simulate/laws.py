@@ -1,7 +1,7 @@
 """The scaling laws of other systems, for one pool. Pure; ``baselines`` makes policies of them.
 
-Each law is a frozen value with its parameters. ``decide(seen, memory)`` returns the wanted number of
-workers and the memory for the next call.
+Each law is a frozen value with its parameters. ``decide(seen, memory)`` returns the wanted number
+of workers and the memory for the next call.
 """
 
 from __future__ import annotations

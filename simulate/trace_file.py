@@ -22,7 +22,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,78 +104,61 @@ def read_trace(path: Path) -> Trace:
 
 def parse_trace(text: str, name: str) -> Trace:
     """Read a trace from the content of a file. ``read_trace`` says what is raised."""
-    requests: list[TraceRequest] = []
-    first = text.lstrip()[:1]
-    rows = _json_rows(text) if first == "{" else _csv_rows(text)
-    number = 0
-    try:
-        for number, parse in rows:
-            if len(requests) == MAX_REQUESTS:
-                raise _LineError(f"the trace has more than {MAX_REQUESTS:,} requests; shorten it")
-            requests.append(parse())
-    except _LineError as err:
-        raise ConfigError(f"{name}, line {number or 1}: {err}") from err
+    rows = _json_rows if text.lstrip().startswith("{") else _csv_rows
+    requests = []
+    for request in rows(text, name):
+        if len(requests) == MAX_REQUESTS:
+            raise ConfigError(f"{name} has more than {MAX_REQUESTS:,} requests; shorten it")
+        requests.append(request)
     if not requests:
         raise ConfigError(f"{name} has no request. {_FORMATS}")
     return Trace(name, ordered(requests))
 
 
-_Row = tuple[int, Callable[[], TraceRequest]]  # the line's number, and what reads it
-
-
-def _json_rows(text: str) -> Iterator[_Row]:
+def _json_rows(text: str, name: str) -> Iterator[TraceRequest]:
     columns: _Columns | None = None
-
-    def parse(line: str) -> TraceRequest:
-        nonlocal columns
-        try:
-            row = json.loads(line)
-        except ValueError as err:
-            raise _LineError(f"not JSON: {err}") from None
-        if not isinstance(row, dict):
-            raise _LineError(f"{_shown(row)} is no JSON object")
-        if columns is None or not _fits(columns, row):
-            columns = _columns({_plain(key): key for key in row}, default_unit_s=1e-3)
-        return _request(row, columns)
-
     for number, line in enumerate(text.split("\n"), 1):
-        if line := line.strip():
-            yield number, lambda line=line: parse(line)  # type: ignore[misc]
-
-
-def _csv_rows(text: str) -> Iterator[_Row]:
-    head = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    columns: _Columns | None = None
-
-    def parse(row: list[str], columns: _Columns) -> TraceRequest:
-        longest = max(columns.time, columns.prompt, columns.output)
-        if len(row) <= longest:
-            raise _LineError(f"{len(row)} columns, but {longest + 1} are needed: {_shown(row)}")
-        return _request(row, columns)
-
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as err:
-            reason = str(err)
-            yield reader.line_num, lambda: _fail(reason)
-            return
-        if row is None:
-            return
-        if not any(cell.strip() for cell in row):
+        if not line.strip():
             continue
-        if columns is None:
-            try:
-                columns = _header(row)
-            except _LineError as err:
-                reason = f"{err}. {_FORMATS}"
-                yield reader.line_num, lambda: _fail(reason)
-                return
-            if columns is not _NO_HEADER:
+        try:
+            row = _object(line)
+            if columns is None or not _fits(columns, row):
+                columns = _columns({_plain(key): key for key in row}, default_unit_s=1e-3)
+            request = _request(row, columns)
+        except _LineError as err:
+            raise ConfigError(f"{name}, line {number}: {err}") from None
+        yield request
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as err:
+        raise _LineError(f"not JSON: {err}") from None
+    if not isinstance(row, dict):
+        raise _LineError(f"{_shown(row)} is no JSON object")
+    return row
+
+
+def _csv_rows(text: str, name: str) -> Iterator[TraceRequest]:
+    head = text.lstrip().partition("\n")[0]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
+    columns: _Columns | None = None
+    try:
+        for row in reader:
+            if not any(cell.strip() for cell in row):
                 continue
-        yield reader.line_num, lambda row=row, columns=columns: parse(row, columns)  # type: ignore[misc]
+            if columns is None:
+                columns = _header(row)
+                if columns is not _NO_HEADER:
+                    continue
+            needed = 1 + max(columns.time, columns.prompt, columns.output)
+            if len(row) < needed:
+                raise _LineError(f"{len(row)} columns, but {needed} are needed: {_shown(row)}")
+            yield _request(row, columns)
+    except (csv.Error, _LineError) as err:
+        hint = f". {_FORMATS}" if columns is None else ""
+        raise ConfigError(f"{name}, line {max(1, reader.line_num)}: {err}{hint}") from None
 
 
 _NO_HEADER = _Columns(time=0, seconds_per_unit=1.0, prompt=1, output=2)  # Azure's order
@@ -253,8 +236,7 @@ def _date_s(text: str) -> float:
         date = datetime.fromisoformat(text)
     except ValueError:
         raise _LineError(
-            f"the time {_shown(text)} is neither a number nor a date such as "
-            "2023-11-16 18:15:46.68"
+            f"the time {_shown(text)} is neither a number nor a date such as 2023-11-16 18:15:46.68"
         ) from None
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
@@ -285,7 +267,3 @@ def _known(names: Mapping[str, Any]) -> str:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"
-
-
-def _fail(reason: str) -> TraceRequest:
-    raise _LineError(reason)
