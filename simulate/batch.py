@@ -1,7 +1,7 @@
 """A decode worker's continuous batch, advanced many steps at a time.
 
 Between two changes of the batch, ``n`` streams get one token per step, and the KV grows by ``n``
-tokens per step. So with the formula of ``DecodeLatency``, step ``j`` (from 0) of such a segment takes
+tokens per step. So with the formula of ``DecodeLatency``, step ``j`` (from 0) of a segment takes
 
     d(j) = d(0) + j * g        g = per_kv_token_s * n
 

@@ -55,9 +55,11 @@ class FrontSettings:
 class Active:
     """A request from its arrival to its end. Only ``Front`` changes it."""
 
-    __slots__ = ("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index", "is_prefilled",
-                 "max_tokens", "permit", "phases", "prefill", "request", "sender", "service_class",
-                 "started_s", "status", "stream", "tokens", "turn")  # fmt: skip
+    __slots__ = (
+        *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index"),
+        *("is_prefilled", "max_tokens", "permit", "phases", "prefill", "request", "sender"),
+        *("service_class", "started_s", "status", "stream", "tokens", "turn"),
+    )
 
     def __init__(
         self, index: int, request: TraceRequest, service_class: str, max_tokens: int

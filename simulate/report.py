@@ -121,7 +121,8 @@ def _svg(trace: Trace, rows: Sequence[Row]) -> str:
     out = io.StringIO()
     # Without date and with a fixed salt, the same runs make the same page.
     with matplotlib.rc_context({"svg.hashsalt": "baton", "svg.fonttype": "path"}):
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)  # its methods have no types
+        canvas.print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     # The metadata are only addresses.
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -105,7 +105,7 @@ def read_trace(path: Path) -> Trace:
 def parse_trace(text: str, name: str) -> Trace:
     """Read a trace from the content of a file. ``read_trace`` says what is raised."""
     rows = _json_rows if text.lstrip().startswith("{") else _csv_rows
-    requests = []
+    requests: list[TraceRequest] = []
     for request in rows(text, name):
         if len(requests) == MAX_REQUESTS:
             raise ConfigError(f"{name} has more than {MAX_REQUESTS:,} requests; shorten it")
