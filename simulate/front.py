@@ -1,0 +1,417 @@
+"""A router in virtual time: admission, placement and the course of each request.
+
+Admission (``router.admission.turns``), placement (``router.placement``) and the estimates of output
+lengths (``router.admission.expectation``) are the live router's own code. Here is only what the
+live router does with asyncio and gRPC:
+
+    arrive ▸ wait for a turn ▸ prefill ─▸ first token ─▸ KV transfer ▸ decode ▸ end
+                             └ reserve KV room on the decode worker ┘
+
+There is one router. A request that runs has no deadline; it counts as late instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.errors import BatonError, UnavailableError
+from core.types import Pool
+from router.admission.expectation import Expectation
+from router.admission.policy import AdmissionLimits, AdmissionRequest
+from router.admission.turns import Turn, Turns
+from router.phases import PhaseClock
+from router.placement.ledger import PlacementLedger, PlacementPermit
+from router.placement.policy import PlacementFacts, PlacementLimits
+from router.room import NoRoom
+from router.signals import Signals
+from simulate.batch import Gaps
+from simulate.engines import Prompt, Stream, Timeline
+from simulate.fleet import MODEL, Fleet, Worker
+from simulate.latency import LatencyModel, TransferStart
+from simulate.trace import TraceRequest
+
+_RETRY_S = 0.2  # between two tries to place a moved request while no worker is usable
+TOO_LONG = "TOO_LONG"
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSettings:
+    """From the configuration of the router, and what clients ask for.
+
+    ``max_tokens`` is what clients allow; None: exactly the length of the answer, as load generators
+    do.
+    """
+
+    admission: AdmissionLimits
+    placement: PlacementLimits
+    deadline_s: float
+    avoid_worker_s: float
+    report_snapshots: int
+    max_tokens: int | None = None
+
+
+class Active:
+    """A request from its arrival to its end. Only ``Front`` changes it."""
+
+    __slots__ = (
+        *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index"),
+        *("is_prefilled", "max_tokens", "permit", "phases", "prefill", "request", "sender"),
+        *("service_class", "started_s", "status", "stream", "tokens", "turn"),
+    )
+
+    def __init__(
+        self, index: int, request: TraceRequest, service_class: str, max_tokens: int
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.service_class = service_class
+        self.max_tokens = max_tokens
+        self.arrived_s = math.nan  # at the router
+        self.phases: PhaseClock
+        self.turn: Turn[PlacementPermit] | None = None
+        self.permit: PlacementPermit | None = None  # of the current attempt
+        self.attempt = 0
+        self.prefill: Worker | None = None
+        self.decode: Worker | None = None
+        self.stream: Stream | None = None
+        self.sender: Worker | None = None  # the prefill worker that holds the prompt's KV
+        self.is_prefilled = False  # in the current attempt
+        self.tokens = 0  # that the client has, at the begin of the current attempt
+        self.started_s = math.nan  # when it was dispatched
+        self.first_s = math.nan
+        self.ended_s = math.nan
+        self.gap_p95_s = 0.0
+        self.status = ""  # "ok" or the reason of the error, once it has ended
+
+
+class Front:
+    """Serves requests on the workers of a fleet.
+
+    Args:
+        on_end: called once for each request, when it has ended.
+    """
+
+    def __init__(
+        self,
+        model: LatencyModel,
+        timeline: Timeline,
+        settings: FrontSettings,
+        *,
+        on_end: Callable[[Active], None],
+    ) -> None:
+        self._model = model
+        self._timeline = timeline
+        self._settings = settings
+        self._on_end = on_end
+        self.fleet: Fleet  # set by the owner, before the first request
+        self.turns = Turns(settings.admission, self._now)
+        self.ledger = PlacementLedger(
+            settings.placement, self._now, settings.avoid_worker_s, settings.report_snapshots
+        )
+        self.ledger.on_room = self._on_room
+        self.expectation = Expectation()
+        self.signals = Signals(self._now)
+        self.running: dict[int, Active] = {}  # by index
+        self.waiting: dict[int, Active] = {}
+        self._decided: list[Active] = []
+        self._full: list[tuple[int, int, NoRoom]] = []
+        self.moved = 0
+
+    def arrive(self, index: int, request: TraceRequest) -> None:
+        """Let a request run, wait or be refused."""
+        classes = self._settings.admission.classes
+        name = request.service_class or next(iter(classes))
+        max_tokens = max(request.output_tokens, self._settings.max_tokens or 0)
+        active = Active(index, request, name, max_tokens)
+        active.arrived_s = self._now()
+        active.phases = PhaseClock(self._now)
+        self.signals.arrived(request.prompt_tokens)
+        blocks = -(-(request.prompt_tokens + max_tokens) // self._model.kv.block_tokens)
+        if blocks * self._model.kv.block_tokens > self._model.kv.decode_tokens:
+            self._end(active, TOO_LONG)
+            return
+        wanted = AdmissionRequest(
+            name,
+            self._now() + self._settings.deadline_s,
+            service_s=self.expectation.service_s(max_tokens),
+            cost=request.prompt_tokens,
+            prompt_tokens=request.prompt_tokens,
+            kv_tokens=request.prompt_tokens + self.expectation.growth_tokens(max_tokens),
+        )
+        try:
+            active.turn = self.turns.enter(
+                wanted, lambda: self._acquire(active), lambda _turn: self._decided.append(active)
+            )
+        except BatonError as error:
+            self._end(active, error.reason)
+        else:
+            if active.turn.permit is None:
+                self.waiting[index] = active
+                active.turn.on_limit = lambda: self._limit(active)
+                self._limit(active)
+            else:
+                self._start(active)
+        self.settle()
+
+    def new_snapshot(self) -> None:
+        """Note that the registry was read."""
+        self.ledger.new_snapshot(frozenset(each.key for each in self.fleet.records))
+        self.settle()
+
+    def count_tokens(self) -> None:
+        """Count the tokens of the running streams, for the rates of the decode workers."""
+        done: set[str] = set()
+        for active in self.running.values():
+            worker, stream = active.decode, active.stream
+            if worker is not None and stream is not None and stream.number:
+                if worker.id not in done:
+                    self._count_tokens(active)
+                done.add(worker.id)
+
+    def gaps(self, gaps: Gaps) -> None:
+        """Count times between two tokens."""
+        self.signals.decoded(gaps.tokens)
+        self.signals.next_tokens(gaps.tokens, gaps.tokens * gaps.mean_s)
+
+    def settle(self) -> None:
+        """Start the requests whose turn has come, and end those that were refused."""
+        while self._decided:
+            active = self._decided.pop(0)
+            del self.waiting[active.index]
+            assert active.turn is not None
+            if active.turn.error is not None:
+                self._end(active, active.turn.error.reason)
+            else:
+                self._start(active)
+
+    def move_all(self, worker: Worker) -> None:
+        """Continue the streams of a decode worker elsewhere."""
+        for active in [each for each in self.running.values() if each.decode is worker]:
+            self._move(active)
+        self.fleet.check(worker)
+        self.settle()
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the start of the simulation."""
+        return self._timeline.now_s
+
+    def _now(self) -> float:
+        return self._timeline.now_s
+
+    def _on_room(self) -> None:
+        self._full.clear()
+        self.turns.wake()
+
+    def _facts(self, active: Active, *, may_wait: bool) -> PlacementFacts:
+        max_tokens = active.max_tokens - active.tokens
+        return PlacementFacts(
+            model=MODEL,
+            prompt_tokens=active.request.prompt_tokens + active.tokens,
+            max_tokens=max_tokens,
+            growth_tokens=self.expectation.growth_tokens(max_tokens),
+            local_prefill="never",
+            may_wait=may_wait,
+            coming=frozenset(Pool),
+        )
+
+    def _acquire(self, active: Active) -> PlacementPermit | NoRoom:
+        """Take room on workers.
+
+        A request has no room if a smaller one had none, and no room was freed since. That saves
+        most calls of the placement while many requests wait.
+        """
+        prompt_tokens, max_tokens = active.request.prompt_tokens, active.max_tokens
+        kv_tokens = prompt_tokens + self.expectation.growth_tokens(max_tokens)
+        if max_tokens > 1:
+            for least_prompt_tokens, least_kv_tokens, no_room in self._full:
+                if prompt_tokens >= least_prompt_tokens and kv_tokens >= least_kv_tokens:
+                    return no_room
+        taken = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
+        if max_tokens > 1 and isinstance(taken, NoRoom):
+            self._full.append((prompt_tokens, kv_tokens, taken))
+        return taken
+
+    def _limit(self, active: Active) -> None:
+        """Give up at the time that is the limit now, unless the limit changes before."""
+        turn = active.turn
+        assert turn is not None
+        limit_s = self.turns.give_up_s(turn)
+
+        def give_up() -> None:
+            if active.index not in self.waiting or self._now() < self.turns.give_up_s(turn):
+                return
+            del self.waiting[active.index]
+            self._end(active, self.turns.give_up(turn).reason)
+            self.settle()
+
+        self._timeline.at(max(limit_s, self._now()), give_up)
+
+    def _start(self, active: Active) -> None:
+        assert active.turn is not None
+        assert active.turn.permit is not None
+        self.running[active.index] = active
+        active.started_s = self._now()
+        active.phases.dispatched()
+        self._dispatch(active, active.turn.permit)
+
+    def _dispatch(self, active: Active, permit: PlacementPermit) -> None:
+        """Begin an attempt: both workers get the request at the same time."""
+        placement, request = permit.placement, active.request
+        workers = self.fleet.workers
+        assert placement.prefill is not None
+        active.attempt += 1
+        attempt = active.attempt
+        active.permit = permit
+        active.is_prefilled = False
+        active.prefill = workers[placement.prefill.id]
+        active.decode = workers[placement.decode.id] if placement.decode is not None else None
+        prompt_tokens = request.prompt_tokens + active.tokens
+        left = request.output_tokens - active.tokens
+        active.stream = None
+        if active.decode is not None and left > 1:
+            active.stream = Stream(
+                prompt_tokens,
+                left - 1,
+                on_room=lambda: self._on_kv_room(active, attempt),
+                on_end=lambda gap_s: self._decoded(active, attempt, gap_s),
+            )
+            assert active.decode.decode is not None
+            active.decode.decode.submit(active.stream)
+        assert active.prefill.prefill is not None
+        active.prefill.prefill.submit(
+            Prompt(
+                prompt_tokens,
+                request.block_ids,
+                lambda worker=active.prefill: self._prefilled(active, attempt, worker),  # type: ignore[misc]
+            )
+        )
+
+    def _prefilled(self, active: Active, attempt: int, worker: Worker) -> None:
+        if active.attempt == attempt and not active.status:
+            self._note_prefill(active, attempt, worker)
+        self.fleet.check(worker)
+        self.settle()
+
+    def _note_prefill(self, active: Active, attempt: int, worker: Worker) -> None:
+        permit = active.permit
+        assert permit is not None
+        active.is_prefilled = True
+        active.phases.tokens_arrived(1)
+        if math.isnan(active.first_s):
+            active.first_s = self._now()
+            self.signals.first_token(active.first_s - active.arrived_s)
+        stream = active.stream
+        if stream is None:
+            self._finish(active)
+        elif self._model.transfer.start is TransferStart.AFTER_PREFILL:
+            stream.last_token_s = self._now()
+            worker.sends += 1
+            active.sender = worker
+            if stream.reserved_tokens:
+                self._transfer(active, attempt)
+        elif stream.tokens == 0:
+            self._finish(active)
+        permit.prefill_ended(True)
+
+    def _on_kv_room(self, active: Active, attempt: int) -> None:
+        if active.attempt != attempt:
+            return
+        at_once = self._model.transfer.start is TransferStart.AT_DISPATCH
+        if at_once or active.is_prefilled:
+            self._transfer(active, attempt)
+
+    def _transfer(self, active: Active, attempt: int) -> None:
+        """Send the prompt's KV from the prefill worker to the decode worker."""
+        receiver, stream = active.decode, active.stream
+        assert receiver is not None
+        assert stream is not None
+
+        def arrived() -> None:
+            if active.attempt != attempt:
+                return
+            if receiver.decode is not None and active.permit is not None:
+                active.permit.decoded(1)  # a stream begins; its first step's tokens count here
+                receiver.decode.kv_arrived(stream)
+            self._release(active)
+            self.settle()
+
+        seconds = self._model.transfer.seconds(stream.kv_tokens)
+        self._timeline.at(self._now() + seconds, arrived)
+
+    def _release(self, active: Active) -> None:
+        """Let the prefill worker drop the prompt's KV."""
+        worker, active.sender = active.sender, None
+        if worker is not None:
+            worker.sends -= 1
+            self.fleet.check(worker)
+
+    def _decoded(self, active: Active, attempt: int, gap_p95_s: float) -> None:
+        if active.attempt != attempt:
+            return
+        active.gap_p95_s = max(active.gap_p95_s, gap_p95_s)
+        assert active.stream is not None
+        active.stream.tokens = 0
+        self._count_tokens(active)
+        if active.is_prefilled:
+            self._finish(active)
+            self.settle()
+
+    def _count_tokens(self, active: Active) -> None:
+        """Count the tokens of all streams on a request's decode worker.
+
+        The ledger keeps one rate per worker, so that any stream's permit can report them.
+        """
+        worker = active.decode
+        if worker is not None and worker.decode is not None and active.permit is not None:
+            active.permit.decoded(worker.decode.new_tokens())
+
+    def _finish(self, active: Active) -> None:
+        request, worker = active.request, active.decode
+        active.phases.tokens_arrived(request.output_tokens - active.tokens - 1)
+        del self.running[active.index]
+        self.expectation.note(active.phases, request.output_tokens)
+        if active.permit is not None:
+            active.permit.close()
+        assert active.turn is not None
+        self.turns.end(active.turn)
+        self._end(active, "ok")
+        if worker is not None:
+            self.fleet.check(worker)
+
+    def _move(self, active: Active) -> None:
+        """Begin another attempt with the tokens so far as part of the prompt."""
+        worker, stream = active.decode, active.stream
+        assert active.permit is not None
+        if worker is not None and worker.decode is not None and stream is not None:
+            left = worker.decode.remove(stream)
+            if active.status:
+                return  # it has just ended
+            if active.is_prefilled:
+                tokens = active.request.output_tokens - left
+                active.phases.tokens_arrived(tokens - active.tokens - 1)
+                active.tokens = tokens
+        self.moved += 1
+        active.attempt += 1  # what the workers still answer to the last attempt is ignored
+        self._release(active)
+        active.permit.close()
+        active.decode = active.stream = active.permit = None
+        self._place_again(active)
+
+    def _place_again(self, active: Active) -> None:
+        try:
+            permit = self.ledger.place(self.fleet.records, self._facts(active, may_wait=False))
+        except UnavailableError:
+            self._timeline.at(self._now() + _RETRY_S, lambda: self._place_again(active))
+            return
+        assert not isinstance(permit, NoRoom), "only for requests that may wait"
+        self._dispatch(active, permit)
+        self.settle()
+
+    def _end(self, active: Active, status: str) -> None:
+        assert not active.status, "a request ends once"
+        active.status = status
+        active.ended_s = self._now()
+        self._on_end(active)
