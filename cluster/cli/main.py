@@ -150,9 +150,38 @@ def _policy_explain(options: argparse.Namespace) -> int:
 
 
 def _policy_simulate(options: argparse.Namespace) -> int:
-    from simulate.command import simulate
+    from simulate.run import SimulateOptions, TraceOptions, simulate_command
 
-    return simulate(options)
+    replay = {
+        "duration_s": options.duration,
+        "copies": options.copies,
+        "speed": options.speed,
+        "service_class": options.service_class,
+    }
+    simulate_command(
+        options.policies,
+        SimulateOptions(
+            trace=options.trace,
+            model=options.model,
+            replay=TraceOptions(**{key: each for key, each in replay.items() if each is not None}),
+            cold_start_s=options.cold_start,
+            ttft_ms=options.ttft_ms,
+            itl_ms=options.itl_ms,
+            max_tokens=options.max_tokens,
+            json_path=options.json,
+            html_path=options.html,
+        ),
+        _say,
+    )
+    return 0
+
+
+def _policy_calibrate(options: argparse.Namespace) -> int:
+    from cluster.cli.calibrate import calibrate
+
+    state = _running(_load(options))
+    calibrate(state, options.output, _say)
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -278,8 +307,42 @@ def _policy_commands(commands: Any) -> None:
     _command(verbs, "show", _policy_show, "print the policy that applies")
     _command(verbs, "remove", _policy_remove, "go on without a policy")
 
+    _simulate_command(verbs)
+
+    about = "measure the latency model of a running, idle cluster, for simulate"
+    calibrate = _command(verbs, "calibrate", _policy_calibrate, about)
+    calibrate.add_argument("output", type=Path, metavar="FILE", help="file to write, as YAML")
+
     explain = _command(verbs, "explain", _policy_explain, "show the decision now, and why")
     explain.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _simulate_command(verbs: Any) -> None:
+    about = "replay a trace under policies in virtual time, and compare them; needs no cluster"
+    simulate = verbs.add_parser("simulate", help=about, description=about)
+    simulate.set_defaults(run=_policy_simulate)
+    simulate.add_argument("policies", type=Path, nargs="+", metavar="POLICY", help="policy file")
+    simulate.add_argument(
+        "--trace",
+        required=True,
+        help="a file of Azure's LLM traces (CSV) or of Mooncake (JSON lines), or: synthetic",
+    )
+    simulate.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    simulate.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots")
+    simulate.add_argument(
+        "--model",
+        default="8b-h100",
+        metavar="NAME_OR_FILE",
+        help="latency model: 8b-h100 (default), fake, or a file of baton policy calibrate",
+    )
+    simulate.add_argument("--cold-start", type=float, metavar="SECONDS", help="of a new worker")
+    simulate.add_argument("--ttft-ms", type=float, metavar="MS", help="objective, for all policies")
+    simulate.add_argument("--itl-ms", type=float, metavar="MS", help="objective, for all policies")
+    simulate.add_argument("--duration", type=float, metavar="SECONDS", help="only this much of it")
+    simulate.add_argument("--speed", type=float, metavar="N", help="replay N times as fast")
+    simulate.add_argument("--copies", type=int, metavar="N", help="replay each request N times")
+    simulate.add_argument("--service-class", metavar="NAME", help="class of all requests")
+    simulate.add_argument("--max-tokens", type=int, metavar="N", help="that clients allow")
 
 
 def _command(commands: Any, name: str, run: Command, about: str) -> argparse.ArgumentParser:
