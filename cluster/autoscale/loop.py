@@ -60,6 +60,7 @@ class Memory:
     policy_state: State | None = None
     policy_digest: str = ""  # of the policy that ``policy_state`` belongs to
     changes: tuple[Change, ...] = ()
+    start_s: float | None = None  # see ``AutoscaleView``
 
 
 @dataclass(slots=True)
@@ -153,14 +154,10 @@ class AutoscaleLoop:
         if not self._memory.has_started:
             apps = await self._start_workers(apps)
         workers = await self._store.registry.list()
-        observation = self._observation = observe(
-            apps,
-            workers,
-            await self._store.registry.list_routers(),
-            self._gpus,
-            self._observation,
-            now_s,
-        )
+        routers = await self._store.registry.list_routers()
+        observation = observe(apps, workers, routers, self._gpus, self._observation, now_s)
+        self._note_start(observation, now_s)
+        self._observation = observation
         await self._remove_failed(apps, now_s)
         decision, advice = self._decide(observation.snapshot, now_s)
         for action in decision.actions:
@@ -169,6 +166,15 @@ class AutoscaleLoop:
                 apps = await self._apps.list()
         await self._order_role_change(decision, workers)
         await self._publish(decision, advice, now_s)
+
+    def _note_start(self, observation: Observation, now_s: float) -> None:
+        """Remember how long a worker took to start, and that its pool can start workers."""
+        before = self._observation.phases if self._observation is not None else {}
+        for worker in observation.snapshot.workers:
+            phase, since_s = before.get(worker.id, (Phase.READY, now_s))
+            if worker.phase is Phase.READY and phase is not Phase.READY:
+                self._remember(start_s=now_s - since_s)
+                self._backoff[worker.pool].failures = 0
 
     async def _run(self) -> None:
         while True:
@@ -300,6 +306,7 @@ class AutoscaleLoop:
             advice=advice.pools if advice is not None else (),
             workers=snapshot.workers,
             changes=memory.changes,
+            start_s=memory.start_s,
         )
         await self._store.autoscale.write(msgspec.json.encode(memory), encode_view(view))
         await self._store.registry.put_plans(self._plans(decision))

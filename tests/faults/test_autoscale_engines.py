@@ -64,9 +64,9 @@ def answers(cluster: LiveCluster) -> Mapping[PlannedRequest, Sequence[int]]:
     return {outcome.request: outcome.token_ids for outcome in load.outcomes}
 
 
-def policy(least: int = 1, **spec: Any) -> dict[str, Any]:
+def policy(least: int = 1, window_s: int = 8, **spec: Any) -> dict[str, Any]:
     """Return a policy with ``least`` to two workers in each pool."""
-    behavior = {"scaleDown": {"stabilizationWindowSeconds": 8}}
+    behavior = {"scaleDown": {"stabilizationWindowSeconds": window_s}}
     pool = {"minReplicas": least, "maxReplicas": 2, "behavior": behavior}
     return {
         "apiVersion": "baton/v1",
@@ -74,7 +74,7 @@ def policy(least: int = 1, **spec: Any) -> dict[str, Any]:
         "metadata": {"name": "test"},
         "spec": {
             "warmupSeconds": 0,
-            "prefill": {**pool, "signals": [{"type": "QueueRequests", "target": 3}]},
+            "prefill": {**pool, "signals": [{"type": "QueueTokens", "target": 2000}]},
             "decode": {**pool, "signals": [{"type": "QueueRequests", "target": 8}]},
             **spec,
         },
@@ -130,7 +130,9 @@ def test_each_pool_grows_alone_and_a_worker_changes_its_role(
         wait_for_sizes(cluster, 1, 1)
 
         budget = {"gpus": 3, "priority": "Neither"}
-        apply(cluster, tmp_path, policy(budget=budget, roleChange="WhenBudgetIsSpent"))
+        # The window is longer than the time between the last prompt and the first long answer.
+        spec = {"budget": budget, "roleChange": "WhenBudgetIsSpent"}
+        apply(cluster, tmp_path, policy(window_s=30, **spec))
         with Load(address, many(LONG_PROMPT, 5)) as load:
             wait_for_sizes(cluster, 2, 1)
             load.finish()
