@@ -17,7 +17,7 @@ from core.types import Pool
 
 # A load is remembered in steps of 5%, so that a window of loads is bounded.
 _LOAD_STEP = math.log(1.05)
-# A pool does not shrink if each worker would then have 90% of the load with which there were too few.
+# Shrinking must leave each worker less than 90% of the load with which there were too few.
 _TOO_FEW_FRACTION = 0.9
 _TOO_FEW_MEMORY_S = 3600.0  # after an hour it does: prompts and outputs may have become shorter
 
