@@ -11,12 +11,15 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.fake import next_tokens
+from simulate.latency import KvReservation, fake_engine
+from simulate.latency_file import latency_model
 from tests.support.fake_engine_cluster import PROMPT, START_S, FakeEngineCluster, start
 from tests.support.stream_load import Load, PlannedRequest, check_ended_well, check_tokens
 
@@ -247,3 +250,15 @@ def test_without_a_policy_the_numbers_stay(scaled: FakeEngineCluster, tmp_path: 
     assert sizes(scaled) == {"prefill": 2, "decode": 1}
     assert scaled.cli("scale", "prefill=1").returncode == 0
     wait_for_sizes(scaled, 1, 1)
+
+
+def test_calibrate_measures_what_simulate_reads(scaled: FakeEngineCluster, tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    done = scaled.cli("policy", "calibrate", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "measurements" in done.stdout
+    model = latency_model(str(file))
+    fake = fake_engine()
+    assert model.kv == replace(fake.kv, prefill_tokens=65_536, reservation=KvReservation.PROMPT)
+    assert model.prefill.seconds(4096) >= fake.prefill.seconds(4096), "an engine cannot be faster"
+    assert model.decode.base_s >= fake.decode.base_s
