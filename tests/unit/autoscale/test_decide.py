@@ -12,7 +12,7 @@ from autoscale.policy import Policy
 from autoscale.snapshot import ActionKind, Phase, PoolDemand, Snapshot, WorkerView
 from autoscale.state import State, read_state, write_state
 from core.types import Pool
-from tests.support.autoscale_views import NOW_S, demand, policy, snapshot, worker, workers
+from tests.support.autoscale_views import AT_ONCE, NOW_S, demand, policy, snapshot, worker, workers
 
 GPU = dict.fromkeys(Pool, 1.0)
 BUSY = {"running_requests": 1, "arrival_requests_per_s": 1.0}
@@ -409,10 +409,16 @@ def test_workers_that_cannot_change_their_role_are_replaced() -> None:
     assert len(actions(decision, ActionKind.REMOVE)) == 2
 
 
-def test_the_last_ready_worker_does_not_change_its_role() -> None:
-    views = (worker("p0", can_change_role=True), worker("p1", Phase.STARTING), *workers(0, 2))
-    decision = run(policy(**CHANGING), snapshot(views, 1, 3))
-    assert not actions(decision, ActionKind.CHANGE_ROLE)
+@pytest.mark.parametrize("tolerance", [0, 0.6])  # with 0.6 the pool would not shrink by itself
+def test_the_last_ready_worker_does_not_change_its_role(tolerance: float) -> None:
+    behavior = {**AT_ONCE, "scaleDown": {**AT_ONCE["scaleDown"], "tolerance": tolerance}}
+    rules = policy({"behavior": behavior}, **CHANGING)
+    ready, starts = worker("p0", can_change_role=True), worker("p1", Phase.STARTING)
+    assert not actions(
+        run(rules, snapshot((ready, starts, *workers(0, 2)), 1, 3)), ActionKind.CHANGE_ROLE
+    )
+    both = (ready, replace(starts, phase=Phase.READY), *workers(0, 2))
+    assert actions(run(rules, snapshot(both, 1, 3)), ActionKind.CHANGE_ROLE) == ["p0"]
 
 
 def test_a_change_of_role_that_is_lost_is_given_up_for_a_new_worker() -> None:
