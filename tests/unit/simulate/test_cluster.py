@@ -1,0 +1,230 @@
+"""A trace on a simulated cluster: conservation, a closed formula, worker-hours, determinism."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
+from core.types import Pool
+from simulate.cluster import ClusterSettings, Run, default_settings, run, worker_seconds
+from simulate.latency import PRESETS, LatencyModel, PrefillLatency
+from simulate.metrics import Slo, evaluate, latencies_of
+from simulate.trace import Trace, TraceRequest, bursty
+
+MODEL = replace(PRESETS["8b-h100"], cold_start_s=10.0)
+ONE_EACH = {Pool.PREFILL: 1, Pool.DECODE: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    actions: tuple[Action, ...]
+    state: Any = None
+
+
+def scripted(
+    script: dict[int, Callable[[Snapshot], list[Action]]],
+) -> Callable[[Snapshot, Any, float], Decided]:
+    """A policy that acts at given seconds."""
+    seconds = iter(range(10**9))
+
+    def decide(snapshot: Snapshot, state: Any, now_s: float) -> Decided:
+        act = script.get(next(seconds))
+        return Decided(tuple(act(snapshot)) if act is not None else ())
+
+    return decide
+
+
+def add(pool: Pool) -> Callable[[Snapshot], list[Action]]:
+    return lambda _snapshot: [Action(ActionKind.ADD, pool, None, "")]
+
+
+def one(pool: Pool, kind: ActionKind, to: Pool | None = None) -> Callable[[Snapshot], list[Action]]:
+    def act(snapshot: Snapshot) -> list[Action]:
+        first = next(each for each in snapshot.workers if each.pool is pool)
+        return [Action(kind, to or pool, first.id, "")]
+
+    return act
+
+
+def steady(
+    requests: int, per_s: float = 1.0, prompt_tokens: int = 500, output_tokens: int = 50
+) -> Trace:
+    return Trace(
+        "steady",
+        tuple(TraceRequest(i / per_s, prompt_tokens, output_tokens) for i in range(requests)),
+    )
+
+
+def outcome(done: Run) -> list[tuple[Any, ...]]:
+    return [(each.status, each.first_s, each.ended_s, each.gap_p95_s) for each in done.ended]
+
+
+def random_scaler(seed: int) -> Callable[[Snapshot, Any, float], Decided]:
+    """Adds, removes and changes workers at random, and keeps one of each pool."""
+    rng = random.Random(seed)
+
+    def decide(snapshot: Snapshot, state: Any, now_s: float) -> Decided:
+        pool = rng.choice(list(Pool))
+        ready = [w for w in snapshot.workers if w.pool is pool and w.phase is Phase.READY]
+        draw = rng.random()
+        if draw < 0.05:
+            return Decided((Action(ActionKind.ADD, pool, None, ""),))
+        if draw < 0.15 and len(ready) > 1:
+            other = Pool.DECODE if pool is Pool.PREFILL else Pool.PREFILL
+            kind = rng.choice((ActionKind.REMOVE, ActionKind.CHANGE_ROLE))
+            to = pool if kind is ActionKind.REMOVE else other
+            return Decided((Action(kind, to, rng.choice(ready).id, ""),))
+        return Decided(())
+
+    return decide
+
+
+@settings(derandomize=True, max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6), model=st.sampled_from(sorted(PRESETS)))
+def test_every_request_ends_once_whatever_the_workers_do(seed: int, model: str) -> None:
+    """``run`` itself checks that nothing is left behind."""
+    trace = bursty(seed=seed, duration_s=60, base_per_s=4, burst_per_s=20, calm_s=15, burst_s=10)
+    limits = replace(default_settings(), drain_s=0.3)
+    workers = {Pool.PREFILL: 2, Pool.DECODE: 2}
+    latency = replace(PRESETS[model], cold_start_s=3.0)
+    done = run(trace, latency, workers, random_scaler(seed), limits)
+    assert [each.index for each in done.ended] == list(range(len(trace.requests)))
+    for each in done.ended:
+        assert each.status
+        if each.status == "ok":
+            assert each.request.arrival_s <= each.first_s <= each.ended_s
+    again = run(trace, latency, workers, random_scaler(seed), limits)
+    assert outcome(done) == outcome(again)
+    assert done.samples == again.samples
+
+
+def test_streams_of_a_decode_worker_that_leaves_move() -> None:
+    trace = steady(3, output_tokens=2000)
+    workers = {Pool.PREFILL: 1, Pool.DECODE: 2}
+    script = scripted({5: one(Pool.DECODE, ActionKind.REMOVE)})
+    limits = replace(default_settings(), drain_s=1.0)
+    done = run(trace, MODEL, workers, script, limits)
+    assert done.moved >= 1
+    assert {each.status for each in done.ended} == {"ok"}
+    stayed = run(trace, MODEL, workers, None, limits)
+    # A moved stream computes its prompt and tokens so far again, and loses no token.
+    for moved, still in zip(done.ended, stayed.ended, strict=True):
+        assert moved.first_s == still.first_s
+        assert moved.ended_s == pytest.approx(still.ended_s, abs=1.0)
+
+
+def test_the_wait_at_one_prefill_worker_is_that_of_an_m_d_1_queue() -> None:
+    """Mean wait rho * S / (2 * (1 - rho)); Pollaczek and Khinchin."""
+    service_s, rho = 0.1, 0.7
+    rng, arrival_s, requests = random.Random(5), 0.0, []
+    for _ in range(6000):
+        arrival_s += rng.expovariate(rho / service_s)
+        requests.append(TraceRequest(arrival_s, 1000, 1))
+    model = replace(MODEL, prefill=PrefillLatency(0.0, service_s / 1000))
+    done = run(Trace("m/d/1", tuple(requests)), model, ONE_EACH)
+    waits_s = latencies_of(done).ttft_s - service_s
+    assert waits_s.mean() == pytest.approx(rho * service_s / (2 * (1 - rho)), rel=0.1)
+
+
+def test_worker_time_counts_from_the_order_until_gone() -> None:
+    done = run(
+        steady(400),
+        MODEL,
+        ONE_EACH,
+        scripted({100: add(Pool.PREFILL), 300: one(Pool.PREFILL, ActionKind.REMOVE)}),
+    )
+    assert worker_seconds(done, Pool.DECODE, 399) == 399
+    assert worker_seconds(done, Pool.PREFILL, 399) == pytest.approx(399 + 200, abs=1)
+    assert done.cold_starts == 1
+    assert done.changes[ActionKind.REMOVE] == 1
+    results = evaluate(done, Slo(1, 1), "scripted")
+    assert results.replica_hours == pytest.approx((599 + 399) / 3600, rel=0.01)
+    assert [each.ready[0] for each in done.samples][105:115] == [1] * 5 + [2] * 5
+
+
+def test_a_worker_that_changes_its_role_is_ready_sooner_than_a_new_one() -> None:
+    workers = {Pool.PREFILL: 2, Pool.DECODE: 1}
+    script = scripted({20: one(Pool.PREFILL, ActionKind.CHANGE_ROLE, Pool.DECODE)})
+    done = run(steady(100), MODEL, workers, script)
+    assert done.cold_starts == 0
+    assert [each.ready for each in done.samples][25] == (1, 2)
+    assert worker_seconds(done, Pool.PREFILL, 99) == pytest.approx(99 + 20, abs=0.1)
+    assert worker_seconds(done, Pool.DECODE, 99) == pytest.approx(99 + 79, abs=0.1)
+
+
+def test_requests_wait_for_the_first_workers_of_empty_pools() -> None:
+    done = run(
+        steady(5),
+        MODEL,
+        {},
+        scripted({2: lambda s: [*add(Pool.PREFILL)(s), *add(Pool.DECODE)(s)]}),
+    )
+    assert {each.status for each in done.ended} == {"ok"}
+    assert done.ended[0].first_s == pytest.approx(12.0, abs=0.3)
+
+
+def test_workers_without_gpus_wait_for_them() -> None:
+    limits = replace(default_settings(), gpus=2.0)
+    seen: list[list[Phase]] = []
+
+    def watch(snapshot: Snapshot) -> list[Action]:
+        seen.append([each.phase for each in snapshot.workers])
+        return []
+
+    script = {3: add(Pool.DECODE), 4: watch, 50: one(Pool.PREFILL, ActionKind.REMOVE), 55: watch}
+    run(steady(40), MODEL, ONE_EACH, scripted(script), limits)
+    assert Phase.PENDING in seen[0]
+    # It ended before the trace did: the worker that had left made room.
+
+
+def test_refused_requests_miss_both_slos() -> None:
+    trace = steady(2000, per_s=200.0, prompt_tokens=4000)
+    done = run(trace, MODEL, ONE_EACH)
+    results = evaluate(done, Slo(1e9, 1e9), "one each")
+    refused = sum(results.refused.values())
+    assert refused > 1000
+    assert results.attainment_ttft == results.attainment_itl == 1 - refused / 2000
+    assert results.attainment_by_class == {
+        "interactive": (results.attainment_ttft, results.attainment_itl)
+    }
+
+
+def test_a_request_that_fits_on_no_worker_is_refused() -> None:
+    trace = Trace("long", (TraceRequest(0.0, 10**9, 5), TraceRequest(1.0, 10, 5)))
+    assert [each.status for each in run(trace, MODEL, ONE_EACH).ended] == ["TOO_LONG", "ok"]
+
+
+def test_a_prefix_cache_makes_the_first_token_come_sooner() -> None:
+    blocks = tuple(range(16))
+    first, second = (TraceRequest(at_s, 8192, 5, block_ids=blocks) for at_s in (0.0, 10.0))
+    done = run(Trace("prefix", (first, second)), MODEL, ONE_EACH)
+    ttft_s = latencies_of(done).ttft_s
+    assert ttft_s[0] == pytest.approx(MODEL.prefill.seconds(8192))
+    assert ttft_s[1] == pytest.approx(MODEL.prefill.seconds(8192, 8191))
+
+
+def test_one_request_takes_the_times_of_the_model() -> None:
+    done = run(Trace("one", (TraceRequest(0.0, 1000, 3),)), MODEL, ONE_EACH)
+    (each,) = done.ended
+    steps_s = MODEL.decode.seconds(1, 1000) + MODEL.decode.seconds(1, 1001)
+    assert each.first_s == pytest.approx(MODEL.prefill.seconds(1000))
+    assert each.ended_s == pytest.approx(each.first_s + MODEL.transfer.seconds(1000) + steps_s)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 4096])
+def test_what_clients_allow_changes_no_answer(max_tokens: int | None) -> None:
+    limits: ClusterSettings = default_settings()
+    limits = replace(limits, front=replace(limits.front, max_tokens=max_tokens))
+    done = run(steady(20), fake(), ONE_EACH, settings=limits)
+    assert {each.status for each in done.ended} == {"ok"}
+
+
+def fake() -> LatencyModel:
+    return PRESETS["fake"]

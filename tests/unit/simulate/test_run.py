@@ -1,0 +1,115 @@
+"""The command's body: table, JSON and report; and the fixed pools to compare with."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autoscale.load import load_policy
+from core.errors import ConfigError
+from core.types import Pool
+from simulate.baselines import families, static_policy
+from simulate.cluster import run
+from simulate.latency import PRESETS
+from simulate.metrics import Slo, evaluate
+from simulate.run import SimulateOptions, simulate_command, slo_of
+from simulate.static import StaticSearch, first_workers
+from simulate.trace import TraceOptions, bursty
+
+POLICIES = Path(__file__).resolve().parents[3] / "deploy" / "policies"
+MODEL = replace(PRESETS["8b-h100"], cold_start_s=15.0)
+SLO = Slo(ttft_s=0.5, itl_s=0.02)
+SMALL = bursty(duration_s=120, base_per_s=8, burst_per_s=60, calm_s=40, burst_s=20)
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("traces") / "t.csv"
+    lines = [
+        f"{each.arrival_s},{each.prompt_tokens},{each.output_tokens}" for each in SMALL.requests
+    ]
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(lines))
+    return path
+
+
+def test_the_command_prints_a_table_and_writes_both_files(trace_file: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = SimulateOptions(
+        str(trace_file),
+        replay=TraceOptions(duration_s=40),
+        cold_start_s=15,
+        ttft_ms=500,
+        json_path=tmp_path / "out.json",
+        html_path=tmp_path / "out.html",
+    )
+    names = ["chat", "bursty"]
+    simulate_command([POLICIES / f"{name}.yaml" for name in names], options, lines.append)
+    assert [line.split()[0] for line in lines[1:3]] == names
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["policy"] for row in results] == names
+    for row in results:
+        assert 0 <= row["attainment_ttft"] <= 1
+        assert 0 <= row["attainment_itl"] <= 1
+        assert row["replica_hours"] > 0
+        assert row["static_replica_hours"] > 0
+        assert row["changes"] >= row["cold_starts"] >= 0
+        assert row["slo_ttft_ms"] == 500
+    page = (tmp_path / "out.html").read_text()
+    assert "bursty" in page
+    assert page.count("<svg") == 1
+    # Nothing is loaded: no script, no image, and only links to parts of the page.
+    assert not re.search(r"<(?:script|img|link|iframe)|@import|url\((?!#)|src=", page)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
+    first = page
+    simulate_command([POLICIES / f"{name}.yaml" for name in names], options, lines.append)
+    assert (tmp_path / "out.html").read_text() == first
+
+
+def test_a_wrong_option_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        simulate_command([POLICIES / "chat.yaml"], SimulateOptions(str(tmp_path / "missing")))
+    with pytest.raises(ConfigError, match="no latency model"):
+        simulate_command([POLICIES / "chat.yaml"], SimulateOptions("synthetic", model="none"))
+
+
+def test_the_slos_are_those_of_the_policy() -> None:
+    slo = slo_of(load_policy(POLICIES / "chat.yaml"))
+    assert (slo.ttft_s, slo.itl_s) == (1.0, 0.05)
+
+
+def test_no_smaller_fixed_pools_attain_the_slos() -> None:
+    search = StaticSearch(SMALL, MODEL, SLO)
+    static = search.find()
+    assert static is not None
+    prefill, decode = static.workers[Pool.PREFILL], static.workers[Pool.DECODE]
+    assert static.results.attainment >= 0.99
+    assert static.results.replica_hours == pytest.approx(
+        (prefill + decode) * SMALL.duration_s / 3600
+    )
+    for smaller in ((prefill - 1, decode), (prefill, decode - 1)):
+        if min(smaller) > 0:
+            assert search.results(*smaller).attainment < 0.99
+
+
+def test_slos_that_no_pools_attain() -> None:
+    assert StaticSearch(SMALL, MODEL, Slo(1e-3, 1e-3)).find() is None
+
+
+def test_each_baseline_runs_and_scales() -> None:
+    first = first_workers(SMALL, MODEL, SLO)
+    for family in families(MODEL, SLO.itl_s):
+        label, scaler = next(iter(family.variants.items()))
+        results = evaluate(run(SMALL, MODEL, first, scaler), SLO, label)
+        assert results.completed > 0, family.name
+        assert results.requests == len(SMALL.requests)
+
+
+def test_a_static_policy_brings_the_pools_to_its_numbers_and_rests() -> None:
+    scaler = static_policy({Pool.PREFILL: 3, Pool.DECODE: 2}, MODEL)
+    done = run(SMALL, MODEL, {Pool.PREFILL: 1, Pool.DECODE: 4}, scaler)
+    assert done.samples[-1].ordered == (3, 2)
+    assert sum(done.changes.values()) == 4
