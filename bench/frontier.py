@@ -167,25 +167,24 @@ def add_rows(report: Report, found: Sequence[tuple[Job, Results | None]]) -> Non
         for family, each in rows.items()
         if not family.startswith(OURS) and family != STATIC and each.attainment >= ATTAINMENT
     ]
-    for family, each in rows.items():
+    for family, row in rows.items():
         is_ours = family.startswith(OURS)
-        attains = each.attainment >= ATTAINMENT
-        saving = 1 - each.replica_hours / min(others) if is_ours and attains and others else None
+        attains = row.attainment >= ATTAINMENT
+        saving = 1 - row.replica_hours / min(others) if is_ours and attains and others else None
+        of_static = None if static is None else row.replica_hours / static.replica_hours
         report.add(
             trace=job.case,
             cold_start_s=job.cold_start_s,
             policy=family,
-            setting=Path(each.policy).name if is_ours else each.policy,
-            ttft=round(each.attainment_ttft, 4),
-            itl=round(each.attainment_itl, 4),
-            hours=round(each.replica_hours, 2),
-            of_static=None
-            if static is None
-            else round(each.replica_hours / static.replica_hours, 3),
+            setting=Path(row.policy).name if is_ours else row.policy,
+            ttft=round(row.attainment_ttft, 4),
+            itl=round(row.attainment_itl, 4),
+            hours=round(row.replica_hours, 2),
+            of_static=None if of_static is None else round(of_static, 3),
             saving=None if saving is None else round(saving, 3),
-            changes=each.changes,
-            cold_starts=each.cold_starts,
-            refused=sum(each.refused.values()),
+            changes=row.changes,
+            cold_starts=row.cold_starts,
+            refused=sum(row.refused.values()),
         )
 
 

@@ -165,8 +165,8 @@ def a10_8b() -> LatencyModel:
     """Return estimates for the same model on one A10, a small GPU."""
     return LatencyModel(
         name="8b-a10",
-        source="An estimate, not a measurement; `baton policy calibrate` measures. As 8b-h100, with "
-        "the A10's 125 TFLOPS (40% used), 600 GB/s and 24 GB, of which 4 GB are left for KV. The "
+        source="An estimate; `baton policy calibrate` measures. As 8b-h100, "
+        "with the A10's 125 TFLOPS (40% used), 600 GB/s and 24 GB, of which 4 GB are left for KV. The "
         "same tenth of the transfer is not hidden, at 1.25 GB/s.",
         prefill=PrefillLatency(base_s=0.01, per_token_s=320e-6, per_square_token_s=5.2e-9),
         decode=DecodeLatency(base_s=0.03, per_stream_s=100e-6, per_kv_token_s=310e-9),
