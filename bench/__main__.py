@@ -9,7 +9,7 @@ from pathlib import Path
 
 ALL = (
     *("prefill", "serving", "kv_stream", "kv_copy", "journal", "failover", "cancel", "overload"),
-    *("idle", "simulation"),
+    *("idle", "simulation", "frontier"),
 )
 
 

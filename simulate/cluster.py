@@ -161,7 +161,7 @@ class _Cluster:
             self._new_engine,
             gpus=settings.gpus,
             drain_s=settings.drain_s,
-            on_change=self._front.ledger.on_room,
+            on_change=self._front.workers_changed,
             on_drain_timeout=self._front.move_all,
         )
         for pool in Pool:

