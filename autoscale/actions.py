@@ -56,6 +56,8 @@ def choose_role_change(
     gpus: Gpus,
 ) -> Action | None:
     """Return the change of role that gives a pool a worker for which no GPU is free."""
+    if spec.role_change == "Never":
+        return None
     for taker, giver in OTHER.items():
         have, proposal = len(pools[taker]), proposals[taker]
         if min(proposal.wanted, proposal.most) <= have or gpus.soon_free_for(taker):

@@ -129,19 +129,19 @@ def _carry_out(
     gpus = gpus_of(snapshot, spec, {pool: proposals[pool].state.gpus for pool in Pool})
     targets, reasons = _fit(spec, proposals)
     actions = [_give_up(worker, now_s) for pool in Pool for worker in late[pool]]
-    changing, current = before.role_change, {pool: len(pools[pool]) for pool in Pool}
-    may_change = changing is None and before.role_change_failed_s is None
-    if may_change and spec.role_change == "WhenBudgetIsSpent":
+    current = {pool: len(pools[pool]) for pool in Pool}
+    changing = before.role_change
+    change = None
+    if changing is None and before.role_change_failed_s is None:
         change = choose_role_change(spec, proposals, targets, pools, gpus)
-        if change is not None:
-            actions.append(change)
-            changing = RoleChange(str(change.worker), change.pool, now_s)
-            for pool in Pool:
-                gains = 1 if pool is change.pool else -1
-                pools = {**pools, pool: _moved(pools[pool], snapshot, changing)}
-                agreed = max if gains > 0 else min
-                targets[pool] = agreed(targets[pool], current[pool] + gains)
-                reasons[pool].append(Reason("roleChange", targets[pool], change.text))
+    if change is not None:
+        actions.append(change)
+        changing = RoleChange(str(change.worker), change.pool, now_s)
+        pools = {pool: _moved(pools[pool], snapshot, changing) for pool in Pool}
+        for pool in Pool:  # the new pool has one more now, and the old one has one less
+            agreed = max if pool is change.pool else min
+            targets[pool] = agreed(targets[pool], len(pools[pool]))
+            reasons[pool].append(Reason("roleChange", targets[pool], change.text))
     for pool in Pool:
         if changing is None or changing.to is pool:  # else it has already a worker that leaves
             actions += remove(pools[pool], targets[pool], changing)

@@ -17,10 +17,9 @@ from core.types import Pool
 
 # A load is remembered in steps of 5%, so that a window of loads is bounded.
 _LOAD_STEP = math.log(1.05)
-# The count that was too few for a load is not tried again with 90% of that load for each worker.
-# After an hour it is, because prompts and outputs may have become shorter.
+# Shrinking must leave each worker less than 90% of the load with which there were too few.
 _TOO_FEW_FRACTION = 0.9
-_TOO_FEW_MEMORY_S = 3600.0
+_TOO_FEW_MEMORY_S = 3600.0  # after an hour it does: prompts and outputs may have become shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +131,7 @@ def _votes(
     demand: PoolDemand,
     now_s: float,
 ) -> list[Vote]:
+    behavior = policy.behavior
     settle_s = max(spec.warmup_seconds, demand.latency_window_s)
     measured = Measured(
         state.target,
@@ -139,8 +139,9 @@ def _votes(
         state.tokens_per_s,
         state.kv_tokens_total,
         len(workers.ready_since(now_s - settle_s)),
-        policy.behavior.scale_up.tolerance,
-        policy.behavior.scale_down.tolerance,
+        behavior.scale_up.tolerance,
+        behavior.scale_down.tolerance,
+        margin=behavior.scale_down.tolerance if workers.pool is Pool.DECODE else 0.0,
     )
     votes = [evaluate(index, signal, measured) for index, signal in enumerate(policy.signals)]
     if not measured.is_idle:

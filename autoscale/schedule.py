@@ -21,7 +21,7 @@ from croniter import croniter
 # Numbers, lists, ranges, steps and English names. croniter also knows random and hashed fields,
 # which would not be the same for everyone who reads the file.
 _FIELD = re.compile(r"(?:[\d*,/-]|[A-Z]{3})+", re.IGNORECASE)
-_MINUTE_S = 60
+_MINUTE_S = 60  # the resolution of cron
 
 
 def check_cron(expression: str) -> str:
@@ -45,7 +45,7 @@ def check_cron(expression: str) -> str:
 
 def is_active(start: str, end: str, time_zone: str, now_s: float) -> bool:
     """Return whether the latest firing of ``start`` is later than the latest of ``end``."""
-    # No time zone in use changes its clock within a minute, and cron counts in minutes.
+    # No time zone in use changes its clock within a minute.
     minute = int(now_s // _MINUTE_S)
     return last_firing_s(start, time_zone, minute) > last_firing_s(end, time_zone, minute)
 

@@ -46,6 +46,9 @@ class Measured:
     settled: int
     tolerance_up: float
     tolerance_down: float
+    # A worker leaves only if the signal stays below its target by this fraction. In decode, streams
+    # run more slowly on fewer workers, so there are more of them.
+    margin: float = 0.0
 
     @property
     def requests(self) -> int:
@@ -65,9 +68,9 @@ class Measured:
 class Vote:
     """What one signal asks for.
 
-    ``needed`` is the number of workers with which the signal is within its target. ``wanted``
-    differs from it if the signal is within its tolerance: then no change is wanted. Both are None
-    if a number that the signal depends on is unknown.
+    ``wanted`` is the number of workers with which the signal is within its target, or the target so
+    far if that is within the tolerance. ``needed`` is the number that must stay, for the N−1 check;
+    it knows no tolerance. Both are None if a number that the signal depends on is unknown.
     """
 
     rule: str
@@ -86,11 +89,11 @@ def evaluate(index: int, signal: Signal, measured: Measured) -> Vote:
         return Vote(rule, None, None, f"{missing}, so it holds")
     exact = min(amount / signal.target, _MANY_WORKERS)
     text = f"{amount:.4g} {unit} / {signal.target:g} per worker = {exact:.2f}"
-    needed = ceil(exact)
+    needed = ceil(exact / (1 - measured.margin))
     low, high = 1 - measured.tolerance_down, 1 + measured.tolerance_up
     if measured.base and low <= exact / measured.base <= high:
         return Vote(rule, needed, measured.base, f"{text}, within the tolerance")
-    return Vote(rule, needed, needed, text)
+    return Vote(rule, needed, ceil(exact), text)
 
 
 def ceil(exact: float) -> int:

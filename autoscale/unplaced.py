@@ -18,17 +18,17 @@ def give_up(
 ) -> tuple[PoolState, list[WorkerView]]:
     """Return the workers to give up, and the state with the time of the next try."""
     failed = state.unplaced
-    if failed is not None and any(
-        each.phase_since_s > failed.failed_s for each in workers.of(Phase.STARTING, Phase.READY)
-    ):
-        state = replace(state, unplaced=None)  # a place was found since
+    # A worker that starts has a place. One that is ready may have got it before the failure.
+    if failed and any(w.phase_since_s > failed.failed_s for w in workers.of(Phase.STARTING)):
+        state, failed = replace(state, unplaced=None), None
     late = [
         each
         for each in workers.of(Phase.PENDING)
         if now_s - each.phase_since_s > spec.placement_timeout_seconds
     ]
-    if late:
-        failures = 0 if state.unplaced is None else state.unplaced.failures
+    # Workers that were ordered together fail once.
+    if any(failed is None or each.phase_since_s > failed.failed_s for each in late):
+        failures = 0 if failed is None else failed.failures
         wait_s = spec.placement_retry_seconds * 2 ** min(failures, _MAX_DOUBLINGS)
         retry_s = now_s + min(wait_s, spec.placement_max_retry_seconds)
         state = replace(state, unplaced=Unplaced(failures + 1, now_s, retry_s))
@@ -53,6 +53,7 @@ def describe(
     """Return why a pool does not get its workers."""
     assert state.unplaced is not None
     problem = next((each.problem for each in late if each.problem), "the cluster has no place")
-    wait_s = max(state.unplaced.retry_s - now_s, 0.0)
-    text = f"{problem}; try {state.unplaced.failures + 1} in {wait_s:.0f} s"
+    wait_s = state.unplaced.retry_s - now_s
+    when = f"comes in {wait_s:.0f} s" if wait_s > 0 else "is under way"
+    text = f"{problem}; try {state.unplaced.failures + 1} {when}"
     return Reason("placementTimeoutSeconds", placeable, text)

@@ -6,7 +6,7 @@ grow steeply under overload, and requests stay longer if there are fewer workers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from autoscale.decide import Decision
@@ -23,7 +23,7 @@ from core.histogram import Histogram, bucket_of
 from core.types import Pool
 
 PREFILL_TOKENS_PER_S = 8000.0
-KV_TOKENS = 200_000
+KV_TOKENS = 50_000
 WINDOW_S = 30  # of arrivals and latencies
 
 Decide = Callable[[Snapshot, State | None, float], Decision]
@@ -83,16 +83,20 @@ class Cluster:
         wanted = phases or (Phase.PENDING, Phase.STARTING, Phase.READY)
         return sum(each.pool is pool and each.phase in wanted for each in self.workers)
 
-    def step(self, load: Load, decide: Decide) -> Decision:
-        """Serve for a second, then decide and carry out."""
-        self.now_s += 1.0
-        self._age()
-        self._serve(load)
-        decision = decide(self.snapshot(), self.state, self.now_s)
-        self.state = read_state(write_state(decision.state))
-        for action in decision.actions:
-            self._do(action)
-        return decision
+    def run(
+        self, load: Load, seconds: int, decide: Decide, *, every_s: int = 5
+    ) -> Iterator[Decision]:
+        """Serve for some seconds, and decide and carry out every ``every_s``."""
+        for second in range(seconds):
+            self.now_s += 1.0
+            self._age()
+            self._serve(load)
+            if second % every_s == 0:
+                decision = decide(self.snapshot(), self.state, self.now_s)
+                self.state = read_state(write_state(decision.state))
+                for action in decision.actions:
+                    self._do(action)
+                yield decision
 
     def snapshot(self) -> Snapshot:
         views = tuple(
@@ -200,7 +204,7 @@ class Cluster:
         streams = len(worker.requests)
         if not streams:
             return 0.0
-        itl_s = 0.015 + 0.0004 * streams
+        itl_s = 0.015 + 0.0016 * streams
         latencies.extend([itl_s] * min(streams, 50))
         produced = 0.0
         for request in worker.requests:

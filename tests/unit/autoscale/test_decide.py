@@ -12,7 +12,7 @@ from autoscale.policy import Policy
 from autoscale.snapshot import ActionKind, Phase, PoolDemand, Snapshot, WorkerView
 from autoscale.state import State, read_state, write_state
 from core.types import Pool
-from tests.support.autoscale_views import NOW_S, demand, policy, snapshot, worker, workers
+from tests.support.autoscale_views import AT_ONCE, NOW_S, demand, policy, snapshot, worker, workers
 
 GPU = dict.fromkeys(Pool, 1.0)
 BUSY = {"running_requests": 1, "arrival_requests_per_s": 1.0}
@@ -348,6 +348,13 @@ def test_a_worker_changes_its_role_if_the_budget_is_spent() -> None:
     assert (action.kind, action.pool, action.worker) == (ActionKind.CHANGE_ROLE, Pool.DECODE, "p1")
 
 
+def test_no_role_changes_for_a_worker_whose_gpus_are_about_to_be_free() -> None:
+    views = (*views_that_change(2, 1), worker("p9", Phase.LEAVING))
+    decision = run(policy(**CHANGING), snapshot(views, 1, 2))
+    assert not actions(decision, ActionKind.CHANGE_ROLE)
+    assert targets(decision) == (1, 2)
+
+
 def test_a_change_of_role_is_followed_until_the_worker_is_ready() -> None:
     rules = policy(**CHANGING)
     decision = run(rules, snapshot(views_that_change(3, 1), 1, 2))
@@ -402,10 +409,16 @@ def test_workers_that_cannot_change_their_role_are_replaced() -> None:
     assert len(actions(decision, ActionKind.REMOVE)) == 2
 
 
-def test_the_last_ready_worker_does_not_change_its_role() -> None:
-    views = (worker("p0", can_change_role=True), worker("p1", Phase.STARTING), *workers(0, 2))
-    decision = run(policy(**CHANGING), snapshot(views, 1, 3))
-    assert not actions(decision, ActionKind.CHANGE_ROLE)
+@pytest.mark.parametrize("tolerance", [0, 0.6])  # with 0.6 the pool would not shrink by itself
+def test_the_last_ready_worker_does_not_change_its_role(tolerance: float) -> None:
+    behavior = {**AT_ONCE, "scaleDown": {**AT_ONCE["scaleDown"], "tolerance": tolerance}}
+    rules = policy({"behavior": behavior}, **CHANGING)
+    ready, starts = worker("p0", can_change_role=True), worker("p1", Phase.STARTING)
+    assert not actions(
+        run(rules, snapshot((ready, starts, *workers(0, 2)), 1, 3)), ActionKind.CHANGE_ROLE
+    )
+    both = (ready, replace(starts, phase=Phase.READY), *workers(0, 2))
+    assert actions(run(rules, snapshot(both, 1, 3)), ActionKind.CHANGE_ROLE) == ["p0"]
 
 
 def test_a_change_of_role_that_is_lost_is_given_up_for_a_new_worker() -> None:
@@ -462,6 +475,19 @@ def test_a_worker_without_a_place_is_given_up_and_tried_again() -> None:
     unplaced = decision.state.pools[Pool.PREFILL].unplaced
     assert unplaced is not None
     assert unplaced.retry_s == NOW_S + 152 + 50  # 60 s is more than the longest time
+
+
+def test_workers_that_were_ordered_together_fail_once() -> None:
+    stuck = [worker(f"p{i}", Phase.PENDING, phase_since_s=NOW_S + i) for i in (1, 2)]
+    state: State | None = None
+    for second in (3, 62, 63):  # the first one stays for a while after it was given up
+        seen = snapshot((*workers(1, 1), *stuck), 3, 1, NOW_S + second)
+        decision = run(policy(), seen, state, second)
+        state = decision.state
+    assert actions(decision, ActionKind.REMOVE) == ["p2", "p1"]
+    unplaced = state.pools[Pool.PREFILL].unplaced if state is not None else None
+    assert unplaced is not None
+    assert (unplaced.failures, unplaced.retry_s) == (1, NOW_S + 62 + 60)
 
 
 def test_a_place_that_is_found_ends_the_wait() -> None:
