@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
 from core.config.schema import RouterConfig
+from core.errors import ConfigError
 from core.types import Pool
 from router.admission.policy import AdmissionLimits, ClassLimits
 from router.placement.policy import PlacementLimits
@@ -124,8 +125,17 @@ def run(
     Args:
         workers: ready at the start.
         scaler: changes the number of workers; None keeps it.
+
+    Raises:
+        ConfigError: the trace names a class that the cluster does not know.
     """
-    return _Cluster(trace, model, workers, scaler, settings or default_settings()).run()
+    settings = settings or default_settings()
+    classes = settings.front.admission.classes
+    if unknown := {each.service_class for each in trace.requests} - {"", *classes}:
+        raise ConfigError(
+            f"unknown service class {min(unknown)!r}; this cluster knows {', '.join(classes)}"
+        )
+    return _Cluster(trace, model, workers, scaler, settings).run()
 
 
 class _Cluster:

@@ -166,8 +166,8 @@ def a10_8b() -> LatencyModel:
     return LatencyModel(
         name="8b-a10",
         source="An estimate; `baton policy calibrate` measures. As 8b-h100, "
-        "with the A10's 125 TFLOPS (40% used), 600 GB/s and 24 GB, of which 4 GB are left for KV. The "
-        "same tenth of the transfer is not hidden, at 1.25 GB/s.",
+        "with the A10's 125 TFLOPS (40% used), 600 GB/s, and 4 GB of its 24 GB left for KV. A "
+        "tenth of the transfer at 1.25 GB/s is not hidden.",
         prefill=PrefillLatency(base_s=0.01, per_token_s=320e-6, per_square_token_s=5.2e-9),
         decode=DecodeLatency(base_s=0.03, per_stream_s=100e-6, per_kv_token_s=310e-9),
         transfer=TransferLatency(base_s=0.01, bytes_per_s=12.5e9, kv_bytes_per_token=131_072),
@@ -191,7 +191,6 @@ def fake_engine(latency: FakeLatency | None = None, size: FakeSize | None = None
             start=TransferStart.AT_DISPATCH,
         ),
         kv=KvRoom(0, kv_tokens, size.kv_block_tokens, KvReservation.WHOLE),
-        gpus=0.0,
         cold_start_s=5.0,
         role_change_s=0.5,
     )

@@ -21,8 +21,8 @@ from simulate.metrics import Array, Slo, latencies_of
 from simulate.trace import Trace
 
 _POINTS = 1500  # per line, so that the page stays small
-_LOAD_BIN_S = 10.0
-_ATTAINMENT_BIN_S = 60.0
+_LOAD_BIN_S = 10.0  # short enough to see bursts
+_ATTAINMENT_BIN_S = 60.0  # long enough for many requests
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>

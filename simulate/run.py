@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from autoscale.decide import decide
 from autoscale.load import load_policy
 from autoscale.policy import ITL, TTFT, Policy
+from core.errors import ConfigError
 from core.types import Pool
 from simulate.cluster import ClusterSettings, Run, Scaler, default_settings, run, with_max_tokens
 from simulate.latency import LatencyModel
@@ -73,6 +75,12 @@ class SimulateOptions:
     max_tokens: int | None = None
     json_path: Path | None = None
     html_path: Path | None = None
+
+    def __post_init__(self) -> None:
+        values = {"cold start": self.cold_start_s, "TTFT": self.ttft_ms, "ITL": self.itl_ms}
+        for name, value in (*values.items(), ("max_tokens", self.max_tokens)):
+            if value is not None and not (0 < value < math.inf):
+                raise ConfigError(f"{name} is {value:g}; write a number above 0")
 
 
 def simulate(

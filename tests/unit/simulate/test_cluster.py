@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
+from core.errors import ConfigError
 from core.types import Pool
 from simulate.cluster import ClusterSettings, Run, default_settings, run, worker_seconds
 from simulate.latency import PRESETS, LatencyModel, PrefillLatency
@@ -206,6 +207,12 @@ def test_refused_requests_miss_both_slos() -> None:
 def test_a_request_that_fits_on_no_worker_is_refused() -> None:
     trace = Trace("long", (TraceRequest(0.0, 10**9, 5), TraceRequest(1.0, 10, 5)))
     assert [each.status for each in run(trace, MODEL, ONE_EACH).ended] == ["TOO_LONG", "ok"]
+
+
+def test_an_unknown_class_is_an_error() -> None:
+    trace = Trace("t", (TraceRequest(0.0, 10, 5, service_class="gold"),))
+    with pytest.raises(ConfigError, match="'gold'; this cluster knows interactive, batch"):
+        run(trace, MODEL, ONE_EACH)
 
 
 def test_a_prefix_cache_makes_the_first_token_come_sooner() -> None:

@@ -69,6 +69,8 @@ def test_the_command_prints_a_table_and_writes_both_files(trace_file: Path, tmp_
 def test_a_wrong_option_is_an_error_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         simulate_command([POLICIES / "chat.yaml"], SimulateOptions(str(tmp_path / "missing")))
+    with pytest.raises(ConfigError, match="TTFT is -5; write a number above 0"):
+        SimulateOptions("synthetic", ttft_ms=-5)
     with pytest.raises(ConfigError, match="no latency model"):
         simulate_command([POLICIES / "chat.yaml"], SimulateOptions("synthetic", model="none"))
 
