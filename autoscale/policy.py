@@ -227,6 +227,12 @@ class _PoolPolicy(_Section):
         "first request waits for a worker to start.",
     )
     max_replicas: Annotated[Workers, Field(ge=1)] = Field(description="Most workers.")
+    averaging_seconds: Annotated[int, Field(ge=0, le=600, strict=True)] = Field(
+        default=60,
+        description="The arriving tokens are averaged over about this time (exponentially), for "
+        "Utilization and before a scale-down, because prompts and answers differ in length. A "
+        "queue is not averaged. 0: the routers' latest 10 s count.",
+    )
     behavior: Behavior = Field(
         default_factory=Behavior, description="How fast the pool grows and shrinks."
     )

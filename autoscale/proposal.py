@@ -11,7 +11,7 @@ from autoscale.policy import MAX_WORKERS, PoolPolicy, ScaleDown, Spec
 from autoscale.schedule import is_active
 from autoscale.signals import Measured, Vote, ceil, evaluate
 from autoscale.snapshot import Phase, PoolDemand, Reason
-from autoscale.state import PoolState, TooFew, highest, lowest
+from autoscale.state import Average, PoolState, TooFew, highest, lowest
 from autoscale.workers import PoolWorkers
 from core.types import Pool
 
@@ -80,6 +80,8 @@ def propose(
     policy = spec.pool(workers.pool)
     least, most, schedules = _bounds(spec, workers.pool, now_s)
     base = state.target
+    if demand is not None:
+        state, demand = _averaged(state, policy, demand, hold, now_s)
     votes = [] if demand is None else _votes(spec, policy, workers, state, demand, now_s)
     if demand is None:  # to stay is what unknown numbers recommend, also to the windows
         state, _ = _remember(state, policy, base, base, 0.0, now_s)
@@ -103,6 +105,19 @@ def propose(
         tuple(draft.steps),
         state,
     )
+
+
+def _averaged(
+    state: PoolState, policy: PoolPolicy, demand: PoolDemand, hold: str, now_s: float
+) -> tuple[PoolState, PoolDemand]:
+    """Put the average of the arriving tokens in place of those of the latest seconds."""
+    average, newest = state.arrival_tokens_per_s, demand.arrival_tokens_per_s
+    if average is None:
+        average = Average(now_s, newest)
+    elif not hold:
+        average = average.with_value(newest, policy.averaging_seconds, now_s)
+    state = replace(state, arrival_tokens_per_s=average)
+    return state, replace(demand, arrival_tokens_per_s=average.value)
 
 
 def _bounds(spec: Spec, pool: Pool, now_s: float) -> tuple[int, int, str]:

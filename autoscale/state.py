@@ -5,6 +5,7 @@ The cluster keeps it in Redis, so that an autoscaler that restarts goes on witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -42,6 +43,20 @@ class Change:
     at_s: float
     added: int
     removed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """An exponential average, as of ``at_s``."""
+
+    at_s: float
+    value: float
+
+    def with_value(self, value: float, length_s: float, now_s: float) -> Average:
+        """Add a value. Older values lose weight with the time constant ``length_s``."""
+        passed_s = max(now_s - self.at_s, 0.0)
+        weight = 1.0 if length_s <= 0 else 1 - math.exp(-passed_s / length_s)
+        return Average(now_s, self.value + weight * (value - self.value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,7 @@ class PoolState:
     too_few: TooFew | None = None
     grew_s: float | None = None  # when the signals last asked for more workers
     unplaced: Unplaced | None = None
+    arrival_tokens_per_s: Average | None = None
     # The last known values, for while the pool is empty; 0: never known.
     tokens_per_s: float = 0.0
     kv_tokens_total: float = 0.0
