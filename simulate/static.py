@@ -58,8 +58,8 @@ class StaticSearch:
     """Finds the smallest fixed pools for one trace.
 
     Attainment does not fall when a pool grows. So the least size of each pool, with an ample other
-    one, is found by bisection. The answer has at least both. From there, the pool whose growth
-    attains more grows until both SLOs are attained.
+    one, is found first, by bisection near the size that the mean load needs. The answer has at
+    least both. From there, the pool whose growth attains more grows until both SLOs are attained.
     """
 
     trace: Trace
@@ -83,8 +83,16 @@ class StaticSearch:
             if max(ample.values()) > MAX_WORKERS:
                 return None
             ample = {pool: 2 * size for pool, size in ample.items()}
-        prefill = _least(lambda size: self._attains(size, ample[Pool.DECODE]), ample[Pool.PREFILL])
-        decode = _least(lambda size: self._attains(ample[Pool.PREFILL], size), ample[Pool.DECODE])
+        prefill = _least(
+            lambda size: self._attains(size, ample[Pool.DECODE]),
+            guess[Pool.PREFILL],
+            ample[Pool.PREFILL],
+        )
+        decode = _least(
+            lambda size: self._attains(ample[Pool.PREFILL], size),
+            guess[Pool.DECODE],
+            ample[Pool.DECODE],
+        )
         for _ in range(_MAX_TRIES):
             if self._attains(prefill, decode):
                 break
@@ -123,9 +131,16 @@ class StaticSearch:
         return self.results(prefill, decode).attainment >= self.attainment
 
 
-def _least(attains: Callable[[int], bool], known: int) -> int:
-    """Return the least size that attains, by bisection below one that does."""
-    low, high = 0, known
+def _least(attains: Callable[[int], bool], guess: int, known: int) -> int:
+    """Return the least size that attains; ``known`` does. The search begins at the guess."""
+    low, high, step = 0, known, 1
+    size = min(guess, known - 1)
+    while low < size < high:  # away from the guess with growing steps
+        if attains(size):
+            high, size = size, size - step
+        else:
+            low, size = size, size + step
+        step *= 2
     while high - low > 1:
         middle = (low + high) // 2
         if attains(middle):
