@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import random
 import sys
 import warnings
 from collections.abc import Callable, Coroutine

@@ -282,7 +282,7 @@ class SimProcess(abc.ABC):
 
         await SimCall(self, handle, timeout_s)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - all workers use this
         """Do nothing, because the router has no channel here."""
 
     # Faults call these.
@@ -479,7 +479,7 @@ class SimRouter:
         )
         self.lease = RouterLease(
             cluster.registry,
-            router_id=f"router-{cluster.next_number()}",
+            router_id=cluster.next_router_id(),
             address="sim",
             turns=admission.turns,
             dispatcher=self.dispatcher,
@@ -541,6 +541,7 @@ class SimCluster:
         self.workers: dict[str, SimProcess] = {}  # includes dead workers
         self.routers: list[SimRouter] = []
         self._numbers = 0
+        self._router_numbers = 0
 
     async def __aenter__(self) -> Self:
         await self.add_router()
@@ -591,8 +592,13 @@ class SimCluster:
         self.workers[name] = worker
         return worker
 
+    def next_router_id(self) -> str:
+        """Return an id that no other router has. It depends only on the seed."""
+        self._router_numbers += 1
+        return f"router-{self._router_numbers}"
+
     def next_number(self) -> int:
-        """Return a number that no other process of the cluster has."""
+        """Return a number that no other worker has."""
         self._numbers += 1
         return self._numbers
 

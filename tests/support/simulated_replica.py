@@ -15,7 +15,6 @@ import grpc
 
 from core.config.schema import Config
 from core.errors import UnavailableError
-from core.state.registry import Registry
 from core.types import Pool, WorkerRecord, WorkerState
 from decode_worker.servicer import DecodeServicer
 from engine.fake import FakeEngine, FakeLatency, FakeSize
@@ -57,7 +56,7 @@ class _Engine(FakeEngine):
         super().__init__(*arguments, **settings)
         self._rng = rng
 
-    async def pair_up(self, others: Mapping[str, tuple[str, ...]], pool: Pool) -> Set[str]:  # noqa: ARG002
+    async def pair_up(self, others: Mapping[str, tuple[str, ...]], pool: Pool) -> Set[str]:
         await elapse(self._rng.choice((0.0, 0.0, 0.02)))
         return {other for other in others if self._rng.random() < 0.2}
 
