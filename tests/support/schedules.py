@@ -198,7 +198,8 @@ async def run_client(cluster: SimCluster, client: SimClient, patience_s: float) 
                     await calling
                     if not should_call_again(client):
                         return
-                    client.statuses.pop()
+                    _, reason = client.statuses.pop()
+                    client.refusals.append((cluster.clock(), reason))
                 await elapse(0.2)
     except TimeoutError:
         if calling is not None:

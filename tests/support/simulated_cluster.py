@@ -665,6 +665,7 @@ class SimClient:
         self._read_s = read_s
         self.responses: list[inference_pb2.GenerateResponse] = []
         self.statuses: list[tuple[grpc.StatusCode, str]] = []  # (code, reason) of each call
+        self.refusals: list[tuple[float, str]] = []  # (time, reason) of calls that were repeated
         self.resumes = False  # whether the next call is Resume
         self.deadline_s = 0.0
         self.began_s = 0.0

@@ -151,6 +151,16 @@ class SimReplica(SimProcess):
         return self.replica._pool
 
     @property
+    def joins(self) -> Pool:
+        """The pool that the worker is in, or will join if it changes now."""
+        return self.replica._wanted_pool
+
+    @property
+    def stays(self) -> bool:
+        """Whether the worker runs and has not begun to leave."""
+        return self.alive and self._leaving is None and self.replica._stopped is None
+
+    @property
     def record(self) -> WorkerRecord:
         lease = self.replica._lease
         if lease is not None:
