@@ -81,9 +81,7 @@ class ScaledCluster(SimCluster):
         return [
             worker
             for worker in self.workers.values()
-            if isinstance(worker, SimReplica)
-            and worker.stays
-            and pool in (None, worker.joins)
+            if isinstance(worker, SimReplica) and worker.stays and pool in (None, worker.joins)
         ]
 
     async def demand(self) -> dict[Pool, int]:
@@ -97,8 +95,7 @@ class ScaledCluster(SimCluster):
         found: Observation = observe((), (), routers, nothing, None, self.clock())
         demand = found.snapshot.demand or {}
         return {
-            pool: demand[pool].waiting_requests + demand[pool].running_requests
-            for pool in demand
+            pool: demand[pool].waiting_requests + demand[pool].running_requests for pool in demand
         }
 
     async def keep_up(self, load_s: float) -> None:
