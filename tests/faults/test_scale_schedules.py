@@ -43,6 +43,8 @@ from tests.support.simulated_cluster import SimClient
 from tests.support.simulated_replica import SimReplica
 from tests.support.virtual_time import elapse
 
+SEEDS = 250
+SEEDS_PER_TEST = 50
 OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
 
 
@@ -231,8 +233,7 @@ async def settle(cluster: ScaledCluster) -> None:
     await elapse(50)
 
 
-if True:
-    CHUNKS = seeds_in_chunks(200, 50)
+CHUNKS = seeds_in_chunks(SEEDS, SEEDS_PER_TEST)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS, ids=lambda chunk: f"from-{chunk.start}")

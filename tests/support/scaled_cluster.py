@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
+from unittest import mock
 
 from cluster.autoscale.observe import Observation, observe
 from core.config.schema import Config, load_config
@@ -45,6 +47,14 @@ def scaled_config(grace_s: float, **settings: object) -> Config:
     )
 
 
+@contextlib.contextmanager
+def seeded_ids(seed: int) -> Iterator[None]:
+    """Make the ids of workers and applications depend on the seed alone: their order matters."""
+    rng = random.Random(seed)
+    with mock.patch("secrets.token_hex", lambda length: rng.randbytes(length).hex()):
+        yield
+
+
 class ScaledCluster(SimCluster):
     """See the module.
 
@@ -55,6 +65,7 @@ class ScaledCluster(SimCluster):
     def __init__(self, rng: random.Random, limits: AdmissionLimits, config: Config) -> None:
         super().__init__(rng, limits)
         self.config = config
+        self.latency: FakeLatency | None = None  # of all workers; None: a random one for each
 
     def add(
         self,
@@ -70,7 +81,7 @@ class ScaledCluster(SimCluster):
             pool,
             self,
             self.config,
-            latency or self.random_latency(),
+            latency or self.latency or self.random_latency(),
             load_s=load_s,
             application=application,
             kv_blocks=kv_blocks,
