@@ -177,8 +177,8 @@ def random_fault(rng: random.Random) -> Fault:
 def random_scale(rng: random.Random) -> Scale:
     least = {pool: rng.randint(0, 1) for pool in Pool}
     most = {pool: rng.randint(1, 4) for pool in Pool}
-    budget = rng.choice((None, 2.0, 3.0, 5.0))
-    changes = budget is not None and rng.random() < 0.6
+    budget = rng.choice((None, 2.0, 3.0, 3.0, 4.0))
+    changes = budget is not None and rng.random() < 0.8
     gpus = {pool: 1.0 if changes else rng.choice((1.0, 1.0, 2.0)) for pool in Pool}
     if budget is not None:
         budget = max(budget, sum(gpus.values()))
@@ -241,11 +241,16 @@ def random_behavior(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def random_client(cluster: SimCluster, number: int) -> SimClient:
+# Lengths of prompts and of outputs, in tokens; each wave has one kind.
+KINDS = (((1, 8, 30), (1, 2, 10, 33)), ((30,), (1, 2)), ((1, 4), (20, 33)))
+Kind = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def random_client(cluster: SimCluster, number: int, kind: Kind) -> SimClient:
     rng = cluster.rng
     request = inference_pb2.GenerateRequest(request_id=f"r{number}")
-    request.token_ids.ids.extend(rng.randrange(3, 200) for _ in range(rng.choice((1, 8, 30))))
-    request.sampling.max_tokens = rng.choice((1, 2, 10, 33))
+    request.token_ids.ids.extend(rng.randrange(3, 200) for _ in range(rng.choice(kind[0])))
+    request.sampling.max_tokens = rng.choice(kind[1])
     if rng.random() < 0.2:
         request.sampling.min_tokens = 1  # the decode worker samples the first token
     timeout_s = rng.choice((0.03, 0.3)) if rng.random() < 0.05 else FAR_S
@@ -328,12 +333,13 @@ async def _run_wave(
         await fault.strike(all_)
 
     within_s = rng.choice((0.1, 5.0, 15.0))
+    kind = rng.choice(KINDS)
     new = [
         (
-            random_client(cluster, len(clients) + number),
+            random_client(cluster, len(clients) + number, kind),
             rng.choice((0.05, 1.0)) if rng.random() < 0.05 else 3 * FAR_S,
         )
-        for number in range(rng.choice((1, 5, 25)))
+        for number in range(rng.choice((1, 5, 25, 40)))
     ]
     clients += new
     await asyncio.gather(
