@@ -78,6 +78,8 @@ def _best(
         if prefill.gpus and room < most * prefill.gpus:
             most = int(room / prefill.gpus)
         allowed = low_and_high(ratio, decodes, range(prefill.least, most + 1))
+        if prefill.wanted == prefill.least == 0:  # the ratio is for pools that both have workers
+            allowed = range(1)
         if not allowed:
             continue
         prefills = min(max(prefill.wanted, allowed.start), allowed.stop - 1)

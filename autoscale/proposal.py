@@ -110,14 +110,18 @@ def propose(
 def _averaged(
     state: PoolState, policy: PoolPolicy, demand: PoolDemand, hold: str, now_s: float
 ) -> tuple[PoolState, PoolDemand]:
-    """Put the average of the arriving tokens in place of those of the latest seconds."""
+    """Put the average of the arriving tokens in place of those of the latest seconds.
+
+    An average never reaches 0. So that a pool without requests can go to zero, it has no load.
+    """
     average, newest = state.arrival_tokens_per_s, demand.arrival_tokens_per_s
     if average is None:
         average = Average(now_s, newest)
     elif not hold:
         average = average.with_value(newest, policy.averaging_seconds, now_s)
     state = replace(state, arrival_tokens_per_s=average)
-    return state, replace(demand, arrival_tokens_per_s=average.value)
+    load = 0.0 if demand.is_idle else average.value
+    return state, replace(demand, arrival_tokens_per_s=load)
 
 
 def _bounds(spec: Spec, pool: Pool, now_s: float) -> tuple[int, int, str]:

@@ -61,7 +61,7 @@ class Measured:
     @property
     def is_idle(self) -> bool:
         """No request waits, runs or has arrived lately."""
-        return self.requests == 0 and self.demand.arrival_requests_per_s <= 0
+        return self.demand.is_idle
 
 
 @dataclass(frozen=True, slots=True)

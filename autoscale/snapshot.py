@@ -38,6 +38,12 @@ class PoolDemand:
     latency_s: Histogram = field(default_factory=Histogram)
     latency_window_s: float = 0.0  # the latencies are those of this many latest seconds
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits, runs or has arrived lately."""
+        requests = self.waiting_requests + self.running_requests
+        return requests == 0 and self.arrival_requests_per_s <= 0
+
 
 class Phase(enum.StrEnum):
     """The phase of a worker's life, as the autoscaler sees it."""

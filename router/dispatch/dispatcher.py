@@ -202,7 +202,12 @@ class Dispatcher:
     async def _place(
         self, progress: Progress, facts: PlacementFacts, retries: Retries
     ) -> PlacementPermit:
-        """Choose workers. If none is usable, a retry waits, and the first attempt raises."""
+        """Choose workers. If none is usable, a retry waits.
+
+        A first attempt without a permit, which is that of a resumed request, waits only if the
+        autoscaler may start workers. If it were refused then, no demand would be seen, so no worker
+        would ever start.
+        """
         stranded = _Stranded(progress.service_class, facts, self._clock())
         try:
             while True:
@@ -211,13 +216,22 @@ class Dispatcher:
                     permit = self._ledger.place(self._workers.snapshot, facts)
                     assert not isinstance(permit, NoRoom), "only for requests that may wait"
                     return permit
-                except UnavailableError:
+                except UnavailableError as error:
                     if retries.last is None:
-                        raise
+                        self._check_may_come(facts)
+                        retries.begin_wait(error, self._clock())
+                        facts = replace(facts, local_prefill="fallback")  # as for a retry
+                        continue
                 self._stranded[progress.worker_request_id] = stranded
                 await asyncio.sleep(retries.wait_s(self._clock()))
         finally:
             self._stranded.pop(progress.worker_request_id, None)
+
+    def _check_may_come(self, facts: PlacementFacts) -> None:
+        """Raise UnavailableError if the autoscaler will not start the workers that are missing."""
+        facts = replace(facts, may_wait=True, coming=self._workers.coming)
+        answer = self._ledger.place(self._workers.snapshot, facts)
+        assert isinstance(answer, NoRoom), "a needed pool has no usable worker"
 
     def _facts(self, progress: Progress) -> PlacementFacts:
         """What placement must know about the next attempt."""

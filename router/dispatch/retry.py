@@ -72,6 +72,14 @@ class Retries:
         if self.is_over or (unreachable and late):
             raise error
 
+    def begin_wait(self, error: BatonError, now_s: float) -> None:
+        """Note that the first attempt finds no worker and waits for one.
+
+        Args:
+            error: raised if none comes within ``timeout_s``.
+        """
+        self.last, self._failing_since_s = error, now_s
+
     @property
     def is_over(self) -> bool:
         """Whether the request has lost as many attempts as it may."""

@@ -20,7 +20,7 @@ from router.admission.policy import AdmissionLimits, ClassLimits
 from router.placement.policy import (
     PlacementLimits,
 )
-from tests.support.simulated_cluster import SimClient, SimCluster, SimWorker
+from tests.support.simulated_cluster import SimClient, SimCluster, SimProcess
 from tests.support.virtual_time import elapse, run_virtually
 
 pytestmark = pytest.mark.timeout(300)
@@ -110,7 +110,7 @@ def check_each(clients: list[SimClient]) -> None:
             assert reason in {"QUEUE_FULL", "QUEUE_TIMEOUT", "WOULD_BE_LATE", "DEADLINE_EXCEEDED"}
 
 
-def check_empty(worker: SimWorker) -> None:
+def check_empty(worker: SimProcess) -> None:
     load = worker.engine.load()
     assert (load.kv_blocks_free, load.running, load.queue_depth) == (load.kv_blocks_total, 0, 0)
 

@@ -7,11 +7,12 @@ connection breaks.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +37,7 @@ from router.api.handler import RequestBounds, RequestHandler
 from router.api.servicer import InferenceServicer
 from router.dispatch.dispatcher import Dispatcher, DispatchSettings
 from router.dispatch.retry import RetryLimits
-from router.lease import RouterLease, new_router_id
+from router.lease import RouterLease
 from router.placement.ledger import PlacementLedger
 from router.placement.policy import (
     PlacementLimits,
@@ -87,7 +88,7 @@ class SimCall:
 
     def __init__(
         self,
-        worker: SimWorker,
+        worker: SimProcess,
         handle: Callable[[Any], Awaitable[Any]],
         timeout_s: float,
     ) -> None:
@@ -103,25 +104,25 @@ class SimCall:
         self._deadline_s = loop.time() + timeout_s
         self._deadline = loop.call_at(self._deadline_s, self.break_, code, "deadline")
         self._cancel: asyncio.Task[None] | None = None
-        self._server = asyncio.create_task(self._serve())
-        self._server.add_done_callback(lambda _: worker.calls.discard(self))
+        self.server = asyncio.create_task(self._serve())
+        self.server.add_done_callback(lambda _: worker.calls.discard(self))
 
     def cancel(self) -> None:
         """Cancel the call. It ends immediately for the caller, and a little later on the worker."""
-        if self._cancel is None and not self._server.done():
+        if self._cancel is None and not self.server.done():
             self._cancel = asyncio.create_task(self._cancel_server())
         self._end()
 
     async def _cancel_server(self) -> None:
         await self._worker.link()
-        self._server.cancel()
+        self.server.cancel()
 
     def break_(self, code: grpc.StatusCode, details: str) -> None:
         """Break the connection. A random number of the latest unread messages are lost."""
         for _ in range(self._worker.rng.randrange(len(self._messages) + 1)):
             self._messages.pop()
         self._fail(code, details)
-        self._server.cancel()
+        self.server.cancel()
 
     def time_remaining(self) -> float:
         """Return the seconds until the deadline. After the deadline, return 0, as gRPC does."""
@@ -153,7 +154,7 @@ class SimCall:
     async def _serve(self) -> None:
         try:
             await self._worker.link()
-            if not self._worker.alive:
+            if not self._worker.listens:
                 self._fail(UNAVAILABLE, "connection refused")
                 return
             answer = await self._handle(_ServerContext(self))
@@ -185,53 +186,53 @@ class SimCall:
         self._changed.set()
 
 
-class SimWorker:
-    """One worker process. Routers also use this object as their client of the worker."""
+class SimProcess(abc.ABC):
+    """The process of one worker. Routers also use this object as their client of the worker.
 
-    def __init__(
-        self,
-        name: str,
-        pool: Pool,
-        cluster: SimCluster,
-        latency: FakeLatency,
-        limit: int,
-        kv_blocks: int,
-    ) -> None:
+    Attributes:
+        alive: whether the process runs.
+        calls: those that the process has not ended.
+        asked: keys of all Prefill and Decode calls that arrived.
+        prefilled: keys whose KV a decode worker may fetch.
+        slow: whether some messages take long.
+        slowness: factor on the engine's latencies.
+    """
+
+    engine: FakeEngine
+    prefill_service: PrefillServicer
+    decode_service: DecodeServicer
+
+    def __init__(self, incarnation: str, cluster: SimCluster) -> None:
         self.rng = cluster.rng
-        self.pool = pool
+        self.incarnation = incarnation
         self.alive = True
         self.calls: set[SimCall] = set()
-        self.asked: list[str] = []  # keys of all Prefill and Decode calls that arrived
-        self.prefilled: set[str] = set()  # keys whose KV a decode worker may fetch
-        self.slow = False  # whether some messages take long
-        self.slowness = 1.0  # factor on the engine's latencies
+        self.asked: list[str] = []
+        self.prefilled: set[str] = set()
+        self.slow = False
+        self.slowness = 1.0
         self._cluster = cluster
         self._running = asyncio.Event()  # cleared while a signal stops the process
         self._running.set()
-        self.engine = FakeEngine(
-            Config(),
-            pool,
-            latency=latency,
-            size=FakeSize(kv_blocks=kv_blocks, kv_block_tokens=4),
-            sleep=self._sleep,
-            clock=cluster.clock,
-            fetch=self._fetch,
-        )
-        self.intake = Intake(limit)
-        self._prefill = PrefillServicer(self.engine, self.intake)
-        self._peers = Peers(cluster.registry, Pool.DECODE)
-        self._decode = DecodeServicer(self.engine, self.intake, self._peers)
-        self.record = WorkerRecord(
-            id=name,
-            pool=pool,
-            state=WorkerState.READY,
-            incarnation=f"{name}'s",
-            address=name,
-            kv_addresses=("tcp://sim",),
-            model=cluster.model,
-            load=self.engine.load(),
-        )
-        self._lease = asyncio.create_task(self._keep_lease())
+
+    @property
+    @abc.abstractmethod
+    def record(self) -> WorkerRecord:
+        """What the worker says about itself in the registry."""
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that the worker is in, or joins now."""
+        return self.record.pool
+
+    @property
+    def listens(self) -> bool:
+        """Whether the worker accepts calls."""
+        return self.alive
+
+    @abc.abstractmethod
+    def tasks(self) -> Iterable[asyncio.Task[Any]]:
+        """The tasks that run as long as the process, and those that start, change or stop it."""
 
     async def link(self) -> None:
         """Wait for the transit of one message. If the process is stopped, wait until it resumes."""
@@ -245,15 +246,23 @@ class SimWorker:
     async def _fetch(self, request: EngineRequest) -> bool:
         return await self._cluster.fetch(request, self._sleep)
 
+    def has_prefilled(self, transfer_id: str) -> bool:
+        """Whether a decode worker may fetch this KV now."""
+        return transfer_id in self.prefilled
+
+    async def fetched(self, transfer_id: str) -> None:
+        """Note that a decode worker has the KV."""
+        self.prefilled.discard(transfer_id)
+
     # The router calls these.
 
     async def connected(self) -> bool:
-        return self.alive
+        return self.listens
 
     def prefill(self, request: worker_pb2.PrefillRequest, timeout_s: float) -> SimCall:
         async def handle(context: Any) -> worker_pb2.PrefillResponse:
             self.asked.append(_key(request.key))
-            response = await self._prefill.Prefill(request, context)
+            response = await self.prefill_service.Prefill(request, context)
             self.prefilled.add(_key(request.key))
             return response
 
@@ -262,18 +271,18 @@ class SimWorker:
     def decode(self, request: worker_pb2.DecodeRequest, timeout_s: float) -> SimCall:
         async def handle(context: Any) -> None:
             self.asked.append(_key(request.key))
-            await self._decode.Decode(request, context)
+            await self.decode_service.Decode(request, context)
 
         return SimCall(self, handle, timeout_s)
 
     async def release(self, key: worker_pb2.TransferKey, timeout_s: float) -> None:
         async def handle(context: Any) -> worker_pb2.ReleaseResponse:
             self.prefilled.discard(_key(key))
-            return await self._prefill.Release(worker_pb2.ReleaseRequest(key=key), context)
+            return await self.prefill_service.Release(worker_pb2.ReleaseRequest(key=key), context)
 
         await SimCall(self, handle, timeout_s)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - all workers use this
         """Do nothing, because the router has no channel here."""
 
     # Faults call these.
@@ -281,7 +290,8 @@ class SimWorker:
     def kill(self) -> None:
         """As ``kill -9``: the connections break, the lease expires and the memory is lost."""
         self.alive = False
-        self._lease.cancel()
+        for task in self.tasks():
+            task.cancel()
         self.engine.fail()
         self._running.set()
         self.cut()
@@ -298,9 +308,62 @@ class SimWorker:
     def resume(self) -> None:
         self._running.set()
 
+    async def end(self) -> None:
+        """End at once, at the end of the test."""
+        tasks = list(self.tasks())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class SimWorker(SimProcess):
+    """A worker whose lease and drain are simple models of ``worker.replica.WorkerReplica``."""
+
+    def __init__(
+        self,
+        name: str,
+        pool: Pool,
+        cluster: SimCluster,
+        latency: FakeLatency,
+        limit: int,
+        kv_blocks: int,
+    ) -> None:
+        super().__init__(f"{name}'s", cluster)
+        self.engine = FakeEngine(
+            Config(),
+            pool,
+            latency=latency,
+            size=FakeSize(kv_blocks=kv_blocks, kv_block_tokens=4),
+            sleep=self._sleep,
+            clock=cluster.clock,
+            fetch=self._fetch,
+        )
+        self.intake = Intake(limit)
+        self.prefill_service = PrefillServicer(self.engine, self.intake)
+        self._peers = Peers(cluster.registry, Pool.DECODE)
+        self.decode_service = DecodeServicer(self.engine, self.intake, self._peers)
+        self._record = WorkerRecord(
+            id=name,
+            pool=pool,
+            state=WorkerState.READY,
+            incarnation=self.incarnation,
+            address=name,
+            kv_addresses=("tcp://sim",),
+            model=cluster.model,
+            load=self.engine.load(),
+        )
+        self._lease = asyncio.create_task(self._keep_lease())
+
+    @property
+    def record(self) -> WorkerRecord:
+        return self._record
+
+    def tasks(self) -> Iterable[asyncio.Task[Any]]:
+        return (self._lease,)
+
     async def drain(self, grace_s: float) -> None:
         """Drain and stop as ``worker.replica.WorkerReplica`` does."""
-        self.record = replace(self.record, state=WorkerState.DRAINING)
+        self._record = replace(self.record, state=WorkerState.DRAINING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._renew()
@@ -318,10 +381,6 @@ class SimWorker:
             call.break_(grpc.StatusCode.CANCELLED, "server shut down")
         with contextlib.suppress(Exception):
             await self._cluster.registry.remove(self.record.id)
-
-    async def end(self) -> None:
-        self._lease.cancel()
-        await asyncio.gather(self._lease, return_exceptions=True)
 
     async def _keep_lease(self) -> None:
         while True:
@@ -420,7 +479,7 @@ class SimRouter:
         )
         self.lease = RouterLease(
             cluster.registry,
-            router_id=new_router_id(),
+            router_id=cluster.next_router_id(),
             address="sim",
             turns=admission.turns,
             dispatcher=self.dispatcher,
@@ -479,9 +538,10 @@ class SimCluster:
         self.journal = MemoryJournal(lease_s=LEASE_S, clock=self.clock)
         self.store_slow = False
         self.transfer_s = 0.0  # how long the KV transfer takes after the prefill
-        self.workers: dict[str, SimWorker] = {}  # includes dead workers
+        self.workers: dict[str, SimProcess] = {}  # includes dead workers
         self.routers: list[SimRouter] = []
         self._numbers = 0
+        self._router_numbers = 0
 
     async def __aenter__(self) -> Self:
         await self.add_router()
@@ -506,7 +566,7 @@ class SimCluster:
 
     def standing_tasks(self) -> set[asyncio.Task[Any]]:
         """Return the tasks that run as long as their process."""
-        tasks = {worker._lease for worker in self.workers.values()}
+        tasks = {task for worker in self.workers.values() for task in worker.tasks()}
         for router in self.living_routers():
             tasks |= {*router.supervisor._tasks}
         return tasks
@@ -523,24 +583,33 @@ class SimCluster:
     ) -> SimWorker:
         """Start a worker that runs at most ``limit`` requests at the same time. The worker is ready
         when it has its first lease. If ``latency`` is None, latency and limit are random."""
-        self._numbers += 1
-        name = f"{pool}-{self._numbers}"
+        name = f"{pool}-{self.next_number()}"
         if latency is None:
-            limit, latency = self.rng.choice((2, 8)), self._random_latency()
+            limit, latency = self.rng.choice((2, 8)), self.random_latency()
         worker = SimWorker(
             name=name, pool=pool, cluster=self, latency=latency, limit=limit, kv_blocks=kv_blocks
         )
         self.workers[name] = worker
         return worker
 
-    def _random_latency(self) -> FakeLatency:
+    def next_router_id(self) -> str:
+        """Return an id that no other router has. It depends only on the seed."""
+        self._router_numbers += 1
+        return f"router-{self._router_numbers}"
+
+    def next_number(self) -> int:
+        """Return a number that no other worker has."""
+        self._numbers += 1
+        return self._numbers
+
+    def random_latency(self) -> FakeLatency:
         return FakeLatency(
             prefill_ms_per_token=self.rng.choice((0.1, 2.0)),
             decode_step_ms=self.rng.choice((0.0, 5.0, 30.0)),
             transfer_ms=self.rng.choice((0.0, 20.0)),
         )
 
-    def living(self, pool: Pool | None = None) -> list[SimWorker]:
+    def living(self, pool: Pool | None = None) -> list[SimProcess]:
         """Return the workers that are neither dead nor draining."""
         return [
             worker
@@ -559,14 +628,14 @@ class SimCluster:
         source = next(
             worker
             for worker in self.workers.values()
-            if worker.record.incarnation == request.kv.incarnation
+            if worker.incarnation == request.kv.incarnation
         )
         for _ in range(1000):
             if not source.alive:
                 return False
-            if request.transfer_id in source.prefilled:
-                source.prefilled.discard(request.transfer_id)
+            if source.has_prefilled(request.transfer_id):
                 await wait(self.transfer_s)
+                await source.fetched(request.transfer_id)
                 return True
             await wait(0.01)
         return False
@@ -596,6 +665,7 @@ class SimClient:
         self._read_s = read_s
         self.responses: list[inference_pb2.GenerateResponse] = []
         self.statuses: list[tuple[grpc.StatusCode, str]] = []  # (code, reason) of each call
+        self.refusals: list[tuple[float, str]] = []  # (time, reason) of calls that were repeated
         self.resumes = False  # whether the next call is Resume
         self.deadline_s = 0.0
         self.began_s = 0.0

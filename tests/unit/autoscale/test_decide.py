@@ -185,6 +185,21 @@ def test_a_pool_goes_to_zero_after_the_window_without_any_request() -> None:
         assert targets(decision) == (1 if second < 14 else 0, 1 if second < 18 else 0)
 
 
+def test_the_average_of_arrivals_keeps_no_worker_in_an_idle_pool() -> None:
+    """The average never reaches 0."""
+    quick = {"scaleDown": {**AT_ONCE["scaleDown"], "stabilizationWindowSeconds": 10}}
+    pool = {"minReplicas": 0, "behavior": {**AT_ONCE, **quick}, "averagingSeconds": 60}
+    signals = [{"type": "Utilization", "target": 0.7}]
+    rules = policy({**pool, "signals": signals}, pool)
+    busy = demand(0, running_requests=1, arrival_requests_per_s=1.0, arrival_tokens_per_s=50.0)
+    decision = run(rules, snapshot(workers(1, 1), busy, busy))
+    for second in range(1, 11):
+        assert targets(decision) == (1, 1)
+        seen = snapshot(workers(1, 1), 0, 0, NOW_S + second)
+        decision = run(rules, seen, decision.state, second)
+    assert targets(decision) == (0, 0)
+
+
 def test_an_empty_pool_remembers_its_rate() -> None:
     free = {"scaleUp": {"policies": [{"type": "Pods", "value": 9, "periodSeconds": 15}]}}
     rules = policy({**ZERO, **SECONDS, "behavior": free}, ZERO)
@@ -319,6 +334,16 @@ def test_the_ratio_adds_to_the_smaller_pool() -> None:
     rules = policy(ratio={"min": 0.5, "max": 2})
     assert targets(run(rules, snapshot(workers(1, 1), 8, 1))) == (8, 4)
     assert targets(run(rules, snapshot(workers(1, 1), 1, 8))) == (4, 8)
+
+
+@pytest.mark.parametrize("idle", Pool)
+def test_the_ratio_keeps_no_worker_in_an_idle_pool(idle: Pool) -> None:
+    """It is for pools that both have workers."""
+    empty = {"minReplicas": 0}
+    pools = [empty if pool is idle else {} for pool in Pool]
+    rules = policy(*pools, ratio={"min": 0.5, "max": 2})
+    needs = [0 if pool is idle else 4 for pool in Pool]
+    assert targets(run(rules, snapshot(workers(1, 4), *needs))) == tuple(needs)
 
 
 def test_the_ratio_bounds_the_larger_pool_if_the_smaller_cannot_grow() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,6 +13,7 @@ from baton.v1 import inference_pb2
 from core.errors import WorkerLostError
 from core.messages import worker_pb2
 from core.state.journal import MemoryJournal
+from core.types import Need, Pool, PoolPlan
 from router.admission.policy import AdmissionRequest
 from tests.support.fake_workers import (
     FakeDecode,
@@ -21,6 +23,7 @@ from tests.support.fake_workers import (
     until_cancelled,
 )
 from tests.support.router_harness import RouterHarness, token_ids
+from tests.support.waiting import until_awaited
 from tests.unit.router.test_service_failover import dies_after, error_detail
 
 pytestmark = pytest.mark.asyncio
@@ -136,6 +139,54 @@ async def test_a_client_that_cancelled_can_resume() -> None:
             each async for each in resume(router.stub, responses[-1].sequence, token_of(router))
         ]
         assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
+
+
+async def leave_alone(router: RouterHarness) -> list[Any]:
+    """Start request "r", cancel it, and remove all workers. Return its first two responses."""
+    call, responses = await read_two(router)
+    call.cancel()
+    assert router.server.handler is not None
+    await router.server.handler.drained()
+    for worker in (*router.prefill, *router.decode):
+        await router.registry.remove(worker.record.id)
+    return responses
+
+
+async def test_a_resumed_request_wakes_empty_pools() -> None:
+    """If it were refused, nothing would tell the autoscaler to start a worker for it."""
+    router = RouterHarness(
+        prefill=[FakePrefill()],
+        decode=[FakeDecode(script=stalls_on_first_attempt)],
+        journal=MemoryJournal(lease_s=3600),
+        router={"failover_timeout_s": 30},
+    )
+    async with router:
+        responses = await leave_alone(router)
+        plans = tuple(PoolPlan(pool, target_workers=0, max_workers=1) for pool in Pool)
+        await router.registry.put_plans(plans)
+        async with router.another_router() as other:
+
+            async def read() -> None:
+                stream = resume(other, responses[-1].sequence, token_of(router))
+                responses.extend([each async for each in stream])
+
+            async def is_published() -> bool:
+                routers = await router.registry.list_routers()
+                return [q.need for each in routers for q in each.queues] == [Need.DECODE]
+
+            reading = asyncio.create_task(read())
+            await until_awaited(is_published, what="the autoscaler sees the request")
+            await router.registry.put(router.decode[0].record)
+            await reading
+        assert token_ids(responses) == answer_tokens(PROMPT, LENGTH)
+
+
+async def test_a_resumed_request_is_refused_if_no_worker_will_come() -> None:
+    async with cluster() as router:
+        responses = await leave_alone(router)
+        async with router.another_router() as other:
+            call = resume(other, responses[-1].sequence, token_of(router))
+            assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, "NO_PREFILL_WORKER")
 
 
 async def test_a_resumed_request_keeps_its_service_class(monkeypatch: pytest.MonkeyPatch) -> None:
