@@ -5,14 +5,14 @@ Each row is a policy on a trace with a cold start:
 hours       replica-hours, from the order to start a worker until it is gone
 of_static   hours / those of the smallest fixed pools that attain both SLOs for 99% of the requests
 ttft, itl   share of the requests whose TTFT and mean ITL meet the SLO
-setting     of a baseline: the best of a small grid, which is the one with the fewest hours that
+setting     the best of a small grid of targets, which is the one with the fewest hours that
             attains 99%, or else the one that attains most
 
 The goal: a policy of Baton attains 99% of both at 70% of static, with 20% fewer hours than the best
 other one that attains 99%. ``saving`` says how many fewer.
 
 All policies may use 64 workers of each pool, start with the same workers, and keep the SLOs of the
-case: maxReplicas and the targets of TTFT and ITL signals in the policy files are replaced.
+case. Ours is the ready policy for chat with the targets of its grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import simulate
 from autoscale.load import load_policy
-from autoscale.policy import ITL, TTFT, Policy
+from autoscale.policy import ITL, TTFT, Policy, QueueSeconds, ScalingPolicy, Utilization
 from bench.report import Report
 from core.types import Pool
 from simulate.baselines import MOST, families
@@ -36,13 +36,24 @@ from simulate.latency import PRESETS, LatencyModel
 from simulate.metrics import Results, Slo, evaluate
 from simulate.run import candidate
 from simulate.static import ATTAINMENT, StaticSearch, first_workers
-from simulate.trace import Trace, TraceOptions, bursty, prepared
+from simulate.trace import Trace, TraceOptions, bursty, day, prepared
 from simulate.trace_file import read_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACES = Path(simulate.__file__).parent / "traces"
-POLICIES = tuple(ROOT / "deploy" / "policies" / f"{name}.yaml" for name in ("chat", "bursty"))
+CHAT = ROOT / "deploy" / "policies" / "chat.yaml"
 OURS = "baton"
+# Targets of the grid for ours: utilisation, seconds of work as a share of the TTFT objective, and
+# the window before a scale-down.
+GRID = {
+    f"busy {busy:.0%}, queue {queue:.0%} of TTFT, window {window_s} s": (busy, queue, window_s)
+    for busy, queue, window_s in (
+        (0.7, 0.5, 300),
+        (0.8, 0.5, 120),
+        (0.9, 0.33, 60),
+        (1.0, 0.33, 30),
+    )
+}
 STATIC = "static"
 
 
@@ -69,6 +80,7 @@ CASES: Mapping[str, Case] = {
         "8b-h100",
         Slo(ttft_s=30.0, itl_s=0.1),
     ),
+    "day": Case(day, "8b-a10", Slo(ttft_s=2.0, itl_s=0.06)),
     "bursty": Case(
         lambda: bursty(base_per_s=4, burst_per_s=16, calm_s=240, burst_s=60),
         "8b-a10",
@@ -85,7 +97,7 @@ class Job:
     cold_start_s: float
     duration_s: float
     family: str
-    setting: str  # of a baseline; of ours, the path of the policy file
+    setting: str  # one of the family's grid
 
     def trace(self) -> Trace:
         case = CASES[self.case]
@@ -95,21 +107,36 @@ class Job:
         return replace(PRESETS[CASES[self.case].model], cold_start_s=self.cold_start_s)
 
 
-def fitted(policy: Policy, slo: Slo) -> Policy:
-    """Return a policy with the bounds and SLOs of the comparison."""
-    spec = policy.spec
+def ours(setting: str, slo: Slo) -> Policy:
+    """Return the ready policy for chat with the objectives of the case and targets of the grid."""
+    busy, queue, window_s = GRID[setting]
+    policy = load_policy(CHAT)
+    targets: dict[type, dict[str, float]] = {
+        Utilization: {"target": busy},
+        QueueSeconds: {"target": queue * slo.ttft_s},
+        TTFT: {"target_milliseconds": 1000 * slo.ttft_s},
+        ITL: {"target_milliseconds": 1000 * slo.itl_s},
+    }
     pools = {}
     for pool in Pool:
-        own = spec.pool(pool)
-        signals = tuple(
-            each.model_copy(update={"target_milliseconds": 1000 * target_s})
-            if isinstance(each, kind)
-            else each
-            for each in own.signals
-            for kind, target_s in [(TTFT, slo.ttft_s) if pool is Pool.PREFILL else (ITL, slo.itl_s)]
+        own = policy.spec.pool(pool)
+        down = own.behavior.scale_down.model_copy(
+            update={
+                "stabilization_window_seconds": window_s,
+                "max_utilization": max(busy, 0.8),
+                "policies": (ScalingPolicy(type="Pods", value=1, periodSeconds=15),),
+            }
         )
-        pools[pool.value] = own.model_copy(update={"max_replicas": MOST, "signals": signals})
-    return policy.model_copy(update={"spec": spec.model_copy(update=pools)})
+        pools[pool.value] = own.model_copy(
+            update={
+                "max_replicas": MOST,
+                "signals": tuple(
+                    each.model_copy(update=targets.get(type(each), {})) for each in own.signals
+                ),
+                "behavior": own.behavior.model_copy(update={"scale_down": down}),
+            }
+        )
+    return policy.model_copy(update={"spec": policy.spec.model_copy(update=pools)})
 
 
 def do(job: Job) -> tuple[Job, Results | None]:
@@ -121,20 +148,18 @@ def do(job: Job) -> tuple[Job, Results | None]:
     first = first_workers(trace, model, slo)
     scaler: Scaler
     if job.family == OURS:
-        scaler = candidate(fitted(load_policy(Path(job.setting)), slo)).scaler
+        scaler = candidate(ours(job.setting, slo)).scaler
     else:
         (family,) = (each for each in families(model, slo.itl_s) if each.name == job.family)
         scaler = family.variants[job.setting]
     return job, evaluate(run(trace, model, first, scaler), slo, job.setting)
 
 
-def jobs_of(
-    case: str, cold_start_s: float, duration_s: float, policies: Sequence[Path]
-) -> list[Job]:
+def jobs_of(case: str, cold_start_s: float, duration_s: float) -> list[Job]:
     """Return all simulations of one case, the fixed pools first."""
     model = replace(PRESETS[CASES[case].model], cold_start_s=cold_start_s)
     names = [(STATIC, "")]
-    names += [(OURS, str(path)) for path in policies]
+    names += [(OURS, setting) for setting in GRID]
     names += [
         (family.name, setting)
         for family in families(model, CASES[case].slo.itl_s)
@@ -157,26 +182,23 @@ def add_rows(report: Report, found: Sequence[tuple[Job, Results | None]]) -> Non
     by_family: dict[str, list[Results]] = {}
     for each, results in found:
         if results is not None:
-            # Each of our policies has a row of its own.
-            name = f"{OURS}: {Path(each.setting).stem}" if each.family == OURS else each.family
-            by_family.setdefault(name, []).append(results)
+            by_family.setdefault(each.family, []).append(results)
     rows = {family: best(results) for family, results in by_family.items()}
     static = rows.get(STATIC)
     others = [
         each.replica_hours
         for family, each in rows.items()
-        if not family.startswith(OURS) and family != STATIC and each.attainment >= ATTAINMENT
+        if family not in (OURS, STATIC) and each.attainment >= ATTAINMENT
     ]
     for family, row in rows.items():
-        is_ours = family.startswith(OURS)
-        attains = row.attainment >= ATTAINMENT
-        saving = 1 - row.replica_hours / min(others) if is_ours and attains and others else None
+        attains = row.attainment >= ATTAINMENT and family == OURS
+        saving = 1 - row.replica_hours / min(others) if attains and others else None
         of_static = None if static is None else row.replica_hours / static.replica_hours
         report.add(
             trace=job.case,
             cold_start_s=job.cold_start_s,
             policy=family,
-            setting=Path(row.policy).name if is_ours else row.policy,
+            setting=row.policy,
             ttft=round(row.attainment_ttft, 4),
             itl=round(row.attainment_itl, 4),
             hours=round(row.replica_hours, 2),
@@ -192,7 +214,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.frontier", description=__doc__)
     parser.add_argument("--traces", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--cold-starts", nargs="+", type=float, default=[15, 60, 120], metavar="S")
-    parser.add_argument("--policies", nargs="+", type=Path, default=POLICIES, metavar="FILE")
     parser.add_argument(
         "--duration-s", type=float, default=1e9, help="of each trace; default: all of it"
     )
@@ -202,7 +223,7 @@ def main() -> int:
     report = Report(args.json)
     with ProcessPoolExecutor(args.jobs) as pool:
         for case, cold_start_s in itertools.product(args.traces, args.cold_starts):
-            jobs = jobs_of(case, cold_start_s, args.duration_s, args.policies)
+            jobs = jobs_of(case, cold_start_s, args.duration_s)
             add_rows(report, list(pool.map(do, jobs)))
     report.save()
     return 0

@@ -139,6 +139,39 @@ def bursty(
     return Trace(f"bursty-{seed}", ordered(requests))
 
 
+def day(
+    *,
+    seed: int = 1,
+    duration_s: float = 7200.0,
+    low_per_s: float = 1.0,
+    high_per_s: float = 9.0,
+    prompt_tokens: int = 1200,
+    output_tokens: int = 220,
+) -> Trace:
+    """Make a trace whose load rises and falls once, as a day's load does, in less time.
+
+    Arrivals are a Poisson process whose rate is a cosine, made by thinning (Lewis and Shedler,
+    1979). Lengths are log-normal.
+
+    Args:
+        low_per_s: requests per second at both ends; ``high_per_s``: in the middle.
+        prompt_tokens: the mean; ``output_tokens``, too.
+    """
+    rng = random.Random(seed)
+    requests, now_s = [], 0.0
+    while (now_s := now_s + rng.expovariate(high_per_s)) < duration_s:
+        share = (1 - math.cos(2 * math.pi * now_s / duration_s)) / 2
+        if rng.random() * high_per_s < low_per_s + (high_per_s - low_per_s) * share:
+            requests.append(
+                TraceRequest(
+                    now_s,
+                    _log_normal(rng, prompt_tokens, sigma=0.9, most=32_000),
+                    _log_normal(rng, output_tokens, sigma=0.8, most=4_000),
+                )
+            )
+    return Trace(f"day-{seed}", ordered(requests))
+
+
 def _modulated(
     rng: random.Random,
     duration_s: float,
