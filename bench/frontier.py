@@ -56,6 +56,8 @@ GRID = {
 }
 STATIC = "static"
 
+ONE_BY_ONE = {"type": "Pods", "value": 1, "periodSeconds": 15}
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -124,7 +126,7 @@ def ours(setting: str, slo: Slo) -> Policy:
             update={
                 "stabilization_window_seconds": window_s,
                 "max_utilization": max(busy, 0.8),
-                "policies": (ScalingPolicy(type="Pods", value=1, periodSeconds=15),),
+                "policies": (ScalingPolicy.model_validate(ONE_BY_ONE),),
             }
         )
         pools[pool.value] = own.model_copy(

@@ -150,7 +150,8 @@ def _policy_explain(options: argparse.Namespace) -> int:
 
 
 def _policy_simulate(options: argparse.Namespace) -> int:
-    from simulate.run import SimulateOptions, TraceOptions, simulate_command
+    from simulate.run import SimulateOptions, simulate_command
+    from simulate.trace import TraceOptions
 
     replay = {
         "duration_s": options.duration,

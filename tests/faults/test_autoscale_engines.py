@@ -131,8 +131,8 @@ def test_each_pool_grows_alone_and_a_worker_changes_its_role(
 
         budget = {"gpus": 3, "priority": "Neither"}
         # The window is longer than the time between the last prompt and the first long answer.
-        spec = {"budget": budget, "roleChange": "WhenBudgetIsSpent"}
-        apply(cluster, tmp_path, policy(window_s=30, **spec))
+        spent = "WhenBudgetIsSpent"
+        apply(cluster, tmp_path, policy(window_s=30, budget=budget, roleChange=spent))
         with Load(address, many(LONG_PROMPT, 5)) as load:
             wait_for_sizes(cluster, 2, 1)
             load.finish()

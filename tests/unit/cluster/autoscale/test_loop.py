@@ -26,32 +26,32 @@ GPUS = dict.fromkeys(Pool, 1.0)
 class FakeApps:
     """Workers that start and leave when the test says so."""
 
-    apps: list[WorkerApp] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
+    apps: tuple[WorkerApp, ...] = ()
+    removed: tuple[str, ...] = ()
     available: bool = True
 
     async def list(self) -> tuple[WorkerApp, ...]:
         if not self.available:
             raise UnavailableError("Ray Serve does not answer")
-        return tuple(self.apps)
+        return self.apps
 
     async def add(self, pool: Pool, slot: int) -> str:
         name = new_name("baton", pool, slot)
-        self.apps.append(WorkerApp(name, pool, slot, AppState.STARTING))
+        self.apps = (*self.apps, WorkerApp(name, pool, slot, AppState.STARTING))
         return name
 
     async def remove(self, name: str) -> None:
-        self.removed.append(name)
-        self.apps = [each for each in self.apps if each.name != name]
+        self.removed = (*self.removed, name)
+        self.apps = tuple(each for each in self.apps if each.name != name)
 
     def change(self, name: str, state: AppState, message: str = "") -> None:
-        self.apps = [
+        self.apps = tuple(
             replace(each, state=state, message=message) if each.name == name else each
             for each in self.apps
-        ]
+        )
 
-    def names(self, pool: Pool) -> list[str]:
-        return [each.name for each in self.apps if each.pool is pool]
+    def names(self, pool: Pool) -> tuple[str, ...]:
+        return tuple(each.name for each in self.apps if each.pool is pool)
 
 
 @dataclass
@@ -187,7 +187,7 @@ async def test_a_start_that_was_interrupted_goes_on() -> None:
             raise UnavailableError("Ray Serve does not answer")
         return await add(pool, slot)
 
-    harness.apps.apps.clear()
+    harness.apps.apps = ()
     harness.apps.add = add_once  # type: ignore[method-assign]
     with pytest.raises(UnavailableError):
         await harness.step()
@@ -342,7 +342,7 @@ async def test_routers_are_told_of_pools_that_may_be_empty_on_purpose() -> None:
 async def test_nothing_changes_while_serve_or_the_store_is_away(part: str) -> None:
     harness = Harness()
     await harness.step()
-    before = list(harness.apps.apps)
+    before = harness.apps.apps
     harness.store.orders_given = {Pool.DECODE: 3}
     harness.apps.available = part != "serve"
     harness.store.memory.available = part != "registry"
