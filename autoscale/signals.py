@@ -89,6 +89,10 @@ def evaluate(index: int, signal: Signal, measured: Measured) -> Vote:
         return Vote(rule, None, None, f"{missing}, so it holds")
     exact = min(amount / signal.target, _MANY_WORKERS)
     text = f"{amount:.4g} {unit} / {signal.target:g} per worker = {exact:.2f}"
+    if exact > measured.requests and not isinstance(signal, Utilization):
+        # One long prompt is many seconds of work, but only one worker can do it.
+        exact = measured.requests
+        text += f", for {measured.requests} requests"
     needed = ceil(exact / (1 - measured.margin))
     low, high = 1 - measured.tolerance_down, 1 + measured.tolerance_up
     if measured.base and low <= exact / measured.base <= high:

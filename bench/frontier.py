@@ -82,7 +82,8 @@ CASES: Mapping[str, Case] = {
         "8b-h100",
         Slo(ttft_s=30.0, itl_s=0.1),
     ),
-    "day": Case(day, "8b-a10", Slo(ttft_s=2.0, itl_s=0.06)),
+    # The longest hundredth of the prompts takes 2 s on an idle worker.
+    "day": Case(day, "8b-a10", Slo(ttft_s=5.0, itl_s=0.06)),
     "bursty": Case(
         lambda: bursty(base_per_s=4, burst_per_s=16, calm_s=240, burst_s=60),
         "8b-a10",
