@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +24,7 @@ from autoscale.decide import Decision, decide
 from autoscale.snapshot import Action, ActionKind, Phase, PoolDecision, Snapshot
 from autoscale.state import State
 from cluster.autoscale.apps import AppState, WorkerApp, WorkerApps, free_slot
-from cluster.autoscale.observe import Observation, observe
+from cluster.autoscale.observe import Facts, Observation, observe
 from cluster.autoscale.policy_file import (
     PolicyFile,
     checked_policy,
@@ -40,12 +40,14 @@ from core.state.orders import Orders
 from core.state.registry import Registry
 from core.state.store import Store
 from core.tasks import Supervisor
-from core.types import Pool, PoolPlan, WorkerRecord, WorkerState
+from core.types import Pool, PoolPlan, RouterRecord, WorkerRecord, WorkerState
 
 _STEP_S = 1.0  # each step costs a listing of Serve's applications
 # A worker that could not start is tried again after 1, 2, 4, … seconds.
 _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
+_REFUSAL_SHOWN_S = 60.0  # so that whoever applied the policy sees it
+_MAX_TEXT = 300  # characters of another program's error
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ class Memory:
     has_started: bool = False  # whether the first workers were started
     fixed_state: State | None = None
     policy_state: State | None = None
-    policy_digest: str = ""  # of the policy that ``policy_state`` belongs to
+    policy_text: str | None = None  # of the policy that was taken last
+    roles: Mapping[str, Pool] = field(default_factory=dict)  # of workers that changed their role
     changes: tuple[Change, ...] = ()
     start_s: float | None = None  # see ``AutoscaleView``
 
@@ -74,6 +77,11 @@ class _Backoff:
         delay_s = min(_FIRST_BACKOFF_S * 2**self.failures, _MAX_BACKOFF_S)
         self.failures = min(self.failures + 1, 16)
         self.until_s = now_s + delay_s
+
+    def waits(self, now_s: float) -> bool:
+        """Whether it is too early for the next try. A clock that was set back delays it little."""
+        self.until_s = min(self.until_s, now_s + _MAX_BACKOFF_S)
+        return now_s < self.until_s
 
 
 def _now_s() -> float:
@@ -119,8 +127,11 @@ class AutoscaleLoop:
         self._memory: Memory | None = None
         self._policy: PolicyFile | None = None
         self._refused: tuple[str, str] = "", ""  # digest of a policy, and why it was not taken
+        self._refused_s = -math.inf
         self._observation: Observation | None = None
         self._backoff = {pool: _Backoff() for pool in Pool}
+        # When each worker was first seen; None: it has been ready.
+        self._seen_s: dict[str, float | None] = {}
         self._is_away = False
         self._supervisor = Supervisor()
 
@@ -148,16 +159,16 @@ class AutoscaleLoop:
         kept = await self._store.autoscale.read()
         apps = await self._apps.list()
         if self._memory is None:
-            self._memory = _restored(kept.state) or self._first_memory(apps)
-        self._take_policy(kept.policy, now_s)
+            self._restore(kept.state, apps)
+        await self._take_policy(kept.policy, apps, now_s)
         await self._take_orders(now_s)
-        if not self._memory.has_started:
+        if not self._remembered().has_started:
             apps = await self._start_workers(apps)
         workers = await self._store.registry.list()
         routers = await self._store.registry.list_routers()
-        observation = observe(apps, workers, routers, self._gpus, self._observation, now_s)
-        self._note_start(observation, now_s)
+        observation = observe(self._facts(apps, workers, routers), self._observation, now_s)
         self._observation = observation
+        self._note_starts(observation, now_s)
         await self._remove_failed(apps, now_s)
         decision, advice = self._decide(observation.snapshot, now_s)
         for action in decision.actions:
@@ -167,14 +178,37 @@ class AutoscaleLoop:
         await self._order_role_change(decision, workers)
         await self._publish(decision, advice, now_s)
 
-    def _note_start(self, observation: Observation, now_s: float) -> None:
-        """Remember how long a worker took to start, and that its pool can start workers."""
-        before = self._observation.phases if self._observation is not None else {}
+    def _facts(
+        self,
+        apps: tuple[WorkerApp, ...],
+        workers: tuple[WorkerRecord, ...],
+        routers: tuple[RouterRecord, ...],
+    ) -> Facts:
+        by_app = {record.application: record.pool for record in workers}
+        roles = {**self._remembered().roles, **by_app}
+        changed = {
+            app.name: role
+            for app in apps
+            if (role := roles.get(app.name, app.pool)) is not app.pool
+        }
+        self._remember(roles=changed)
+        timeout_s = self._config.cluster.start_timeout_s
+        return Facts(apps, workers, routers, self._gpus, changed, timeout_s)
+
+    def _note_starts(self, observation: Observation, now_s: float) -> None:
+        """Remember how long a worker took from its order until it was ready for the first time."""
+        seen = {
+            worker.id: self._seen_s.get(worker.id, now_s) for worker in observation.snapshot.workers
+        }
         for worker in observation.snapshot.workers:
-            phase, since_s = before.get(worker.id, (Phase.READY, now_s))
-            if worker.phase is Phase.READY and phase is not Phase.READY:
-                self._remember(start_s=now_s - since_s)
-                self._backoff[worker.pool].failures = 0
+            if worker.phase is not Phase.READY:
+                continue
+            self._backoff[worker.pool].failures = 0
+            if (since_s := seen[worker.id]) is not None:
+                if since_s < now_s:  # else it was there before this process
+                    self._remember(start_s=now_s - since_s)
+                seen[worker.id] = None
+        self._seen_s = seen
 
     async def _run(self) -> None:
         while True:
@@ -189,16 +223,29 @@ class AutoscaleLoop:
                 self._is_away = True
             await asyncio.sleep(_STEP_S)
 
-    def _first_memory(self, apps: tuple[WorkerApp, ...]) -> Memory:
-        """Without a memory, the workers that exist are wanted. Without workers, it is a start."""
-        if not apps:
-            return Memory(fixed={pool: self._config.pool(pool).replicas for pool in Pool})
-        stay = [app for app in apps if app.state is not AppState.LEAVING]
-        counts = {pool: sum(app.pool is pool for app in stay) for pool in Pool}
-        return Memory(fixed=counts, has_started=True)
+    def _restore(self, state: bytes | None, apps: tuple[WorkerApp, ...]) -> None:
+        """Go on with the memory in the store.
+
+        Without one, the workers that exist are wanted. Without workers, it is a start.
+        """
+        restored = _restored(state)
+        if restored is None and apps:
+            self._memory = Memory(fixed=_counts(apps, {}), has_started=True)
+        elif restored is None:
+            replicas = {pool: self._config.pool(pool).replicas for pool in Pool}
+            self._memory = Memory(fixed=replicas)
+        else:
+            self._memory = restored
+        if (text := self._remembered().policy_text) is not None:
+            try:
+                self._policy = checked_policy(text, "policy", self._config, self._gpus)
+            except ConfigError as error:  # the cluster's configuration is another one now
+                logger.warning("the last policy does not suit this cluster: %s", error)
 
     async def _start_workers(self, apps: tuple[WorkerApp, ...]) -> tuple[WorkerApp, ...]:
         """Start the workers that a new cluster begins with, and return all applications."""
+        # A process that takes over in the middle must know that it is a start.
+        await self._store.autoscale.write_state(msgspec.json.encode(self._remembered()))
         first = first_workers(self._config, self._policy, self._gpus)
         for pool in Pool:
             # Some may be there already, if an earlier try was interrupted.
@@ -208,29 +255,44 @@ class AutoscaleLoop:
         self._remember(has_started=True)
         return apps
 
-    def _take_policy(self, text: str | None, now_s: float) -> None:
-        """Take a policy that was applied or removed. A wrong one is refused, and the last stays."""
-        if text is None:
-            if self._policy is not None:
-                self._policy = None
-                self._refused = "", ""
-                self._remember(fixed=self._counts())
-                self._note(now_s, None, "no policy any more; each pool keeps its number of workers")
+    async def _take_policy(
+        self, text: str | None, apps: tuple[WorkerApp, ...], now_s: float
+    ) -> None:
+        """Take a policy that was applied ("": removed). A wrong one is refused; the last stays."""
+        own = self._remembered().policy_text
+        if text is None:  # the store has lost it, or there was none
+            if own is not None:
+                await self._store.autoscale.restore_policy(None, own)
             return
-        digest = digest_of(text)
-        if digest == self._refused[0] or (self._policy and self._policy.digest == digest):
+        if text == (own or ""):
+            if now_s - self._refused_s > _REFUSAL_SHOWN_S:
+                self._refused = "", ""
+            return
+        if not text:
+            self._leave_policy(None, apps)
+            self._remember(policy_text=None, policy_state=None)
+            self._note(now_s, None, "no policy any more; each pool keeps its number of workers")
             return
         try:
             policy = checked_policy(text, "policy", self._config, self._gpus)
         except ConfigError as error:
-            self._refused = digest, str(error)
-            self._note(now_s, None, f"a policy was refused: {error}")
+            self._refused, self._refused_s = (digest_of(text), str(error)), now_s
+            self._note(now_s, None, f"a policy was refused: {_last_line(str(error))}")
+            await self._store.autoscale.restore_policy(text, own or "")
             return
-        self._refused = "", ""
-        self._policy = policy
-        if self._remembered().policy_digest != digest:
-            self._remember(policy_digest=digest)
-            self._note(now_s, None, f"policy {policy.name!r} applies")
+        self._leave_policy(policy, apps)
+        self._remember(policy_text=text)
+        self._note(now_s, None, f"policy {policy.name!r} applies")
+
+    def _leave_policy(self, successor: PolicyFile | None, apps: tuple[WorkerApp, ...]) -> None:
+        """Replace the policy. If none decides any more, the workers that exist are wanted."""
+        followed = self._follows_policy
+        self._policy, self._refused = successor, ("", "")
+        if followed and not self._follows_policy:
+            counts = _counts(apps, self._remembered().roles)
+            # Without a policy, nothing would wake an empty pool.
+            self._remember(fixed={pool: max(count, 1) for pool, count in counts.items()})
+            self._remember(fixed_state=None)
 
     async def _take_orders(self, now_s: float) -> None:
         for pool, workers in (await self._store.orders.take_scale()).items():
@@ -258,7 +320,8 @@ class AutoscaleLoop:
         for app in apps:
             if app.state is AppState.FAILED:
                 self._backoff[app.pool].failed(now_s)
-                self._note(now_s, app.pool, f"{app.name} could not start: {app.message}")
+                why = _last_line(app.message)
+                self._note(now_s, app.pool, f"{app.name} could not start: {why}")
                 await self._apps.remove(app.name)
 
     async def _carry_out(
@@ -267,7 +330,7 @@ class AutoscaleLoop:
         pool = next(each for each in decision.pools if each.pool is action.pool)
         why = _why(pool) if self._follows_policy else f"{pool.current} to {pool.target}, as ordered"
         if action.kind is ActionKind.ADD:
-            if now_s < self._backoff[action.pool].until_s:
+            if self._backoff[action.pool].waits(now_s):
                 return
             await self._apps.add(action.pool, free_slot(apps, action.pool))
             self._note(now_s, action.pool, f"a worker starts: {why}")
@@ -330,14 +393,6 @@ class AutoscaleLoop:
     def _follows_policy(self) -> bool:
         return self._policy is not None and not self._policy.is_advisory
 
-    def _counts(self) -> dict[Pool, int]:
-        """The workers of each pool that run or start, as last observed."""
-        views = self._observation.snapshot.workers if self._observation is not None else ()
-        return {
-            pool: sum(view.pool is pool and view.phase is not Phase.LEAVING for view in views)
-            for pool in Pool
-        }
-
     def _remember(self, **fields: Any) -> None:
         """Change fields of the memory."""
         self._memory = replace(self._remembered(), **fields)
@@ -362,12 +417,28 @@ def _why(decision: PoolDecision) -> str:
     return f"{decision.current} to {decision.target}, {told}"
 
 
+def _counts(apps: tuple[WorkerApp, ...], roles: Mapping[str, Pool]) -> dict[Pool, int]:
+    """Return the workers of each pool that run or start."""
+    gone = (AppState.LEAVING, AppState.FAILED)
+    pools = [roles.get(app.name, app.pool) for app in apps if app.state not in gone]
+    return {pool: pools.count(pool) for pool in Pool}
+
+
+def _last_line(text: str) -> str:
+    """Return the last line of an error, which says most, cut to a readable length."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:_MAX_TEXT] if lines else "no reason is known"
+
+
 def _restored(state: bytes | None) -> Memory | None:
     """Return the memory, or None if there is none that this version can read."""
     if state is None:
         return None
     try:
-        return msgspec.json.decode(state, type=Memory)
+        memory = msgspec.json.decode(state, type=Memory)
     except msgspec.MsgspecError as error:
         logger.warning("the autoscaler's memory cannot be read, and starts anew: %s", error)
         return None
+    states = [each for each in (memory.fixed_state, memory.policy_state) if each is not None]
+    complete = all(set(pools) == set(Pool) for pools in (memory.fixed, *(s.pools for s in states)))
+    return memory if complete else None

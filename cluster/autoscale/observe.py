@@ -7,7 +7,7 @@ machines. What is new, and since when, is seen by comparing with the last observ
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
 from cluster.autoscale.apps import AppState, WorkerApp
@@ -20,6 +20,26 @@ _NEEDS = {Pool.PREFILL: (Need.PREFILL, Need.BOTH), Pool.DECODE: (Need.DECODE, Ne
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """What was read of a cluster.
+
+    Args:
+        workers: the valid leases of workers.
+        routers: the valid leases of routers. Without any, the demand is unknown.
+        gpus: what one worker of each pool holds.
+        roles: the last known pool of each worker whose pool is not that of its application.
+        start_timeout_s: a worker that does not register for so long has no place.
+    """
+
+    apps: tuple[WorkerApp, ...]
+    workers: tuple[WorkerRecord, ...]
+    routers: tuple[RouterRecord, ...]
+    gpus: Mapping[Pool, float]
+    roles: Mapping[str, Pool]
+    start_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """A snapshot, and what the next observation compares with."""
 
@@ -28,40 +48,43 @@ class Observation:
     reports: Mapping[str, int] = field(default_factory=dict)  # latest number by router
 
 
-def observe(
-    apps: tuple[WorkerApp, ...],
-    workers: tuple[WorkerRecord, ...],
-    routers: tuple[RouterRecord, ...],
-    gpus: Mapping[Pool, float],
-    before: Observation | None,
-    now_s: float,
-) -> Observation:
+def observe(facts: Facts, before: Observation | None, now_s: float) -> Observation:
     """Return the snapshot of a cluster at ``now_s``.
 
     Args:
-        workers: the valid leases of workers.
-        routers: the valid leases of routers. Without any, the demand is unknown.
-        gpus: what one worker of each pool holds.
         before: the last observation; None after a start.
     """
-    by_app = {record.application: record for record in workers}
-    shares = _shares(routers)
+    by_app = {record.application: record for record in facts.workers}
+    shares = _shares(facts.routers)
     phases: dict[str, tuple[Phase, float]] = {}
     views = []
-    for app in apps:
+    for app in facts.apps:
         record = by_app.get(app.name)
         phase = _phase(app, record)
         was = before.phases.get(app.name) if before is not None else None
-        since_s = was[1] if was is not None and was[0] is phase else now_s
+        # Not in the future, in case the clock was set back.
+        since_s = min(was[1], now_s) if was is not None and was[0] is phase else now_s
         phases[app.name] = phase, since_s
-        views.append(_view(app, record, phase, since_s, gpus, shares))
-    reports = {record.id: record.renewals for record in routers}
+        view = WorkerView(
+            app.name,
+            facts.roles.get(app.name, app.pool),
+            phase,
+            since_s,
+            # The process was started for ``app.pool``, so that decides what it holds.
+            gpus=facts.gpus[app.pool],
+            problem=app.message if phase is Phase.PENDING else "",
+        )
+        if record is None and phase is Phase.STARTING and now_s - since_s > facts.start_timeout_s:
+            problem = f"it has not registered for {now_s - since_s:.0f} s"
+            view = replace(view, phase=Phase.PENDING, problem=problem)
+        views.append(view if record is None else _with_record(view, record, shares))
+    reports = {record.id: record.renewals for record in facts.routers}
     is_new = before is None or any(
         before.reports.get(router) != number for router, number in reports.items()
     )
     measured_s = now_s if is_new or before is None else before.snapshot.measured_s
-    demand = {pool: _demand(pool, routers) for pool in Pool} if routers else None
-    snapshot = Snapshot(tuple(views), demand, measured_s, gpus_per_worker=gpus)
+    demand = {pool: _demand(pool, facts.routers) for pool in Pool} if facts.routers else None
+    snapshot = Snapshot(tuple(views), demand, measured_s, gpus_per_worker=facts.gpus)
     return Observation(snapshot, phases, reports)
 
 
@@ -75,35 +98,22 @@ def _phase(app: WorkerApp, record: WorkerRecord | None) -> Phase:
     return Phase.READY if record.state is WorkerState.READY else Phase.STARTING
 
 
-def _view(
-    app: WorkerApp,
-    record: WorkerRecord | None,
-    phase: Phase,
-    since_s: float,
-    gpus: Mapping[Pool, float],
+def _with_record(
+    view: WorkerView,
+    record: WorkerRecord,
     shares: Mapping[tuple[str, str], list[WorkerShare]],
 ) -> WorkerView:
-    # The process was started for ``app.pool``, so that decides what it holds. The registry knows
-    # the role that it has now.
-    held = gpus[app.pool]
-    problem = app.message if phase is Phase.PENDING else ""
-    if record is None:
-        return WorkerView(app.name, app.pool, phase, since_s, gpus=held, problem=problem)
-    own = shares.get(record.key, [])
+    # A router may still have a share from before a change of role.
+    own = [share for share in shares.get(record.key, []) if share.pool is record.pool]
     load = record.load
     used = load.kv_blocks_total - load.kv_blocks_free
-    return WorkerView(
-        id=app.name,
-        pool=record.pool,
-        phase=phase,
-        phase_since_s=since_s,
-        gpus=held,
+    return replace(
+        view,
         requests=max(sum(share.requests for share in own), load.running + load.queue_depth),
         kv_tokens_used=used * load.kv_block_tokens,
         kv_tokens_total=load.kv_blocks_total * load.kv_block_tokens,
         tokens_per_s=_rate(own),
         can_change_role=record.can_change_role,
-        problem=problem,
     )
 
 

@@ -76,7 +76,7 @@ def show(state: ClusterState) -> str:
         ConfigError: the cluster has no policy.
     """
     text = _run(state, lambda store: store.read()).policy
-    if text is None:
+    if not text:
         raise ConfigError(
             f"the cluster {state.name!r} has no policy; apply one with: baton policy apply FILE"
         )

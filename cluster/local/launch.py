@@ -117,7 +117,7 @@ class Cluster:
         return self._await(self._registry.list())
 
     def wait_ready(self) -> None:
-        """Wait until the router serves and at least the wanted number of workers is ready.
+        """Wait until the router serves and each pool has at least its number of ready workers.
 
         Raises:
             ConfigError, BatonError, StartInterruptedError: as ``start``.
@@ -130,7 +130,7 @@ class Cluster:
                 if self._is_ready():
                     return
                 self._check_failures()
-                waiting_for = describe_missing(count_ready(self.workers()), self._wanted)
+                waiting_for = describe_missing(count_ready(self.workers()), self._wanted_now())
             except UnavailableError as error:  # the store may answer at the next poll
                 waiting_for = str(error)
                 if self._valkey is not None:
@@ -326,10 +326,17 @@ class Cluster:
         )
 
     def _is_ready(self) -> bool:
-        ready = count_ready(self.workers())
-        if any(ready[pool] < wanted for pool, wanted in self._wanted.items()):
+        ready, wanted = count_ready(self.workers()), self._wanted_now()
+        if any(ready[pool] < wanted[pool] for pool in Pool):
             return False
         return router_serves(self.address)
+
+    def _wanted_now(self) -> dict[Pool, int]:
+        """Return the autoscaler's targets, or those of the start until it has decided."""
+        assert self._autoscale is not None
+        view = decode_view(self._await(self._autoscale.read()).view)
+        targets = {} if view is None else {each.pool: each.target for each in view.pools}
+        return {**self._wanted, **targets}
 
     def _check_signal(self) -> None:
         if self._signal.requested:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cluster.autoscale.apps import parse_name
 from cluster.ray.replica import application_name, drain_on_sigterm, on_this_node, prepare_process
 from core.config.schema import Config
+from core.errors import InternalError
 from core.memory import trim_heap
 from core.model.resolve import ResolvedModel
 from core.rpc.credentials import ClusterCredentials
@@ -139,6 +140,8 @@ class Autoscaler:
     def check_health(self) -> None:
         """Raises InternalError if the autoscaler should be replaced."""
         self._loop.check_health()
+        if self._apps.hangs:
+            raise InternalError("a call of Ray Serve does not return")
 
     async def __del__(self) -> None:
         await self._loop.stop()

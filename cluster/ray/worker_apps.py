@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from core.errors import UnavailableError
 from core.types import Pool
 
 _CALL_TIMEOUT_S = 10.0  # if Serve's controller dies, its replacement runs within seconds
+_HANGS_S = 60.0  # by then, a call has been lost
 # Serve says this of a replica that Ray has not placed for 30 s.
 _UNPLACED = "to be scheduled"
 
@@ -34,11 +36,14 @@ class ServeWorkerApps:
     def __init__(self, settings: WorkerAppSettings) -> None:
         self._settings = settings
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="serve")
-        self._call: Future[Any] | None = None  # the latest
+        self._call: Future[Any] | None = None  # the latest, and when it began
+        self._called_s = 0.0
 
     async def list(self) -> tuple[WorkerApp, ...]:
         """See ``WorkerApps``."""
         overviews = await self._run(lambda: serve.status().applications)
+        if self._settings.main_app not in overviews:  # Serve has no controller at the moment
+            raise UnavailableError("Ray Serve does not answer")
         found = (_worker_app(self._settings.main_app, *each) for each in overviews.items())
         return tuple(app for app in found if app is not None)
 
@@ -61,6 +66,12 @@ class ServeWorkerApps:
         """See ``WorkerApps``."""
         await self._run(lambda: serve.delete(name, _blocking=False))
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a call has not returned for so long that another process should try."""
+        is_open = self._call is not None and not self._call.done()
+        return is_open and time.monotonic() - self._called_s > _HANGS_S
+
     def close(self) -> None:
         """Do not wait for a call that hangs."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -69,7 +80,7 @@ class ServeWorkerApps:
         if self._call is not None and not self._call.done():
             raise UnavailableError("Ray Serve does not answer")
         future = self._thread.submit(call)
-        self._call = future
+        self._call, self._called_s = future, time.monotonic()
         try:
             async with asyncio.timeout(_CALL_TIMEOUT_S):
                 return await asyncio.shield(asyncio.wrap_future(future))

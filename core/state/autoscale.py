@@ -1,10 +1,11 @@
 """What the autoscaler keeps in Redis: its policy, its memory, and what it shows.
 
-    baton:{cluster}:policy           text of the policy file that ``baton policy apply`` sent
+    baton:{cluster}:policy           text that ``baton policy apply`` sent; empty: it was removed
     baton:{cluster}:autoscale:state  the autoscaler's memory, so that a restart causes no jump
     baton:{cluster}:autoscale:view   its latest decision, for ``status`` and ``explain``
 
-The autoscaler renews the first two while it runs. They expire ``_KEPT_S`` after the cluster's end.
+The autoscaler renews the first two while it runs. They expire ``_KEPT_S`` after the cluster's end;
+the start of a new cluster removes them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from dataclasses import dataclass
 
 from core.state.redis import RedisClient
 
-_KEPT_S = 7 * 24 * 3600  # a cluster that comes back within a week goes on with its policy
+_KEPT_S = 7 * 24 * 3600  # longer than an autoscaler may be away
+# Replaces the policy, unless it has changed since it was read.
+_SWAP = """
+local now = redis.call('GET', KEYS[1])
+if now == ARGV[1] or (not now and ARGV[1] == ARGV[4]) then
+  redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+end
+"""
+_NONE = "-"  # no policy text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +68,25 @@ class AutoscaleStore:
             ("EXPIRE", self._policy, _KEPT_S),
         )
 
+    async def write_state(self, state: bytes) -> None:
+        """Keep the autoscaler's memory alone."""
+        await self._client.execute(("SET", self._state, state, "EX", _KEPT_S))
+
+    async def restore_policy(self, found: str | None, text: str) -> None:
+        """Put ``text`` in place of ``found``, unless another one was applied meanwhile."""
+        old = _NONE if found is None else found
+        await self._client.execute(("EVAL", _SWAP, 1, self._policy, old, text, _KEPT_S, _NONE))
+
     async def apply_policy(self, text: str) -> None:
         """Replace the policy. The autoscaler takes it at its next step."""
         await self._client.execute(("SET", self._policy, text, "EX", _KEPT_S))
 
     async def remove_policy(self) -> None:
         """Go on without a policy: each pool keeps its number of workers."""
-        await self._client.execute(("DEL", self._policy))
+        await self._client.execute(("SET", self._policy, "", "EX", _KEPT_S))
 
     async def forget(self) -> None:
-        """Remove everything, at the end of a cluster whose store lives on."""
+        """Remove what an earlier cluster of this name left."""
         await self._client.execute(("DEL", self._policy, self._state, self._view))
 
     async def close(self) -> None:

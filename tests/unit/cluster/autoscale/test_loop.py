@@ -12,6 +12,7 @@ import pytest
 
 from cluster.autoscale.apps import AppState, WorkerApp, new_name, parse_name
 from cluster.autoscale.loop import AutoscaleLoop
+from cluster.autoscale.policy_file import digest_of
 from cluster.autoscale.view import KEPT_CHANGES, AutoscaleView, decode_view
 from core.config.schema import Config, load_config
 from core.errors import UnavailableError
@@ -85,6 +86,13 @@ class FakeStore:
 
     async def write(self, state: bytes, view: bytes) -> None:
         self.state, self.view = state, view
+
+    async def write_state(self, state: bytes) -> None:
+        self.state = state
+
+    async def restore_policy(self, found: str | None, text: str) -> None:
+        if self.policy == found:
+            self.policy = text
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -295,7 +303,7 @@ async def test_a_wrong_policy_is_refused_once_and_the_last_one_stays() -> None:
     harness = Harness()
     harness.store.policy = policy_text((2, 4), (1, 3))
     good = await harness.step()
-    harness.store.policy = policy_text((1, 4), (1, 30))
+    harness.store.policy = WRONG
     for _ in range(3):
         view = await harness.step()
     assert view.policy_digest == good.policy_digest
@@ -311,11 +319,168 @@ async def test_without_its_policy_a_cluster_keeps_its_workers() -> None:
     harness.store.policy = policy_text((3, 4), (2, 3))
     await harness.step()
     assert harness.counts() == (3, 2)
-    harness.store.policy = None
+    harness.store.policy = ""
     view = await harness.step()
     await harness.step()
     assert harness.counts() == (3, 2)
     assert view.policy == ""
+
+
+GREATER = ((3, 4), (2, 3))
+WRONG = policy_text((1, 4), (1, 30))
+
+
+async def with_policy(text: str = policy_text(*GREATER)) -> Harness:
+    """Return a cluster with three prefill workers and two decode workers by its policy."""
+    harness = Harness()
+    harness.store.policy = text
+    await harness.step()
+    await harness.step()
+    assert harness.counts() == (3, 2)
+    return harness
+
+
+async def test_a_restart_after_a_refused_policy_goes_on_with_the_last_one() -> None:
+    harness = await with_policy()
+    good = harness.store.policy
+    harness.store.policy = WRONG
+    view = await harness.step()
+    assert view.refused_digest == digest_of(WRONG)
+    assert harness.store.policy == good, "baton policy show prints the policy that applies"
+    harness.restart()
+    for _ in range(3):
+        view = await harness.step()
+    assert harness.counts() == (3, 2)
+    assert view.policy == "p"
+
+
+async def test_a_policy_removed_while_the_autoscaler_is_away_keeps_the_workers() -> None:
+    harness = await with_policy()
+    harness.store.policy = ""
+    harness.restart()
+    view = await harness.step()
+    await harness.step()
+    assert harness.counts() == (3, 2)
+    assert view.changes[-1].text.startswith("no policy any more")
+
+
+async def test_a_policy_that_becomes_advisory_keeps_the_workers() -> None:
+    harness = await with_policy()
+    harness.store.policy = policy_text((1, 4), (1, 3), mode="Advisory")
+    for _ in range(3):
+        await harness.step()
+    assert harness.counts() == (3, 2)
+
+
+async def test_a_policy_removed_before_the_first_observation_keeps_the_workers() -> None:
+    harness = await with_policy()
+    harness.restart()
+    harness.store.memory.available = False
+    with pytest.raises(UnavailableError):
+        await harness.loop.step()
+    harness.store.memory.available = True
+    harness.store.policy = ""
+    for _ in range(3):
+        await harness.step()
+    assert harness.counts() == (3, 2)
+
+
+async def test_a_store_that_lost_everything_gets_the_policy_back() -> None:
+    harness = await with_policy()
+    text, harness.store.policy = harness.store.policy, None
+    harness.store.state = harness.store.view = None
+    for _ in range(3):
+        view = await harness.step()
+    assert harness.store.policy == text
+    assert view.policy == "p"
+    assert harness.counts() == (3, 2)
+
+
+async def test_a_later_policy_does_not_begin_with_the_target_of_an_earlier_one() -> None:
+    harness = await with_policy()
+    harness.store.policy = ""
+    await harness.step()
+    harness.store.orders_given = {Pool.PREFILL: 1, Pool.DECODE: 1}
+    for _ in range(2):
+        await harness.step()
+    harness.store.policy = policy_text((1, 4), (1, 3))
+    for _ in range(3):
+        view = await harness.step()
+    assert harness.counts() == (1, 1)
+    assert view.changes[-1].text == "policy 'p' applies"
+
+
+async def test_pools_that_were_empty_get_a_worker_when_their_policy_is_removed() -> None:
+    """Without a policy, nothing would wake them."""
+    harness = Harness()
+    harness.store.policy = policy_text((0, 4), (0, 3))
+    await harness.step()
+    harness.apps.apps = ()
+    harness.store.policy = ""
+    for _ in range(2):
+        await harness.step()
+    assert harness.counts() == (1, 1)
+
+
+async def test_a_refusal_is_shown_for_a_minute() -> None:
+    harness = await with_policy()
+    harness.store.policy = WRONG
+    shown = [bool((await harness.step(seconds=10)).refused_digest) for _ in range(10)]
+    assert shown == [True] * 7 + [False] * 3
+
+
+async def test_a_clock_that_was_set_back_does_not_prolong_a_backoff() -> None:
+    harness = Harness()
+    await harness.step()
+    harness.apps.change(harness.apps.names(Pool.DECODE)[0], AppState.FAILED, "no memory")
+    await harness.step()
+    harness.now_s -= 3600
+    for _ in range(62):
+        await harness.step()
+    assert harness.counts() == (1, 1)
+
+
+async def test_the_words_of_a_failed_start_are_short() -> None:
+    harness = Harness()
+    await harness.step()
+    name = harness.apps.names(Pool.DECODE)[0]
+    harness.apps.change(name, AppState.FAILED, "Traceback\n" * 500 + "no memory\n\n")
+    view = await harness.step()
+    assert view.changes[-1].text == f"{name} could not start: no memory"
+
+
+async def test_a_process_that_takes_over_in_the_middle_of_a_start_finishes_it() -> None:
+    harness = Harness(**{"decode.replicas": 3})
+    add, calls = harness.apps.add, 0
+
+    async def add_twice(pool: Pool, slot: int) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise UnavailableError("Ray Serve does not answer")
+        return await add(pool, slot)
+
+    harness.apps.add = add_twice  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        await harness.step()
+    harness.restart()
+    await harness.step()
+    assert harness.counts() == (1, 3)
+
+
+async def test_a_start_is_measured_from_the_order_to_the_first_lease() -> None:
+    harness = Harness()
+    await harness.step()
+    harness.store.orders_given = {Pool.DECODE: 2}
+    await harness.loop.step()  # orders the worker
+    await harness.loop.step()  # sees that it starts
+    harness.now_s += 40
+    view = await harness.step()
+    assert view.start_s == 40
+    await harness.store.memory.remove(f"w-{harness.apps.names(Pool.DECODE)[0]}")  # it is late
+    await harness.loop.step()
+    harness.now_s += 1
+    assert (await harness.step()).start_s == 40
 
 
 async def test_an_advisory_policy_shows_its_decision_and_changes_nothing() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
 from autoscale.snapshot import Phase
 from cluster.autoscale.apps import AppState, WorkerApp, free_slot, new_name, parse_name
-from cluster.autoscale.observe import Observation, observe
+from cluster.autoscale.observe import Facts, Observation, observe
 from core.histogram import Histogram
 from core.types import (
     Need,
@@ -55,8 +56,10 @@ def seen(
     routers: tuple[RouterRecord, ...] = (),
     before: Observation | None = None,
     now_s: float = 100.0,
+    roles: Mapping[str, Pool] | None = None,
 ) -> Observation:
-    return observe(apps, workers, routers, GPUS, before, now_s)
+    facts = Facts(apps, workers, routers, GPUS, roles or {}, start_timeout_s=180.0)
+    return observe(facts, before, now_s)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,36 @@ def test_a_phase_begins_when_it_is_first_seen() -> None:
     third = seen(workers=(worker(),), before=second, now_s=107.0)
     since = [each.snapshot.workers[0].phase_since_s for each in (first, second, third)]
     assert since == [100.0, 100.0, 107.0]
+
+
+def test_a_clock_that_was_set_back_begins_no_phase_in_the_future() -> None:
+    first = seen(now_s=5000.0)
+    assert seen(before=first, now_s=100.0).snapshot.workers[0].phase_since_s == 100.0
+
+
+def test_a_worker_that_never_registers_has_no_place() -> None:
+    """Serve keeps its last words on a worker whose node is gone, so nothing else tells."""
+    first = seen(now_s=100.0)
+    (early,) = seen(before=first, now_s=279.0).snapshot.workers
+    (late,) = seen(before=first, now_s=281.0).snapshot.workers
+    assert (early.phase, late.phase) == (Phase.STARTING, Phase.PENDING)
+    assert late.problem == "it has not registered for 181 s"
+    assert late.phase_since_s == 100.0
+
+
+def test_a_worker_keeps_its_role_while_its_lease_is_missing() -> None:
+    roles = {APP.name: Pool.PREFILL}
+    changed = worker(pool=Pool.PREFILL)
+    (with_lease,) = seen(workers=(changed,), roles=roles).snapshot.workers
+    (without,) = seen(roles=roles).snapshot.workers
+    assert with_lease.pool is without.pool is Pool.PREFILL
+    assert without.gpus == GPUS[Pool.DECODE], "its process was started for decode"
+
+
+def test_a_share_of_an_earlier_role_is_not_the_workers() -> None:
+    router = RouterRecord("r1", "a", shares=(share(9, 50.0, pool=Pool.PREFILL),))
+    (view,) = seen(workers=(worker(),), routers=(router,)).snapshot.workers
+    assert view.tokens_per_s == 0.0
 
 
 def test_requests_are_counted_once_for_each_pool_that_they_wait_for() -> None:
