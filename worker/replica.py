@@ -224,7 +224,10 @@ class WorkerReplica:
         except BaseException:
             await self._end()
             raise
-        if self._config.cluster.role_change or self._pool is Pool.DECODE:
+        # An order to drain may have come during the start.
+        if self._stopped is None and (
+            self._config.cluster.role_change or self._pool is Pool.DECODE
+        ):
             self._supervisor.start("KV pairs", self._pairing.keep)
         self._is_started = True
         record = self._lease.record
