@@ -39,8 +39,8 @@ from tests.support.schedules import (
     run_seeds,
     seeds_in_chunks,
 )
-from tests.support.simulated_cluster import SimClient
-from tests.support.simulated_replica import SimReplica
+from tests.support.simulated_cluster import LEASE_S, SimClient
+from tests.support.simulated_replica import HOLD_S, SimReplica
 from tests.support.virtual_time import elapse
 
 SEEDS = 250
@@ -230,7 +230,7 @@ async def settle(cluster: ScaledCluster) -> None:
     """Wait until workers that leave are gone, and all that was held has timed out."""
     for router in cluster.living_routers():
         await router.handler.drained()
-    await elapse(50)
+    await elapse(HOLD_S + 2 * LEASE_S)
 
 
 CHUNKS = seeds_in_chunks(SEEDS, SEEDS_PER_TEST)

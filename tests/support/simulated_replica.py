@@ -23,7 +23,7 @@ from tests.support.simulated_cluster import KV_BLOCKS, SimCluster, SimProcess
 from tests.support.virtual_time import elapse
 from worker.replica import WorkerReplica
 
-HOLD_S = 30.0
+HOLD_S = 15.0
 
 
 class SlowStore:
