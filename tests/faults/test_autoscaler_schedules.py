@@ -84,6 +84,7 @@ class Autoscaled:
         """
         while True:
             self.autoscaler.check()
+            assert not self.serve.defects
             for pool in Pool if strict else ():
                 count = self.serve.count(pool)
                 assert self.scale.least[pool] <= count <= self.scale.most[pool], (pool, count)
@@ -294,6 +295,8 @@ async def _run_all(all_: Autoscaled, counts: Counter[str] | None) -> None:
     for _ in range(rng.randint(1, 3)):
         await _run_wave(all_, clients, faults)
         await elapse(rng.choice((0.0, 3.0, 20.0)))
+    if watch.done():
+        watch.result()
     struck = [each.fault for each in faults if isinstance(each, Strike)]
     store_failed = any(
         isinstance(each, RegistryAway | RegistryEmptied | StoreSlow) for each in struck

@@ -45,6 +45,7 @@ from tests.support.virtual_time import elapse
 
 SEEDS = 250
 SEEDS_PER_TEST = 50
+LONG_S = 30.0  # a grace that no request outlasts
 OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
 
 
@@ -137,9 +138,9 @@ async def order(cluster: ScaledCluster, workers: list[SimReplica], pool: Pool) -
 Event = Add | Remove | ChangeRole | ChangeAndLeave | OrderDrain
 
 
-def random_event(rng: random.Random) -> Event:
+def random_event(rng: random.Random, graces_s: tuple[float, ...]) -> Event:
     pool = rng.choice(tuple(Pool))
-    grace_s = rng.choice((0.0, 0.3, 1.0, 30.0))
+    grace_s = rng.choice(graces_s)
     makes: tuple[Callable[[], Event], ...] = (
         lambda: Add(pool, rng.randint(1, 3), rng.choice((0.0, 1.0, 10.0))),
         lambda: Remove(pool, rng.randint(1, 2), grace_s),
@@ -183,7 +184,9 @@ def random_limits(rng: random.Random) -> AdmissionLimits:
 
 async def run_schedule(seed: int) -> None:
     rng = random.Random(seed)
-    config = scaled_config(grace_s=rng.choice((0.1, 1.0, 30.0)))
+    is_calm = rng.random() < 0.3  # no fault, and workers have time to end their requests
+    graces_s = (LONG_S,) if is_calm else (0.0, 0.3, 1.0, LONG_S)
+    config = scaled_config(grace_s=rng.choice(graces_s) or 0.1)
     async with ScaledCluster(rng, random_limits(rng), config) as cluster:
         cluster.transfer_s = rng.choice((0.0, 0.05, 1.0))
         for pool in Pool:
@@ -208,8 +211,8 @@ async def run_schedule(seed: int) -> None:
             await elapse(rng.choice((0.0, 0.05, 0.5, 3.0, 8.0)) * rng.random())
             await fault.strike(cluster)
 
-        events = [random_event(rng) for _ in range(rng.randint(1, 6))]
-        faults = [random_fault(rng) for _ in range(rng.choice((0, 0, 1, 3)))]
+        events = [random_event(rng, graces_s) for _ in range(rng.randint(1, 6))]
+        faults = [random_fault(rng) for _ in range(0 if is_calm else rng.choice((0, 1, 3)))]
         await asyncio.gather(
             *(strike(each) for each in (*events, *faults)),
             *(start_client(*each) for each in zip(clients, patience_s, strict=True)),
@@ -221,9 +224,21 @@ async def run_schedule(seed: int) -> None:
             check_ended(client, gave_up=patient_s < FAR_S, store_failed=store_failed)
             if not faults:
                 assert not client.refusals, client.refusals
+        if is_calm:
+            check_nothing_was_cut_short(cluster)
         await settle(cluster)
         check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
         keeper.cancel()
+
+
+def check_nothing_was_cut_short(cluster: ScaledCluster) -> None:
+    """Check that workers left their pools only when their requests had ended and their KV was
+    fetched."""
+    for worker in cluster.workers.values():
+        assert isinstance(worker, SimReplica)
+        assert worker.cut_short == 0, worker.id
+    for router in cluster.routers:
+        assert router.dispatcher.counters.kv_recomputed == 0
 
 
 async def settle(cluster: ScaledCluster) -> None:
