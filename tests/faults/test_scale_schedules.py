@@ -64,9 +64,9 @@ class Add:
 
 @dataclass(frozen=True)
 class Remove:
-    """Some workers of a pool leave at once."""
+    """Some workers of a pool leave at once. None: of both pools."""
 
-    pool: Pool
+    pool: Pool | None
     workers: int
     grace_s: float
 
@@ -145,6 +145,7 @@ def random_event(rng: random.Random, graces_s: tuple[float, ...]) -> Event:
         lambda: Add(pool, rng.randint(1, 3), rng.choice((0.0, 1.0, 10.0))),
         lambda: Remove(pool, rng.randint(1, 2), grace_s),
         lambda: Remove(pool, 100, grace_s),
+        lambda: Remove(None, 100, grace_s),
         lambda: ChangeRole(pool, 1, ()),
         lambda: ChangeRole(pool, rng.randint(1, 3), ()),
         lambda: ChangeRole(pool, 1, tuple(rng.choices((0.0, 0.3, 2.0), k=rng.randint(1, 3)))),
@@ -167,6 +168,7 @@ def random_fault(rng: random.Random) -> Fault:
         lambda: RegistryAway(rng.choice((0.3, 8.0))),
         RegistryEmptied,
         lambda: StoreSlow(rng.choice((0.3, 8.0))),
+        lambda: KillRouter(rng.choice((0.0, 1.0, 8.0))),
         lambda: KillRouter(rng.choice((0.0, 1.0, 8.0))),
     )
     return rng.choice(makes)()

@@ -635,6 +635,8 @@ class SimCluster:
                 return False
             if source.has_prefilled(request.transfer_id):
                 await wait(self.transfer_s)
+                if not (source.alive and source.has_prefilled(request.transfer_id)):
+                    return False  # the transfer broke
                 await source.fetched(request.transfer_id)
                 return True
             await wait(0.025)
