@@ -48,7 +48,7 @@ from tests.support.simulated_replica import HOLD_S
 from tests.support.simulated_serve import SimAutoscaler, SimServe, SimStore
 from tests.support.virtual_time import elapse
 
-SEEDS = 300
+SEEDS = 150
 SEEDS_PER_TEST = 50
 RETURN_S = 240.0  # time in which idle pools return to their minimums
 LOOK_S = 0.25

@@ -20,6 +20,7 @@ import pytest
 
 from core.errors import UnavailableError
 from core.types import Pool
+from engine.fake import FakeLatency
 from router.admission.policy import AdmissionLimits, ClassLimits
 from tests.support.scaled_cluster import ScaledCluster, scaled_config
 from tests.support.schedules import (
@@ -43,7 +44,7 @@ from tests.support.simulated_cluster import LEASE_S, SimClient
 from tests.support.simulated_replica import HOLD_S, SimReplica
 from tests.support.virtual_time import elapse
 
-SEEDS = 250
+SEEDS = 200
 SEEDS_PER_TEST = 50
 LONG_S = 30.0  # a grace that no request outlasts
 OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
@@ -129,6 +130,21 @@ class OrderDrain:
                 await cluster.registry.ask_to_drain(cluster.rng.choice(found).id)
 
 
+@dataclass(frozen=True)
+class LoseAll:
+    """All routers die. Nobody tells the autoscaler of requests, so all workers leave. Then a router
+    comes back, and clients resume their requests at it."""
+
+    start_s: float
+
+    async def strike(self, cluster: ScaledCluster) -> None:
+        for router in cluster.living_routers():
+            await router.kill()
+        await asyncio.gather(*(worker.leave(0.0) for worker in cluster.replicas()))
+        await elapse(self.start_s)
+        await cluster.add_router()
+
+
 async def order(cluster: ScaledCluster, workers: list[SimReplica], pool: Pool) -> None:
     for worker in workers:
         with contextlib.suppress(UnavailableError):
@@ -155,7 +171,9 @@ def random_event(rng: random.Random, graces_s: tuple[float, ...]) -> Event:
     return rng.choice(makes)()
 
 
-Fault = Kill | Stop | Cut | SlowLink | RegistryAway | RegistryEmptied | StoreSlow | KillRouter
+Fault = (
+    Kill | Stop | Cut | SlowLink | RegistryAway | RegistryEmptied | StoreSlow | KillRouter | LoseAll
+)
 
 
 def random_fault(rng: random.Random) -> Fault:
@@ -190,6 +208,7 @@ async def run_schedule(seed: int) -> None:
     graces_s = (LONG_S,) if is_calm else (0.0, 0.3, 1.0, LONG_S)
     config = scaled_config(grace_s=rng.choice(graces_s) or 0.1)
     async with ScaledCluster(rng, random_limits(rng), config) as cluster:
+        cluster.latency = rng.choice((None, FakeLatency(2.0, 200.0)))
         cluster.transfer_s = rng.choice((0.0, 0.05, 1.0))
         for pool in Pool:
             for _ in range(rng.randint(1, 3)):
@@ -200,7 +219,7 @@ async def run_schedule(seed: int) -> None:
         keeper = asyncio.create_task(cluster.keep_up(rng.choice((0.0, 1.0, 10.0))))
         await elapse(1)
         tasks_before = asyncio.all_tasks()
-        clients = [random_client(cluster, n) for n in range(rng.randint(1, 12))]
+        clients = [random_client(cluster, n) for n in range(rng.choice((1, 3, 12)))]
         patience_s = [
             rng.choice((0.0, 0.05, 0.5)) if rng.random() < 0.15 else 3 * FAR_S for _ in clients
         ]
@@ -214,7 +233,11 @@ async def run_schedule(seed: int) -> None:
             await fault.strike(cluster)
 
         events = [random_event(rng, graces_s) for _ in range(rng.randint(1, 6))]
-        faults = [random_fault(rng) for _ in range(0 if is_calm else rng.choice((0, 1, 3)))]
+        faults: list[Fault] = [
+            random_fault(rng) for _ in range(0 if is_calm else rng.choice((0, 1, 3)))
+        ]
+        if not is_calm and rng.random() < 0.3:
+            events, faults = [], [LoseAll(rng.choice((1.0, 8.0)))]
         await asyncio.gather(
             *(strike(each) for each in (*events, *faults)),
             *(start_client(*each) for each in zip(clients, patience_s, strict=True)),
