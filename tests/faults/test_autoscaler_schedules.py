@@ -43,11 +43,12 @@ from tests.support.schedules import (
     run_seeds,
     seeds_in_chunks,
 )
-from tests.support.simulated_cluster import SimClient, SimCluster
+from tests.support.simulated_cluster import LEASE_S, SimClient, SimCluster
+from tests.support.simulated_replica import HOLD_S
 from tests.support.simulated_serve import SimAutoscaler, SimServe, SimStore
 from tests.support.virtual_time import elapse
 
-SEEDS = 300
+SEEDS = 150
 SEEDS_PER_TEST = 50
 RETURN_S = 240.0  # time in which idle pools return to their minimums
 LOOK_S = 0.25
@@ -83,6 +84,7 @@ class Autoscaled:
         """
         while True:
             self.autoscaler.check()
+            assert not self.serve.defects
             for pool in Pool if strict else ():
                 count = self.serve.count(pool)
                 assert self.scale.least[pool] <= count <= self.scale.most[pool], (pool, count)
@@ -280,7 +282,8 @@ async def _run_all(all_: Autoscaled, counts: Counter[str] | None) -> None:
         await cluster.add_router()
     tasks_before = asyncio.all_tasks()
     all_.autoscaler.start()
-    await elapse(20)
+    await elapse(3.0)  # routers know the plans
+    assert await all_.has_returned(), "the first workers do not start"
     faults = [random_fault(rng) for _ in range(rng.choice((0, 0, 1, 3)))]
     if has_troubles := rng.random() < 0.3:
         serve.troubles.unplaced = rng.choice((0.0, 0.5))
@@ -292,6 +295,8 @@ async def _run_all(all_: Autoscaled, counts: Counter[str] | None) -> None:
     for _ in range(rng.randint(1, 3)):
         await _run_wave(all_, clients, faults)
         await elapse(rng.choice((0.0, 3.0, 20.0)))
+    if watch.done():
+        watch.result()
     struck = [each.fault for each in faults if isinstance(each, Strike)]
     store_failed = any(
         isinstance(each, RegistryAway | RegistryEmptied | StoreSlow) for each in struck
@@ -306,7 +311,7 @@ async def _run_all(all_: Autoscaled, counts: Counter[str] | None) -> None:
     )  # fmt: skip
     for router in cluster.living_routers():
         await router.handler.drained()
-    await elapse(50)
+    await elapse(HOLD_S + LEASE_S)
     if watch.done():
         watch.result()
     assert await all_.has_returned(), "the pools did not stay"
@@ -339,7 +344,7 @@ async def _run_wave(
             random_client(cluster, len(clients) + number, kind),
             rng.choice((0.05, 1.0)) if rng.random() < 0.05 else 3 * FAR_S,
         )
-        for number in range(rng.choice((1, 5, 25, 40)))
+        for number in range(rng.choice((1, 5, 15, 30)))
     ]
     clients += new
     await asyncio.gather(

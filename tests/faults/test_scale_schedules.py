@@ -20,6 +20,7 @@ import pytest
 
 from core.errors import UnavailableError
 from core.types import Pool
+from engine.fake import FakeLatency
 from router.admission.policy import AdmissionLimits, ClassLimits
 from tests.support.scaled_cluster import ScaledCluster, scaled_config
 from tests.support.schedules import (
@@ -39,12 +40,13 @@ from tests.support.schedules import (
     run_seeds,
     seeds_in_chunks,
 )
-from tests.support.simulated_cluster import SimClient
-from tests.support.simulated_replica import SimReplica
+from tests.support.simulated_cluster import LEASE_S, SimClient
+from tests.support.simulated_replica import HOLD_S, SimReplica
 from tests.support.virtual_time import elapse
 
-SEEDS = 250
+SEEDS = 200
 SEEDS_PER_TEST = 50
+LONG_S = 30.0  # a grace that no request outlasts
 OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
 
 
@@ -63,9 +65,9 @@ class Add:
 
 @dataclass(frozen=True)
 class Remove:
-    """Some workers of a pool leave at once."""
+    """Some workers of a pool leave at once. None: of both pools."""
 
-    pool: Pool
+    pool: Pool | None
     workers: int
     grace_s: float
 
@@ -128,6 +130,21 @@ class OrderDrain:
                 await cluster.registry.ask_to_drain(cluster.rng.choice(found).id)
 
 
+@dataclass(frozen=True)
+class LoseAll:
+    """All routers die. Nobody tells the autoscaler of requests, so all workers leave. Then a router
+    comes back, and clients resume their requests at it."""
+
+    start_s: float
+
+    async def strike(self, cluster: ScaledCluster) -> None:
+        for router in cluster.living_routers():
+            await router.kill()
+        await asyncio.gather(*(worker.leave(0.0) for worker in cluster.replicas()))
+        await elapse(self.start_s)
+        await cluster.add_router()
+
+
 async def order(cluster: ScaledCluster, workers: list[SimReplica], pool: Pool) -> None:
     for worker in workers:
         with contextlib.suppress(UnavailableError):
@@ -137,13 +154,14 @@ async def order(cluster: ScaledCluster, workers: list[SimReplica], pool: Pool) -
 Event = Add | Remove | ChangeRole | ChangeAndLeave | OrderDrain
 
 
-def random_event(rng: random.Random) -> Event:
+def random_event(rng: random.Random, graces_s: tuple[float, ...]) -> Event:
     pool = rng.choice(tuple(Pool))
-    grace_s = rng.choice((0.0, 0.3, 1.0, 30.0))
+    grace_s = rng.choice(graces_s)
     makes: tuple[Callable[[], Event], ...] = (
         lambda: Add(pool, rng.randint(1, 3), rng.choice((0.0, 1.0, 10.0))),
         lambda: Remove(pool, rng.randint(1, 2), grace_s),
         lambda: Remove(pool, 100, grace_s),
+        lambda: Remove(None, 100, grace_s),
         lambda: ChangeRole(pool, 1, ()),
         lambda: ChangeRole(pool, rng.randint(1, 3), ()),
         lambda: ChangeRole(pool, 1, tuple(rng.choices((0.0, 0.3, 2.0), k=rng.randint(1, 3)))),
@@ -153,7 +171,9 @@ def random_event(rng: random.Random) -> Event:
     return rng.choice(makes)()
 
 
-Fault = Kill | Stop | Cut | SlowLink | RegistryAway | RegistryEmptied | StoreSlow | KillRouter
+Fault = (
+    Kill | Stop | Cut | SlowLink | RegistryAway | RegistryEmptied | StoreSlow | KillRouter | LoseAll
+)
 
 
 def random_fault(rng: random.Random) -> Fault:
@@ -166,6 +186,7 @@ def random_fault(rng: random.Random) -> Fault:
         lambda: RegistryAway(rng.choice((0.3, 8.0))),
         RegistryEmptied,
         lambda: StoreSlow(rng.choice((0.3, 8.0))),
+        lambda: KillRouter(rng.choice((0.0, 1.0, 8.0))),
         lambda: KillRouter(rng.choice((0.0, 1.0, 8.0))),
     )
     return rng.choice(makes)()
@@ -183,8 +204,11 @@ def random_limits(rng: random.Random) -> AdmissionLimits:
 
 async def run_schedule(seed: int) -> None:
     rng = random.Random(seed)
-    config = scaled_config(grace_s=rng.choice((0.1, 1.0, 30.0)))
+    is_calm = rng.random() < 0.3  # no fault, and workers have time to end their requests
+    graces_s = (LONG_S,) if is_calm else (0.0, 0.3, 1.0, LONG_S)
+    config = scaled_config(grace_s=rng.choice(graces_s) or 0.1)
     async with ScaledCluster(rng, random_limits(rng), config) as cluster:
+        cluster.latency = rng.choice((None, FakeLatency(2.0, 200.0)))
         cluster.transfer_s = rng.choice((0.0, 0.05, 1.0))
         for pool in Pool:
             for _ in range(rng.randint(1, 3)):
@@ -195,7 +219,7 @@ async def run_schedule(seed: int) -> None:
         keeper = asyncio.create_task(cluster.keep_up(rng.choice((0.0, 1.0, 10.0))))
         await elapse(1)
         tasks_before = asyncio.all_tasks()
-        clients = [random_client(cluster, n) for n in range(rng.randint(1, 12))]
+        clients = [random_client(cluster, n) for n in range(rng.choice((1, 3, 12)))]
         patience_s = [
             rng.choice((0.0, 0.05, 0.5)) if rng.random() < 0.15 else 3 * FAR_S for _ in clients
         ]
@@ -208,8 +232,12 @@ async def run_schedule(seed: int) -> None:
             await elapse(rng.choice((0.0, 0.05, 0.5, 3.0, 8.0)) * rng.random())
             await fault.strike(cluster)
 
-        events = [random_event(rng) for _ in range(rng.randint(1, 6))]
-        faults = [random_fault(rng) for _ in range(rng.choice((0, 0, 1, 3)))]
+        events = [random_event(rng, graces_s) for _ in range(rng.randint(1, 6))]
+        faults: list[Fault] = [
+            random_fault(rng) for _ in range(0 if is_calm else rng.choice((0, 1, 3)))
+        ]
+        if not is_calm and rng.random() < 0.3:
+            events, faults = [], [LoseAll(rng.choice((1.0, 8.0)))]
         await asyncio.gather(
             *(strike(each) for each in (*events, *faults)),
             *(start_client(*each) for each in zip(clients, patience_s, strict=True)),
@@ -221,16 +249,28 @@ async def run_schedule(seed: int) -> None:
             check_ended(client, gave_up=patient_s < FAR_S, store_failed=store_failed)
             if not faults:
                 assert not client.refusals, client.refusals
+        if is_calm:
+            check_nothing_was_cut_short(cluster)
         await settle(cluster)
         check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
         keeper.cancel()
+
+
+def check_nothing_was_cut_short(cluster: ScaledCluster) -> None:
+    """Check that workers left their pools only when their requests had ended and their KV was
+    fetched."""
+    for worker in cluster.workers.values():
+        assert isinstance(worker, SimReplica)
+        assert worker.cut_short == 0, worker.id
+    for router in cluster.routers:
+        assert router.dispatcher.counters.kv_recomputed == 0
 
 
 async def settle(cluster: ScaledCluster) -> None:
     """Wait until workers that leave are gone, and all that was held has timed out."""
     for router in cluster.living_routers():
         await router.handler.drained()
-    await elapse(50)
+    await elapse(HOLD_S + 2 * LEASE_S)
 
 
 CHUNKS = seeds_in_chunks(SEEDS, SEEDS_PER_TEST)

@@ -249,7 +249,8 @@ def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None
 
 
 def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[object]]) -> None:
-    """Check that all KV blocks are free, and no worker, router or task works on a request."""
+    """Check that all KV blocks are free, no worker, router or task works on a request, and routers
+    have forgotten the workers that are gone."""
     for worker in cluster.workers.values():
         assert not worker.calls, worker.record.id
         if worker.alive:
@@ -261,6 +262,14 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
             assert router.ledger.own_load(key).requests == 0
     for router in cluster.routers:
         assert router.admission.running == router.admission.waiting == 0
+        assert not router.dispatcher.stranded_loads()
+        assert not router.journal._entries
+    processes = {worker.record.key for worker in cluster.workers.values() if worker.alive}
+    for router in cluster.living_routers():
+        assert {share.worker_id for share in router.ledger.shares()} <= {
+            key[0] for key in processes
+        }
+        assert router.workers.open_channels <= len(processes)
     left = asyncio.all_tasks() - tasks_before
     assert not left, left
 

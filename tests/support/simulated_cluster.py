@@ -630,14 +630,16 @@ class SimCluster:
             for worker in self.workers.values()
             if worker.incarnation == request.kv.incarnation
         )
-        for _ in range(1000):
+        for _ in range(400):
             if not source.alive:
                 return False
             if source.has_prefilled(request.transfer_id):
                 await wait(self.transfer_s)
+                if not (source.alive and source.has_prefilled(request.transfer_id)):
+                    return False  # the transfer broke
                 await source.fetched(request.transfer_id)
                 return True
-            await wait(0.01)
+            await wait(0.025)
         return False
 
 

@@ -23,7 +23,7 @@ from tests.support.simulated_cluster import KV_BLOCKS, SimCluster, SimProcess
 from tests.support.virtual_time import elapse
 from worker.replica import WorkerReplica
 
-HOLD_S = 30.0
+HOLD_S = 15.0
 
 
 class SlowStore:
@@ -70,6 +70,7 @@ class _Server:
     async def stop(self, grace_s: float) -> None:
         """Refuse calls, and break those that outlast the grace."""
         self._process.is_serving = False
+        self._process.cut_short += self._process.requests
         if running := [call.server for call in self._process.calls]:
             await asyncio.wait(running, timeout=grace_s)
         for call in list(self._process.calls):
@@ -78,6 +79,10 @@ class _Server:
 
 class _Replica(WorkerReplica):
     process: SimReplica
+
+    async def _send_away(self, grace_s: float) -> None:
+        self.process.cut_short += self.process.requests
+        await super()._send_away(grace_s)
 
     async def _serve(self) -> str:
         server: Any = _Server(self.process)
@@ -95,6 +100,9 @@ class SimReplica(SimProcess):
 
     Args:
         load_s: how long the model takes to load.
+
+    Attributes:
+        cut_short: how many requests the worker has ended itself, because it left its pool.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class SimReplica(SimProcess):
         number = cluster.next_number()
         super().__init__(f"incarnation-{number}", cluster)
         self.is_serving = False
+        self.cut_short = 0
         self.load_s = load_s
         self.application = application
         self.engine = _Engine(
@@ -179,6 +188,11 @@ class SimReplica(SimProcess):
     @property
     def listens(self) -> bool:
         return self.alive and self.is_serving
+
+    @property
+    def requests(self) -> int:
+        """How many requests the worker serves now."""
+        return sum(len(intake._calls) for intake in self.replica._intakes.values())
 
     @property
     def has_started(self) -> bool:

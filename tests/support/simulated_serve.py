@@ -65,6 +65,7 @@ class SimServe:
     ) -> None:
         self.troubles = Troubles()
         self.counts: Counter[str] = Counter()  # what happened, so that a test can require it
+        self.defects: list[str] = []  # of the autoscaler
         self._cluster = cluster
         self._gpus = gpus
         self._budget = budget
@@ -84,12 +85,14 @@ class SimServe:
     async def add(self, pool: Pool, slot: int) -> str:
         await self._link()
         same = [each for each in self._apps.values() if (each.pool, each.slot) == (pool, slot)]
-        assert not same, f"slot {slot} of {pool} is taken"
+        if same:
+            self.defects.append(f"slot {slot} of {pool} was taken")
         app = _App(new_name("sim", pool, slot), pool, slot)
         self._apps[app.name] = app
         self.counts["add"] += 1
         held = sum(self._gpus[each.pool] for each in self._apps.values())
-        assert self._budget is None or held <= self._budget, f"{held} GPUs of {self._budget}"
+        if self._budget is not None and held > self._budget:
+            self.defects.append(f"{held} GPUs of {self._budget}")
         app.tasks.append(asyncio.create_task(self._run(app), name=app.name))
         self._lose_answer()
         return app.name
