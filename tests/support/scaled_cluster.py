@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from unittest import mock
 
-from cluster.autoscale.observe import Observation, observe
+from cluster.autoscale.observe import Facts, observe
 from core.config.schema import Config, load_config
 from core.errors import UnavailableError
 from core.types import Pool, PoolPlan, WorkerState
@@ -67,7 +67,7 @@ class ScaledCluster(SimCluster):
         self.config = config
         self.latency: FakeLatency | None = None  # of all workers; None: a random one for each
 
-    def add(
+    def add(  # type: ignore[override] # these workers are whole replicas
         self,
         pool: Pool,
         latency: FakeLatency | None = None,
@@ -103,7 +103,8 @@ class ScaledCluster(SimCluster):
         """
         routers = await self.registry.list_routers()
         nothing = dict.fromkeys(Pool, 0.0)
-        found: Observation = observe((), (), routers, nothing, None, self.clock())
+        facts = Facts((), (), routers, nothing, {}, start_timeout_s=0.0)
+        found = observe(facts, None, self.clock())
         demand = found.snapshot.demand or {}
         return {
             pool: demand[pool].waiting_requests + demand[pool].running_requests for pool in demand

@@ -18,7 +18,7 @@ from core.types import Pool
 from engine.fake import next_tokens
 from router.admission.policy import LATE as WOULD_BE_LATE
 from router.resume.journal import NOT_RESUMABLE, REQUEST_IN_FLIGHT
-from tests.support.simulated_cluster import CONNECTION_LOST, SimClient, SimCluster
+from tests.support.simulated_cluster import CONNECTION_LOST, SimClient, SimCluster, SimWorker
 from tests.support.virtual_time import elapse, run_virtually
 
 OK, CANCELLED = grpc.StatusCode.OK, grpc.StatusCode.CANCELLED
@@ -120,7 +120,9 @@ class Drain:
     async def strike(self, cluster: SimCluster) -> None:
         if living := cluster.living(self.pool):
             cluster.add(self.pool)
-            await cluster.rng.choice(living).drain(self.grace_s)
+            worker = cluster.rng.choice(living)
+            assert isinstance(worker, SimWorker), "a whole replica is asked to drain"
+            await worker.drain(self.grace_s)
 
 
 @dataclass(frozen=True)

@@ -635,8 +635,9 @@ class SimCluster:
                 return False
             if source.has_prefilled(request.transfer_id):
                 await wait(self.transfer_s)
-                if not (source.alive and source.has_prefilled(request.transfer_id)):
-                    return False  # the transfer broke
+                broke = not source.has_prefilled(request.transfer_id)
+                if broke or not source.alive:  # type: ignore[redundant-expr] # it may have died
+                    return False
                 await source.fetched(request.transfer_id)
                 return True
             await wait(0.025)

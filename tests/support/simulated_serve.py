@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +108,7 @@ class SimServe:
 
     # Tests call these.
 
-    def present(self) -> list[tuple[Pool, SimReplica | None]]:
+    def present(self) -> Sequence[tuple[Pool, SimReplica | None]]:
         """Return the workers that were added and do not leave, each with the pool that it joins."""
         return [
             (each.pool if each.worker is None else each.worker.joins, each.worker)
@@ -211,6 +211,15 @@ class SimStore:
     async def write(self, state: bytes, view: bytes) -> None:
         await self._reach()
         self.state, self.view = state, view
+
+    async def write_state(self, state: bytes) -> None:
+        await self._reach()
+        self.state = state
+
+    async def restore_policy(self, found: str | None, text: str) -> None:
+        await self._reach()
+        if self.policy == found:
+            self.policy = text
 
     async def close(self) -> None:
         """Nothing is open."""
