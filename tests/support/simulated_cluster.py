@@ -636,7 +636,7 @@ class SimCluster:
             if source.has_prefilled(request.transfer_id):
                 await wait(self.transfer_s)
                 broke = not source.has_prefilled(request.transfer_id)
-                if broke or not source.alive:  # type: ignore[redundant-expr] # it may have died
+                if broke or not source.alive:  # it may have died meanwhile
                     return False
                 await source.fetched(request.transfer_id)
                 return True
