@@ -128,8 +128,7 @@ class Front:
         active.arrived_s = self._now()
         active.phases = PhaseClock(self._now)
         self.signals.arrived(request.prompt_tokens)
-        blocks = -(-(request.prompt_tokens + max_tokens) // self._model.kv.block_tokens)
-        if blocks * self._model.kv.block_tokens > self._model.kv.decode_tokens:
+        if not self._model.kv.holds(request.prompt_tokens + max_tokens):
             self._end(active, TOO_LONG)
             return
         wanted = AdmissionRequest(
