@@ -24,6 +24,8 @@ POLICIES = Path(__file__).resolve().parents[3] / "deploy" / "policies"
 MODEL = replace(PRESETS["8b-h100"], cold_start_s=15.0)
 SLO = Slo(ttft_s=0.5, itl_s=0.02)
 SMALL = bursty(duration_s=45, base_per_s=6, burst_per_s=50, calm_s=15, burst_s=8)
+# Forecasts need more than a minute to see the load change.
+LONGER = bursty(duration_s=90, base_per_s=6, burst_per_s=50, calm_s=40, burst_s=12)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_an_advisory_policy_is_simulated_as_if_it_were_active() -> None:
         update={"spec": active.spec.model_copy(update={"mode": "Advisory"})}
     )
     done = [
-        run(SMALL, MODEL, dict.fromkeys(Pool, 1), candidate(each).scaler)
+        run(LONGER, MODEL, dict.fromkeys(Pool, 1), candidate(each).scaler)
         for each in (active, advisory)
     ]
     assert sum(done[1].changes.values()) > 0
@@ -111,7 +113,7 @@ def test_an_advisory_policy_is_simulated_as_if_it_were_active() -> None:
 def test_the_workers_at_the_start_are_within_the_budget() -> None:
     text = (POLICIES / "chat.yaml").read_text() + "  budget: {gpus: 3}\n"
     bounded = candidate(parse_policy(text, "chat.yaml"), SLO)
-    fast = prepared(SMALL, TraceOptions(speed=8))
+    fast = prepared(SMALL, TraceOptions(duration_s=16, speed=8))
     assert sum(first_workers(fast, MODEL, SLO).values()) > 3
     (row,) = simulate(fast, [bounded], MODEL)
     assert sum(row.run.samples[0].ordered) == 3
@@ -151,14 +153,12 @@ def test_slos_that_no_pools_attain() -> None:
 
 
 def test_each_baseline_runs_and_scales() -> None:
-    # Forecasts need some minutes to see the load change.
-    longer = bursty(duration_s=150, base_per_s=6, burst_per_s=50, calm_s=40, burst_s=12)
     for family in families(MODEL, SLO.itl_s):
         label, scaler = next(iter(family.variants.items()))
-        results = evaluate(run(longer, MODEL, dict.fromkeys(Pool, 1), scaler), SLO, label)
+        results = evaluate(run(LONGER, MODEL, dict.fromkeys(Pool, 1), scaler), SLO, label)
         assert results.changes > 0, family.name
         assert results.completed > 0, family.name
-        assert results.requests == len(longer.requests)
+        assert results.requests == len(LONGER.requests)
 
 
 def test_a_static_policy_brings_the_pools_to_its_numbers_and_rests() -> None:
