@@ -83,10 +83,13 @@ def test_files_that_cannot_be_written_are_an_error_before_anything_runs(tmp_path
         (tmp_path / "none" / "out", "none is no directory; make it first"),
         (tmp_path / ("a" * 300) / "out", "out: cannot be written: File name too long"),
     ):
-        for name in ("json_path", "html_path"):
-            missing = SimulateOptions(str(tmp_path / "missing"), **{name: path})
+        missing = str(tmp_path / "missing")
+        for options in (
+            SimulateOptions(missing, json_path=path),
+            SimulateOptions(missing, html_path=path),
+        ):
             with pytest.raises(ConfigError, match=complaint):
-                simulate_command([POLICIES / "chat.yaml"], missing)
+                simulate_command([POLICIES / "chat.yaml"], options)
 
 
 def test_a_file_that_fails_to_be_written_is_an_error(trace_file: Path, tmp_path: Path) -> None:
