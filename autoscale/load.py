@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -25,8 +26,10 @@ from core.errors import ConfigError
 from core.types import Pool
 
 # The largest ready policy is 3 KB. A file with many aliases could be far larger than it looks, so
-# its text is bounded.
+# its text is bounded, and so is its number of values, where each alias counts as all its values.
 MAX_POLICY_CHARS = 100_000
+MAX_POLICY_VALUES = 10_000
+MAX_VALUE_CHARS = 1000  # Python refuses to print numbers of more than 4300 digits
 
 Location = tuple[str | int, ...]
 
@@ -57,18 +60,17 @@ def parse_policy(text: str, name: str) -> Policy:
     """
     if len(text) > MAX_POLICY_CHARS:
         raise ConfigError(f"{name}: has more than {MAX_POLICY_CHARS} characters")
-    loader = UniqueKeyLoader(text)
     try:
-        node = loader.get_single_node()
-        raw = None if node is None else loader.construct_document(node)
+        node, raw = _read(text, name)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"{where}: is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a malformed date, for example
+    # The others: a value that does not fit its tag, such as a malformed date or ``!!bool x``.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"{name}: is not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise ConfigError(f"{name}: is nested too deeply") from None
     if node is None or not isinstance(raw, dict):
         raise ConfigError(
             f"{name}:1: must consist of apiVersion, kind, metadata and spec, not of "
@@ -79,6 +81,47 @@ def parse_policy(text: str, name: str) -> Policy:
     except ValidationError as error:
         lines = [_describe(entry, node, name) for entry in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _read(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+    """Return the root node and its value."""
+    loader = UniqueKeyLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if _count(node, {}) > MAX_POLICY_VALUES:
+            raise ConfigError(
+                f"{name}: has more than {MAX_POLICY_VALUES} values, each alias (*) counted as all "
+                "its values; write fewer aliases"
+            )
+        return node, loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Return how many values a node stands for; infinite if it contains itself.
+
+    Args:
+        known: the counts so far, so that each node is visited once. Those in progress are infinite.
+
+    Raises:
+        yaml.constructor.ConstructorError: a value is too long.
+    """
+    if node in known:
+        return known[node]
+    known[node] = math.inf
+    parts: Iterable[yaml.Node] = ()
+    if isinstance(node, yaml.MappingNode):
+        parts = (part for pair in node.value for part in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    elif len(node.value) > MAX_VALUE_CHARS:
+        problem = f"a value has more than {MAX_VALUE_CHARS} characters"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    known[node] = 1 + sum(_count(part, known) for part in parts)
+    return known[node]
 
 
 def json_schema() -> dict[str, Any]:

@@ -78,6 +78,7 @@ def default_settings(router: RouterConfig | None = None) -> ClusterSettings:
         deadline_s=router.default_deadline_s,
         avoid_worker_s=router.avoid_worker_s,
         report_snapshots=2,
+        failover_timeout_s=router.failover_timeout_s,
     )
     return ClusterSettings(front=front, poll_s=router.registry_poll_s)
 
@@ -99,7 +100,8 @@ class Run:
     """What has happened.
 
     ``stints`` are (pool, from, to) of all workers, in seconds since the start; workers that were
-    not gone end at infinity.
+    not gone end at infinity. ``changes`` and ``decisions`` are the actions that changed something.
+    ``cold_starts`` are the workers that were ordered and became ready.
     """
 
     trace: Trace
@@ -255,20 +257,20 @@ class _Cluster:
         decision = scaler(self._observer.snapshot(), self._state, now_s)
         self._state = decision.state
         for action in decision.actions:
-            self._decisions.append((self._timeline.now_s, action))
-            self._apply(action)
+            if self._apply(action):
+                self._decisions.append((self._timeline.now_s, action))
 
-    def _apply(self, action: Action) -> None:
+    def _apply(self, action: Action) -> bool:
+        """Carry out an action. Return False if there is nothing to do."""
         if action.kind is ActionKind.ADD:
             self._fleet.add(action.pool)
-            return
+            return True
         worker = self._fleet.workers.get(action.worker or "")
         if worker is None:
-            return
+            return False
         if action.kind is ActionKind.REMOVE:
-            self._fleet.remove(worker)
-        else:
-            self._fleet.change_role(worker, action.pool)
+            return self._fleet.remove(worker)
+        return self._fleet.change_role(worker, action.pool)
 
     def _sample(self) -> Sample:
         fleet = self._fleet

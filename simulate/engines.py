@@ -268,7 +268,9 @@ class DecodeEngine:
             spare = int(PREEMPTED_SPARE * kv.decode_tokens) if stream.preempted else 0
             # The running step has its room already: one token per stream.
             free_tokens = self._free_tokens - len(self._batch)
-            if tokens + spare > free_tokens and not (stream.preempted and self.streams == 1):
+            # It needs no spare room if nothing else holds room; it would wait for ever.
+            is_alone = stream.preempted and self.kv_used_tokens == 0
+            if tokens + spare > free_tokens and not is_alone:
                 return
             self._waiting.popleft()
             stream.reserved_tokens = tokens

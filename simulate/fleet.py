@@ -91,7 +91,7 @@ class Fleet:
         self.workers: dict[str, Worker] = {}  # those that are not gone
         self.gone: list[Worker] = []
         self.records: tuple[WorkerRecord, ...] = ()  # what the router sees
-        self.cold_starts = 0
+        self.cold_starts = 0  # that ended with a ready worker
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self.workers.values())
@@ -110,14 +110,16 @@ class Fleet:
         if is_warm:
             self._ready(worker)
         else:
-            self.cold_starts += 1
             self._start_pending()
         return worker
 
-    def remove(self, worker: Worker) -> None:
-        """Let a worker drain and leave. One that is not ready leaves at once."""
+    def remove(self, worker: Worker) -> bool:
+        """Let a worker drain and leave. One that is not ready leaves at once.
+
+        Returns False if it leaves already.
+        """
         if worker.phase is Phase.LEAVING:
-            return
+            return False
         was_serving = worker.phase is Phase.READY or worker.next_pool is not None
         self._set_phase(worker, Phase.LEAVING)
         self._switch(worker, worker.pool)
@@ -126,15 +128,17 @@ class Fleet:
             self._drain(worker)
         else:
             self._leave(worker)
+        return True
 
-    def change_role(self, worker: Worker, pool: Pool) -> None:
-        """Let a ready worker drain and then serve the other pool."""
+    def change_role(self, worker: Worker, pool: Pool) -> bool:
+        """Let a ready worker drain and then serve the other pool. Returns False if it cannot."""
         if worker.phase is not Phase.READY or worker.pool is pool:
-            return
+            return False
         worker.next_pool = pool
         self._switch(worker, pool)
         self._set_phase(worker, Phase.STARTING)
         self._drain(worker)
+        return True
 
     def check(self, worker: Worker) -> None:
         """Let a draining worker go if it has become idle."""
@@ -174,6 +178,7 @@ class Fleet:
 
     def _started(self, worker: Worker) -> None:
         if worker.phase is Phase.STARTING:
+            self.cold_starts += 1
             self._ready(worker)
 
     def _take_role(self, worker: Worker) -> None:

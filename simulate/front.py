@@ -7,7 +7,8 @@ live router does with asyncio and gRPC:
     arrive ▸ wait for a turn ▸ prefill ─▸ first token ─▸ KV transfer ▸ decode ▸ end
                              └ reserve KV room on the decode worker ┘
 
-There is one router. A request that runs has no deadline; it counts as late instead.
+There is one router. A request that runs has no deadline; it counts as late instead. It ends with an
+error only if it has lost its worker and finds no other one within ``router.failover_timeout_s``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.errors import BatonError, UnavailableError
-from core.types import Pool
+from core.types import Need, Pool, QueueLoad
 from router.admission.expectation import Expectation
 from router.admission.policy import AdmissionLimits, AdmissionRequest
 from router.admission.turns import Turn, Turns
@@ -49,6 +50,7 @@ class FrontSettings:
     deadline_s: float
     avoid_worker_s: float
     report_snapshots: int
+    failover_timeout_s: float
     max_tokens: int | None = None
 
 
@@ -116,6 +118,8 @@ class Front:
         self.running: dict[int, Active] = {}  # by index
         self.waiting: dict[int, Active] = {}
         self._decided: list[Active] = []
+        # Running requests that have lost a worker and find no other one: since when, and the need.
+        self._stranded: dict[int, tuple[float, Need]] = {}
         self._full: list[tuple[int, int, NoRoom]] = []
         self.moved = 0
 
@@ -128,8 +132,7 @@ class Front:
         active.arrived_s = self._now()
         active.phases = PhaseClock(self._now)
         self.signals.arrived(request.prompt_tokens)
-        blocks = -(-(request.prompt_tokens + max_tokens) // self._model.kv.block_tokens)
-        if blocks * self._model.kv.block_tokens > self._model.kv.decode_tokens:
+        if not self._model.kv.holds(request.prompt_tokens + max_tokens):
             self._end(active, TOO_LONG)
             return
         wanted = AdmissionRequest(
@@ -200,6 +203,27 @@ class Front:
             self._move(active)
         self.fleet.check(worker)
         self.settle()
+
+    def stranded_loads(self) -> tuple[QueueLoad, ...]:
+        """The running requests that wait for a worker, as ``Dispatcher.stranded_loads``.
+
+        They are on no worker. Decode workers do not prefill here, so a request may need both pools.
+        """
+        loads = []
+        for index, (since_s, need) in self._stranded.items():
+            active = self.running[index]
+            facts = self._facts(active, may_wait=True)
+            loads.append(
+                QueueLoad(
+                    active.service_class,
+                    need,
+                    requests=1,
+                    prompt_tokens=facts.prompt_tokens,
+                    kv_tokens=facts.prompt_tokens + facts.growth_tokens,
+                    oldest_wait_s=self._now() - since_s,
+                )
+            )
+        return tuple(loads)
 
     @property
     def now_s(self) -> float:
@@ -406,16 +430,33 @@ class Front:
         self._release(active)
         active.permit.close()
         active.decode = active.stream = active.permit = None
-        self._place_again(active)
+        self._place_again(active, self._now())
 
-    def _place_again(self, active: Active) -> None:
+    def _place_again(self, active: Active, since_s: float) -> None:
+        self._stranded.pop(active.index, None)
         try:
             permit = self.ledger.place(self.fleet.records, self._facts(active, may_wait=False))
-        except UnavailableError:
-            self._timeline.at(self._now() + _RETRY_S, lambda: self._place_again(active))
+        except UnavailableError as error:
+            again_s = self._now() + _RETRY_S
+            if again_s > since_s + self._settings.failover_timeout_s:
+                self._fail(active, error.reason)
+                return
+            no_room = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
+            assert isinstance(no_room, NoRoom), "a needed pool has no usable worker"
+            self._stranded[active.index] = since_s, no_room.need
+            self._timeline.at(again_s, lambda: self._place_again(active, since_s))
             return
         assert not isinstance(permit, NoRoom), "only for requests that may wait"
         self._dispatch(active, permit)
+        self.settle()
+
+    def _fail(self, active: Active, reason: str) -> None:
+        """End a running request that is on no worker."""
+        del self.running[active.index]
+        self.expectation.note(active.phases, None)
+        assert active.turn is not None
+        self.turns.end(active.turn)
+        self._end(active, reason)
         self.settle()
 
     def _end(self, active: Active, status: str) -> None:

@@ -97,6 +97,10 @@ class KvRoom:
     block_tokens: int = 16
     reservation: KvReservation = KvReservation.PROMPT
 
+    def holds(self, tokens: int) -> bool:
+        """Whether an empty decode worker has room for a request of so many tokens."""
+        return -(-tokens // self.block_tokens) * self.block_tokens <= self.decode_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyModel:

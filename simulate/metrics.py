@@ -49,7 +49,10 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """One policy on one trace. Hours count until the last arrival."""
+    """One policy on one trace.
+
+    Hours count until the last arrival; until the last end if all requests arrive at once.
+    """
 
     policy: str
     requests: int
@@ -97,7 +100,7 @@ def evaluate(run: Run, slo: Slo, policy: str) -> Results:
     """Return the results of a run."""
     found = latencies_of(run)
     meets_ttft, meets_itl = found.ttft_s <= slo.ttft_s, found.itl_s <= slo.itl_s
-    horizon_s = run.trace.duration_s
+    horizon_s = run.trace.duration_s or max(each.ended_s for each in run.ended)
     classes = np.array(found.classes)
     refused = Counter(each.status for each in run.ended if each.status != OK)
     return Results(

@@ -47,7 +47,7 @@ class Observer:
         return RouterRecord(
             id="router",
             address="",
-            queues=front.turns.queue_loads(),
+            queues=(*front.turns.queue_loads(), *front.stranded_loads()),
             shares=front.ledger.shares(),
             window_s=rates.window_s,
             arrived_requests=rates.requests,

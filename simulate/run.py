@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autoscale.decide import decide
-from autoscale.load import load_policy
+from autoscale.load import check_against, load_policy
 from autoscale.policy import ITL, TTFT, Policy
 from core.errors import ConfigError
 from core.types import Pool
@@ -32,13 +32,15 @@ DEFAULT_SLO = Slo(ttft_s=1.0, itl_s=0.05)
 class Candidate:
     """A policy to simulate.
 
-    ``bounds`` are its least and most workers per pool, which bound the workers at the start.
+    ``bounds`` are its least and most workers per pool, and ``gpus`` is its budget. Both bound the
+    workers at the start.
     """
 
     name: str
     scaler: Scaler
     slo: Slo
     bounds: Mapping[Pool, tuple[int, int]] = field(default_factory=dict)
+    gpus: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +98,8 @@ def simulate(
     for each in candidates:
         if each.slo not in statics:
             statics[each.slo] = StaticSearch(trace, model, each.slo, settings).find()
-        first = first_workers(trace, model, each.slo)
-        for pool, (least, most) in each.bounds.items():
-            first[pool] = max(least, min(most, first[pool]))
+        needed = first_workers(trace, model, each.slo, max_tokens=settings.front.max_tokens)
+        first = _bounded(needed, each, model.gpus)
         done = run(trace, model, first, each.scaler, settings)
         results = evaluate(done, each.slo, each.name)
         rows.append(Compared(each.name, each.slo, done, results, statics[each.slo]))
@@ -106,13 +107,19 @@ def simulate(
 
 
 def candidate(policy: Policy, slo: Slo | None = None) -> Candidate:
-    """Return a policy of Baton. ``slo``: in place of its own targets."""
+    """Return a policy of Baton, active even if its mode is Advisory.
+
+    Args:
+        slo: in place of its own targets.
+    """
+    policy = policy.model_copy(update={"spec": policy.spec.model_copy(update={"mode": "Active"})})
     scaler = functools.partial(_decide, policy=policy)
     bounds = {
         pool: (policy.spec.pool(pool).min_replicas, policy.spec.pool(pool).max_replicas)
         for pool in Pool
     }
-    return Candidate(policy.metadata.name, scaler, slo or slo_of(policy), bounds)
+    gpus = math.inf if policy.spec.budget is None else policy.spec.budget.gpus
+    return Candidate(policy.metadata.name, scaler, slo or slo_of(policy), bounds, gpus)
 
 
 def slo_of(policy: Policy, default: Slo = DEFAULT_SLO) -> Slo:
@@ -131,10 +138,16 @@ def simulate_command(
     """Do what ``baton policy simulate`` does: print a table, and write the files asked for.
 
     Raises:
-        ConfigError: a policy, the trace, the latency model or an option is wrong.
+        ConfigError: a policy, the trace, the latency model or an option is wrong, or a file cannot
+            be written.
     """
+    outputs = [path for path in (options.json_path, options.html_path) if path is not None]
+    for path in outputs:
+        _check_writable(path)
     loaded = [load_policy(path) for path in policies]
     model = latency_model(options.model)
+    for policy in loaded:
+        check_against(policy, dict.fromkeys(Pool, model.gpus), can_change_role=True)
     if options.cold_start_s is not None:
         model = replace(model, cold_start_s=options.cold_start_s)
     whole = bursty() if options.trace == SYNTHETIC else read_trace(Path(options.trace))
@@ -150,9 +163,10 @@ def simulate_command(
     echo(f"latency model: {model.name}. {model.source}")
     if options.json_path is not None:
         text = json.dumps(as_json(trace, model, rows), indent=2, allow_nan=False)
-        options.json_path.write_text(text + "\n")
+        _write(options.json_path, text + "\n")
     if options.html_path is not None:
-        options.html_path.write_text(html_report(trace, model, rows, [as_row(r) for r in rows]))
+        page = html_report(trace, model, rows, [as_row(r) for r in rows])
+        _write(options.html_path, page)
     return rows
 
 
@@ -240,6 +254,39 @@ class _Counts:
 
 def _decide(snapshot: Any, state: Any, now_s: float, *, policy: Policy) -> Any:
     return decide(snapshot, state, now_s, policy)
+
+
+def _bounded(
+    workers: Mapping[Pool, int], candidate: Candidate, gpus_per_worker: float
+) -> dict[Pool, int]:
+    """Return the workers at the start, within the bounds. The budget takes from the larger pool."""
+    bounds = {pool: candidate.bounds.get(pool, (0, count)) for pool, count in workers.items()}
+    least = {pool: max(1, low) for pool, (low, _) in bounds.items()}
+    first = {pool: max(low, min(most, workers[pool])) for pool, (low, most) in bounds.items()}
+    while sum(first.values()) * gpus_per_worker > candidate.gpus:
+        spare = [pool for pool in first if first[pool] > least[pool]]
+        if not spare:
+            break
+        first[max(spare, key=lambda pool: first[pool])] -= 1
+    return first
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        is_directory, has_parent = path.is_dir(), path.parent.is_dir()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    if is_directory:
+        raise ConfigError(f"{path}: is a directory; write the name of a file")
+    if not has_parent:
+        raise ConfigError(f"{path}: {path.parent} is no directory; make it first")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _slo(policy: Policy, options: SimulateOptions) -> Slo:

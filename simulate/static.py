@@ -27,18 +27,32 @@ class Static:
 
 
 def first_workers(
-    trace: Trace, model: LatencyModel, slo: Slo, within_s: float = 120.0
+    trace: Trace,
+    model: LatencyModel,
+    slo: Slo,
+    within_s: float = 120.0,
+    max_tokens: int | None = None,
 ) -> dict[Pool, int]:
     """Return how many workers the first part of a trace needs, by the rates of the model.
 
     A simulation begins with so many, as the cluster would have them from the time before.
+    ``max_tokens`` is what clients allow, as in ``FrontSettings``.
     """
-    first = [each for each in trace.requests if each.arrival_s <= within_s]
+    first = [each for each in fitting(trace, model, max_tokens) if each.arrival_s <= within_s]
     length_s = max(1.0, min(within_s, trace.duration_s))
     return {
         pool: max(1, math.ceil(seconds / length_s / _BUSY))
         for pool, seconds in work_s(first, model, slo).items()
     }
+
+
+def fitting(trace: Trace, model: LatencyModel, max_tokens: int | None) -> list[TraceRequest]:
+    """Return the requests that are not refused as too long."""
+    return [
+        each
+        for each in trace.requests
+        if model.kv.holds(each.prompt_tokens + max(each.output_tokens, max_tokens or 0))
+    ]
 
 
 def work_s(requests: list[TraceRequest], model: LatencyModel, slo: Slo) -> dict[Pool, float]:
@@ -73,7 +87,7 @@ class StaticSearch:
         """Return the pools; None if no pools of up to ``MAX_WORKERS`` attain the SLOs."""
         if not self._is_possible():
             return None
-        work = work_s(list(self.trace.requests), self.model, self.slo)
+        work = work_s(self._fitting(), self.model, self.slo)
         guess = {
             pool: min(MAX_WORKERS, math.ceil(seconds / max(1.0, self.trace.duration_s)))
             for pool, seconds in work.items()
@@ -123,9 +137,13 @@ class StaticSearch:
         quick = sum(
             bool(each.block_ids)
             or self.model.prefill.seconds(each.prompt_tokens) <= self.slo.ttft_s
-            for each in self.trace.requests
+            for each in self._fitting()
         )
         return quick >= self.attainment * len(self.trace.requests)
+
+    def _fitting(self) -> list[TraceRequest]:
+        max_tokens = None if self.settings is None else self.settings.front.max_tokens
+        return fitting(self.trace, self.model, max_tokens)
 
     def _attains(self, prefill: int, decode: int) -> bool:
         return self.results(prefill, decode).attainment >= self.attainment

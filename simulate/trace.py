@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from core.errors import ConfigError
 
 BLOCK_TOKENS = 512  # per entry of ``block_ids``, as in Mooncake's traces
+MAX_REQUESTS = 2_000_000  # about 1 GB of memory; a longer trace must be cut first
+MAX_DURATION_S = 31 * 86_400.0  # a simulation takes a step per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +74,24 @@ class TraceOptions:
             raise ConfigError(f"the duration is {self.duration_s:g} s; write a number above 0")
         if self.copies < 1:
             raise ConfigError(f"copies is {self.copies}; write 1 or more")
+        if not 0 <= self.jitter_s < math.inf:
+            raise ConfigError(f"the jitter is {self.jitter_s:g} s; write a finite number from 0 on")
 
 
 def prepared(trace: Trace, options: TraceOptions) -> Trace:
     """Apply the options.
 
     Raises:
-        ConfigError: no request is left.
+        ConfigError: no request is left, or the trace becomes too long to replay.
     """
     kept = [each for each in trace.requests if each.arrival_s < options.duration_s]
     if not kept:
         raise ConfigError(f"{trace.name}: no request to replay; use a longer trace or duration")
+    if len(kept) * options.copies > MAX_REQUESTS:
+        raise ConfigError(
+            f"{trace.name}: {len(kept):,} requests with {options.copies:,} copies are more than "
+            f"{MAX_REQUESTS:,} requests; write fewer copies or a shorter duration"
+        )
     requests = _copied(kept, options)
     if options.speed != 1 or options.service_class:
         requests = [
@@ -93,7 +102,13 @@ def prepared(trace: Trace, options: TraceOptions) -> Trace:
             )
             for each in requests
         ]
-    return Trace(trace.name, ordered(requests))
+    changed = Trace(trace.name, ordered(requests))
+    if not changed.duration_s <= MAX_DURATION_S:
+        raise ConfigError(
+            f"{trace.name}: lasts {changed.duration_s:g} s (seconds), more than 31 days; check the "
+            "unit of its times, or use a shorter duration or a higher speed"
+        )
+    return changed
 
 
 def ordered(requests: Iterable[TraceRequest]) -> tuple[TraceRequest, ...]:

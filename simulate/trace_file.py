@@ -22,6 +22,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from simulate.trace import Trace, TraceRequest, ordered
+from simulate.trace import MAX_REQUESTS, Trace, TraceRequest, ordered
 
-MAX_REQUESTS = 2_000_000  # about 1 GB of memory; a longer trace must be cut first
+MAX_BYTES = 2**30  # of a trace file, without its compression
+MAX_TOKENS = 10**8  # of a prompt or an output
 _GZIP_MAGIC = b"\x1f\x8b"
 _SHOWN_CHARS = 60  # of a broken value, in an error message
 
@@ -93,13 +95,21 @@ def read_trace(path: Path) -> Trace:
             The message names the line.
     """
     try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
-        text = data.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as err:
+        text = _bytes(path).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
         raise ConfigError(f"the trace {path} cannot be read: {err}") from err
     return parse_trace(text, name=path.name.removesuffix(".gz"))
+
+
+def _bytes(path: Path) -> bytes:
+    """Return the content of a file, decompressed."""
+    with path.open("rb") as file:
+        is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    with gzip.open(path) if is_gzip else path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"the trace {path} has more than {MAX_BYTES:,} bytes; shorten it")
+    return data
 
 
 def parse_trace(text: str, name: str) -> Trace:
@@ -200,7 +210,7 @@ def _column(names: Mapping[str, Any], wanted: Sequence[str], what: str) -> Any:
 
 
 def _fits(columns: _Columns, row: Mapping[str, Any]) -> bool:
-    needed = (columns.time, columns.prompt, columns.output)
+    needed = (columns.time, columns.prompt, columns.output, columns.blocks)
     return all(key in row for key in needed)
 
 
@@ -253,6 +263,8 @@ def _tokens(value: Any, what: str) -> int:
         raise _LineError(f"{what} is {_shown(value)}, but must be a whole number") from None
     if tokens < 0:
         raise _LineError(f"{what} is {tokens}, but must not be negative")
+    if tokens > MAX_TOKENS:
+        raise _LineError(f"{what} is {_shown(value)}, but must be at most {MAX_TOKENS:,}")
     return tokens
 
 

@@ -186,6 +186,51 @@ def test_something_else_is_refused(text: str) -> None:
         parse_policy(text, "x.yaml")
 
 
+def nested_aliases(line: str) -> str:
+    levels = [line.format(each=each, before=f"*a{each - 1}") for each in range(1, 40)]
+    return "\n".join(["x0: &a0 {k: 1}", *levels])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("spec: \0", "not valid YAML"),
+        ("[" * 50_000, "nested too deeply"),
+        ("{a: " * 20_000, "nested too deeply"),
+        (nested_aliases("x{each}: &a{each} [{before}, {before}]"), "more than 10000 values"),
+        (nested_aliases("x{each}: &a{each} {{<<: [{before}, {before}]}}"), "more than 10000"),
+        ("a: &a {b: *a}", "more than 10000 values"),
+        ("a: 0x" + "f" * 5000, "1: .* more than 1000 characters"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: " + ",".join(["[1"] + ["1"] * 20_000) + "]", "more than 10000 values"),
+    ],
+    ids=[
+        "nul",
+        "lists",
+        "sections",
+        "aliases",
+        "merges",
+        "itself",
+        "number",
+        "bool",
+        "date",
+        "long",
+    ],
+)
+def test_a_file_that_is_made_to_harm_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=rf"x\.yaml:.*{complaint}"):
+        parse_policy(text, "x.yaml")
+
+
+def test_an_anchor_and_a_merge_may_be_used() -> None:
+    text = TEXT.replace("behavior:", "behavior: &slowly").replace(
+        "decode:", "decode:\n    behavior: {<<: *slowly}"
+    )
+    spec = parse_policy(text, "chat.yaml").spec
+    assert spec.decode.behavior == spec.prefill.behavior
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load_policy(tmp_path / "none.yaml")

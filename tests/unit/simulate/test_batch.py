@@ -148,7 +148,7 @@ def test_segments_equal_single_steps(
 @given(
     arrivals=ARRIVALS,
     reservation=st.sampled_from(list(KvReservation)),
-    room_tokens=st.integers(3200, 9000),
+    room_tokens=st.integers(3120, 9000),
 )
 def test_the_room_is_never_exceeded_and_no_token_is_lost(
     arrivals: list[Arrival], reservation: KvReservation, room_tokens: int
@@ -172,6 +172,14 @@ def test_a_full_engine_preempts_the_latest_stream_which_computes_its_prompt_agai
     assert small.engine.preemptions == 1
     assert small.ends[0] == large.ends[0]
     assert small.ends[1][0] > large.ends[1][0]
+
+
+def test_a_preempted_stream_that_needs_nearly_all_room_comes_back_when_nothing_else_runs() -> None:
+    """The third one waits behind it, and holds no room."""
+    arrivals = [Arrival(0, 1, 7), Arrival(1, 988, 12), Arrival(2, 900, 10)]
+    replay = Replay(model(LATENCIES[0], 1000, KvReservation.PROMPT), arrivals, 0, no_check)
+    assert replay.engine.preemptions == 1
+    assert replay.ends.keys() == {0, 1, 2}
 
 
 def test_a_stream_that_leaves_takes_its_kv_along() -> None:

@@ -119,6 +119,35 @@ def test_streams_of_a_decode_worker_that_leaves_move() -> None:
         assert moved.ended_s == pytest.approx(still.ended_s, abs=1.0)
 
 
+def test_streams_that_find_no_worker_are_demand_and_end_after_the_failover_timeout() -> None:
+    waiting: list[tuple[int, int]] = []
+
+    def watch(snapshot: Snapshot) -> list[Action]:
+        demand = snapshot.demand
+        assert demand is not None
+        waiting.append(
+            (demand[Pool.PREFILL].waiting_requests, demand[Pool.DECODE].waiting_requests)
+        )
+        return []
+
+    script = {5: one(Pool.DECODE, ActionKind.REMOVE), 10: watch}
+    limits = replace(default_settings(), drain_s=1.0)
+    done = run(steady(3, output_tokens=2000), MODEL, ONE_EACH, scripted(script), limits)
+    assert waiting == [(0, 3)]
+    for each in done.ended:
+        assert each.status == "NO_DECODE_WORKER"
+        assert each.ended_s == pytest.approx(6 + limits.front.failover_timeout_s, abs=0.3)
+
+    done = run(
+        steady(3, output_tokens=2000),
+        MODEL,
+        ONE_EACH,
+        scripted({**script, 12: add(Pool.DECODE)}),
+        limits,
+    )
+    assert {each.status for each in done.ended} == {"ok"}
+
+
 def test_the_wait_at_one_prefill_worker_is_that_of_an_m_d_1_queue() -> None:
     """Mean wait rho * S / (2 * (1 - rho)); Pollaczek and Khinchin."""
     service_s, rho = 0.1, 0.5
@@ -156,6 +185,33 @@ def test_a_worker_that_changes_its_role_is_ready_sooner_than_a_new_one() -> None
     assert [each.ready for each in done.samples][25] == (1, 2)
     assert worker_seconds(done, Pool.PREFILL, 99) == pytest.approx(99 + 20, abs=0.1)
     assert worker_seconds(done, Pool.DECODE, 99) == pytest.approx(99 + 79, abs=0.1)
+
+
+def test_only_actions_that_change_something_and_starts_that_end_are_counted() -> None:
+    def latest(pool: Pool, kind: ActionKind) -> Callable[[Snapshot], list[Action]]:
+        def act(snapshot: Snapshot) -> list[Action]:
+            last = [each for each in snapshot.workers if each.pool is pool][-1]
+            return [Action(kind, pool, last.id, "")]
+
+        return act
+
+    script = {
+        10: add(Pool.PREFILL),
+        15: latest(Pool.PREFILL, ActionKind.REMOVE),  # before it is ready
+        20: lambda _: [Action(ActionKind.REMOVE, Pool.PREFILL, "prefill-009", "")],  # is unknown
+        25: latest(Pool.DECODE, ActionKind.CHANGE_ROLE),  # has the role
+    }
+    done = run(steady(40), MODEL, ONE_EACH, scripted(script))
+    assert done.cold_starts == 0
+    assert done.changes == {ActionKind.ADD: 1, ActionKind.REMOVE: 1, ActionKind.CHANGE_ROLE: 0}
+
+
+def test_hours_count_until_the_last_end_if_all_requests_arrive_at_once() -> None:
+    trace = Trace("at once", tuple(TraceRequest(0.0, 500, 50) for _ in range(20)))
+    done = run(trace, MODEL, ONE_EACH)
+    last_s = max(each.ended_s for each in done.ended)
+    assert last_s > 0
+    assert evaluate(done, Slo(1, 1), "t").replica_hours == pytest.approx(2 * last_s / 3600)
 
 
 def test_requests_wait_for_the_first_workers_of_empty_pools() -> None:
@@ -232,12 +288,14 @@ def test_one_request_takes_the_times_of_the_model() -> None:
     assert each.ended_s == pytest.approx(each.first_s + MODEL.transfer.seconds(1000) + steps_s)
 
 
-@pytest.mark.parametrize("max_tokens", [None, 4096])
-def test_what_clients_allow_changes_no_answer(max_tokens: int | None) -> None:
+@pytest.mark.parametrize("max_tokens", [51, 4096])
+def test_what_clients_allow_changes_no_answer(max_tokens: int) -> None:
     limits: ClusterSettings = default_settings()
     limits = replace(limits, front=replace(limits.front, max_tokens=max_tokens))
     done = run(steady(20), fake(), ONE_EACH, settings=limits)
+    exact = run(steady(20), fake(), ONE_EACH)
     assert {each.status for each in done.ended} == {"ok"}
+    assert outcome(done) == outcome(exact)
 
 
 def fake() -> LatencyModel:

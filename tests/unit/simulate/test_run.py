@@ -9,21 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from autoscale.load import load_policy
+from autoscale.load import load_policy, parse_policy
 from core.errors import ConfigError
 from core.types import Pool
 from simulate.baselines import families, static_policy
 from simulate.cluster import run
 from simulate.latency import PRESETS
 from simulate.metrics import Slo, evaluate
-from simulate.run import SimulateOptions, simulate_command, slo_of
+from simulate.run import SimulateOptions, candidate, simulate, simulate_command, slo_of
 from simulate.static import StaticSearch, first_workers
-from simulate.trace import TraceOptions, bursty
+from simulate.trace import TraceOptions, bursty, prepared
 
 POLICIES = Path(__file__).resolve().parents[3] / "deploy" / "policies"
 MODEL = replace(PRESETS["8b-h100"], cold_start_s=15.0)
 SLO = Slo(ttft_s=0.5, itl_s=0.02)
 SMALL = bursty(duration_s=45, base_per_s=6, burst_per_s=50, calm_s=15, burst_s=8)
+# Forecasts need more than a minute to see the load change.
+LONGER = bursty(duration_s=90, base_per_s=6, burst_per_s=50, calm_s=40, burst_s=12)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,61 @@ def test_a_wrong_option_is_an_error_before_anything_runs(tmp_path: Path) -> None
         simulate_command([POLICIES / "chat.yaml"], SimulateOptions("synthetic", model="none"))
 
 
+def test_files_that_cannot_be_written_are_an_error_before_anything_runs(tmp_path: Path) -> None:
+    for path, complaint in (
+        (tmp_path, "is a directory; write the name of a file"),
+        (tmp_path / "none" / "out", "none is no directory; make it first"),
+        (tmp_path / ("a" * 300) / "out", "out: cannot be written: File name too long"),
+    ):
+        missing = str(tmp_path / "missing")
+        for options in (
+            SimulateOptions(missing, json_path=path),
+            SimulateOptions(missing, html_path=path),
+        ):
+            with pytest.raises(ConfigError, match=complaint):
+                simulate_command([POLICIES / "chat.yaml"], options)
+
+
+def test_a_file_that_fails_to_be_written_is_an_error(trace_file: Path, tmp_path: Path) -> None:
+    options = SimulateOptions(
+        str(trace_file), replay=TraceOptions(duration_s=1), json_path=tmp_path / ("a" * 300)
+    )
+    with pytest.raises(ConfigError, match="cannot be written: File name too long"):
+        simulate_command([POLICIES / "chat.yaml"], options, lambda _line: None)
+
+
+def test_an_advisory_policy_is_simulated_as_if_it_were_active() -> None:
+    active = load_policy(POLICIES / "chat.yaml")
+    advisory = active.model_copy(
+        update={"spec": active.spec.model_copy(update={"mode": "Advisory"})}
+    )
+    done = [
+        run(LONGER, MODEL, dict.fromkeys(Pool, 1), candidate(each).scaler)
+        for each in (active, advisory)
+    ]
+    assert sum(done[1].changes.values()) > 0
+    assert done[0].decisions == done[1].decisions
+
+
+def test_the_workers_at_the_start_are_within_the_budget() -> None:
+    text = (POLICIES / "chat.yaml").read_text() + "  budget: {gpus: 3}\n"
+    bounded = candidate(parse_policy(text, "chat.yaml"), SLO)
+    fast = prepared(SMALL, TraceOptions(duration_s=16, speed=8))
+    assert sum(first_workers(fast, MODEL, SLO).values()) > 3
+    (row,) = simulate(fast, [bounded], MODEL)
+    assert sum(row.run.samples[0].ordered) == 3
+    assert min(row.run.samples[0].ordered) >= 1
+
+
+def test_requests_that_are_refused_as_too_long_need_no_workers() -> None:
+    long = replace(SMALL.requests[0], prompt_tokens=MODEL.kv.decode_tokens)
+    mixed = replace(SMALL, requests=(*[long] * 1000, *SMALL.requests))
+    assert first_workers(mixed, MODEL, SLO) == first_workers(SMALL, MODEL, SLO)
+    only = replace(SMALL, requests=(long,))
+    assert first_workers(only, MODEL, SLO) == {Pool.PREFILL: 1, Pool.DECODE: 1}
+    assert StaticSearch(only, MODEL, SLO).find() is None
+
+
 def test_the_slos_are_those_of_the_policy() -> None:
     slo = slo_of(load_policy(POLICIES / "chat.yaml"))
     assert (slo.ttft_s, slo.itl_s) == (1.0, 0.05)
@@ -99,12 +156,12 @@ def test_slos_that_no_pools_attain() -> None:
 
 
 def test_each_baseline_runs_and_scales() -> None:
-    first = first_workers(SMALL, MODEL, SLO)
     for family in families(MODEL, SLO.itl_s):
         label, scaler = next(iter(family.variants.items()))
-        results = evaluate(run(SMALL, MODEL, first, scaler), SLO, label)
+        results = evaluate(run(LONGER, MODEL, dict.fromkeys(Pool, 1), scaler), SLO, label)
+        assert results.changes > 0, family.name
         assert results.completed > 0, family.name
-        assert results.requests == len(SMALL.requests)
+        assert results.requests == len(LONGER.requests)
 
 
 def test_a_static_policy_brings_the_pools_to_its_numbers_and_rests() -> None:

@@ -31,6 +31,24 @@ def test_a_speed_must_be_positive(speed: float) -> None:
         TraceOptions(speed=speed)
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (TraceOptions(speed=1e-6), r"lasts 3e\+06 s \(seconds\), more than 31 days"),
+        (TraceOptions(speed=1e-310), r"lasts inf s"),
+        (TraceOptions(copies=10**9), "4 requests with 1,000,000,000 copies are more than"),
+    ],
+)
+def test_a_trace_that_is_too_long_is_refused(options: TraceOptions, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        prepared(TRACE, options)
+
+
+def test_a_jitter_must_be_finite() -> None:
+    with pytest.raises(ConfigError, match="the jitter is nan s"):
+        TraceOptions(jitter_s=float("nan"))
+
+
 def test_bursts_have_about_the_rates_asked_for() -> None:
     trace = bursty(seed=3, duration_s=20_000, base_per_s=1, burst_per_s=10, calm_s=90, burst_s=10)
     expected = 20_000 * (1 * 90 + 10 * 10) / 100

@@ -9,6 +9,7 @@ import pytest
 
 import simulate
 from core.errors import ConfigError
+from simulate import trace_file
 from simulate.trace_file import parse_trace, read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -78,6 +79,12 @@ def test_mooncake_is_in_milliseconds_and_has_blocks() -> None:
     assert [each.block_ids for each in trace.requests] == [(46, 47), ()]
 
 
+def test_blocks_are_read_if_the_first_line_has_none() -> None:
+    first = MOONCAKE.replace(', "hash_ids": [46, 47]', "")
+    trace = parse_trace(first + MOONCAKE, "trace")
+    assert [each.block_ids for each in trace.requests] == [(), (46, 47)]
+
+
 def test_an_empty_output_counts_as_one_token() -> None:
     assert lengths(f"{AZURE}0,5,0\n") == [(0.0, 5, 1)]
 
@@ -90,6 +97,10 @@ def test_an_empty_output_counts_as_one_token() -> None:
         (f"{AZURE}nan,2,3\n", "line 2: the time 'nan' is not finite"),
         (f"{AZURE}1,two,3\n", "line 2: the number of prompt tokens is 'two'"),
         (f"{AZURE}1,2,-3\n", "line 2: the number of output tokens is -3"),
+        (
+            f"{AZURE}1,1e300,3\n",
+            "line 2: the number of prompt tokens is '1e300', .* at most 100,000",
+        ),
         (f"{AZURE}1,2,3.5\n", "line 2: the number of output tokens is '3.5'"),
         ("time,tokens\n1,2\n", "line 1: no column with the prompt tokens, such as contexttokens"),
         (f"{MOONCAKE}{MOONCAKE[:40]}\n", "line 2: not JSON"),
@@ -112,6 +123,22 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "cut.gz").write_bytes(gzip.compress(AZURE.encode())[:-4])
     with pytest.raises(ConfigError, match="cannot be read"):
         read_trace(tmp_path / "cut.gz")
+    broken = bytearray(gzip.compress(AZURE.encode()))
+    broken[10] ^= 0xFF  # the first byte of the deflated data
+    (tmp_path / "broken.gz").write_bytes(broken)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_trace(tmp_path / "broken.gz")
+
+
+@pytest.mark.parametrize("is_gzip", [False, True])
+def test_a_file_that_is_too_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gzip: bool
+) -> None:
+    monkeypatch.setattr(trace_file, "MAX_BYTES", 100_000)
+    data = b" " * 100_001
+    (tmp_path / "large").write_bytes(gzip.compress(data) if is_gzip else data)
+    with pytest.raises(ConfigError, match="more than 100,000 bytes; shorten it"):
+        read_trace(tmp_path / "large")
 
 
 @pytest.mark.parametrize(
