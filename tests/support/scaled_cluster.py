@@ -75,7 +75,7 @@ class ScaledCluster(SimCluster):
         self.config = config
         self.latency: FakeLatency | None = None  # of all workers; None: a random one for each
 
-    def add(  # type: ignore[override] # these workers are whole replicas
+    def add(
         self,
         pool: Pool,
         latency: FakeLatency | None = None,
