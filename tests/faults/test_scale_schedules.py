@@ -22,7 +22,7 @@ from core.errors import UnavailableError
 from core.types import Pool
 from engine.fake import FakeLatency
 from router.admission.policy import AdmissionLimits, ClassLimits
-from tests.support.scaled_cluster import ScaledCluster, scaled_config
+from tests.support.scaled_cluster import ScaledCluster, scaled_config, seeded_ids
 from tests.support.schedules import (
     FAR_S,
     Cut,
@@ -207,53 +207,54 @@ async def run_schedule(seed: int) -> None:
     is_calm = rng.random() < 0.3  # no fault, and workers have time to end their requests
     graces_s = (LONG_S,) if is_calm else (0.0, 0.3, 1.0, LONG_S)
     config = scaled_config(grace_s=rng.choice(graces_s) or 0.1)
-    async with ScaledCluster(rng, random_limits(rng), config) as cluster:
-        cluster.latency = rng.choice((None, FakeLatency(2.0, 200.0)))
-        cluster.transfer_s = rng.choice((0.0, 0.05, 1.0))
-        for pool in Pool:
-            for _ in range(rng.randint(1, 3)):
-                cluster.add(pool)
-        for _ in range(rng.randrange(2)):
-            await cluster.add_router()
-        await elapse(2)
-        keeper = asyncio.create_task(cluster.keep_up(rng.choice((0.0, 1.0, 10.0))))
-        await elapse(1)
-        tasks_before = asyncio.all_tasks()
-        clients = [random_client(cluster, n) for n in range(rng.choice((1, 3, 12)))]
-        patience_s = [
-            rng.choice((0.0, 0.05, 0.5)) if rng.random() < 0.15 else 3 * FAR_S for _ in clients
-        ]
+    with seeded_ids(seed):
+        async with ScaledCluster(rng, random_limits(rng), config) as cluster:
+            cluster.latency = rng.choice((None, FakeLatency(2.0, 200.0)))
+            cluster.transfer_s = rng.choice((0.0, 0.05, 1.0))
+            for pool in Pool:
+                for _ in range(rng.randint(1, 3)):
+                    cluster.add(pool)
+            for _ in range(rng.randrange(2)):
+                await cluster.add_router()
+            await elapse(2)
+            keeper = asyncio.create_task(cluster.keep_up(rng.choice((0.0, 1.0, 10.0))))
+            await elapse(1)
+            tasks_before = asyncio.all_tasks()
+            clients = [random_client(cluster, n) for n in range(rng.choice((1, 3, 12)))]
+            patience_s = [
+                rng.choice((0.0, 0.05, 0.5)) if rng.random() < 0.15 else 3 * FAR_S for _ in clients
+            ]
 
-        async def start_client(client: SimClient, patience_s: float) -> None:
-            await elapse(rng.choice((0.0, 0.1, 3.0, 8.0)))
-            await run_client(cluster, client, patience_s)
+            async def start_client(client: SimClient, patience_s: float) -> None:
+                await elapse(rng.choice((0.0, 0.1, 3.0, 8.0)))
+                await run_client(cluster, client, patience_s)
 
-        async def strike(fault: Event | Fault) -> None:
-            await elapse(rng.choice((0.0, 0.05, 0.5, 3.0, 8.0)) * rng.random())
-            await fault.strike(cluster)
+            async def strike(fault: Event | Fault) -> None:
+                await elapse(rng.choice((0.0, 0.05, 0.5, 3.0, 8.0)) * rng.random())
+                await fault.strike(cluster)
 
-        events = [random_event(rng, graces_s) for _ in range(rng.randint(1, 6))]
-        faults: list[Fault] = [
-            random_fault(rng) for _ in range(0 if is_calm else rng.choice((0, 1, 3)))
-        ]
-        if not is_calm and rng.random() < 0.3:
-            events, faults = [], [LoseAll(rng.choice((1.0, 8.0)))]
-        await asyncio.gather(
-            *(strike(each) for each in (*events, *faults)),
-            *(start_client(*each) for each in zip(clients, patience_s, strict=True)),
-        )
-        store_failed = any(
-            isinstance(fault, RegistryAway | RegistryEmptied | StoreSlow) for fault in faults
-        )
-        for client, patient_s in zip(clients, patience_s, strict=True):
-            check_ended(client, gave_up=patient_s < FAR_S, store_failed=store_failed)
-            if not faults:
-                assert not client.refusals, client.refusals
-        if is_calm:
-            check_nothing_was_cut_short(cluster)
-        await settle(cluster)
-        check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
-        keeper.cancel()
+            events = [random_event(rng, graces_s) for _ in range(rng.randint(1, 6))]
+            faults: list[Fault] = [
+                random_fault(rng) for _ in range(0 if is_calm else rng.choice((0, 1, 3)))
+            ]
+            if not is_calm and rng.random() < 0.3:
+                events, faults = [], [LoseAll(rng.choice((1.0, 8.0)))]
+            await asyncio.gather(
+                *(strike(each) for each in (*events, *faults)),
+                *(start_client(*each) for each in zip(clients, patience_s, strict=True)),
+            )
+            store_failed = any(
+                isinstance(fault, RegistryAway | RegistryEmptied | StoreSlow) for fault in faults
+            )
+            for client, patient_s in zip(clients, patience_s, strict=True):
+                check_ended(client, gave_up=patient_s < FAR_S, store_failed=store_failed)
+                if not faults:
+                    assert not client.refusals, client.refusals
+            if is_calm:
+                check_nothing_was_cut_short(cluster)
+            await settle(cluster)
+            check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
+            keeper.cancel()
 
 
 def check_nothing_was_cut_short(cluster: ScaledCluster) -> None:

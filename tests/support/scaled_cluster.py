@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import uuid
 from collections.abc import Iterator
 from unittest import mock
 
@@ -49,9 +50,16 @@ def scaled_config(grace_s: float, **settings: object) -> Config:
 
 @contextlib.contextmanager
 def seeded_ids(seed: int) -> Iterator[None]:
-    """Make the ids of workers and applications depend on the seed alone: their order matters."""
+    """Make all ids depend on the seed, because the order of workers does."""
     rng = random.Random(seed)
-    with mock.patch("secrets.token_hex", lambda length: rng.randbytes(length).hex()):
+
+    def next_uuid() -> uuid.UUID:
+        return uuid.UUID(bytes=rng.randbytes(16))
+
+    with (
+        mock.patch("secrets.token_hex", lambda length: rng.randbytes(length).hex()),
+        mock.patch("uuid.uuid4", next_uuid),
+    ):
         yield
 
 
@@ -67,7 +75,7 @@ class ScaledCluster(SimCluster):
         self.config = config
         self.latency: FakeLatency | None = None  # of all workers; None: a random one for each
 
-    def add(  # type: ignore[override] # these workers are whole replicas
+    def add(
         self,
         pool: Pool,
         latency: FakeLatency | None = None,

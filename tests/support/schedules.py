@@ -121,7 +121,7 @@ class Drain:
         if living := cluster.living(self.pool):
             cluster.add(self.pool)
             worker = cluster.rng.choice(living)
-            assert isinstance(worker, SimWorker), "a whole replica is asked to drain"
+            assert isinstance(worker, SimWorker), "others leave by themselves"
             await worker.drain(self.grace_s)
 
 

@@ -98,14 +98,14 @@ class SimCall:
         self._error: grpc.aio.AioRpcError | None = None
         self._ended = False
         self._changed = asyncio.Event()
-        worker.calls.add(self)
+        worker.calls[self] = None
         loop = asyncio.get_running_loop()
         code = grpc.StatusCode.DEADLINE_EXCEEDED
         self._deadline_s = loop.time() + timeout_s
         self._deadline = loop.call_at(self._deadline_s, self.break_, code, "deadline")
         self._cancel: asyncio.Task[None] | None = None
         self.server = asyncio.create_task(self._serve())
-        self.server.add_done_callback(lambda _: worker.calls.discard(self))
+        self.server.add_done_callback(lambda _: worker.calls.pop(self, None))
 
     def cancel(self) -> None:
         """Cancel the call. It ends immediately for the caller, and a little later on the worker."""
@@ -206,7 +206,7 @@ class SimProcess(abc.ABC):
         self.rng = cluster.rng
         self.incarnation = incarnation
         self.alive = True
-        self.calls: set[SimCall] = set()
+        self.calls: dict[SimCall, None] = {}  # in order of arrival
         self.asked: list[str] = []
         self.prefilled: set[str] = set()
         self.slow = False
@@ -248,7 +248,7 @@ class SimProcess(abc.ABC):
 
     def has_prefilled(self, transfer_id: str) -> bool:
         """Whether a decode worker may fetch this KV now."""
-        return transfer_id in self.prefilled
+        return self.alive and transfer_id in self.prefilled
 
     async def fetched(self, transfer_id: str) -> None:
         """Note that a decode worker has the KV."""
@@ -427,7 +427,7 @@ class SimRouter:
         self.rng = cluster.rng
         self.cluster = cluster
         self.alive = True
-        self.calls: set[asyncio.Task[None]] = set()  # running calls of clients
+        self.calls: dict[asyncio.Task[None], None] = {}  # running calls of clients, in order
         clock = cluster.clock
         codec = cluster.codec
         self.ledger = PlacementLedger(
@@ -580,7 +580,7 @@ class SimCluster:
         latency: FakeLatency | None = None,
         limit: int = 8,
         kv_blocks: int = KV_BLOCKS,
-    ) -> SimWorker:
+    ) -> SimProcess:
         """Start a worker that runs at most ``limit`` requests at the same time. The worker is ready
         when it has its first lease. If ``latency`` is None, latency and limit are random."""
         name = f"{pool}-{self.next_number()}"
@@ -635,9 +635,8 @@ class SimCluster:
                 return False
             if source.has_prefilled(request.transfer_id):
                 await wait(self.transfer_s)
-                broke = not source.has_prefilled(request.transfer_id)
-                if broke or not source.alive:  # it may have died meanwhile
-                    return False
+                if not source.has_prefilled(request.transfer_id):
+                    return False  # the transfer broke
                 await source.fetched(request.transfer_id)
                 return True
             await wait(0.025)
@@ -683,7 +682,7 @@ class SimClient:
         if router not in self._living():
             self.statuses.append((UNAVAILABLE, CONNECTION_LOST))
             return
-        router.calls.add(task)
+        router.calls[task] = None
         self.began_s = self._clock()
         self.deadline_s = self.began_s + self.timeout_s
         try:
@@ -707,7 +706,7 @@ class SimClient:
                 raise
             self.statuses.append((UNAVAILABLE, CONNECTION_LOST))
         finally:
-            router.calls.discard(task)
+            router.calls.pop(task, None)
             self.ended_s = self._clock()
 
     def time_remaining(self) -> float:

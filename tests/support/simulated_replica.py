@@ -204,7 +204,7 @@ class SimReplica(SimProcess):
         return [task for task in found if not task.done()]
 
     def has_prefilled(self, transfer_id: str) -> bool:
-        return transfer_id in self.engine._held
+        return self.alive and transfer_id in self.engine._held
 
     async def fetched(self, transfer_id: str) -> None:
         await self.engine.release(transfer_id)
@@ -228,7 +228,8 @@ class SimReplica(SimProcess):
         self.cut()
 
     async def _start(self) -> None:
-        await self._sleep(self.load_s)
+        await elapse(self.load_s)
+        await self._running.wait()
         await self.replica.start()
 
     async def _reach_store(self) -> None:
