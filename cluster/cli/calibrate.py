@@ -31,13 +31,13 @@ from simulate.latency_file import save_latency_model
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens; those that the model takes
 _REPEATS = 3  # the median counts
 _STREAMS = (1, 2, 4, 8, 16)
-_ANSWER_TOKENS = 64
+_ANSWER_TOKENS = 64  # enough for a steady step, and short beside the longest prompts
 # Prompts of the streams. The second length tells the cost of KV from the cost of a stream.
 _STREAM_PROMPTS = (64, 512)
 # Every vocabulary has these ids, and none of them is special in the usual ones.
 _TOKEN_IDS = range(300, 900)
-_TIMEOUT_S = 600.0
-_DEFAULT_COLD_START_S = 60.0
+_TIMEOUT_S = 600.0  # of one request; a long prompt on CPUs takes minutes
+_DEFAULT_COLD_START_S = 60.0  # loading a model of some GB, if no start was seen
 
 
 @dataclass(frozen=True, slots=True)
