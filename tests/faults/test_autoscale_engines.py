@@ -67,7 +67,7 @@ def answers(cluster: LiveCluster) -> Mapping[PlannedRequest, Sequence[int]]:
 def policy(least: int = 1, window_s: int = 8, **spec: Any) -> dict[str, Any]:
     """Return a policy with ``least`` to two workers in each pool."""
     behavior = {"scaleDown": {"stabilizationWindowSeconds": window_s}}
-    pool = {"minReplicas": least, "maxReplicas": 2, "behavior": behavior}
+    pool = {"minReplicas": least, "maxReplicas": 2, "averagingSeconds": 1, "behavior": behavior}
     return {
         "apiVersion": "baton/v1",
         "kind": "AutoscalingPolicy",
