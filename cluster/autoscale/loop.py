@@ -201,13 +201,12 @@ class AutoscaleLoop:
             worker.id: self._seen_s.get(worker.id, now_s) for worker in observation.snapshot.workers
         }
         for worker in observation.snapshot.workers:
-            if worker.phase is not Phase.READY:
-                continue
-            self._backoff[worker.pool].failures = 0
-            if (since_s := seen[worker.id]) is not None:
+            since_s = seen[worker.id]
+            if worker.phase is Phase.READY and since_s is not None:
+                seen[worker.id] = None
+                self._backoff[worker.pool].failures = 0
                 if since_s < now_s:  # else it was there before this process
                     self._remember(start_s=now_s - since_s)
-                seen[worker.id] = None
         self._seen_s = seen
 
     async def _run(self) -> None:

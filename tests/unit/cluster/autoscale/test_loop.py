@@ -299,6 +299,22 @@ async def test_a_worker_that_cannot_start_is_tried_again_ever_later() -> None:
     assert harness.counts()[0] == 1, "the other pool is undisturbed"
 
 
+async def test_a_worker_that_runs_does_not_hurry_one_that_cannot_start() -> None:
+    harness = Harness(**{"decode.replicas": 2})
+    await harness.step()
+    await harness.step()
+    runs, _ = harness.apps.names(Pool.DECODE)
+    tries = 0
+    for _ in range(100):
+        for name in harness.apps.names(Pool.DECODE):
+            if name != runs:
+                harness.apps.change(name, AppState.FAILED, "no memory")
+                tries += 1
+        await harness.step()
+    assert tries <= 8
+    assert runs in harness.apps.names(Pool.DECODE)
+
+
 async def test_a_wrong_policy_is_refused_once_and_the_last_one_stays() -> None:
     harness = Harness()
     harness.store.policy = policy_text((2, 4), (1, 3))
