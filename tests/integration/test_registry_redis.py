@@ -30,6 +30,7 @@ from core.state.journal import (
     Written,
     memory_bytes,
 )
+from core.state.autoscale import AutoscaleStore, Kept
 from core.state.orders import ROUTER, Orders, StartFailure, report_failure
 from core.state.redis import RedisClient
 from core.state.registry import RedisRegistry
@@ -236,6 +237,47 @@ async def test_orders_are_taken_once_and_expire(url: str, name: str) -> None:
     assert await orders.take_failures() == ()
     for connection in (orders, registry, client):
         await connection.close()
+
+
+async def test_what_the_autoscaler_keeps(url: str, name: str) -> None:
+    store = AutoscaleStore(url, cluster=name, view_s=LEASE_S, socket_timeout_s=TIMEOUT_S)
+
+    async def policy() -> str | None:
+        return (await store.read()).policy
+
+    await until_awaited(lambda: answers_autoscale(store), what="the store answers")
+    assert await store.read() == Kept(None, None, None)
+    await store.apply_policy("wrong")
+    await store.restore_policy("wrong", "good")
+    assert await policy() == "good"
+    await store.apply_policy("newer")
+    await store.restore_policy("wrong", "good")
+    assert await policy() == "newer", "it was applied after the wrong one was read"
+    await store.remove_policy()
+    assert await policy() == "", "removed, which is not the same as lost"
+    await store.restore_policy(None, "good")
+    assert await policy() == ""
+    await store.write(b"state", b"view")
+    assert await store.read() == Kept("", b"state", b"view")
+
+    async def view_is_gone() -> bool:
+        return (await store.read()).view is None
+
+    await until_awaited(view_is_gone, what="the view ends with its lease")
+    await store.forget()
+    assert await store.read() == Kept(None, None, None)
+    await store.restore_policy(None, "good")
+    assert await policy() == "good"
+    await store.forget()
+    await store.close()
+
+
+async def answers_autoscale(store: AutoscaleStore) -> bool:
+    try:
+        await store.read()
+    except UnavailableError:
+        return False
+    return True
 
 
 async def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, name: str) -> None:
