@@ -22,6 +22,7 @@ from cluster.local.ports import free_port
 from cluster.local.valkey import EmbeddedValkey
 from core.config.schema import Config
 from core.errors import ConfigError, UnavailableError
+from core.state.autoscale import AutoscaleStore, Kept
 from core.state.journal import (
     After,
     Change,
@@ -30,7 +31,6 @@ from core.state.journal import (
     Written,
     memory_bytes,
 )
-from core.state.autoscale import AutoscaleStore, Kept
 from core.state.orders import ROUTER, Orders, StartFailure, report_failure
 from core.state.redis import RedisClient
 from core.state.registry import RedisRegistry
