@@ -77,7 +77,7 @@ class RayRuntime:
 
     def deploy(self, app: Application) -> None:
         """Give the application to Serve and return. Serve starts it in the background."""
-        target = serve.RunTarget(app, name=APP, route_prefix=None)
+        target = serve.RunTarget(app, name=APP, route_prefix=None, external_scaler_enabled=True)
         serve.run_many(
             [target],
             wait_for_ingress_deployment_creation=False,
