@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 
 import grpc
 
@@ -28,18 +27,11 @@ _Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.DecodeR
 class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
     """Serves ``DecodeWorker`` of ``worker.proto``."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        intake: Intake,
-        peers: Peers,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, engine: Engine, intake: Intake, peers: Peers) -> None:
         self._engine = engine
         self._intake = intake
         self._peers = peers
-        self._monotonic = monotonic
-        self._warn_after_s = -math.inf  # on the clock of ``monotonic``
+        self._warn_after_s = -math.inf  # monotonic
         self._unwarned = 0  # prompts since the last warning
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: _Context) -> None:
@@ -72,12 +64,12 @@ class DecodeServicer(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _warn(self, worker_id: str, error: UnavailableError) -> None:
         self._unwarned += 1
-        now_s = self._monotonic()
+        now_s = time.monotonic()
         if now_s < self._warn_after_s:
             return
         _log.warning(
-            "%d prompts whose KV source is unknown are computed here since the last warning; "
-            "the latest came from %s: %s",
+            "this worker computes prompts whose KV source is unknown: %d since the last warning, "
+            "the latest named %s: %s",
             self._unwarned,
             worker_id,
             error,
