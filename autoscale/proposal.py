@@ -10,7 +10,7 @@ from autoscale.behavior import limit_down, limit_up, stabilise
 from autoscale.policy import MAX_WORKERS, PoolPolicy, ScaleDown, Spec
 from autoscale.schedule import is_active
 from autoscale.signals import Measured, Vote, ceil, evaluate
-from autoscale.snapshot import Phase, PoolDemand, Reason
+from autoscale.snapshot import PoolDemand, Reason
 from autoscale.state import Average, PoolState, TooFew, highest, lowest
 from autoscale.workers import PoolWorkers
 from core.types import Pool
@@ -19,7 +19,12 @@ from core.types import Pool
 _LOAD_STEP = math.log(1.05)
 # Shrinking must leave each worker less than 90% of the load with which there were too few.
 _TOO_FEW_FRACTION = 0.9
-_TOO_FEW_MEMORY_S = 3600.0  # after an hour it does: prompts and outputs may have become shorter
+# That is remembered for this many windows of scaleDown, of at least 5 s each. If it comes again
+# soon, it is remembered for longer, up to an hour: prompts and outputs may have become shorter.
+_TOO_FEW_WINDOWS = 12
+_TOO_FEW_WINDOW_S = 5.0
+_TOO_FEW_AGAIN = 8.0
+_TOO_FEW_LONGEST_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +95,9 @@ def propose(
         draft, enough = _Draft(base, [Reason("hold", base, why)]), base
     else:
         draft = _Draft(max(base if vote.wanted is None else vote.wanted for vote in votes))
-        if draft.workers > base:
-            state = _note_too_few(state, policy, workers, demand, now_s)
+        settled = len(workers.ready_since(now_s - demand.latency_window_s))
+        more, load = draft.workers > base, demand.arrival_tokens_per_s
+        state = _note_too_few(state, policy, settled, more, load, now_s)
         draft.bound(least, most, schedules)
         state, enough = _follow(draft, policy, votes, workers.pool, state, demand, now_s)
     draft.bound(least, most, schedules)
@@ -209,7 +215,9 @@ def _follow(
     elif stable < base:
         limit = limit_down(base, state.changes, behavior, now_s)
         draft.become(max(stable, limit), "behavior.scaleDown.policies", f"from {base}")
-        text = f"the peak of the window needs {enough} workers"
+        text = f"the peak of the window needs {seen.needed} workers"
+        if enough > seen.needed:
+            text = f"with the load of the window, {enough - 1} workers were too few"
         draft.become(max(draft.workers, min(enough, base)), "behavior.scaleDown", text)
     return state, enough
 
@@ -247,23 +255,40 @@ def _below_max_utilization(
 
 
 def _note_too_few(
-    state: PoolState, policy: PoolPolicy, workers: PoolWorkers, demand: PoolDemand, now_s: float
+    state: PoolState,
+    policy: PoolPolicy,
+    settled: int,
+    asks_for_more: bool,
+    load: float,
+    now_s: float,
 ) -> PoolState:
-    """Note the load of each worker now that the signals ask for more of them.
+    """Note the load of each worker while the signals ask for more of them, or more of them start.
 
-    While a pool goes on to grow, its backlog says little about the load, so the note stays.
+    The load is measured over some seconds, so it follows the queue late. Therefore the note keeps
+    the largest load until the new workers have been ready for that long.
+
+    Args:
+        settled: workers that have been ready for as long as the load was measured.
+        load: the unit is that of ``PoolDemand.arrival_tokens_per_s``.
     """
     window_s = policy.behavior.scale_down.stabilization_window_seconds
+    known = state.too_few
     goes_on = state.grew_s is not None and now_s - state.grew_s < window_s
-    state = replace(state, grew_s=now_s)
-    ready, load = len(workers.of(Phase.READY)), demand.arrival_tokens_per_s
+    if asks_for_more:
+        state = replace(state, grew_s=now_s)
+    elif not goes_on or settled >= state.target:
+        return state
     _, step = highest(state.load, now_s, window_s, _load_step(load))
-    if not ready or not step:
+    if not settled or not step:
         return state
-    known, per_worker = state.too_few, _load_of(step) / ready
-    if known is not None and goes_on and known.load_per_worker >= per_worker:
-        return state
-    return replace(state, too_few=TooFew(now_s, per_worker))
+    per_worker = _load_of(step) / settled
+    if known is not None and goes_on:
+        largest = max(known.load_per_worker, per_worker)
+        return replace(state, too_few=TooFew(now_s, largest, known.memory_s))
+    memory_s = _TOO_FEW_WINDOWS * max(window_s, _TOO_FEW_WINDOW_S)
+    if known is not None and now_s - known.at_s <= 2 * known.memory_s:
+        memory_s = _TOO_FEW_AGAIN * known.memory_s
+    return replace(state, too_few=TooFew(now_s, per_worker, min(memory_s, _TOO_FEW_LONGEST_S)))
 
 
 def _load_step(load: float) -> int:
@@ -283,6 +308,6 @@ def _more_than_too_few(state: PoolState, load: float, now_s: float) -> int:
     known = state.too_few
     if known is None or not load or not known.load_per_worker:
         return 0
-    if known.at_s <= now_s - _TOO_FEW_MEMORY_S:
+    if now_s - known.at_s >= known.memory_s:
         return 0
     return math.floor(min(load / (_TOO_FEW_FRACTION * known.load_per_worker), MAX_WORKERS)) + 1

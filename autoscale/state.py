@@ -65,6 +65,7 @@ class TooFew:
 
     at_s: float
     load_per_worker: float  # unit: that of ``PoolDemand.arrival_tokens_per_s``
+    memory_s: float  # for how long it is remembered
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,20 @@ def test_a_latency_that_one_worker_keeps_only_at_less_load_does_not_alternate() 
     assert len(set(runs[len(runs) // 2 :])) == 1
 
 
+def test_a_burst_is_not_held_against_the_load_before_it() -> None:
+    """The queue of a burst is seen at once, and its load later. One worker was enough before."""
+    signals = [{"type": "QueueRequests", "target": 8}]
+    behavior = {**AT_ONCE, "scaleDown": {"stabilizationWindowSeconds": 30}}
+    rules = policy(decode={"signals": signals, "behavior": behavior, "averagingSeconds": 1})
+    cluster = Cluster(1, 1)
+    before, burst = Load(0.25, 100, 400), Load(20.0, 100, 400)
+    runs = [
+        [targets(each)[1] for each in cluster.run(load, seconds, by(rules), every_s=1)]
+        for load, seconds in ((before, 120), (burst, 2), (before, 240))
+    ]
+    assert max(runs[2]) > runs[0][-1] == runs[2][-1] == 1
+
+
 def test_a_worker_that_cannot_be_placed_wedges_nothing() -> None:
     cluster = Cluster(1, 1)
     cluster.places = 2
@@ -160,7 +174,7 @@ def test_a_rebalance_keeps_the_budget_and_arrives(role_change: str) -> None:
             assert len(cluster.workers) <= 6
         assert cluster.count(Pool.PREFILL, Phase.READY) >= prefill
         if load is LONG_ANSWERS:
-            assert cluster.count(Pool.DECODE, Phase.READY) >= 4
+            assert cluster.count(Pool.DECODE, Phase.READY) >= 3
 
 
 def test_a_series_that_stopped_adds_no_worker() -> None:
