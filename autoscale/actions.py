@@ -1,4 +1,4 @@
-"""The steps from the workers that there are to those that there should be. Pure.
+"""The next steps from the current workers to the wanted numbers. Pure.
 
 The GPUs of all workers in all phases count. A worker is added only if its GPUs are free now, so the
 budget holds at each instant: workers leave first, and others come once they have left.

@@ -1,6 +1,7 @@
 """Decides how many workers each pool should have, and which one comes or leaves next. Pure.
 
-    per pool   signals ▸ largest ▸ windows ▸ scaling policies ▸ N−1 check ▸ bounds    proposal.py
+    per pool   signals ▸ largest ▸ bounds ▸ windows ▸ scaling policies
+               ▸ N−1 check ▸ bounds                                       proposal.py
     both       places ▸ ratio and budget ▸ role change                     here, fit.py, actions.py
     then       actions: leave, change role, come                                      actions.py
 
@@ -41,8 +42,8 @@ def decide(snapshot: Snapshot, state: State | None, now_s: float, policy: Policy
     """Return what to do now.
 
     Args:
-        state: that of the last decision. None: there was none, so the workers that there are are
-            the targets so far.
+        state: that of the last decision. None: this is the first decision, so the current numbers
+            of workers are the targets.
         now_s: the time, on the clock of the snapshot.
     """
     spec = policy.spec
@@ -185,7 +186,7 @@ def _fit(
 
 def _give_up(worker: WorkerView, now_s: float) -> Action:
     problem = worker.problem or "no reason is known"
-    text = f"no place was found for {now_s - worker.phase_since_s:.0f} s: {problem}"
+    text = f"it is given up after {now_s - worker.phase_since_s:.0f} s: {problem}"
     return Action(ActionKind.REMOVE, worker.pool, worker.id, text)
 
 

@@ -40,13 +40,21 @@ def load_policy(path: Path) -> Policy:
     Raises:
         ConfigError: the file cannot be read, or see ``parse_policy``.
     """
+    return parse_policy(read_policy_text(path), str(path))
+
+
+def read_policy_text(path: Path) -> str:
+    """Return the text of a policy file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
-        text = path.read_text()
+        return path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not text in UTF-8") from None
-    return parse_policy(text, str(path))
 
 
 def parse_policy(text: str, name: str) -> Policy:
@@ -162,7 +170,7 @@ def check_against(
         # One worker of each pool must have room even if the minimum is 0.
         least = {pool: max(1, _fewest(spec, schedule, pool)) for pool in Pool}
         gpus = sum(least[pool] * gpus_per_worker[pool] for pool in Pool)
-        if gpus > spec.budget.gpus + 1e-9:
+        if not spec.budget.has_room_for(gpus):
             raise ConfigError(
                 f"spec.budget.gpus: {spec.budget.gpus:g} is less than the {gpus:g} GPUs of the "
                 f"fewest workers{when}: {least[Pool.PREFILL]} prefill and {least[Pool.DECODE]} "

@@ -279,6 +279,10 @@ class Budget(_Section):
         "one wants.",
     )
 
+    def has_room_for(self, gpus: float) -> bool:
+        """Return whether the budget allows so many GPUs; the sums of fractions are rounded."""
+        return gpus <= self.gpus + 1e-9
+
 
 class Ratio(_Section):
     """Bounds on prefill workers per decode worker, while both pools have workers."""
@@ -353,7 +357,7 @@ class Spec(_Section):
     )
     role_change_timeout_seconds: Positive = Field(
         default=300,
-        description="A change of role that takes longer is forgotten. It must first drain.",
+        description="A change of role is given up after this time, which includes the drain.",
     )
     warmup_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = Field(
         default=30,

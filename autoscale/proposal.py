@@ -17,14 +17,14 @@ from core.types import Pool
 
 # A load is remembered in steps of 5%, so that a window of loads is bounded.
 _LOAD_STEP = math.log(1.05)
-# Shrinking must leave each worker less than 90% of the load with which there were too few.
+# After shrinking, each worker must have less than 90% of the load at which there were too few.
 _TOO_FEW_FRACTION = 0.9
-# That is remembered for this many windows of scaleDown, of at least 5 s each. If it comes again
-# soon, it is remembered for longer, up to an hour: prompts and outputs may have become shorter.
+# That is remembered for this many windows of scaleDown. If it comes again soon, it is remembered
+# for longer: prompts and outputs may have become shorter.
 _TOO_FEW_WINDOWS = 12
-_TOO_FEW_WINDOW_S = 5.0
+_TOO_FEW_WINDOW_S = 5.0  # shorter windows count as this long
 _TOO_FEW_AGAIN = 8.0
-_TOO_FEW_LONGEST_S = 3600.0
+_TOO_FEW_LONGEST_S = 3600.0  # HPA and others remember nothing; an hour bounds the cost of an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Proposal:
 
     Args:
         wanted: its target, by its own rules.
-        least: its bounds now.
+        least, most: its bounds now.
         enough: the count that it can shrink to by its N−1 check.
         votes: what the signals ask for, the largest number first.
         steps: the later rules that changed the number, in order.
@@ -302,8 +302,8 @@ def _load_of(step: int) -> float:
 def _more_than_too_few(state: PoolState, load: float, now_s: float) -> int:
     """Return the fewest workers with clearly less load each than when there were too few.
 
-    The other numbers of the N−1 check assume that the work in the pool is the same with fewer
-    workers. But then requests stay longer, so there is more of it. This is what really happened.
+    The other numbers of the N−1 check assume that fewer workers have the same work. But requests
+    then stay longer, so the work grows. This number was measured.
     """
     known = state.too_few
     if known is None or not load or not known.load_per_worker:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
-import msgspec
+from dataclasses import dataclass, replace
 
 from core.types import Pool
 
@@ -147,28 +145,9 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the autoscaler remembers. ``write_state`` and ``read_state`` make it text and back."""
+    """What the autoscaler remembers."""
 
     pools: Mapping[Pool, PoolState]
     measured_s: float | None = None  # of the latest demand that was used
     role_change: RoleChange | None = None
     role_change_failed_s: float | None = None  # when the latest one that failed was given up
-    format: int = field(default=1)  # of the text; other formats are not read
-
-
-def write_state(state: State) -> bytes:
-    """Return the state as JSON."""
-    return msgspec.json.encode(state)
-
-
-def read_state(data: bytes) -> State | None:
-    """Return the state that ``write_state`` wrote, or None if another version wrote it.
-
-    Without a state, the autoscaler starts from the workers that there are.
-    """
-    try:
-        state = msgspec.json.decode(data, type=State)
-    except msgspec.MsgspecError:
-        return None
-    complete = state.format == 1 and set(state.pools) == set(Pool)
-    return state if complete else None

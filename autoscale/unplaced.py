@@ -11,6 +11,8 @@ from autoscale.state import PoolState, Unplaced
 from autoscale.workers import PoolWorkers
 
 _MAX_DOUBLINGS = 16  # so that the number stays small; the time is bounded by the policy
+# A worker that starts may still turn out to have no place. Ray Serve says so within this time.
+_PLACED_S = 15.0
 
 
 def give_up(
@@ -18,8 +20,7 @@ def give_up(
 ) -> tuple[PoolState, list[WorkerView]]:
     """Return the workers to give up, and the state with the time of the next try."""
     failed = state.unplaced
-    # A worker that starts has a place. One that is ready may have got it before the failure.
-    if failed and any(w.phase_since_s > failed.failed_s for w in workers.of(Phase.STARTING)):
+    if failed is not None and _has_found_a_place(workers, failed, now_s):
         state, failed = replace(state, unplaced=None), None
     late = [
         each
@@ -43,8 +44,20 @@ def most_placeable(state: PoolState, workers: PoolWorkers, now_s: float) -> int 
     """
     if state.unplaced is None:
         return None
-    may_try = now_s >= state.unplaced.retry_s and not workers.of(Phase.PENDING)
+    tries = [w for w in workers.of(Phase.STARTING) if now_s - w.phase_since_s <= _PLACED_S]
+    may_try = now_s >= state.unplaced.retry_s and not tries and not workers.of(Phase.PENDING)
     return len(workers) + (1 if may_try else 0)
+
+
+def _has_found_a_place(workers: PoolWorkers, failed: Unplaced, now_s: float) -> bool:
+    """Return whether a worker has got a place after the failure.
+
+    One that is ready since then may have got its place before, unless it is younger than the retry.
+    """
+    return any(
+        each.phase_since_s > failed.failed_s and now_s - each.phase_since_s > _PLACED_S
+        for each in workers.of(Phase.STARTING)
+    ) or any(each.phase_since_s > failed.retry_s for each in workers.of(Phase.READY))
 
 
 def describe(

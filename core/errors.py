@@ -32,6 +32,7 @@ __all__ = [
     "UnavailableError",
     "WorkerLostError",
     "WorkerUnreachableError",
+    "last_line",
 ]
 
 # Values of ``BatonError.reason`` after which the caller continues the request on another worker or
@@ -52,3 +53,9 @@ class WorkerUnreachableError(WorkerLostError):
 
 class ConfigError(Exception):
     """The user can correct the cause, often a configuration field. The message says how."""
+
+
+def last_line(text: str) -> str:
+    """Return the last line of another program's error, which says most, cut to 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no reason is given"

@@ -3,9 +3,9 @@
     read policy and orders ▸ list applications, workers, routers ▸ decide ▸ add, remove, change role
     ▸ keep memory, view and plan in the store
 
-If the store or Serve does not answer, the step ends there and nothing changes: the next step sees
-the cluster as it is then. A restart goes on with the memory in the store. Without that memory, the
-number of workers that exist is the number to keep.
+If the store or Serve does not answer, the step ends there. What it has done so far stays, and the
+next step sees the cluster as it is then. A restart goes on with the memory in the store. Without
+that memory, the number of workers that exist is the number to keep.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.autoscale.policy_file import (
 )
 from cluster.autoscale.view import KEPT_CHANGES, AutoscaleView, Change, encode_view
 from core.config.schema import Config
-from core.errors import ConfigError, InternalError, UnavailableError
+from core.errors import ConfigError, InternalError, UnavailableError, last_line
 from core.state.autoscale import AutoscaleStore
 from core.state.orders import Orders
 from core.state.registry import Registry
@@ -47,7 +47,6 @@ _STEP_S = 1.0  # each step costs a listing of Serve's applications
 _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
 _REFUSAL_SHOWN_S = 60.0  # so that whoever applied the policy sees it
-_MAX_TEXT = 300  # characters of another program's error
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +129,11 @@ class AutoscaleLoop:
         self._refused_s = -math.inf
         self._observation: Observation | None = None
         self._backoff = {pool: _Backoff() for pool in Pool}
-        # When each worker was first seen; None: it has been ready.
+        # When each worker was first seen; None: it has been ready, or nobody knows.
         self._seen_s: dict[str, float | None] = {}
-        self._is_away = False
+        self._has_observed = False
+        self._failed: set[str] = set()  # workers that could not start and are not gone yet
+        self._problem = ""  # why the last step ended early
         self._supervisor = Supervisor()
 
     def start(self) -> None:
@@ -159,7 +160,7 @@ class AutoscaleLoop:
         kept = await self._store.autoscale.read()
         apps = await self._apps.list()
         if self._memory is None:
-            self._restore(kept.state, apps)
+            self._restore(kept.state, apps, await self._store.registry.list())
         await self._take_policy(kept.policy, apps, now_s)
         await self._take_orders(now_s)
         if not self._remembered().has_started:
@@ -169,14 +170,27 @@ class AutoscaleLoop:
         observation = observe(self._facts(apps, workers, routers), self._observation, now_s)
         self._observation = observation
         self._note_starts(observation, now_s)
-        await self._remove_failed(apps, now_s)
         decision, advice = self._decide(observation.snapshot, now_s)
+        try:
+            await self._act(decision, apps, workers, now_s)
+        except UnavailableError:
+            await self._publish(decision, advice, now_s)  # routers need the plans all the same
+            raise
+        await self._publish(decision, advice, now_s)
+
+    async def _act(
+        self,
+        decision: Decision,
+        apps: tuple[WorkerApp, ...],
+        workers: tuple[WorkerRecord, ...],
+        now_s: float,
+    ) -> None:
+        await self._remove_failed(apps, now_s)
         for action in decision.actions:
             await self._carry_out(action, decision, apps, now_s)
             if action.kind is ActionKind.ADD:  # so that the next one gets another slot
                 apps = await self._apps.list()
         await self._order_role_change(decision, workers)
-        await self._publish(decision, advice, now_s)
 
     def _facts(
         self,
@@ -197,39 +211,45 @@ class AutoscaleLoop:
 
     def _note_starts(self, observation: Observation, now_s: float) -> None:
         """Remember how long a worker took from its order until it was ready for the first time."""
+        # Nobody knows when the workers that this process finds were ordered.
+        unknown_s = now_s if self._has_observed else None
+        self._has_observed = True
         seen = {
-            worker.id: self._seen_s.get(worker.id, now_s) for worker in observation.snapshot.workers
+            worker.id: self._seen_s.get(worker.id, unknown_s)
+            for worker in observation.snapshot.workers
         }
         for worker in observation.snapshot.workers:
             since_s = seen[worker.id]
             if worker.phase is Phase.READY and since_s is not None:
                 seen[worker.id] = None
                 self._backoff[worker.pool].failures = 0
-                if since_s < now_s:  # else it was there before this process
-                    self._remember(start_s=now_s - since_s)
+                self._remember(start_s=now_s - since_s)
         self._seen_s = seen
 
     async def _run(self) -> None:
         while True:
             try:
                 await self.step()
-                if self._is_away:
+                if self._problem:
                     logger.warning("the autoscaler goes on")
-                self._is_away = False
+                self._problem = ""
             except UnavailableError as error:
-                if not self._is_away:
-                    logger.warning("%s; the numbers of workers stay", error)
-                self._is_away = True
+                if str(error) != self._problem:
+                    logger.warning("%s; the autoscaler tries again each second", error)
+                self._problem = str(error)
             await asyncio.sleep(_STEP_S)
 
-    def _restore(self, state: bytes | None, apps: tuple[WorkerApp, ...]) -> None:
+    def _restore(
+        self, state: bytes | None, apps: tuple[WorkerApp, ...], workers: Iterable[WorkerRecord]
+    ) -> None:
         """Go on with the memory in the store.
 
         Without one, the workers that exist are wanted. Without workers, it is a start.
         """
         restored = _restored(state)
         if restored is None and apps:
-            self._memory = Memory(fixed=_counts(apps, {}), has_started=True)
+            roles = {record.application: record.pool for record in workers}
+            self._memory = Memory(fixed=_counts(apps, roles), has_started=True)
         elif restored is None:
             replicas = {pool: self._config.pool(pool).replicas for pool in Pool}
             self._memory = Memory(fixed=replicas)
@@ -276,7 +296,7 @@ class AutoscaleLoop:
             policy = checked_policy(text, "policy", self._config, self._gpus)
         except ConfigError as error:
             self._refused, self._refused_s = (digest_of(text), str(error)), now_s
-            self._note(now_s, None, f"a policy was refused: {_last_line(str(error))}")
+            self._note(now_s, None, f"a policy was refused: {last_line(str(error))}")
             await self._store.autoscale.restore_policy(text, own or "")
             return
         self._leave_policy(policy, apps)
@@ -288,10 +308,10 @@ class AutoscaleLoop:
         followed = self._follows_policy
         self._policy, self._refused = successor, ("", "")
         if followed and not self._follows_policy:
-            counts = _counts(apps, self._remembered().roles)
-            # Without a policy, nothing would wake an empty pool.
-            self._remember(fixed={pool: max(count, 1) for pool, count in counts.items()})
-            self._remember(fixed_state=None)
+            roles, state = self._remembered().roles, self._remembered().policy_state
+            if state is not None and (change := state.role_change) is not None:
+                roles = {**roles, change.worker: change.to}  # it will arrive
+            self._remember(fixed=_counts(apps, roles), fixed_state=None)
 
     async def _take_orders(self, now_s: float) -> None:
         for pool, workers in (await self._store.orders.take_scale()).items():
@@ -311,17 +331,21 @@ class AutoscaleLoop:
             if not self._policy.is_advisory:
                 return decision, None
             advice = decision
-        fixed = decide(snapshot, memory.fixed_state, now_s, fixed_policy(memory.fixed))
+        policy = fixed_policy(memory.fixed[Pool.PREFILL], memory.fixed[Pool.DECODE])
+        fixed = decide(snapshot, memory.fixed_state, now_s, policy)
         self._remember(fixed_state=fixed.state)
         return fixed, advice
 
     async def _remove_failed(self, apps: tuple[WorkerApp, ...], now_s: float) -> None:
-        for app in apps:
-            if app.state is AppState.FAILED:
-                self._backoff[app.pool].failed(now_s)
-                why = _last_line(app.message)
-                self._note(now_s, app.pool, f"{app.name} could not start: {why}")
-                await self._apps.remove(app.name)
+        failed = [app for app in apps if app.state is AppState.FAILED]
+        new = [app for app in failed if app.name not in self._failed]
+        self._failed = {app.name for app in failed}
+        for pool in {app.pool for app in new}:  # those that fail together are one try
+            self._backoff[pool].failed(now_s)
+        for app in new:
+            self._note(now_s, app.pool, f"{app.name} could not start: {last_line(app.message)}")
+        for app in failed:
+            await self._apps.remove(app.name)
 
     async def _carry_out(
         self, action: Action, decision: Decision, apps: tuple[WorkerApp, ...], now_s: float
@@ -417,16 +441,13 @@ def _why(decision: PoolDecision) -> str:
 
 
 def _counts(apps: tuple[WorkerApp, ...], roles: Mapping[str, Pool]) -> dict[Pool, int]:
-    """Return the workers of each pool that run or start."""
+    """Return the workers of each pool that run or start, to be kept without a policy.
+
+    They are at least one, because nothing would wake an empty pool.
+    """
     gone = (AppState.LEAVING, AppState.FAILED)
     pools = [roles.get(app.name, app.pool) for app in apps if app.state not in gone]
-    return {pool: pools.count(pool) for pool in Pool}
-
-
-def _last_line(text: str) -> str:
-    """Return the last line of an error, which says most, cut to a readable length."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:_MAX_TEXT] if lines else "no reason is known"
+    return {pool: max(pools.count(pool), 1) for pool in Pool}
 
 
 def _restored(state: bytes | None) -> Memory | None:

@@ -1,7 +1,7 @@
 """Joins what Serve, the workers and the routers report into the policy's snapshot. Pure.
 
-Two clocks are kept apart: the reports carry no times, so nothing depends on the clocks of other
-machines. What is new, and since when, is seen by comparing with the last observation.
+The reports carry no times, so the clocks of other machines do not matter. A comparison with the
+last observation shows what is new, and since when.
 """
 
 from __future__ import annotations

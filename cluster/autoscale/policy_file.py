@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from autoscale.load import check_against, parse_policy
+from autoscale.load import check_against, parse_policy, read_policy_text
 from autoscale.policy import Policy
 from core.config.schema import Config
 from core.errors import ConfigError
@@ -71,11 +72,9 @@ def read_policy(config: Config, gpus: Mapping[Pool, float]) -> PolicyFile | None
     if path is None:
         return None
     try:
-        text = path.expanduser().read_text()
-    except OSError as error:
-        raise ConfigError(f"cluster.policy: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"cluster.policy: {path}: is not text in UTF-8") from None
+        text = read_policy_text(path.expanduser())
+    except ConfigError as error:
+        raise ConfigError(f"cluster.policy: {error}") from None
     return checked_policy(text, str(path), config, gpus)
 
 
@@ -95,13 +94,15 @@ def first_workers(
         own = spec.pool(pool)
         wanted[pool] = min(max(workers, own.min_replicas), own.max_replicas)
     held = sum(workers * gpus[pool] for pool, workers in wanted.items())
-    if spec.budget is not None and held > spec.budget.gpus:
+    if spec.budget is not None and not spec.budget.has_room_for(held):
         return {pool: spec.pool(pool).min_replicas for pool in Pool}
     return wanted
 
 
-def fixed_policy(workers: Mapping[Pool, int]) -> Policy:
+@lru_cache(maxsize=1)  # it is asked for once a second
+def fixed_policy(prefill: int, decode: int) -> Policy:
     """Return a policy that keeps exactly these numbers of workers."""
+    workers = {Pool.PREFILL: prefill, Pool.DECODE: decode}
     pools = {
         pool.value: {
             "minReplicas": count,

@@ -41,9 +41,8 @@ class AutoscaleView:
     advice: tuple[PoolDecision, ...]  # of a policy in advisory mode
     workers: tuple[WorkerView, ...]
     changes: tuple[Change, ...]  # the latest last
-    start_s: float | None = (
-        None  # how long the latest worker took from its order until it was ready
-    )
+    # How long the latest worker took from its order until it was ready.
+    start_s: float | None = None
 
 
 def encode_view(view: AutoscaleView) -> bytes:

@@ -111,19 +111,30 @@ def _drain(options: argparse.Namespace) -> int:
 
 
 def _policy_apply(options: argparse.Namespace) -> int:
-    from cluster.cli.policy import apply, read_policy_text
+    from cluster.cli.policy import apply, check
 
-    view = apply(_running(_load(options)), read_policy_text(options.policy))
+    text = check(options.policy, None)
+    view = apply(_running(_load(options)), text)
     _say(f"policy {view.policy} applies" + (", as advice only" if view.advisory else ""))
     return 0
 
 
 def _policy_check(options: argparse.Namespace) -> int:
-    from cluster.cli.policy import read_policy_text
+    from cluster.cli.policy import check
+    from core.config.schema import load_config
+    from core.errors import ConfigError
 
+    config = None if options.config is None else load_config(options.config)
+    wrong = []
     for path in options.policies:
-        read_policy_text(path)
-        _say(f"{path}: correct")
+        try:
+            check(path, config)
+        except ConfigError as error:
+            wrong.append(str(error))
+        else:
+            _say(f"{path}: correct")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     return 0
 
 
@@ -302,8 +313,12 @@ def _policy_commands(commands: Any) -> None:
     apply = _command(verbs, "apply", _policy_apply, "apply a policy; no worker restarts")
     apply.add_argument("policy", type=Path, metavar="FILE", help="policy file")
 
-    check = _command(verbs, "check", _policy_check, "check policy files, without a cluster")
+    about = "check policy files, without a cluster"
+    check = verbs.add_parser("check", help=about, description=about)
+    check.set_defaults(run=_policy_check)
     check.add_argument("policies", type=Path, nargs="+", metavar="FILE", help="policy file")
+    about = "a cluster's configuration, which must allow the policies"
+    check.add_argument("--config", type=Path, metavar="FILE", help=about)
 
     _command(verbs, "show", _policy_show, "print the policy that applies")
     _command(verbs, "remove", _policy_remove, "go on without a policy")

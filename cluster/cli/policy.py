@@ -11,12 +11,13 @@ from typing import TypeVar
 
 import msgspec
 
-from autoscale.load import parse_policy
+from autoscale.load import parse_policy, read_policy_text
 from autoscale.snapshot import PoolDecision
-from cluster.autoscale.policy_file import digest_of
+from cluster.autoscale.policy_file import checked_policy, digest_of, worker_gpus
 from cluster.autoscale.view import AutoscaleView
 from cluster.cli.status import read_view
 from cluster.local.run_dir import ClusterState
+from core.config.schema import Config
 from core.errors import ConfigError, UnavailableError
 from core.state.autoscale import AutoscaleStore
 
@@ -26,18 +27,20 @@ _POLL_S = 0.1  # the autoscaler looks once a second
 T = TypeVar("T")
 
 
-def read_policy_text(path: Path) -> str:
-    """Return the text of a policy file.
+def check(path: Path, config: Config | None) -> str:
+    """Return the text of a policy file that is correct.
+
+    Args:
+        config: if given, the cluster's configuration, which must allow the policy.
 
     Raises:
-        ConfigError: the file cannot be read, or the policy is wrong.
+        ConfigError: the file cannot be read, or the policy is wrong or does not suit the cluster.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    parse_policy(text, str(path))
+    text = read_policy_text(path)
+    if config is None:
+        parse_policy(text, str(path))
+    else:
+        checked_policy(text, str(path), config, worker_gpus(config))
     return text
 
 
@@ -131,8 +134,8 @@ def _headline(view: AutoscaleView) -> str:
 
 
 def _explained(decision: PoolDecision) -> list[str]:
-    change = "stays" if decision.target == decision.current else "goes to"
-    head = f"{decision.pool}: {decision.current} {change} {decision.target}"
+    workers = "worker" if decision.current == 1 else "workers"
+    head = f"{decision.pool}: {decision.current} {workers}, target {decision.target}"
     return [head, *(f"  {each.rule}: {each.workers} ({each.text})" for each in decision.reasons)]
 
 

@@ -58,7 +58,7 @@ def read_view(state: ClusterState) -> AutoscaleView | None:
 
     async def read() -> AutoscaleView | None:
         try:
-            return decode_view((await store.read()).view)
+            return decode_view(await store.read_view())
         finally:
             await store.close()
 

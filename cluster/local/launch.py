@@ -334,7 +334,7 @@ class Cluster:
     def _wanted_now(self) -> dict[Pool, int]:
         """Return the autoscaler's targets, or those of the start until it has decided."""
         assert self._autoscale is not None
-        view = decode_view(self._await(self._autoscale.read()).view)
+        view = decode_view(self._await(self._autoscale.read_view()))
         targets = {} if view is None else {each.pool: each.target for each in view.pools}
         return {**self._wanted, **targets}
 
@@ -376,9 +376,11 @@ class Cluster:
     def _report_scaling(self, say: Callable[[str], None]) -> None:
         """Report the changes that the autoscaler has made since the last call."""
         assert self._autoscale is not None
-        view = decode_view(self._await(self._autoscale.read()).view)
-        if view is None:
+        view = decode_view(self._await(self._autoscale.read_view()))
+        if view is None or not view.changes:
             return
+        if view.changes[-1].number < self._last_change:  # its memory was lost: it counts anew
+            self._last_change = 0
         for change in view.changes:
             if change.number > self._last_change:
                 say(change.line)

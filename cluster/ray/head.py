@@ -28,7 +28,7 @@ from ray.serve.schema import ApplicationStatus
 from cluster.autoscale.apps import parse_name
 from cluster.ray.app import APP, ROUTER
 from core.config.schema import Config
-from core.errors import InternalError
+from core.errors import InternalError, last_line
 
 _OBJECT_STORE_BYTES = 75 * 2**20  # Ray's minimum; Baton stores no objects in it
 _DELETE_POLL_S = 0.05  # how soon the end of the last replica is noticed
@@ -89,9 +89,7 @@ class RayRuntime:
         for status in serve.status().applications.values():
             if status.status is ApplicationStatus.DEPLOY_FAILED:
                 messages = [d.message for d in status.deployments.values() if d.message]
-                lines = "\n".join(messages or [status.message]).splitlines()
-                told = [line.strip() for line in lines if line.strip()]
-                return told[-1] if told else "Ray Serve gives no reason"
+                return last_line("\n".join(messages or [status.message]))
         return None
 
     def is_alive(self) -> bool:

@@ -16,12 +16,13 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from cluster.autoscale.apps import AppState, WorkerApp, new_name, parse_name
 from cluster.ray.app import build_worker
 from cluster.ray.deployments import WorkerAppSettings
-from core.errors import UnavailableError
+from core.errors import UnavailableError, last_line
 from core.types import Pool
 
 _CALL_TIMEOUT_S = 10.0  # if Serve's controller dies, its replacement runs within seconds
 _HANGS_S = 60.0  # by then, a call has been lost
-# Serve says this of a replica that Ray has not placed for 30 s.
+# Serve says this of a replica that Ray has not placed for RAY_SERVE_SLOW_STARTUP_WARNING_S, see
+# ``cluster.local.environment``.
 _UNPLACED = "to be scheduled"
 
 T = TypeVar("T")
@@ -84,8 +85,10 @@ class ServeWorkerApps:
         try:
             async with asyncio.timeout(_CALL_TIMEOUT_S):
                 return await asyncio.shield(asyncio.wrap_future(future))
-        except (RayError, RayServeException, TimeoutError) as error:
+        except TimeoutError as error:
             raise UnavailableError("Ray Serve does not answer") from error
+        except (RayError, RayServeException) as error:
+            raise UnavailableError(f"Ray Serve failed: {last_line(str(error))}") from error
 
 
 def _worker_app(main_app: str, name: str, overview: ApplicationStatusOverview) -> WorkerApp | None:

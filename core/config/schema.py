@@ -515,14 +515,15 @@ class RedisConfig(_Section):
         return self
 
 
-# The fields of a pool that an engine starts with, so that they cannot change with the role.
-_ENGINE_FIELDS = (
+# The fields of a pool that a worker starts with, so that they cannot change with its role.
+_SHARED_FIELDS = (
     "engine_kind",
     "tensor_parallel_size",
     "engine",
     "kv_cache_gib",
     "num_gpus_per_replica",
     "label_selector",
+    "shutdown_grace_s",
 )
 
 
@@ -567,11 +568,11 @@ class Config(_Section):
     def _roles_change_between_equal_engines(self) -> Self:
         if not self.cluster.role_change:
             return self
-        for field in _ENGINE_FIELDS:
+        for field in _SHARED_FIELDS:
             prefill, decode = getattr(self.prefill, field), getattr(self.decode, field)
             if prefill != decode:
                 raise ValueError(
-                    "cluster.role_change needs the same engine in both pools, but "
+                    "cluster.role_change needs the same settings of workers in both pools, but "
                     f"prefill.{field} is {prefill!r} and decode.{field} is {decode!r}: write the "
                     "same value in both, or set cluster.role_change to false"
                 )

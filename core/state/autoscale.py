@@ -27,11 +27,10 @@ _NONE = "-"  # no policy text
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What the store holds. Each part is None if it is not there."""
+    """What the autoscaler goes on with. Each part is None if it is not there."""
 
     policy: str | None
     state: bytes | None
-    view: bytes | None
 
 
 class AutoscaleStore:
@@ -54,11 +53,15 @@ class AutoscaleStore:
         self._view_ms = round(view_s * 1000)
 
     async def read(self) -> Kept:
-        """Return everything."""
-        ((policy, state, view),) = await self._client.execute(
-            ("MGET", self._policy, self._state, self._view)
-        )
-        return Kept(None if policy is None else policy.decode(errors="replace"), state, view)
+        """Return the policy and the autoscaler's memory."""
+        ((policy, state),) = await self._client.execute(("MGET", self._policy, self._state))
+        return Kept(None if policy is None else policy.decode(errors="replace"), state)
+
+    async def read_view(self) -> bytes | None:
+        """Return the view; None if there is none."""
+        view: bytes | None
+        (view,) = await self._client.execute(("GET", self._view))
+        return view
 
     async def write(self, state: bytes, view: bytes) -> None:
         """Keep the autoscaler's memory and view, and renew the policy."""

@@ -72,7 +72,7 @@ RESTORED_S = 120.0  # longest time until all workers are replaced and idle
 STREAMS = [PlannedRequest(tuple(random_prompt(40 + 30 * n, 200 + n)), 150) for n in range(4)]
 MOVED = [replace(request, max_tokens=80) for request in STREAMS]  # enough for one fault
 SHORT = [PlannedRequest(tuple(random_prompt(30, 400 + n)), 8) for n in range(2)]
-LONG_PROMPTS = [PlannedRequest(tuple(random_prompt(1200, 300 + n)), 10) for n in range(2)]
+LONG_PROMPTS = [PlannedRequest(tuple(random_prompt(1200, 300 + n)), 10) for n in range(5)]
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import yaml
 
 from autoscale.load import parse_policy
 from autoscale.policy import Policy
 from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
+from autoscale.state import State
 from core.types import Pool
 
 NOW_S = 1_800_000_000.0
@@ -48,6 +50,11 @@ def policy(
         },
     }
     return parse_policy(yaml.safe_dump(document, sort_keys=False), "test.yaml")
+
+
+def stored(state: State) -> State:
+    """Return the state as a restart finds it in the store."""
+    return msgspec.json.decode(msgspec.json.encode(state), type=State)
 
 
 def worker(name: str, phase: Phase = Phase.READY, **changes: Any) -> WorkerView:

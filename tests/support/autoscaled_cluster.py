@@ -18,9 +18,10 @@ from autoscale.snapshot import (
     Snapshot,
     WorkerView,
 )
-from autoscale.state import State, read_state, write_state
+from autoscale.state import State
 from core.histogram import Histogram, bucket_of
 from core.types import Pool
+from tests.support.autoscale_views import stored
 
 PREFILL_TOKENS_PER_S = 8000.0
 KV_TOKENS = 50_000
@@ -93,7 +94,7 @@ class Cluster:
             self._serve(load)
             if second % every_s == 0:
                 decision = decide(self.snapshot(), self.state, self.now_s)
-                self.state = read_state(write_state(decision.state))
+                self.state = stored(decision.state)
                 for action in decision.actions:
                     self._do(action)
                 yield decision

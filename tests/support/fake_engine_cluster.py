@@ -106,7 +106,8 @@ class FakeEngineCluster:
         for pid in reaper.find(self.state.cluster_id):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").decode()
             if title.startswith("ray::ServeReplica:"):
-                found[pid] = title.rpartition(":")[2]
+                # While the process runs a method, its title ends with that method's name.
+                found[pid] = title.rpartition(":")[2].partition(".")[0]
         return found
 
     def replica(self, deployment: str) -> int:

@@ -206,7 +206,7 @@ class SimStore:
 
     async def read(self) -> Kept:
         await self._reach()
-        return Kept(self.policy, self.state, self.view)
+        return Kept(self.policy, self.state)
 
     async def write(self, state: bytes, view: bytes) -> None:
         await self._reach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,9 +13,9 @@ from autoscale.decide import Decision, decide
 from autoscale.fit import Claim, fit
 from autoscale.policy import Policy, Ratio
 from autoscale.snapshot import ActionKind, Phase, PoolDemand, Snapshot, WorkerView
-from autoscale.state import State, read_state, write_state
+from autoscale.state import State
 from core.types import Pool
-from tests.support.autoscale_views import NOW_S, policy, snapshot, workers
+from tests.support.autoscale_views import NOW_S, policy, snapshot, stored, workers
 
 FEW = settings(derandomize=True, max_examples=25, deadline=None)
 MANY = settings(derandomize=True, max_examples=300, deadline=None)
@@ -84,7 +85,7 @@ class World:
         now_s = NOW_S + self.second
         seen = Snapshot(tuple(self.views), demand, now_s, dict.fromkeys(Pool, 1.0))
         decision = decide(seen, self.state, now_s, self.rules)
-        self.state = read_state(write_state(decision.state))
+        self.state = stored(decision.state)
         assert self.state == decision.state
         for action in decision.actions:
             if action.kind is ActionKind.ADD:
@@ -270,4 +271,4 @@ def test_the_state_stays_small(rules: Policy, data: st.DataObject) -> None:
         decision = world.step(
             {pool: PoolDemand(load, 100 * load, arrival_tokens_per_s=load) for pool in Pool}
         )
-    assert len(write_state(decision.state)) < 8000
+    assert len(msgspec.json.encode(decision.state)) < 8000

@@ -82,7 +82,7 @@ class FakeStore:
         return taken
 
     async def read(self) -> Kept:
-        return Kept(self.policy, self.state, self.view)
+        return Kept(self.policy, self.state)
 
     async def write(self, state: bytes, view: bytes) -> None:
         self.state, self.view = state, view
@@ -253,6 +253,28 @@ async def test_without_its_memory_the_workers_that_exist_are_kept() -> None:
     assert not harness.apps.removed
 
 
+async def test_without_its_memory_a_changed_role_is_kept_and_no_pool_stays_empty() -> None:
+    harness = Harness(**{"prefill.replicas": 2})
+    await harness.step()
+    changed = harness.apps.names(Pool.PREFILL)[0]
+    gone = harness.apps.names(Pool.DECODE)[0]
+    await harness.apps.remove(gone)
+    await harness.store.memory.remove(f"w-{gone}")
+    for app in harness.apps.apps:
+        pool = Pool.DECODE if app.name == changed else Pool.PREFILL
+        await harness.store.memory.put(replace(worker(app), pool=pool))
+    before = harness.apps.apps
+    harness.store.state = None
+    harness.restart()
+    await harness.loop.step()
+    assert harness.apps.apps == before
+    harness.store.state = None
+    harness.apps.apps = before[:1]  # the other pool has none
+    harness.restart()
+    await harness.loop.step()
+    assert len(harness.apps.apps) == 2
+
+
 async def test_a_memory_of_another_version_is_no_memory() -> None:
     harness = Harness()
     await harness.step()
@@ -297,6 +319,68 @@ async def test_a_worker_that_cannot_start_is_tried_again_ever_later() -> None:
     assert 6 <= len(tries) <= 8, "1 + 2 + 4 + … seconds"
     assert "could not start: no memory" in view.changes[-1].text
     assert harness.counts()[0] == 1, "the other pool is undisturbed"
+
+
+async def test_workers_that_cannot_start_together_are_one_try() -> None:
+    harness = Harness(**{"decode.replicas": 8})
+    await harness.step()
+    for name in harness.apps.names(Pool.DECODE):
+        harness.apps.change(name, AppState.FAILED, "no memory")
+    remove = harness.apps.remove
+
+    async def remove_later(name: str) -> None:
+        raise UnavailableError("Ray Serve does not answer")
+
+    harness.apps.remove = remove_later  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            await harness.step()
+    harness.apps.remove = remove  # type: ignore[method-assign]
+    await harness.step(seconds=2)
+    view = await harness.step()
+    assert harness.counts() == (1, 8)
+    assert sum("could not start" in change.text for change in view.changes) == 8
+
+
+async def test_a_worker_without_a_place_is_tried_again_alone_and_ever_later() -> None:
+    """Serve says that a worker starts, and only some seconds later that it has no place."""
+    harness = Harness()
+    times = {"placementTimeoutSeconds": 10, "placementRetrySeconds": 20}
+    await harness.step()
+    await harness.step()
+    placed = harness.apps.apps
+    harness.store.policy = policy_text((3, 4), (1, 3), **times)
+    ordered_s: dict[str, float] = {}
+    for _ in range(300):
+        for app in harness.apps.apps:
+            if app not in placed:
+                late = harness.now_s - ordered_s.setdefault(app.name, harness.now_s) > 6
+                harness.apps.change(app.name, AppState.UNPLACED if late else AppState.STARTING)
+        await harness.loop.step()
+        harness.now_s += 1
+    orders = sorted(ordered_s.values())
+    assert orders[0] == orders[1], "two workers are missing"
+    gaps = [later - earlier for earlier, later in itertools.pairwise(orders[1:])]
+    assert len(gaps) == 3
+    assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(gaps))
+
+
+async def test_routers_are_told_the_plan_although_serve_refuses_an_action() -> None:
+    harness = Harness()
+    await harness.step()
+
+    async def refuse(pool: Pool, slot: int) -> str:
+        raise UnavailableError("Ray Serve failed: no")
+
+    harness.apps.add = refuse  # type: ignore[method-assign]
+    harness.store.policy = policy_text((0, 4), (2, 3))
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="no"):
+            await harness.loop.step()
+    assert (await harness.store.memory.snapshot()).coming == frozenset(Pool)
+    view = decode_view(harness.store.view)
+    assert view is not None
+    assert view.changes[-1].text == "policy 'p' applies"
 
 
 async def test_a_worker_that_runs_does_not_hurry_one_that_cannot_start() -> None:
@@ -497,6 +581,16 @@ async def test_a_start_is_measured_from_the_order_to_the_first_lease() -> None:
     await harness.loop.step()
     harness.now_s += 1
     assert (await harness.step()).start_s == 40
+
+
+async def test_nobody_knows_when_the_workers_that_a_restart_finds_were_ordered() -> None:
+    harness = Harness()
+    harness.store.orders_given = {Pool.DECODE: 2}
+    await harness.loop.step()
+    harness.restart()
+    await harness.loop.step()
+    harness.now_s += 40
+    assert (await harness.step()).start_s is None
 
 
 async def test_an_advisory_policy_shows_its_decision_and_changes_nothing() -> None:

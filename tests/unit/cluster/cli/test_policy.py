@@ -10,7 +10,8 @@ import pytest
 from autoscale.snapshot import Phase, PoolDecision, Reason, WorkerView
 from cluster.autoscale.view import AutoscaleView, Change, decode_view, encode_view
 from cluster.cli.main import main
-from cluster.cli.policy import as_json, as_text
+from cluster.cli.policy import as_json, as_text, check
+from core.config.schema import load_config
 from core.types import Pool
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -66,6 +67,27 @@ def test_a_wrong_policy_is_refused_with_line_and_nearest_name(
     assert "the nearest name is maxReplicas" in error
 
 
+def test_each_ready_policy_suits_the_default_configuration() -> None:
+    config = load_config(None, {"cluster.role_change": True})
+    for path in READY:
+        check(path, config)
+
+
+def test_all_wrong_policies_are_told_and_the_configuration_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "baton.yaml"
+    config.write_text("decode: {max_replicas: 2}\n")
+    files = []
+    for name in ("a", "b"):
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text((ROOT / "deploy" / "policies" / "chat.yaml").read_text())
+    assert main(["policy", "check", "--config", str(config), *map(str, files)]) == 1
+    error = capsys.readouterr().err
+    for file in files:
+        assert f"{file}: spec.decode.maxReplicas: 8 is more than 2" in error
+
+
 def test_a_missing_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policy", "check", str(tmp_path / "none.yaml")]) == 1
     error = capsys.readouterr().err
@@ -76,8 +98,8 @@ def test_explain_tells_the_decision_and_why() -> None:
     text = as_text(VIEW)
     for part in (
         "Policy chat; the newest numbers are 0.2 s old",
-        "prefill: 1 goes to 2\n  signals[1] QueueSeconds: 2 (1.6 s per worker)",
-        "decode: 1 stays 1\n  hold: 1 (nothing new)",
+        "prefill: 1 worker, target 2\n  signals[1] QueueSeconds: 2 (1.6 s per worker)",
+        "decode: 1 worker, target 1\n  hold: 1 (nothing new)",
         "baton-decode-0-aaaaaa: decode, ready, 3 requests",
         "baton-prefill-1-bbbbbb: prefill, pending, 0 requests; no GPU",
         "prefill: a worker starts: 1 to 2",
@@ -94,7 +116,7 @@ def test_explain_says_what_is_missing() -> None:
 
 def test_explain_shows_advice_apart() -> None:
     text = as_text(replace(VIEW, advice=VIEW.pools))
-    assert text.count("prefill: 1 goes to 2") == 2
+    assert text.count("prefill: 1 worker, target 2") == 2
     assert "The policy is advisory. It would decide:" in text
 
 

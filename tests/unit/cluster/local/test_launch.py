@@ -19,7 +19,6 @@ from cluster.local.run_dir import RunDir
 from core.config.schema import Config, load_config
 from core.errors import InternalError, UnavailableError
 from core.model.resolve import ResolvedModel
-from core.state.autoscale import Kept
 from core.state.orders import StartFailure
 from core.state.store import Store
 from core.types import Pool, WorkerLoad, WorkerRecord, WorkerState
@@ -59,12 +58,13 @@ class FakeStore:
     """Replaces the registry, the ``Orders`` and the ``AutoscaleStore`` of a cluster.
 
     Each call of ``list`` takes the next element of ``answers`` and returns or raises it. When
-    only the last element is left, each call uses this element.
+    only the last element is left, each call uses this element. So does ``read_view`` with
+    ``changes``.
     """
 
     answers: list[tuple[WorkerRecord, ...] | Exception] = field(default_factory=list)
     orders: dict[Pool, int] = field(default_factory=dict)
-    changes: tuple[Change, ...] = ()
+    changes: list[tuple[Change, ...]] = field(default_factory=lambda: [()])
     policy: str | None = "left by an earlier cluster"
 
     async def list(self) -> tuple[WorkerRecord, ...]:
@@ -77,9 +77,9 @@ class FakeStore:
         taken, self.orders = self.orders, {}
         return taken
 
-    async def read(self) -> Kept:
-        view = AutoscaleView("", "", "", "", False, None, (), (), (), self.changes)
-        return Kept(self.policy, None, encode_view(view))
+    async def read_view(self) -> bytes:
+        changes = self.changes.pop(0) if len(self.changes) > 1 else self.changes[0]
+        return encode_view(AutoscaleView("", "", "", "", False, None, (), (), (), changes))
 
     async def forget(self) -> None:
         self.policy = None
@@ -169,10 +169,15 @@ def test_changes_of_the_autoscaler_are_reported_once(
         Change(1, 0.0, Pool.DECODE, "scaling from 1 to 2, as ordered"),
         Change(2, 0.0, None, "policy 'chat' applies"),
     )
-    store = FakeStore([ALL], changes=changes)
+    # The autoscaler's memory is lost in the end, so it counts from 1 again.
+    store = FakeStore([ALL], changes=[changes, changes, (Change(1, 0.0, None, "it goes on"),)])
     said: list[str] = []
-    make(store, signal=StopAfter(3)).watch(said.append)
-    assert said == ["decode: scaling from 1 to 2, as ordered", "policy 'chat' applies"]
+    make(store, signal=StopAfter(4)).watch(said.append)
+    assert said == [
+        "decode: scaling from 1 to 2, as ordered",
+        "policy 'chat' applies",
+        "it goes on",
+    ]
 
 
 def test_workers_that_come_and_go_are_reported(
