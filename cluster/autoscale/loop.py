@@ -311,7 +311,8 @@ class AutoscaleLoop:
             roles, state = self._remembered().roles, self._remembered().policy_state
             if state is not None and (change := state.role_change) is not None:
                 roles = {**roles, change.worker: change.to}  # it will arrive
-            self._remember(fixed=_counts(apps, roles), fixed_state=None)
+            # The state goes on, so that a change of role is followed to its end.
+            self._remember(fixed=_counts(apps, roles), fixed_state=state)
 
     async def _take_orders(self, now_s: float) -> None:
         for pool, workers in (await self._store.orders.take_scale()).items():

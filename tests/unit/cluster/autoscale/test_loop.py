@@ -464,6 +464,25 @@ async def test_a_policy_removed_while_the_autoscaler_is_away_keeps_the_workers()
     assert view.changes[-1].text.startswith("no policy any more")
 
 
+async def test_a_policy_removed_during_a_change_of_role_keeps_what_it_leads_to() -> None:
+    harness = await with_policy()
+    changing = harness.apps.names(Pool.PREFILL)[0]
+    assert harness.store.state is not None
+    memory = json.loads(harness.store.state)
+    change = {"worker": changing, "to": "decode", "since_s": harness.now_s}
+    memory["policy_state"]["role_change"] = change
+    harness.store.state = json.dumps(memory).encode()
+    harness.restart()
+    harness.store.policy = ""
+    before = harness.apps.apps
+    await harness.step()
+    for app in harness.apps.apps:
+        pool = Pool.DECODE if app.name == changing else app.pool
+        await harness.store.memory.put(replace(worker(app), pool=pool))
+    await harness.loop.step()
+    assert harness.apps.apps == before
+
+
 async def test_a_policy_that_becomes_advisory_keeps_the_workers() -> None:
     harness = await with_policy()
     harness.store.policy = policy_text((1, 4), (1, 3), mode="Advisory")
