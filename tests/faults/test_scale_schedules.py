@@ -33,6 +33,7 @@ from tests.support.schedules import (
     SlowLink,
     Stop,
     StoreSlow,
+    cancel_running,
     check_ended,
     check_nothing_left,
     random_client,
@@ -254,7 +255,7 @@ async def run_schedule(seed: int) -> None:
                 check_nothing_was_cut_short(cluster)
             await settle(cluster)
             check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
-            keeper.cancel()
+            cancel_running(keeper)
 
 
 def check_nothing_was_cut_short(cluster: ScaledCluster) -> None:
