@@ -384,8 +384,7 @@ class AutoscaleLoop:
             return ()
         pools = policy.policy.spec.pool
         return tuple(
-            PoolPlan(each.pool, each.target, pools(each.pool).max_replicas)
-            for each in decision.pools
+            PoolPlan(each.pool, pools(each.pool).max_replicas) for each in decision.pools
         )
 
     @property

@@ -32,7 +32,7 @@ LATENCY = FakeLatency(prefill_ms_per_token=2.0, decode_step_ms=5.0, transfer_ms=
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_s=0.2)
 COLD_S, QUEUE_S = 60.0, 5.0
 PROMPT, OUTPUT_TOKENS = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), 20
-DECODE_PLAN = (PoolPlan(Pool.PREFILL, 1, 4), PoolPlan(Pool.DECODE, 0, 4))
+DECODE_PLAN = (PoolPlan(Pool.PREFILL, max_workers=4), PoolPlan(Pool.DECODE, max_workers=4))
 
 Scenario = Callable[[SimCluster], Awaitable[None]]
 
@@ -292,7 +292,7 @@ def test_when_the_autoscaler_is_gone_requests_stop_waiting() -> None:
 
 
 @pytest.mark.parametrize(
-    "plans", [(), (PoolPlan(Pool.DECODE, 0, 0),), (PoolPlan(Pool.PREFILL, 1, 4),)]
+    "plans", [(), (PoolPlan(Pool.DECODE, max_workers=0),), (PoolPlan(Pool.PREFILL, max_workers=4),)]
 )
 def test_a_request_does_not_wait_if_no_worker_will_come(plans: tuple[PoolPlan, ...]) -> None:
     async def scenario(cluster: SimCluster) -> None:

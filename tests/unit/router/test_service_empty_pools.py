@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-PLANS = tuple(PoolPlan(pool, target_workers=0, max_workers=1) for pool in Pool)
+PLANS = tuple(PoolPlan(pool, max_workers=1) for pool in Pool)
 
 
 async def status(router: RouterHarness) -> int:
