@@ -53,6 +53,7 @@ from worker.peers import Peers
 LEASE_S = 3.0
 RENEW_S = 1.0
 POLL_S = 0.25
+FAILOVER_S = 60.0  # how long a request searches for another worker
 CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_s=0.05)
@@ -468,7 +469,7 @@ class SimRouter:
             DispatchSettings(
                 model=cluster.model,
                 local_prefill="never",
-                retries=RetryLimits(max_attempts=50, timeout_s=60, avoid_s=LEASE_S),
+                retries=RetryLimits(50, FAILOVER_S, LEASE_S, limits.cold_start_timeout_s),
                 buffer_responses=8,
                 release_timeout_s=1.0,
                 max_releases=64,
