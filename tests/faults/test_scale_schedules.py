@@ -48,7 +48,6 @@ from tests.support.virtual_time import elapse
 SEEDS = 200
 SEEDS_PER_TEST = 50
 LONG_S = 30.0  # a grace that no request outlasts
-OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,11 @@ class ChangeRole:
     async def strike(self, cluster: ScaledCluster) -> None:
         found = cluster.ready(self.pool)
         changing = cluster.rng.sample(found, min(self.workers, len(found)))
-        pool = OTHER[self.pool]
+        pool = self.pool.other
         await order(cluster, changing, pool)
         for wait_s in self.back_s:
             await elapse(wait_s)
-            pool = OTHER[pool]
+            pool = pool.other
             await order(cluster, changing, pool)
 
 
@@ -111,10 +110,10 @@ class ChangeAndLeave:
             if self.between_s < 0:
                 leaving = asyncio.create_task(worker.leave(self.grace_s))
                 await elapse(-self.between_s)
-                await order(cluster, [worker], OTHER[self.pool])
+                await order(cluster, [worker], self.pool.other)
                 await leaving
             else:
-                await order(cluster, [worker], OTHER[self.pool])
+                await order(cluster, [worker], self.pool.other)
                 await elapse(self.between_s)
                 await worker.leave(self.grace_s)
 
