@@ -54,7 +54,7 @@ def test_a_draining_worker_admits_requests_until_routers_have_seen_the_drain(lea
         async with ScaledCluster(random.Random(1), LIMITS, scaled_config(GRACE_S)) as cluster:
             worker = cluster.add(Pool.DECODE, FakeLatency(1.0, 100.0))
             await elapse(5.0)
-            assert worker.record.state is WorkerState.READY
+            assert cluster.ready(Pool.DECODE) == [worker]
             leaving: asyncio.Task[None] | None = None
             if leaves:
                 leaving = asyncio.create_task(worker.leave(GRACE_S))
@@ -68,8 +68,7 @@ def test_a_draining_worker_admits_requests_until_routers_have_seen_the_drain(lea
                 assert not worker.alive
             else:
                 await elapse(5.0)
-                assert worker.record.pool is Pool.PREFILL
-                assert worker.record.state is WorkerState.READY
+                assert cluster.ready(Pool.PREFILL) == [worker]
             assert worker.cut_short == 0
 
     run_virtually(run(), 0)
