@@ -12,6 +12,10 @@ class Pool(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    @property
+    def other(self) -> Pool:
+        return Pool.DECODE if self is Pool.PREFILL else Pool.PREFILL
+
 
 class WorkerState(enum.StrEnum):
     STARTING = "starting"  # the engine runs; KV pairs with the other pool are being set up
@@ -75,8 +79,7 @@ class PoolPlan:
     """What the autoscaler plans for a pool. It writes this for the routers."""
 
     pool: Pool
-    target_workers: int  # that should exist now
-    max_workers: int  # that may exist; 0: none will come
+    max_workers: int  # that it may have; 0: none will come
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,9 @@ def new_router_id() -> str:
 
 
 class RouterLease:
-    """Renews the record of one router. A store that is away has no other effect.
+    """Renews the record of one router.
+
+    If the store does not answer, the record expires. Requests are not affected.
 
     Args:
         address: of this router, "host:port".
@@ -70,11 +72,12 @@ class RouterLease:
             await asyncio.sleep(self._renew_s)
 
     async def renew(self) -> None:
-        """Write the record once. A failure is logged."""
+        """Write the record once. A failure of the store is logged."""
         self._renewals += 1
+        record = self.record()  # outside of ``try``: a defect here is not the store's
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._registry.put_router(self.record())
+                await self._registry.put_router(record)
         except Exception as err:  # noqa: BLE001 - routing goes on, whichever error the store raises
             if not self._failed:
                 logger.warning("the registry gets no numbers from this router: %r", err)

@@ -12,7 +12,7 @@ class NoRoom:
     """The request can run later, when workers of these pools have room."""
 
     pools: frozenset[Pool]  # at least one
-    empty: frozenset[Pool] = frozenset()  # those of them that wait for their first usable worker
+    empty: frozenset[Pool] = frozenset()  # those of them that have no usable worker
 
     @property
     def need(self) -> Need:

@@ -301,7 +301,10 @@ class RouterServer:
             model=model,
             local_prefill=router.local_prefill,
             retries=RetryLimits(
-                router.max_attempts, router.failover_timeout_s, router.avoid_worker_s
+                router.max_attempts,
+                router.failover_timeout_s,
+                router.avoid_worker_s,
+                router.cold_start_timeout_s,
             ),
             buffer_responses=router.stream_buffer_responses,
             release_timeout_s=router.worker_connect_timeout_s,

@@ -11,7 +11,7 @@ from core.types import WorkerLoad
 from worker.intake import Intake
 
 _KV_POLL_S: Final = 0.05  # short compared with a drain
-_CANCEL_GRACE_S: Final = 0.2  # time in which cancelled calls send their status
+CANCEL_GRACE_S: Final = 0.2  # time in which cancelled calls send their status
 
 
 class Drain:
@@ -48,7 +48,7 @@ class Drain:
         for intake in self._intakes:
             intake.send_away()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CANCEL_GRACE_S):
+            async with asyncio.timeout(CANCEL_GRACE_S):
                 await self._ended()
 
     async def _ended(self) -> None:

@@ -56,7 +56,7 @@ class Intake:
         self._open = False
 
     def open(self) -> None:
-        """Admit requests, as after the constructor."""
+        """Admit requests again. A new intake is open."""
         self._open = True
 
     def send_away(self) -> None:

@@ -64,8 +64,8 @@ class Pairing:
     async def keep(self) -> NoReturn:
         """While this is a decode worker, make pairs with prefill workers that start later.
 
-        Their start waits for the pairs. A prefill worker that leaves is forgotten: it may come
-        back, because a worker can change its pool twice.
+        Their start waits for the pairs. If a prefill worker leaves and returns, its pair is made
+        again.
         """
         paired: Set[str] = set()
         while True:

@@ -24,8 +24,8 @@ does not belong to refuses requests as a draining worker does.
     during a change                              the latest order counts: after the drain, the
                                                  worker joins the pool that it names
     while the worker stops                       nothing changes
-    and the registry fails before it has the     the worker stays in its pool, because routers could
-    drain                                        not learn of the change
+    and the registry fails before it has         the worker stays in its pool, because routers could
+    recorded the drain                           not learn of the change
     and the registry fails later                 the worker changes; it is registered in its new
                                                  pool when the registry is back
 
@@ -57,7 +57,7 @@ from core.tasks import Supervisor
 from core.types import Pool, WorkerOrder, WorkerRecord, WorkerState
 from engine.protocol import Engine
 from engine.vllm.log_buffers import log_buffers_kept
-from worker.drain import Drain
+from worker.drain import CANCEL_GRACE_S, Drain
 from worker.intake import Intake
 from worker.lease import Lease
 from worker.liveness import LivenessProbe
@@ -69,8 +69,6 @@ from worker.server import start_server
 _log = logging.getLogger(__name__)
 
 AddService = Callable[[grpc.aio.Server, Engine, Intake, Peers], None]
-
-_CANCEL_GRACE_S = 0.2  # time in which cancelled calls send their status
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +364,7 @@ class WorkerReplica:
     async def _end(self) -> None:
         """Stop everything that ``start`` has started, also after a failed start."""
         if self._server is not None:
-            await self._server.stop(_CANCEL_GRACE_S)
+            await self._server.stop(CANCEL_GRACE_S)
         await self._supervisor.stop()  # its tasks use the engine and the registry
         await asyncio.gather(self._engine.stop(), asyncio.to_thread(self._stop_metrics))
         # Cancel the ping after the engine has stopped: a health check then raises WorkerLostError

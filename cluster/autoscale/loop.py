@@ -408,10 +408,7 @@ class AutoscaleLoop:
         if policy is None or policy.is_advisory:
             return ()
         pools = policy.policy.spec.pool
-        return tuple(
-            PoolPlan(each.pool, each.target, pools(each.pool).max_replicas)
-            for each in decision.pools
-        )
+        return tuple(PoolPlan(each.pool, pools(each.pool).max_replicas) for each in decision.pools)
 
     @property
     def _follows_policy(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from cluster.cli.status import open_registry, read_workers, wait_for_workers
 from cluster.local.run_dir import ClusterState
 from core.errors import ConfigError
-from core.types import WorkerRecord
+from core.types import WorkerRecord, WorkerState
 
 
 def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) -> None:
@@ -30,10 +30,13 @@ def drain(state: ClusterState, worker_id: str, progress: Callable[[str], None]) 
     asyncio.run(_request_drain(state, worker_id))
 
     def remaining(workers: Sequence[WorkerRecord]) -> str | None:
-        for worker in workers:
-            if worker.id == worker_id:
-                return f"{worker_id} is {worker.state}, {worker.load.running} requests still run"
-        return None
+        worker = next((each for each in workers if each.id == worker_id), None)
+        if worker is None:
+            return None
+        # The request is lost if the store's answer to the worker is. A worker that has it drains.
+        if worker.state is not WorkerState.DRAINING:
+            asyncio.run(_request_drain(state, worker_id))
+        return f"{worker_id} is {worker.state}, {worker.load.running} requests still run"
 
     wait_for_workers(state, remaining, progress)
 

@@ -138,7 +138,10 @@ def as_table(
     ]
     if not workers:
         return "\n".join([head, "no workers", *problems])
-    rows = [[str(_row(worker)[column]) for column in _COLUMNS] for worker in workers]
+    rows = [
+        [str(each[column]) for column in _COLUMNS]
+        for each in ({**_row(worker), "state": _state(worker)} for worker in workers)
+    ]
     table = [list(_COLUMNS), *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
     lines = [
@@ -170,12 +173,20 @@ def _targets(view: AutoscaleView | None) -> dict[str, int]:
     return {} if view is None else {each.pool.value: each.target for each in view.pools}
 
 
+def _state(worker: WorkerRecord) -> str:
+    """Return the worker's state for people: a drain may end in the other pool."""
+    if worker.changes_to is None:
+        return worker.state.value
+    return f"{worker.state}, changes to {worker.changes_to}"
+
+
 def _row(worker: WorkerRecord) -> dict[str, str | int]:
     load = worker.load
     return {
         "id": worker.id,
         "pool": worker.pool.value,
         "state": worker.state.value,
+        "changes_to": worker.changes_to.value if worker.changes_to is not None else "",
         "address": worker.address,
         "queue_depth": load.queue_depth,
         "running": load.running,

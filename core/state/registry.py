@@ -287,7 +287,7 @@ class MemoryRegistry:
 
 
 def _decode_role(value: bytes) -> WorkerOrder | None:
-    """Return the order. An order that no version of Baton knows is logged and dropped."""
+    """Return the order. An order that this version does not know is logged and dropped."""
     try:
         return WorkerOrder(Pool(value.decode()).value)
     except ValueError:

@@ -71,7 +71,7 @@ class Turn(Generic[P]):
         self.needs_room = needs_room
         self.arrived_s = now_s
         self.started_s = now_s
-        self.empty_before_s = empty_s  # ``Turns`` had waited so long for first workers
+        self.empty_before_s = empty_s  # ``Turns._waited_empty_s()`` when the request came
         self.no_room: NoRoom | None = None  # the answer of the latest try
         self.tried = 0  # the number of that try's round
         self.permit: P | None = None
@@ -95,7 +95,8 @@ class Turns:
         self._queues: Queues[Turn[Any]] = Queues(limits.classes)
         self._round = 0  # in each round, ``wake`` tries the next request and some after it
         self._head: Turn[Any] | None = None  # which had no room in the latest round
-        # Pools whose first worker requests wait for, as the latest round found, and since when.
+        # Pools whose first worker requests wait for: as the latest round has found so far, and as
+        # the latest ``wake`` found, and since when.
         self._found_empty: frozenset[Pool] = frozenset()
         self._empty: frozenset[Pool] = frozenset()
         self._empty_since_s = 0.0
@@ -156,7 +157,7 @@ class Turns:
         *,
         needs_room: bool = True,
     ) -> Turn[P]:
-        """Run a request now, if its turn's ``permit`` is not None, or let it wait.
+        """Run a request now, or let it wait. It runs if the returned turn has a permit.
 
         Call ``end`` when the request has run. While it waits, call ``leave`` if it is cancelled,
         and ``give_up`` at ``give_up_s``.
@@ -182,7 +183,7 @@ class Turns:
         if permit is not None:
             self._start(turn, permit)
             return turn
-        self._check_wait(request)
+        self._check_wait(request, turn.no_room)
         self._queues.push(request, turn)
         self.wake()  # the request may fit, although those before it do not
         if turn.error is not None:
@@ -258,7 +259,8 @@ class Turns:
                 self._grant(turn, permit)
         self._head = None
         if not self._queues:
-            self._note_empty(frozenset())
+            self._found_empty = frozenset()
+        self._note_empty(self._found_empty)
 
     def _backfill(self, head: Turn[Any]) -> bool:
         """Start a request that fits, although the next one in turn (``head``) does not fit yet.
@@ -268,6 +270,7 @@ class Turns:
         while the head waits for a pool's first worker, because others take nothing from it then.
         """
         assert head.no_room is not None
+        self._found_empty = head.no_room.empty
         is_passed_freely = bool(head.no_room.empty)
         is_held = head.passed >= MAX_PASSED and not is_passed_freely
         for request, turn in self._queues.after_next(_LOOK_AHEAD_REQUESTS):
@@ -283,6 +286,8 @@ class Turns:
                 head.passed += turn.needs_room and not is_passed_freely
                 self._grant(turn, permit)
                 return True
+            assert turn.no_room is not None
+            self._found_empty |= turn.no_room.empty
         return False
 
     def _try(self, turn: Turn[P]) -> P | None:
@@ -291,7 +296,6 @@ class Turns:
         if not isinstance(taken, NoRoom):
             return taken
         turn.no_room, turn.tried = taken, self._round
-        self._found_empty |= taken.empty
         return None
 
     def _note_empty(self, empty: frozenset[Pool]) -> None:
@@ -330,9 +334,17 @@ class Turns:
         if self._clock() >= request.deadline_s:
             raise DeadlineError("the deadline passed before the request began to run")
 
-    def _check_wait(self, request: AdmissionRequest) -> None:
+    def _check_wait(self, request: AdmissionRequest, no_room: NoRoom | None = None) -> None:
+        """Raise CapacityError if a request must not wait.
+
+        Args:
+            no_room: why it cannot run now, if that is known.
+        """
+        # The first worker of a pool comes at a time that the running requests do not tell.
+        is_cold = bool(self._empty) or (no_room is not None and bool(no_room.empty))
         # Little's law: running requests = requests that end per second * how long each runs.
-        ends_per_s = self.running / self._mean_run_s if self._mean_run_s else 0.0
+        is_known = self._mean_run_s > 0 and not is_cold
+        ends_per_s = self.running / self._mean_run_s if is_known else 0.0
         _raise(
             decide_admission(
                 self._limits,

@@ -204,10 +204,10 @@ class Dispatcher:
     ) -> PlacementPermit:
         """Choose workers. If none is usable, a retry waits.
 
-        A first attempt without a permit, which is that of a resumed request, waits only if the
-        autoscaler may start workers. If it were refused then, no demand would be seen, so no worker
-        would ever start.
+        A resumed request has no permit for its first attempt. It waits only if the autoscaler may
+        start a worker. A refusal would hide its demand, and no worker would start.
         """
+        is_first = retries.last is None
         stranded = _Stranded(progress.service_class, facts, self._clock())
         try:
             while True:
@@ -217,8 +217,9 @@ class Dispatcher:
                     assert not isinstance(permit, NoRoom), "only for requests that may wait"
                     return permit
                 except UnavailableError as error:
-                    if retries.last is None:
+                    if is_first:
                         self._check_may_come(facts)
+                    if retries.last is None:
                         retries.begin_wait(error, self._clock())
                         facts = replace(facts, local_prefill="fallback")  # as for a retry
                         continue

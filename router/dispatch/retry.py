@@ -18,6 +18,7 @@ class RetryLimits:
     max_attempts: int
     timeout_s: float  # time to find a worker, from the first failure since the latest new token
     avoid_s: float  # how long to avoid a worker that failed
+    cold_start_timeout_s: float = 180.0  # time to find the workers of the first attempt
 
 
 @dataclass(slots=True)
@@ -37,7 +38,8 @@ class Retries:
     last: BatonError | None = None
     _avoided_until_s: dict[WorkerKey, float] = field(default_factory=dict)
     _tokens: int = 0
-    _failing_since_s: float | None = None
+    _has_failed: bool = False
+    _search_until_s: float = 0.0  # once ``last`` is set
     _waits: int = 0
 
     def failed(
@@ -65,10 +67,10 @@ class Retries:
         if worker is not None:
             hint_s = error.retry_after_s if refused else None
             self._avoided_until_s[worker] = now_s + (hint_s or self.limits.avoid_s)
-        if self._failing_since_s is None or tokens > self._tokens:
-            self._failing_since_s, self._waits = now_s, 0
-        self._tokens = tokens
-        late = now_s > self._failing_since_s + self.limits.timeout_s
+        if not self._has_failed or tokens > self._tokens:
+            self._search_until_s, self._waits = now_s + self.limits.timeout_s, 0
+        self._has_failed, self._tokens = True, tokens
+        late = now_s > self._search_until_s
         if self.is_over or (unreachable and late):
             raise error
 
@@ -76,9 +78,9 @@ class Retries:
         """Note that the first attempt finds no worker and waits for one.
 
         Args:
-            error: raised if none comes within ``timeout_s``.
+            error: raised if none comes within ``cold_start_timeout_s``.
         """
-        self.last, self._failing_since_s = error, now_s
+        self.last, self._search_until_s = error, now_s + self.limits.cold_start_timeout_s
 
     @property
     def is_over(self) -> bool:
@@ -94,13 +96,12 @@ class Retries:
 
         Raises:
             BatonError: the last failure. It is raised if it is a CapacityError and the client has
-                no token yet, or if ``timeout_s`` would end during the wait.
+                no token yet, or if the time to find a worker would end during the wait.
         """
         assert self.last is not None, "nothing has failed"
-        assert self._failing_since_s is not None
         wait_s = min(FIRST_WAIT_S * 2.0**self._waits, MAX_WAIT_S)
         full = isinstance(self.last, CapacityError) and self._tokens == 0
-        if full or now_s + wait_s > self._failing_since_s + self.limits.timeout_s:
+        if full or now_s + wait_s > self._search_until_s:
             raise self.last  # it says more than "no worker is left"
         self._waits += 1
         return wait_s

@@ -21,8 +21,8 @@ from router.placement.policy import (
 from router.room import NoRoom
 
 RATE_MEMORY = 0.98  # decay of a prefill rate at each prompt; about the latest 50 prompts count
-# The same of a decode rate: about so many of the latest seconds with streams count. Long enough for
-# some streams to begin and end, and short enough to follow the load.
+# Time constant of a decode rate's decay: about this many of the latest seconds with streams count.
+# Long enough for some streams to begin and end, and short enough to follow the load.
 DECODE_MEMORY_S = 10.0
 
 
@@ -237,8 +237,8 @@ class Account:
         return self._stream_tokens / self._stream_s if self._stream_s else 0.0
 
     def _decay(self, now_s: float) -> None:
-        """Let time with streams pass. Then ``_stream_s`` is the integral of the weights of the
-        past, and ``_stream_tokens`` the sum of the tokens' weights."""
+        """Age both sums to ``now_s``. ``_stream_s`` sums the weights of the seconds with streams;
+        ``_stream_tokens`` sums the weights of the tokens."""
         if self._streams:
             weight = math.exp(-(now_s - self._counted_s) / DECODE_MEMORY_S)
             self._stream_tokens *= weight

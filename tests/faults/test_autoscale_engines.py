@@ -6,7 +6,6 @@ Streams whose tokens are known run through every change. None may lose a token o
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from core.types import Pool, WorkerState
 from tests.support import live_cluster
 from tests.support.live_cluster import LiveCluster
+from tests.support.live_policies import apply, check_changes, small_policy, wait_until_calm
 from tests.support.prompts import random_prompt
 from tests.support.stream_load import Load, PlannedRequest, check_ended_well, check_tokens
 
@@ -37,6 +37,10 @@ decode:
 SIZES = {Pool.PREFILL: 1, Pool.DECODE: 1}
 CHANGED_S = 240.0  # an engine starts on cores that others use
 
+SIGNALS = {
+    "prefill": {"type": "QueueTokens", "target": 2000},
+    "decode": {"type": "QueueRequests", "target": 8},
+}
 STREAMS = [PlannedRequest(tuple(random_prompt(40 + 30 * n, 600 + n)), 40) for n in range(3)]
 LONG_PROMPT = PlannedRequest(tuple(random_prompt(1200, 700)), 1)
 LONG_ANSWER = PlannedRequest(tuple(random_prompt(20, 800)), 200)
@@ -67,25 +71,7 @@ def answers(cluster: LiveCluster) -> Mapping[PlannedRequest, Sequence[int]]:
 def policy(least: int = 1, window_s: int = 8, **spec: Any) -> dict[str, Any]:
     """Return a policy with ``least`` to two workers in each pool."""
     behavior = {"scaleDown": {"stabilizationWindowSeconds": window_s}}
-    pool = {"minReplicas": least, "maxReplicas": 2, "averagingSeconds": 1, "behavior": behavior}
-    return {
-        "apiVersion": "baton/v1",
-        "kind": "AutoscalingPolicy",
-        "metadata": {"name": "test"},
-        "spec": {
-            "warmupSeconds": 0,
-            "prefill": {**pool, "signals": [{"type": "QueueTokens", "target": 2000}]},
-            "decode": {**pool, "signals": [{"type": "QueueRequests", "target": 8}]},
-            **spec,
-        },
-    }
-
-
-def apply(cluster: LiveCluster, tmp_path: Path, document: dict[str, Any]) -> None:
-    file = tmp_path / "policy.yaml"
-    file.write_text(json.dumps(document))
-    done = cluster.cli("policy", "apply", str(file))
-    assert done.returncode == 0, done.stderr
+    return small_policy("test", SIGNALS, behavior, least=least, **spec)
 
 
 def wait_for_sizes(cluster: LiveCluster, prefill: int, decode: int) -> None:
@@ -123,25 +109,32 @@ def test_each_pool_grows_alone_and_a_worker_changes_its_role(
     apply(cluster, tmp_path, policy())
     address = cluster.state.address
     with Load(address, streams()) as running:
+        last = wait_until_calm(cluster)
         with Load(address, many(LONG_ANSWER, 10)) as load:
             wait_for_sizes(cluster, 1, 2)
             load.finish()
         check(load, answers)
         wait_for_sizes(cluster, 1, 1)
+        wait_until_calm(cluster)
+        check_changes(cluster, last, "decode")
 
         budget = {"gpus": 3, "priority": "Neither"}
         # The window is longer than the time between the last prompt and the first long answer.
         spent = "WhenBudgetIsSpent"
         apply(cluster, tmp_path, policy(window_s=30, budget=budget, roleChange=spent))
+        last = wait_until_calm(cluster)
         with Load(address, many(LONG_PROMPT, 5)) as load:
             wait_for_sizes(cluster, 2, 1)
             load.finish()
         check(load, answers)
+        check_changes(cluster, last, "prefill")
+        last = wait_until_calm(cluster)
         before = {worker.id for worker in cluster.workers()}
         with Load(address, many(LONG_ANSWER, 10)) as load:
             wait_for_sizes(cluster, 1, 2)
             load.finish()
         check(load, answers)
+        check_changes(cluster, last, "decode")
         assert {worker.id for worker in cluster.workers()} == before, "no engine was loaded"
         wait_for_sizes(cluster, 1, 1)
         running.finish()

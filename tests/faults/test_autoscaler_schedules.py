@@ -37,6 +37,7 @@ from tests.support.schedules import (
     RegistryEmptied,
     SlowLink,
     StoreSlow,
+    cancel_running,
     check_ended,
     check_nothing_left,
     run_client,
@@ -315,7 +316,7 @@ async def _run_all(all_: Autoscaled, counts: Counter[str] | None) -> None:
     if watch.done():
         watch.result()
     assert await all_.has_returned(), "the pools did not stay"
-    watch.cancel()
+    cancel_running(watch)  # it may have found something since
     await all_.autoscaler.stop()
     standing = cluster.standing_tasks() | serve.tasks()
     check_nothing_left(cluster, tasks_before | standing | {watch})

@@ -33,6 +33,7 @@ from tests.support.schedules import (
     SlowLink,
     Stop,
     StoreSlow,
+    cancel_running,
     check_ended,
     check_nothing_left,
     random_client,
@@ -47,7 +48,6 @@ from tests.support.virtual_time import elapse
 SEEDS = 200
 SEEDS_PER_TEST = 50
 LONG_S = 30.0  # a grace that no request outlasts
-OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class ChangeRole:
     async def strike(self, cluster: ScaledCluster) -> None:
         found = cluster.ready(self.pool)
         changing = cluster.rng.sample(found, min(self.workers, len(found)))
-        pool = OTHER[self.pool]
+        pool = self.pool.other
         await order(cluster, changing, pool)
         for wait_s in self.back_s:
             await elapse(wait_s)
-            pool = OTHER[pool]
+            pool = pool.other
             await order(cluster, changing, pool)
 
 
@@ -110,10 +110,10 @@ class ChangeAndLeave:
             if self.between_s < 0:
                 leaving = asyncio.create_task(worker.leave(self.grace_s))
                 await elapse(-self.between_s)
-                await order(cluster, [worker], OTHER[self.pool])
+                await order(cluster, [worker], self.pool.other)
                 await leaving
             else:
-                await order(cluster, [worker], OTHER[self.pool])
+                await order(cluster, [worker], self.pool.other)
                 await elapse(self.between_s)
                 await worker.leave(self.grace_s)
 
@@ -254,7 +254,7 @@ async def run_schedule(seed: int) -> None:
                 check_nothing_was_cut_short(cluster)
             await settle(cluster)
             check_nothing_left(cluster, tasks_before | cluster.standing_tasks())
-            keeper.cancel()
+            cancel_running(keeper)
 
 
 def check_nothing_was_cut_short(cluster: ScaledCluster) -> None:

@@ -21,6 +21,13 @@ from engine.fake import next_tokens
 from simulate.latency import KvReservation, fake_engine
 from simulate.latency_file import latency_model
 from tests.support.fake_engine_cluster import PROMPT, START_S, FakeEngineCluster, start
+from tests.support.live_policies import (
+    apply,
+    check_changes,
+    explain,
+    small_policy,
+    wait_until_calm,
+)
 from tests.support.stream_load import Load, PlannedRequest, check_ended_well, check_tokens
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -36,22 +43,15 @@ FAST = {
         "policies": [{"type": "Pods", "value": 1, "periodSeconds": 1}],
     },
 }
+SIGNALS = {
+    "prefill": {"type": "QueueSeconds", "target": 1.0},
+    "decode": {"type": "QueueRequests", "target": 20},
+}
 
 
 def policy(name: str, **spec: Any) -> dict[str, Any]:
     """Return a policy with one or two workers in each pool, in which ``spec`` replaces fields."""
-    pool = {"minReplicas": 1, "maxReplicas": 2, "averagingSeconds": 1, "behavior": FAST}
-    return {
-        "apiVersion": "baton/v1",
-        "kind": "AutoscalingPolicy",
-        "metadata": {"name": name},
-        "spec": {
-            "warmupSeconds": 0,
-            "prefill": {**pool, "signals": [{"type": "QueueSeconds", "target": 1.0}]},
-            "decode": {**pool, "signals": [{"type": "QueueRequests", "target": 20}]},
-            **spec,
-        },
-    }
+    return small_policy(name, SIGNALS, FAST, **spec)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,6 @@ def scaled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fa
         cluster.kill()
 
 
-def apply(cluster: FakeEngineCluster, tmp_path: Path, document: dict[str, Any]) -> None:
-    file = tmp_path / "policy.yaml"
-    file.write_text(json.dumps(document))
-    done = cluster.cli("policy", "apply", str(file))
-    assert done.returncode == 0, done.stderr
-
-
 def sizes(cluster: FakeEngineCluster) -> dict[str, int]:
     """Return the number of ready workers in each pool."""
     ready = [worker["pool"] for worker in cluster.workers() if worker["state"] == "ready"]
@@ -83,13 +76,6 @@ def sizes(cluster: FakeEngineCluster) -> dict[str, int]:
 def wait_for_sizes(cluster: FakeEngineCluster, prefill: int, decode: int) -> None:
     wanted = {"prefill": prefill, "decode": decode}
     cluster.wait(lambda: sizes(cluster) == wanted, within_s=60)
-
-
-def explain(cluster: FakeEngineCluster) -> dict[str, Any]:
-    done = cluster.cli("policy", "explain", "--json")
-    assert done.returncode == 0, done.stderr
-    view: dict[str, Any] = json.loads(done.stdout)
-    return view
 
 
 def background(rng: random.Random) -> list[Iterator[PlannedRequest]]:
@@ -130,16 +116,21 @@ def test_each_pool_follows_its_own_load(scaled: FakeEngineCluster, tmp_path: Pat
     wait_for_sizes(scaled, 1, 1)
     address = scaled.state.address
     with Load(address, background(random.Random(SEED))) as chats:
+        before = wait_until_calm(scaled)
         with Load(address, repeated(10, 4000, 1)) as prompts:
             wait_for_sizes(scaled, 2, 1)
             prompts.finish()
         check(prompts)
         wait_for_sizes(scaled, 1, 1)
+        between = wait_until_calm(scaled)
+        check_changes(scaled, before, "prefill")
         with Load(address, repeated(40, 4, 600)) as answers:
             wait_for_sizes(scaled, 1, 2)
             answers.finish()
         check(answers)
         wait_for_sizes(scaled, 1, 1)
+        wait_until_calm(scaled)
+        check_changes(scaled, between, "decode")
         chats.finish()
     check(chats)
     changes = [change["text"] for change in explain(scaled)["changes"]]

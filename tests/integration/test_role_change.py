@@ -15,14 +15,13 @@ from core.config.schema import Config, load_config
 from core.model.resolve import resolve_model
 from core.state.registry import MemoryRegistry
 from core.types import Pool, WorkerState
-from decode_worker.servicer import add_decode_service
 from engine.protocol import EngineRequest
 from engine.vllm.engine import VllmEngine
-from prefill_worker.servicer import add_prefill_service
 from router.server import RouterServer
 from tests.support.prompts import random_prompt
 from tests.support.two_engines import Engines, two_engines
 from tests.support.waiting import until, until_awaited
+from tests.support.worker_parts import SERVICES
 from worker.replica import WorkerReplica
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -33,7 +32,6 @@ OVERRIDES = {
     "model.max_model_len": 1024,
 }
 LENGTHS = [1, 127, 128, 129, 700]  # tokens; a KV block has 128
-SERVICES = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 
 
 async def make_pairs(engines: Engines) -> None:
@@ -129,8 +127,7 @@ async def test_workers_swap_their_pools_by_order(monkeypatch: pytest.MonkeyPatch
             running = asyncio.create_task(check_answer(client, engines[0], 50 + seed, 100))
             await until(lambda: any(map(is_busy, engines)), what="the stream runs")
             for worker_id, pool in before.items():
-                other = Pool.DECODE if pool is Pool.PREFILL else Pool.PREFILL
-                await registry.ask_to_change_role(worker_id, other)
+                await registry.ask_to_change_role(worker_id, pool.other)
             await running
 
             def swapped(before: dict[str, Pool] = before) -> bool:

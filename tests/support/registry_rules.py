@@ -50,8 +50,8 @@ ROUTER = RouterRecord(
     itl_s=Histogram({0: 45}),
 )
 PLANS = (
-    PoolPlan(Pool.PREFILL, target_workers=0, max_workers=0),
-    PoolPlan(Pool.DECODE, target_workers=0, max_workers=2),
+    PoolPlan(Pool.PREFILL, max_workers=0),
+    PoolPlan(Pool.DECODE, max_workers=2),
 )
 
 

@@ -120,7 +120,7 @@ class ScaledCluster(SimCluster):
 
     async def keep_up(self, load_s: float) -> None:
         """Act as the simplest autoscaler: a pool without workers gets one if requests need it."""
-        plans = tuple(PoolPlan(pool, 0, 4) for pool in Pool)
+        plans = tuple(PoolPlan(pool, max_workers=4) for pool in Pool)
         while True:
             with contextlib.suppress(UnavailableError):
                 await self.registry.put_plans(plans)

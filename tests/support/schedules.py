@@ -251,9 +251,10 @@ def check_ended(client: SimClient, *, gave_up: bool, store_failed: bool) -> None
 
 
 def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[object]]) -> None:
-    """Check that all KV blocks are free, no worker, router or task works on a request, and routers
-    have forgotten the workers that are gone."""
+    """Check that all KV blocks are free, no worker, router or task works on a request, routers have
+    forgotten the workers that are gone, and no worker has failed to start, change or stop."""
     for worker in cluster.workers.values():
+        worker.check_tasks()
         assert not worker.calls, worker.record.id
         if worker.alive:
             load = worker.engine.load()
@@ -274,6 +275,13 @@ def check_nothing_left(cluster: SimCluster, tasks_before: set[asyncio.Task[objec
         assert router.workers.open_channels <= len(processes)
     left = asyncio.all_tasks() - tasks_before
     assert not left, left
+
+
+def cancel_running(task: asyncio.Task[None]) -> None:
+    """Cancel a task that should still run. If it has failed, raise its exception."""
+    if task.done():
+        task.result()
+    task.cancel()
 
 
 def seeds_in_chunks(seeds: int, per_chunk: int) -> list[range]:

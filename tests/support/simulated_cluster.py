@@ -53,6 +53,7 @@ from worker.peers import Peers
 LEASE_S = 3.0
 RENEW_S = 1.0
 POLL_S = 0.25
+FAILOVER_S = 60.0  # how long a request searches for another worker
 CONTEXT_TOKENS = 64
 KV_BLOCKS = 64
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 6), prefill_backlog_s=0.05)
@@ -191,6 +192,7 @@ class SimProcess(abc.ABC):
 
     Attributes:
         alive: whether the process runs.
+        killed: whether it was killed.
         calls: those that the process has not ended.
         asked: keys of all Prefill and Decode calls that arrived.
         prefilled: keys whose KV a decode worker may fetch.
@@ -206,6 +208,7 @@ class SimProcess(abc.ABC):
         self.rng = cluster.rng
         self.incarnation = incarnation
         self.alive = True
+        self.killed = False
         self.calls: dict[SimCall, None] = {}  # in order of arrival
         self.asked: list[str] = []
         self.prefilled: set[str] = set()
@@ -231,8 +234,18 @@ class SimProcess(abc.ABC):
         return self.alive
 
     @abc.abstractmethod
-    def tasks(self) -> Iterable[asyncio.Task[Any]]:
+    def all_tasks(self) -> Iterable[asyncio.Task[Any]]:
         """The tasks that run as long as the process, and those that start, change or stop it."""
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """Those of ``all_tasks`` that run now."""
+        return [task for task in self.all_tasks() if not task.done()]
+
+    def check_tasks(self) -> None:
+        """Raise the exception of a task that has failed. Those of a killed process may."""
+        for task in () if self.killed else self.all_tasks():
+            if task.done() and not task.cancelled():
+                task.result()
 
     async def link(self) -> None:
         """Wait for the transit of one message. If the process is stopped, wait until it resumes."""
@@ -289,7 +302,7 @@ class SimProcess(abc.ABC):
 
     def kill(self) -> None:
         """As ``kill -9``: the connections break, the lease expires and the memory is lost."""
-        self.alive = False
+        self.alive, self.killed = False, True
         for task in self.tasks():
             task.cancel()
         self.engine.fail()
@@ -310,7 +323,7 @@ class SimProcess(abc.ABC):
 
     async def end(self) -> None:
         """End at once, at the end of the test."""
-        tasks = list(self.tasks())
+        tasks = self.tasks()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -358,7 +371,7 @@ class SimWorker(SimProcess):
     def record(self) -> WorkerRecord:
         return self._record
 
-    def tasks(self) -> Iterable[asyncio.Task[Any]]:
+    def all_tasks(self) -> Iterable[asyncio.Task[Any]]:
         return (self._lease,)
 
     async def drain(self, grace_s: float) -> None:
@@ -456,7 +469,7 @@ class SimRouter:
             DispatchSettings(
                 model=cluster.model,
                 local_prefill="never",
-                retries=RetryLimits(max_attempts=50, timeout_s=60, avoid_s=LEASE_S),
+                retries=RetryLimits(50, FAILOVER_S, LEASE_S, limits.cold_start_timeout_s),
                 buffer_responses=8,
                 release_timeout_s=1.0,
                 max_releases=64,

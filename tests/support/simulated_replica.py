@@ -198,10 +198,9 @@ class SimReplica(SimProcess):
     def has_started(self) -> bool:
         return self.starting.done() and not self.starting.cancelled()
 
-    def tasks(self) -> Iterable[asyncio.Task[Any]]:
+    def all_tasks(self) -> Iterable[asyncio.Task[Any]]:
         own = (self.starting, self._leaving, self.replica._changing, self.replica._stopped)
-        found = [*self.replica._supervisor._tasks, *(task for task in own if task is not None)]
-        return [task for task in found if not task.done()]
+        return [*self.replica._supervisor._tasks, *(task for task in own if task is not None)]
 
     def has_prefilled(self, transfer_id: str) -> bool:
         return self.alive and transfer_id in self.engine._held

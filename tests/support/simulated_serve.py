@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class SimServe:
     ) -> None:
         self.troubles = Troubles()
         self.counts: Counter[str] = Counter()  # what happened, so that a test can require it
-        self.defects: list[str] = []  # of the autoscaler
+        self.defects: list[str] = []  # of the autoscaler, or of this object
         self._cluster = cluster
         self._gpus = gpus
         self._budget = budget
@@ -93,7 +93,7 @@ class SimServe:
         held = sum(self._gpus[each.pool] for each in self._apps.values())
         if self._budget is not None and held > self._budget:
             self.defects.append(f"{held} GPUs of {self._budget}")
-        app.tasks.append(asyncio.create_task(self._run(app), name=app.name))
+        self._begin(app, self._run(app), app.name)
         self._lose_answer()
         return app.name
 
@@ -103,7 +103,7 @@ class SimServe:
         if app is not None and not app.leaving:
             app.leaving = True
             self.counts["remove"] += 1
-            app.tasks.append(asyncio.create_task(self._end(app), name=f"end of {name}"))
+            self._begin(app, self._end(app), f"end of {name}")
         self._lose_answer()
 
     # Tests call these.
@@ -138,6 +138,16 @@ class SimServe:
         for task in (tasks := self.tasks()):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        assert not self.defects
+
+    def _begin(self, app: _App, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._note_failure)
+        app.tasks.append(task)
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.defects.append(f"{task.get_name()}: {error!r}")
 
     async def _run(self, app: _App) -> None:
         rng, troubles = self._cluster.rng, self.troubles

@@ -19,6 +19,7 @@ from engine.fake import FakeLatency, next_tokens
 from router.admission.policy import AdmissionLimits, ClassLimits
 from router.placement.policy import PlacementLimits
 from tests.support.simulated_cluster import (
+    FAILOVER_S,
     LEASE_S,
     POLL_S,
     RENEW_S,
@@ -30,9 +31,9 @@ from tests.support.virtual_time import elapse, run_virtually
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 LATENCY = FakeLatency(prefill_ms_per_token=2.0, decode_step_ms=5.0, transfer_ms=5.0)
 PLACEMENT = PlacementLimits(dict.fromkeys(Pool, 256), prefill_backlog_s=0.2)
-COLD_S, QUEUE_S = 60.0, 5.0
+COLD_S, QUEUE_S = 90.0, 5.0
 PROMPT, OUTPUT_TOKENS = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), 20
-DECODE_PLAN = (PoolPlan(Pool.PREFILL, 1, 4), PoolPlan(Pool.DECODE, 0, 4))
+DECODE_PLAN = (PoolPlan(Pool.PREFILL, max_workers=4), PoolPlan(Pool.DECODE, max_workers=4))
 
 Scenario = Callable[[SimCluster], Awaitable[None]]
 
@@ -292,7 +293,7 @@ def test_when_the_autoscaler_is_gone_requests_stop_waiting() -> None:
 
 
 @pytest.mark.parametrize(
-    "plans", [(), (PoolPlan(Pool.DECODE, 0, 0),), (PoolPlan(Pool.PREFILL, 1, 4),)]
+    "plans", [(), (PoolPlan(Pool.DECODE, max_workers=0),), (PoolPlan(Pool.PREFILL, max_workers=4),)]
 )
 def test_a_request_does_not_wait_if_no_worker_will_come(plans: tuple[PoolPlan, ...]) -> None:
     async def scenario(cluster: SimCluster) -> None:
@@ -305,6 +306,80 @@ def test_a_request_does_not_wait_if_no_worker_will_come(plans: tuple[PoolPlan, .
         assert client.ended_s == client.began_s
         (record,) = records(cluster)
         assert record.arrived_requests == 1, "it counts as demand"
+
+    simulate(scenario)
+
+
+async def resume_without_workers(
+    cluster: SimCluster, meanwhile: Callable[[SimClient, asyncio.Task[None]], Awaitable[None]]
+) -> None:
+    """Run ``meanwhile`` while a resumed request waits for the first workers of both pools.
+
+    It also gets the task that writes the plans.
+    """
+    add_workers(cluster, prefill=1, decode=1)
+    async with AsyncExitStack() as stack:
+        plans = asyncio.create_task(keep_plans(cluster))
+        stack.callback(plans.cancel)
+        await elapse(1.0)
+        client = client_of(cluster)
+        client.request.request_id = "r"
+        call = asyncio.create_task(client.call(cluster.routers[0]))
+        while not client.responses:
+            await elapse(0.001)
+        await cluster.routers[0].kill()
+        await call
+        for worker in cluster.living():
+            worker.kill()
+        await elapse(2 * LEASE_S)
+        await cluster.add_router()
+        await elapse(1.0)
+        client.statuses.clear()
+        client.resumes = True
+        call = asyncio.create_task(client.call(cluster.routers[1]))
+        await elapse(FAILOVER_S + 5.0)
+        assert not client.statuses
+        (record,) = records(cluster)
+        assert [(each.need, each.requests) for each in record.queues] == [(Need.DECODE, 1)]
+        await meanwhile(client, plans)
+        await call
+
+
+def test_a_resumed_request_waits_for_first_workers_as_long_as_a_new_one() -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        async def a_worker_comes(client: SimClient, _plans: asyncio.Task[None]) -> None:
+            add_workers(cluster, prefill=0, decode=1)
+            await elapse(POLL_S + 5.0)
+            assert client.statuses == [(OK, "")]
+            tokens = tuple(token for each in client.responses for token in each.token_ids)
+            assert tokens == next_tokens(PROMPT, OUTPUT_TOKENS)
+
+        await resume_without_workers(cluster, a_worker_comes)
+
+    simulate(scenario)
+
+
+def test_a_resumed_request_waits_no_longer_than_a_new_one() -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        async def none_comes(client: SimClient, _plans: asyncio.Task[None]) -> None:
+            await elapse(COLD_S - FAILOVER_S)
+            assert client.statuses == [(UNAVAILABLE, "NO_PREFILL_WORKER")]
+            assert client.ended_s - client.began_s == pytest.approx(COLD_S, abs=1.0)
+
+        await resume_without_workers(cluster, none_comes)
+
+    simulate(scenario)
+
+
+def test_when_no_worker_will_come_any_more_a_resumed_request_stops_waiting() -> None:
+    async def scenario(cluster: SimCluster) -> None:
+        async def pools_are_closed(client: SimClient, plans: asyncio.Task[None]) -> None:
+            plans.cancel()
+            await cluster.registry.put_plans(tuple(PoolPlan(pool, max_workers=0) for pool in Pool))
+            await elapse(POLL_S + 5.0)
+            assert client.statuses == [(UNAVAILABLE, "NO_DECODE_WORKER")]
+
+        await resume_without_workers(cluster, pools_are_closed)
 
     simulate(scenario)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from core.types import Need, Pool, PoolPlan
+from core.types import Need, Pool, PoolPlan, RouterRecord
 from router.server import SERVICE
 from tests.support.fake_workers import FakeDecode, FakePrefill, answer_tokens
 from tests.support.router_harness import RouterHarness, token_ids
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-PLANS = tuple(PoolPlan(pool, target_workers=0, max_workers=1) for pool in Pool)
+PLANS = tuple(PoolPlan(pool, max_workers=1) for pool in Pool)
 
 
 async def status(router: RouterHarness) -> int:
@@ -108,3 +108,19 @@ async def test_a_failing_lease_makes_no_router_unhealthy(monkeypatch: pytest.Mon
         before = lease.record().renewals
         await until(lambda: lease.record().renewals > before + 2, what="the lease is tried again")
         assert await status(router) == SERVING
+
+
+async def test_a_defect_in_what_the_router_measures_is_not_the_stores(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with RouterHarness(prefill=[FakePrefill()], decode=[FakeDecode()]) as router:
+        lease = router.server._lease
+        assert lease is not None
+
+        def fails() -> RouterRecord:
+            raise ZeroDivisionError("a defect of ours")
+
+        monkeypatch.setattr(lease, "record", fails)
+        await until(lambda: router.server._supervisor.failing, what="the router counts its defect")
+    assert "router lease has failed" in caplog.text
+    assert "the registry gets no numbers" not in caplog.text

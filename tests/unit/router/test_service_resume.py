@@ -162,7 +162,7 @@ async def test_a_resumed_request_wakes_empty_pools() -> None:
     )
     async with router:
         responses = await leave_alone(router)
-        plans = tuple(PoolPlan(pool, target_workers=0, max_workers=1) for pool in Pool)
+        plans = tuple(PoolPlan(pool, max_workers=1) for pool in Pool)
         await router.registry.put_plans(plans)
         async with router.another_router() as other:
 

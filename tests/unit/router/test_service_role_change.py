@@ -10,29 +10,17 @@ import pytest
 
 from core.config.schema import Config
 from core.types import Pool, WorkerState
-from decode_worker.servicer import add_decode_service
 from engine.fake import FakeEngine, FakeLatency, next_tokens
-from prefill_worker.servicer import add_prefill_service
 from tests.support.fake_workers import MODEL
 from tests.support.router_harness import RouterHarness, token_ids
 from tests.support.waiting import until_awaited
+from tests.support.worker_parts import SERVICES, NoMetrics
 from worker.replica import WorkerReplica
 
 pytestmark = pytest.mark.asyncio
 
-SERVICES = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
 CLIENTS = 6
 TOKENS = 150  # 0.15 s, much longer than a drain that waits for no stream
-
-
-class NoMetrics:
-    """Replaces the metrics server, whose stop takes half a second."""
-
-    port = 1
-
-    def __init__(self, _host: str) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)

@@ -135,14 +135,6 @@ async def test_a_worker_serves_only_members_of_its_cluster() -> None:
         await stranger.close()
 
 
-async def test_a_draining_worker_admits_requests_until_routers_have_seen_the_drain() -> None:
-    async with Setup(poll_s=0.25) as worker:
-        stopping = asyncio.create_task(worker.replica.stop(WAIT_S))
-        await worker.registry.draining.wait()
-        assert (await worker.prefill("from a router that has not looked yet")).token_id
-        await stopping
-
-
 async def test_the_wait_for_routers_ends_with_the_grace() -> None:
     async with Setup(poll_s=NEVER_S) as worker, asyncio.timeout(WAIT_S):
         await worker.replica.stop(0.1)
@@ -190,23 +182,16 @@ class GatedSetup(Setup):
         await until(lambda: self.gated.entered == count, what="all requests run")
         return tasks
 
-    async def refuses_a_request(self) -> bool:
-        """Return whether the worker refuses a request that arrives now."""
-        try:
-            async with asyncio.timeout(0.1):
-                await self.prefill("late")
-        except grpc.aio.AioRpcError as error:
-            return from_rpc_error(error, "w").reason == WORKER_DRAINING
-        except TimeoutError:
-            return False  # the request was admitted and waits at the gate
-        return False
-
 
 async def test_within_the_grace_running_requests_end_and_new_ones_are_refused() -> None:
     async with GatedSetup() as worker, asyncio.timeout(WAIT_S):
         running = await worker.start_prefills(3)
         stopping = asyncio.create_task(worker.replica.stop(WAIT_S))
-        await until_awaited(worker.refuses_a_request, what="the worker refuses new requests")
+        intake = worker.replica._intakes[Pool.PREFILL]
+        await until(lambda: not intake._open, what="the worker refuses new requests")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await worker.prefill("late")
+        assert from_rpc_error(caught.value, "w").reason == WORKER_DRAINING
         assert not stopping.done()
         worker.gated.gate.set()
         for task in running:
@@ -280,10 +265,9 @@ class PairingSetup(Setup):
         self.pool = pool
 
     async def add(self, name: str, state: WorkerState = WorkerState.READY) -> None:
-        pool = Pool.PREFILL if self.pool is Pool.DECODE else Pool.DECODE
         record = WorkerRecord(
             id=name,
-            pool=pool,
+            pool=self.pool.other,
             state=state,
             incarnation=name,
             address="a",

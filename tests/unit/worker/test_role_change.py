@@ -17,12 +17,11 @@ from core.messages import worker_pb2, worker_pb2_grpc
 from core.rpc.status import from_rpc_error
 from core.state.registry import MemoryRegistry
 from core.types import Pool, WorkerOrder, WorkerRecord, WorkerState
-from decode_worker.servicer import add_decode_service
 from engine.fake import FakeEngine, FakeLatency, next_tokens
 from engine.protocol import EngineOutput, EngineRequest
-from prefill_worker.servicer import add_prefill_service
 from tests.support.registry_rules import DECODE, PREFILL
 from tests.support.waiting import until, until_awaited
+from tests.support.worker_parts import SERVICES, NoMetrics
 from worker.replica import WorkerReplica
 
 pytestmark = pytest.mark.asyncio
@@ -30,18 +29,6 @@ pytestmark = pytest.mark.asyncio
 NEVER_S = 3600.0
 WAIT_S = 10.0  # bound for events that happen soon; only a failing test waits this long
 PROMPT = [1, 2, 3]
-SERVICES = {Pool.PREFILL: add_prefill_service, Pool.DECODE: add_decode_service}
-OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
-
-
-class NoMetrics:
-    """Replaces the metrics server, whose stop takes half a second."""
-
-    port = 1
-
-    def __init__(self, _host: str) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +103,6 @@ class Worker:
         pool: Pool,
         *,
         role_change: bool = True,
-        poll_s: float = 0.01,
         grace_s: float = WAIT_S,
         transfer_ms: float = 0.0,
         pair_timeout_s: float = NEVER_S,
@@ -125,7 +111,7 @@ class Worker:
         self.config = Config.model_validate(
             {
                 "cluster": {"role_change": role_change},
-                "router": {"registry_poll_s": poll_s},
+                "router": {"registry_poll_s": 0.01},
                 "redis": {"renew_s": 0.01},
                 "kv_transfer": {"pair_timeout_s": pair_timeout_s},
                 "prefill": pools,
@@ -201,7 +187,7 @@ class Worker:
         """Check that the worker serves requests of ``pool``, and refuses those of the other."""
         tokens = await self.call(pool)
         assert tokens == list(next_tokens(PROMPT, len(tokens)))
-        await self.refuses(OTHER[pool])
+        await self.refuses(pool.other)
 
     async def refuses(self, pool: Pool) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -219,7 +205,7 @@ class Worker:
 
 @pytest.mark.parametrize("old", Pool)
 async def test_a_worker_changes_its_pool_and_back(old: Pool) -> None:
-    new = OTHER[old]
+    new = old.other
     async with Worker(old) as worker:
         assert worker.record.can_change_role
         assert worker.record.id.startswith("worker-"), "its pool may change, so its id names none"
@@ -245,31 +231,13 @@ async def test_running_requests_end_before_the_pool_changes() -> None:
         running = await worker.start_call(Pool.DECODE)
         await worker.order(Pool.PREFILL)
         await worker.until_said(Pool.DECODE, WorkerState.DRAINING)
-
-        async def is_closed() -> bool:
-            late = worker.call(Pool.DECODE)
-            done, _ = await asyncio.wait([late], timeout=0.1)
-            late.cancel()
-            return bool(done) and isinstance(late.exception(), grpc.aio.AioRpcError)
-
-        await until_awaited(is_closed, what="new requests are refused")
+        intake = worker.replica._intakes[Pool.DECODE]
+        await until(lambda: not intake._open, what="new requests are refused")
+        await worker.refuses(Pool.DECODE)
         assert worker.registry.said[-1][:2] == (Pool.DECODE, WorkerState.DRAINING)
         worker.engine.gate.set()
         assert await running == list(next_tokens(PROMPT, 4))
         await worker.until_said(Pool.PREFILL, WorkerState.READY)
-
-
-async def test_a_draining_worker_admits_requests_until_routers_have_seen_the_drain() -> None:
-    async with Worker(Pool.DECODE, poll_s=0.25) as worker:
-        admitted: list[asyncio.Task[list[int]]] = []
-
-        def on_put(record: WorkerRecord) -> None:
-            if record.state is WorkerState.DRAINING and not admitted:
-                admitted.append(worker.call(Pool.DECODE))
-
-        worker.registry.after_put = on_put
-        await worker.change(Pool.PREFILL)
-        assert await admitted[0] == list(next_tokens(PROMPT, 4))
 
 
 async def test_held_kv_is_fetched_before_the_pool_changes() -> None:
@@ -290,13 +258,13 @@ async def test_held_kv_is_fetched_before_the_pool_changes() -> None:
 async def test_requests_that_outlast_the_grace_are_continued_elsewhere(old: Pool) -> None:
     async with Worker(old, grace_s=0.1) as worker:
         running = [await worker.start_call(old) for _ in range(5)]
-        await worker.change(OTHER[old])
+        await worker.change(old.other)
         for call in running:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert from_rpc_error(caught.value, "w").reason == WORKER_DRAINING
         worker.engine.gate.set()
-        await worker.serves(OTHER[old])
+        await worker.serves(old.other)
 
 
 async def test_kv_that_is_never_fetched_delays_the_change_by_the_grace_only() -> None:

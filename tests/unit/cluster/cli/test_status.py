@@ -85,3 +85,16 @@ def test_a_worker_without_a_place_is_named_with_rays_words() -> None:
     view = replace(view_of(()), workers=(waiting,))
     table = as_table(STATE, (PREFILL, DECODE), view)
     assert table.splitlines()[-1] == "baton-decode-1-aaaaaa has not started: no GPU"
+
+
+def test_a_worker_that_drains_to_change_its_pool_is_not_one_that_leaves() -> None:
+    changing = replace(DECODE, state=WorkerState.DRAINING, changes_to=Pool.PREFILL)
+    leaving = replace(PREFILL, state=WorkerState.DRAINING)
+    _, _, *rows = as_table(STATE, (changing, leaving), None).splitlines()
+    assert "draining, changes to prefill  127.0.0.1:1" in rows[0]
+    assert "changes to" not in rows[1]
+    shown = json.loads(as_json(STATE, (changing, leaving), None))["workers"]
+    assert [(each["state"], each["changes_to"]) for each in shown] == [
+        ("draining", "prefill"),
+        ("draining", ""),
+    ]

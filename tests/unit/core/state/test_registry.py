@@ -134,5 +134,5 @@ def test_a_malformed_record_is_an_error(text: bytes) -> None:
 def test_records_of_other_versions_of_routers_and_autoscalers_can_be_read() -> None:
     text = b'{"id":"r","address":"a:1","ttft_s":{"counts":{"3":2},"unit":"s"},"colour":"blue"}'
     assert decode_router(text) == RouterRecord("r", "a:1", ttft_s=Histogram({3: 2}))
-    text = b'[{"pool":"decode","target_workers":1,"max_workers":2,"colour":"blue"}]'
-    assert decode_plans(text) == (PoolPlan(Pool.DECODE, 1, 2),)
+    text = b'[{"pool":"decode","max_workers":2,"colour":"blue"}]'
+    assert decode_plans(text) == (PoolPlan(Pool.DECODE, max_workers=2),)

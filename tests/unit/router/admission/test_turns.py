@@ -13,7 +13,7 @@ from router.admission.policy import AdmissionLimits, AdmissionRequest, ClassLimi
 from router.admission.turns import MAX_PASSED, Turn, Turns
 from router.room import NoRoom
 
-BOTH = frozenset(Pool)
+BOTH, DECODE_ONLY = frozenset(Pool), frozenset({Pool.DECODE})
 COLD_S, QUEUE_S = 100.0, 10.0
 REQUEST = AdmissionRequest("c", 1e6, prompt_tokens=100, kv_tokens=150)
 
@@ -193,6 +193,57 @@ def test_the_wait_for_a_first_worker_does_not_count_towards_the_queue_timeout() 
     error = cluster.turns.give_up(early)
     assert isinstance(error, CapacityError)
     assert error.reason == "QUEUE_TIMEOUT"
+
+
+def test_requests_to_an_empty_pool_wait_however_long_the_streams_of_the_other_run() -> None:
+    cluster = Cluster(decode=9)
+    ended = cluster.enter(needed=DECODE_ONLY)
+    cluster.now_s = 4 * QUEUE_S
+    cluster.turns.end(ended)
+    cluster.enter(needed=DECODE_ONLY)  # if it runs as long, none ends within QUEUE_S
+    with pytest.raises(CapacityError):
+        cluster.enter()  # prefill is full, not empty
+    cluster.empty = frozenset({Pool.PREFILL})
+    first = cluster.enter()
+    cluster.turns.check(REQUEST)
+    second = cluster.enter()
+    for turn in (first, second):
+        assert turn.permit is None
+        assert cluster.turns.give_up_s(turn) == cluster.now_s + COLD_S
+    cluster.turns.leave(first)
+    cluster.turns.leave(second)
+    cluster.empty = frozenset()
+    with pytest.raises(CapacityError):
+        cluster.enter()
+
+
+def test_the_wait_for_a_first_worker_ends_also_if_the_router_is_full_then() -> None:
+    cluster = Cluster(decode=9, max_concurrent=1)
+    cluster.empty = frozenset({Pool.PREFILL})
+    first, second = cluster.enter(), cluster.enter()
+    cluster.now_s = 30.0
+    cluster.empty = frozenset()
+    cluster.places[Pool.PREFILL] = 9
+    cluster.turns.wake()
+    assert first.permit is not None
+    assert cluster.turns.need(second) is Need.ROUTER
+    assert cluster.turns.give_up_s(second) == 30.0 + QUEUE_S
+    cluster.now_s = 30.0 + QUEUE_S
+    error = cluster.turns.give_up(second)
+    assert isinstance(error, CapacityError)
+    assert error.reason == "QUEUE_TIMEOUT"
+
+
+def test_requests_that_left_or_were_refused_say_nothing_about_empty_pools() -> None:
+    cluster = Cluster(decode=9, max_concurrent=1)
+    cluster.empty = frozenset({Pool.PREFILL})
+    cluster.turns.leave(cluster.enter())
+    with pytest.raises(CapacityError):
+        cluster.enter(replace(REQUEST, deadline_s=1.0, service_s=5.0))
+    cluster.now_s = 30.0
+    cluster.enter(needed=DECODE_ONLY)
+    waiting = cluster.enter(needed=DECODE_ONLY)
+    assert cluster.turns.give_up_s(waiting) == 30.0 + QUEUE_S
 
 
 def test_a_request_behind_others_also_waits_for_a_first_worker() -> None:

@@ -13,7 +13,7 @@ from core.errors import (
 )
 from router.dispatch.retry import FIRST_WAIT_S, MAX_WAIT_S, Retries, RetryLimits
 
-LIMITS = RetryLimits(max_attempts=3, timeout_s=10, avoid_s=3)
+LIMITS = RetryLimits(max_attempts=3, timeout_s=10, avoid_s=3, cold_start_timeout_s=50)
 LOST = WorkerLostError("lost")
 UNREACHABLE = WorkerUnreachableError("unreachable")
 WORKER = ("decode-1", "incarnation")
@@ -97,3 +97,15 @@ def test_a_request_without_tokens_does_not_wait_for_full_workers() -> None:
         retries.wait_s(0)
     failed(retries, CapacityError("full", retry_after_s=2), tokens=1)
     assert retries.wait_s(0) == FIRST_WAIT_S
+
+
+def test_the_search_for_first_workers_has_its_own_bound() -> None:
+    retries = Retries(LIMITS)
+    retries.begin_wait(UnavailableError("no worker"), now_s=100)
+    retries.wait_s(149)
+    with pytest.raises(UnavailableError):
+        retries.wait_s(149.96)
+    failed(retries, now_s=149)  # a worker came, and was lost
+    retries.wait_s(158)
+    with pytest.raises(WorkerLostError):
+        retries.wait_s(158.96)

@@ -132,7 +132,7 @@ async def test_a_worker_that_leaves_alone_is_gone_at_once() -> None:
 
 async def test_plans_outlive_a_restart_of_the_store() -> None:
     setup = Setup()
-    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0, 2), PoolPlan(Pool.PREFILL, 1, 0)))
+    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 2), PoolPlan(Pool.PREFILL, 0)))
     await setup.workers.refresh()
     assert setup.workers.coming == {Pool.DECODE}
     setup.registry.available = False
@@ -145,10 +145,10 @@ async def test_plans_outlive_a_restart_of_the_store() -> None:
     setup.now_s = 103.5
     await setup.workers.refresh()
     assert setup.workers.coming == frozenset()
-    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0, 2),))
+    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 2),))
     await setup.workers.refresh()
     assert setup.workers.coming == {Pool.DECODE}
-    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0, 0),))
+    await setup.registry.put_plans((PoolPlan(Pool.DECODE, 0),))
     await setup.workers.refresh()
     assert setup.workers.coming == frozenset(), "the autoscaler says so"
 
