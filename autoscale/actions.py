@@ -16,8 +16,6 @@ from autoscale.state import RoleChange
 from autoscale.workers import PoolWorkers
 from core.types import Pool
 
-OTHER = {Pool.PREFILL: Pool.DECODE, Pool.DECODE: Pool.PREFILL}
-
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
@@ -58,7 +56,8 @@ def choose_role_change(
     """Return the change of role that gives a pool a worker for which no GPU is free."""
     if spec.role_change == "Never":
         return None
-    for taker, giver in OTHER.items():
+    for taker in Pool:
+        giver = taker.other
         have, proposal = len(pools[taker]), proposals[taker]
         if min(proposal.wanted, proposal.most) <= have or gpus.soon_free_for(taker):
             continue

@@ -239,8 +239,8 @@ def _explain(entry: Any, location: Location) -> str:
 def _explain_signal(tag: str, location: Location) -> str:
     pool = Pool(str(location[location.index("signals") - 1]))
     types = {each: list(_signal_types(each)) for each in Pool}
-    if tag in types[other := next(each for each in Pool if each is not pool)]:
-        return f"{tag} is a signal of {other}; {pool} has {', '.join(types[pool])}"
+    if tag in types[pool.other]:
+        return f"{tag} is a signal of {pool.other}; {pool} has {', '.join(types[pool])}"
     return (
         f"unknown type {tag!r}; the nearest name is {nearest(tag, types[pool])}; "
         f"{pool} has {', '.join(types[pool])}"

@@ -189,6 +189,15 @@ def test_a_policy_that_the_cluster_cannot_run_is_refused(
     assert explain(scaled)["policy"] == "good"
 
 
+def test_a_policy_is_taken_without_a_restart(scaled: FakeEngineCluster, tmp_path: Path) -> None:
+    apply(scaled, tmp_path, policy("first"))
+    wait_for_sizes(scaled, 1, 1)
+    before = scaled.replicas()
+    apply(scaled, tmp_path, policy("second"))
+    assert explain(scaled)["policy"] == "second"
+    assert scaled.replicas() == before
+
+
 def test_an_advisory_policy_changes_nothing(scaled: FakeEngineCluster, tmp_path: Path) -> None:
     apply(scaled, tmp_path, policy("good"))
     wait_for_sizes(scaled, 1, 1)
