@@ -114,13 +114,14 @@ class Fleet:
         return worker
 
     def remove(self, worker: Worker) -> bool:
-        """Let a worker drain and leave. One that is not ready leaves at once.
+        """Let a worker drain and leave. One that serves no pool now leaves at once.
 
         Returns False if it leaves already.
         """
         if worker.phase is Phase.LEAVING:
             return False
-        was_serving = worker.phase is Phase.READY or worker.next_pool is not None
+        # Between its drain and its new role it serves nothing, as before it was ready.
+        was_serving = worker.record is not None
         self._set_phase(worker, Phase.LEAVING)
         self._switch(worker, worker.pool)
         worker.next_pool = None

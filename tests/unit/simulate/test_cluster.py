@@ -187,6 +187,20 @@ def test_a_worker_that_changes_its_role_is_ready_sooner_than_a_new_one() -> None
     assert worker_seconds(done, Pool.DECODE, 99) == pytest.approx(99 + 79, abs=0.1)
 
 
+def test_a_worker_may_leave_between_its_drain_and_its_new_role() -> None:
+    def between(snapshot: Snapshot) -> list[Action]:
+        worker = next(each for each in snapshot.workers if each.phase is Phase.STARTING)
+        return [Action(ActionKind.REMOVE, worker.pool, worker.id, "")]
+
+    script = {20: one(Pool.PREFILL, ActionKind.CHANGE_ROLE, Pool.DECODE), 22: between}
+    model = replace(MODEL, role_change_s=5.0)
+    done = run(steady(40), model, {Pool.PREFILL: 2, Pool.DECODE: 1}, scripted(script))
+    assert {each.status for each in done.ended} == {"ok"}
+    assert done.changes == {ActionKind.ADD: 0, ActionKind.REMOVE: 1, ActionKind.CHANGE_ROLE: 1}
+    assert [each.ordered for each in done.samples][30] == (1, 1)
+    assert worker_seconds(done, Pool.DECODE, 39) == pytest.approx(39 + 2, abs=0.1)
+
+
 def test_only_actions_that_change_something_and_starts_that_end_are_counted() -> None:
     def latest(pool: Pool, kind: ActionKind) -> Callable[[Snapshot], list[Action]]:
         def act(snapshot: Snapshot) -> list[Action]:
