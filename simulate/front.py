@@ -30,6 +30,7 @@ from router.signals import Signals
 from simulate.batch import Gaps
 from simulate.engines import Prompt, Stream, Timeline
 from simulate.fleet import MODEL, Fleet, Worker
+from simulate.known_room import KnownRoom
 from simulate.latency import LatencyModel, TransferStart
 from simulate.trace import TraceRequest
 
@@ -120,7 +121,7 @@ class Front:
         self._decided: list[Active] = []
         # Running requests that have lost a worker and find no other one: since when, and the need.
         self._stranded: dict[int, tuple[float, Need]] = {}
-        self._full: list[tuple[int, int, NoRoom]] = []
+        self._room = KnownRoom()
         self.moved = 0
 
     def arrive(self, index: int, request: TraceRequest) -> None:
@@ -234,7 +235,7 @@ class Front:
         return self._timeline.now_s
 
     def _on_room(self) -> None:
-        self._full.clear()
+        self._room.freed()
         self.turns.wake()
 
     def _facts(self, active: Active, *, may_wait: bool) -> PlacementFacts:
@@ -250,20 +251,20 @@ class Front:
         )
 
     def _acquire(self, active: Active) -> PlacementPermit | NoRoom:
-        """Take room on workers.
-
-        A request has no room if a smaller one had none, and no room was freed since. That saves
-        most calls of the placement while many requests wait.
-        """
-        prompt_tokens, max_tokens = active.request.prompt_tokens, active.max_tokens
-        kv_tokens = prompt_tokens + self.expectation.growth_tokens(max_tokens)
-        if max_tokens > 1:
-            for least_prompt_tokens, least_kv_tokens, no_room in self._full:
-                if prompt_tokens >= least_prompt_tokens and kv_tokens >= least_kv_tokens:
-                    return no_room
-        taken = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
-        if max_tokens > 1 and isinstance(taken, NoRoom):
-            self._full.append((prompt_tokens, kv_tokens, taken))
+        """Take room on workers."""
+        facts = self._facts(active, may_wait=True)
+        sizes = {
+            Pool.PREFILL: facts.prompt_tokens,
+            Pool.DECODE: facts.prompt_tokens + facts.growth_tokens,
+        }
+        needs_both = facts.max_tokens > 1
+        if needs_both and (known := self._room.answer(sizes)) is not None:
+            return known
+        taken = self.ledger.place(self.fleet.records, facts)
+        if not isinstance(taken, NoRoom):
+            self._room.taken()
+        elif needs_both:
+            self._room.note(sizes, taken)
         return taken
 
     def _limit(self, active: Active) -> None:
@@ -447,6 +448,7 @@ class Front:
             self._timeline.at(again_s, lambda: self._place_again(active, since_s))
             return
         assert not isinstance(permit, NoRoom), "only for requests that may wait"
+        self._room.taken()
         self._dispatch(active, permit)
         self.settle()
 

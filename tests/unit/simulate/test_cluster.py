@@ -13,7 +13,7 @@ from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
 from core.errors import ConfigError
 from core.types import Pool
 from simulate.cluster import ClusterSettings, Run, default_settings, run, worker_seconds
-from simulate.latency import PRESETS, LatencyModel, PrefillLatency
+from simulate.latency import PRESETS, KvRoom, LatencyModel, PrefillLatency
 from simulate.metrics import Slo, evaluate, latencies_of
 from simulate.trace import Trace, TraceRequest, bursty
 
@@ -199,6 +199,23 @@ def test_a_worker_may_leave_between_its_drain_and_its_new_role() -> None:
     assert done.changes == {ActionKind.ADD: 0, ActionKind.REMOVE: 1, ActionKind.CHANGE_ROLE: 1}
     assert [each.ordered for each in done.samples][30] == (1, 1)
     assert worker_seconds(done, Pool.DECODE, 39) == pytest.approx(39 + 2, abs=0.1)
+
+
+def test_a_waiting_request_that_is_larger_than_another_needs_what_it_has_no_room_in() -> None:
+    """The prefill worker has two prompts. KV has room for the small request, not for the large."""
+    model = replace(MODEL, prefill=PrefillLatency(0.0, 0.03), kv=KvRoom(0, 1600))
+    first, small, large = ((100, 500), (50, 50), (200, 400))
+    requests = [TraceRequest(0.0, *each) for each in (first, first, small, large)]
+    waiting: list[int] = []
+
+    def watch(snapshot: Snapshot) -> list[Action]:
+        assert snapshot.demand is not None
+        waiting.extend(snapshot.demand[pool].waiting_requests for pool in Pool)
+        return []
+
+    trace = Trace("sizes", (*requests, TraceRequest(2.0, 10, 1)))
+    run(trace, model, ONE_EACH, scripted({1: watch}))
+    assert waiting == [2, 1]
 
 
 def test_only_actions_that_change_something_and_starts_that_end_are_counted() -> None:
