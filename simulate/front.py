@@ -1,14 +1,17 @@
 """A router in virtual time: admission, placement and the course of each request.
 
-Admission (``router.admission.turns``), placement (``router.placement``) and the estimates of output
-lengths (``router.admission.expectation``) are the live router's own code. Here is only what the
-live router does with asyncio and gRPC:
+Admission (``router.admission.turns``), placement (``router.placement``), the estimates of output
+lengths (``router.admission.expectation``) and the waits between two tries to place a moved request
+(``router.dispatch.retry``) are the live router's own code. Here is what the live router does with
+asyncio and gRPC:
 
     arrive ▸ wait for a turn ▸ prefill ─▸ first token ─▸ KV transfer ▸ decode ▸ end
                              └ reserve KV room on the decode worker ┘
 
 There is one router. A request that runs has no deadline; it counts as late instead. It ends with an
 error only if it has lost its worker and finds no other one within ``router.failover_timeout_s``.
+
+The file has over 400 lines because it tells the whole course of a request.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.errors import BatonError, UnavailableError
+from core.errors import WORKER_DRAINING, BatonError, UnavailableError
 from core.types import Need, Pool, QueueLoad
 from router.admission.expectation import Expectation
 from router.admission.policy import AdmissionLimits, AdmissionRequest
 from router.admission.turns import Turn, Turns
+from router.dispatch.retry import Retries, RetryLimits
 from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import PlacementFacts, PlacementLimits
@@ -34,7 +38,6 @@ from simulate.known_room import KnownRoom
 from simulate.latency import LatencyModel, TransferStart
 from simulate.trace import TraceRequest
 
-_RETRY_S = 0.2  # between two tries to place a moved request while no worker is usable
 TOO_LONG = "TOO_LONG"
 
 
@@ -49,9 +52,8 @@ class FrontSettings:
     admission: AdmissionLimits
     placement: PlacementLimits
     deadline_s: float
-    avoid_worker_s: float
     report_snapshots: int
-    failover_timeout_s: float
+    retries: RetryLimits
     max_tokens: int | None = None
 
 
@@ -61,7 +63,7 @@ class Active:
     __slots__ = (
         *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index"),
         *("is_prefilled", "max_tokens", "permit", "phases", "prefill", "request", "sender"),
-        *("service_class", "started_s", "status", "stream", "tokens", "turn"),
+        *("retries", "service_class", "started_s", "status", "stream", "tokens", "turn"),
     )
 
     def __init__(
@@ -82,6 +84,7 @@ class Active:
         self.sender: Worker | None = None  # the prefill worker that holds the prompt's KV
         self.is_prefilled = False  # in the current attempt
         self.tokens = 0  # that the client has, at the begin of the current attempt
+        self.retries: Retries | None = None  # None: it was never moved
         self.started_s = math.nan  # when it was dispatched
         self.first_s = math.nan
         self.ended_s = math.nan
@@ -111,7 +114,7 @@ class Front:
         self.fleet: Fleet  # set by the owner, before the first request
         self.turns = Turns(settings.admission, self._now)
         self.ledger = PlacementLedger(
-            settings.placement, self._now, settings.avoid_worker_s, settings.report_snapshots
+            settings.placement, self._now, settings.retries.avoid_s, settings.report_snapshots
         )
         self.ledger.on_room = self._on_room
         self.expectation = Expectation()
@@ -431,21 +434,27 @@ class Front:
         self._release(active)
         active.permit.close()
         active.decode = active.stream = active.permit = None
-        self._place_again(active, self._now())
+        if active.retries is None:
+            active.retries = Retries(self._settings.retries)
+        # No worker is to be avoided: one that drains gets no requests.
+        left_pool = UnavailableError("the worker leaves its pool", reason=WORKER_DRAINING)
+        active.retries.failed(left_pool, None, tokens=active.tokens, now_s=self._now())
+        self._place_again(active, active.retries, self._now())
 
-    def _place_again(self, active: Active, since_s: float) -> None:
+    def _place_again(self, active: Active, retries: Retries, since_s: float) -> None:
         self._stranded.pop(active.index, None)
         try:
             permit = self.ledger.place(self.fleet.records, self._facts(active, may_wait=False))
-        except UnavailableError as error:
-            again_s = self._now() + _RETRY_S
-            if again_s > since_s + self._settings.failover_timeout_s:
+        except UnavailableError:
+            try:
+                again_s = self._now() + retries.wait_s(self._now())
+            except BatonError as error:
                 self._fail(active, error.reason)
                 return
             no_room = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
             assert isinstance(no_room, NoRoom), "a needed pool has no usable worker"
             self._stranded[active.index] = since_s, no_room.need
-            self._timeline.at(again_s, lambda: self._place_again(active, since_s))
+            self._timeline.at(again_s, lambda: self._place_again(active, retries, since_s))
             return
         assert not isinstance(permit, NoRoom), "only for requests that may wait"
         self._room.taken()
