@@ -31,7 +31,7 @@ from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import PlacementFacts, PlacementLimits
 from router.room import NoRoom
 from router.signals import Signals
-from simulate.batch import Gaps
+from simulate.batch import GapCounts, Gaps, gap_p95_s
 from simulate.engines import Prompt, Stream, Timeline
 from simulate.fleet import MODEL, Fleet, Worker
 from simulate.known_room import KnownRoom
@@ -61,9 +61,9 @@ class Active:
     """A request from its arrival to its end. Only ``Front`` changes it."""
 
     __slots__ = (
-        *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index"),
-        *("is_prefilled", "max_tokens", "permit", "phases", "prefill", "request", "sender"),
-        *("retries", "service_class", "started_s", "status", "stream", "tokens", "turn"),
+        *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "gaps", "index"),
+        *("is_prefilled", "last_token_s", "max_tokens", "permit", "phases", "prefill", "request"),
+        *("retries", "sender", "service_class", "started_s", "status", "stream", "tokens", "turn"),
     )
 
     def __init__(
@@ -87,7 +87,9 @@ class Active:
         self.retries: Retries | None = None  # None: it was never moved
         self.started_s = math.nan  # when it was dispatched
         self.first_s = math.nan
+        self.last_token_s = math.nan  # of the prefill, or of an earlier attempt
         self.ended_s = math.nan
+        self.gaps: GapCounts = []  # without those of the current attempt's stream
         self.gap_p95_s = 0.0
         self.status = ""  # "ok" or the reason of the error, once it has ended
 
@@ -312,7 +314,7 @@ class Front:
                 prompt_tokens,
                 left - 1,
                 on_room=lambda: self._on_kv_room(active, attempt),
-                on_end=lambda gap_s: self._decoded(active, attempt, gap_s),
+                on_end=lambda: self._decoded(active, attempt),
             )
             assert active.decode.decode is not None
             active.decode.decode.submit(active.stream)
@@ -336,9 +338,7 @@ class Front:
         assert permit is not None
         active.is_prefilled = True
         active.phases.tokens_arrived(1)
-        if math.isnan(active.first_s):
-            active.first_s = self._now()
-            self.signals.first_token(active.first_s - active.arrived_s)
+        self._note_token(active)
         stream = active.stream
         if stream is None:
             self._finish(active)
@@ -351,6 +351,18 @@ class Front:
         elif stream.tokens == 0:
             self._finish(active)
         permit.prefill_ended(True)
+
+    def _note_token(self, active: Active) -> None:
+        """Note a token of a prefill: TTFT, or the time for which a moved stream stood still."""
+        now_s = self._now()
+        if math.isnan(active.first_s):
+            active.first_s = now_s
+            self.signals.first_token(now_s - active.arrived_s)
+        else:
+            gap_s = now_s - active.last_token_s
+            self.signals.next_tokens(1, gap_s)
+            active.gaps.append((gap_s, 1))
+        active.last_token_s = now_s
 
     def _on_kv_room(self, active: Active, attempt: int) -> None:
         if active.attempt != attempt:
@@ -384,10 +396,9 @@ class Front:
             worker.sends -= 1
             self.fleet.check(worker)
 
-    def _decoded(self, active: Active, attempt: int, gap_p95_s: float) -> None:
+    def _decoded(self, active: Active, attempt: int) -> None:
         if active.attempt != attempt:
             return
-        active.gap_p95_s = max(active.gap_p95_s, gap_p95_s)
         assert active.stream is not None
         active.stream.tokens = 0
         self._count_tokens(active)
@@ -407,6 +418,9 @@ class Front:
     def _finish(self, active: Active) -> None:
         request, worker = active.request, active.decode
         active.phases.tokens_arrived(request.output_tokens - active.tokens - 1)
+        if active.stream is not None:
+            active.gaps += active.stream.gaps
+        active.gap_p95_s = gap_p95_s(active.gaps)
         del self.running[active.index]
         self.expectation.note(active.phases, request.output_tokens)
         if active.permit is not None:
@@ -429,6 +443,8 @@ class Front:
                 tokens = active.request.output_tokens - left
                 active.phases.tokens_arrived(tokens - active.tokens - 1)
                 active.tokens = tokens
+                active.gaps += stream.gaps
+                active.last_token_s = max(active.last_token_s, stream.last_token_s or 0.0)
         self.moved += 1
         active.attempt += 1  # what the workers still answer to the last attempt is ignored
         self._release(active)
@@ -474,4 +490,5 @@ class Front:
         assert not active.status, "a request ends once"
         active.status = status
         active.ended_s = self._now()
+        active.stream, active.gaps = None, []  # of no more use, and long
         self._on_end(active)

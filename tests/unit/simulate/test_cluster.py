@@ -25,7 +25,7 @@ from simulate.cluster import (
     worker_seconds,
 )
 from simulate.front import FrontSettings
-from simulate.latency import PRESETS, KvRoom, LatencyModel, PrefillLatency
+from simulate.latency import PRESETS, DecodeLatency, KvRoom, LatencyModel, PrefillLatency
 from simulate.metrics import Slo, evaluate, latencies_of
 from simulate.trace import Trace, TraceRequest, bursty
 
@@ -157,6 +157,34 @@ def test_streams_of_a_decode_worker_that_leaves_move() -> None:
     for moved, still in zip(done.ended, stayed.ended, strict=True):
         assert moved.first_s == still.first_s
         assert moved.ended_s == pytest.approx(still.ended_s, abs=1.0)
+
+
+@pytest.mark.parametrize("output_tokens", [10, 5])
+def test_the_time_for_which_a_moved_stream_stands_still_is_an_itl(output_tokens: int) -> None:
+    """It moves at 6 s, with four tokens. Of five, the prefill makes the last one."""
+    model = replace(MODEL, prefill=PrefillLatency(0.0, 0.02), decode=DecodeLatency(1.0))
+    # The second one keeps the cluster going until the first one has ended.
+    requests = (TraceRequest(0.0, 100, output_tokens), TraceRequest(10.0, 100, 1))
+    slowest_s: list[float | None] = []
+
+    def remove_the_busy_one(snapshot: Snapshot) -> list[Action]:
+        busy = next(each for each in snapshot.workers if each.pool is Pool.DECODE and each.requests)
+        return [Action(ActionKind.REMOVE, Pool.DECODE, busy.id, "")]
+
+    def watch(snapshot: Snapshot) -> list[Action]:
+        assert snapshot.demand is not None
+        slowest_s.append(snapshot.demand[Pool.DECODE].latency_s.quantile(1.0))
+        return []
+
+    script = scripted({5: remove_the_busy_one, 9: watch})
+    settings = replace(default_settings(), drain_s=1.0)
+    done = run(Trace("moved", requests), model, {Pool.PREFILL: 1, Pool.DECODE: 2}, script, settings)
+    last_s = 2.0 + model.transfer.seconds(100) + 3.0
+    stall_s = 6.0 + 104 * 0.02 - last_s
+    assert done.moved == 1
+    assert done.ended[0].status == "ok"
+    assert done.ended[0].gap_p95_s == pytest.approx(stall_s)
+    assert slowest_s == [pytest.approx(stall_s, rel=0.1)]
 
 
 def test_streams_that_find_no_worker_are_demand_and_end_after_the_failover_timeout() -> None:
