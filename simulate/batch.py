@@ -22,8 +22,8 @@ from simulate.latency import DecodeLatency
 
 T = TypeVar("T")
 
-# Of a step. A time is rounded by less than that, and no event happens that shortly before a step's
-# end and yet before it.
+# As a share of a step. Rounding errors are smaller. An event this close to a step's end counts as
+# at its end.
 _ROUNDING = 1e-6
 _KEPT_SEGMENTS = 4096  # beyond these, segments that no running stream has seen are dropped
 _GAP_QUANTILE = 0.95
