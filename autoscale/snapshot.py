@@ -36,7 +36,8 @@ class PoolDemand:
     arrival_tokens_per_s: float = 0.0
     # Prefill: TTFT at the client's edge. Decode: time between two tokens. Seconds.
     latency_s: Histogram = field(default_factory=Histogram)
-    latency_window_s: float = 0.0  # the latencies are those of this many latest seconds
+    # The latencies are those of this many latest seconds. There is no default that could be wrong.
+    latency_window_s: float = field(kw_only=True)
 
     @property
     def is_idle(self) -> bool:

@@ -6,7 +6,7 @@ times its speed, thinned so that one machine with two cores can carry the tokens
 
 attainment   share of the requests that meet the objectives, real and simulated
 ttft_p95_ms  of the completed requests
-hours        replica-hours of both pools
+hours        replica-hours of both pools, until the last request arrives
 
 ``ttft_off`` and ``attainment_off`` are the differences: relative, and in percentage points.
 """
@@ -15,22 +15,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import baton
-from autoscale.decide import decide
 from autoscale.load import parse_policy
 from autoscale.policy import Policy
 from bench.report import Report, quantile
-from cluster.autoscale.view import AutoscaleView
 from cluster.cli.policy import apply, explained
 from cluster.cli.progress import Progress
 from cluster.local.launch import Cluster
@@ -40,6 +36,7 @@ from core.types import Pool
 from simulate.cluster import default_settings, run
 from simulate.latency import LatencyModel, fake_engine
 from simulate.metrics import Results, Slo, evaluate
+from simulate.run import candidate
 from simulate.trace import Trace, TraceRequest, bursty
 from simulate.trace_file import read_trace
 
@@ -49,6 +46,8 @@ TRACES = Path(__file__).parents[1] / "simulate" / "traces"
 SLO = Slo(ttft_s=1.2, itl_s=0.006)
 REAL_S = 200.0  # seconds of real time for each trace
 MAX_MODEL_LEN = 65_536
+# The policy below takes a minute to shrink two pools of four workers to one each.
+SHRINK_TIMEOUT_S = 180.0
 
 # HPA's windows of minutes, ten times as fast.
 BEHAVIOR = {
@@ -142,38 +141,45 @@ async def replay(address: str, trace: Trace) -> list[Outcome]:
         return await asyncio.gather(*tasks)
 
 
-async def replica_seconds(state: ClusterState, end: asyncio.Event) -> float:
-    """Add up the workers in all phases, once a second, until ``end`` is set."""
-    total, before_s = 0.0, time.monotonic()
-    while not end.is_set():
-        await asyncio.sleep(1.0)
-        view: AutoscaleView = await asyncio.to_thread(explained, state)
-        now_s = time.monotonic()
-        total += len(view.workers) * (now_s - before_s)
+async def replica_seconds(count: Callable[[], Awaitable[int]], duration_s: float) -> float:
+    """Add up the workers, once a second, for so long.
+
+    Args:
+        count: returns the number of workers in all phases.
+    """
+    clock = asyncio.get_running_loop().time
+    total, before_s = 0.0, clock()
+    end_s = before_s + duration_s
+    while before_s < end_s:
+        await asyncio.sleep(min(1.0, end_s - before_s))
+        workers = await count()
+        now_s = min(clock(), end_s)
+        total += workers * (now_s - before_s)
         before_s = now_s
     return total
 
 
 async def real_run(cluster: Cluster, trace: Trace) -> tuple[list[Outcome], float]:
-    """Replay a trace; return the outcomes and the replica-hours."""
+    """Replay a trace; return the outcomes and the replica-hours until the last arrival."""
     state = _state(cluster.config)
-    end = asyncio.Event()
-    counting = asyncio.create_task(replica_seconds(state, end))
+
+    async def count() -> int:
+        return await asyncio.to_thread(workers_of, state)
+
+    counting = asyncio.create_task(replica_seconds(count, trace.duration_s))
     outcomes = await replay(cluster.address, trace)
-    end.set()
     return outcomes, await counting / 3600
 
 
-def simulated_run(trace: Trace, policy: Policy, model: LatencyModel) -> Results:
+def workers_of(state: ClusterState) -> int:
+    """Return the number of workers in all phases."""
+    return len(explained(state).workers)
+
+
+def simulated_run(trace: Trace, policy: Policy, model: LatencyModel, config: Config) -> Results:
     """Simulate the same trace."""
-    scaler = functools.partial(_decide, policy=policy)
-    # The fake engine drains for ``shutdown_grace_s``, then its streams move.
-    settings = replace(default_settings(), drain_s=5.0)
-    return evaluate(run(trace, model, dict.fromkeys(Pool, 1), scaler, settings), SLO, "bench")
-
-
-def _decide(snapshot: Any, state: Any, now_s: float, *, policy: Policy) -> Any:
-    return decide(snapshot, state, now_s, policy)
+    workers, scaler = dict.fromkeys(Pool, 1), candidate(policy).scaler
+    return evaluate(run(trace, model, workers, scaler, default_settings(config)), SLO, "bench")
 
 
 def measured_model(cluster: Cluster) -> LatencyModel:
@@ -219,18 +225,36 @@ def cluster_config() -> Config:
     )
 
 
-def wait_for_one_of_each(state: ClusterState) -> None:
-    """Wait until the policy has shrunk both pools to one worker."""
-    while len(explained(state).workers) > len(Pool):
-        time.sleep(1.0)
+def wait_for_one_of_each(
+    count: Callable[[], int],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until the policy has shrunk both pools to one worker.
+
+    Args:
+        count: returns the number of workers in all phases.
+
+    Raises:
+        TimeoutError: it has not done so within ``SHRINK_TIMEOUT_S``.
+    """
+    until_s = clock() + SHRINK_TIMEOUT_S
+    while (workers := count()) > len(Pool):
+        if clock() >= until_s:
+            raise TimeoutError(
+                f"there are still {workers} workers after {SHRINK_TIMEOUT_S:g} s; the policy "
+                "should have shrunk both pools to one worker"
+            )
+        sleep(1.0)
 
 
 def measure(name: str, trace: Trace, cluster: Cluster, model: LatencyModel, report: Report) -> None:
     """Run one trace for real and simulated, and report both."""
     policy = parse_policy(policy_text(), "bench")
-    wait_for_one_of_each(_state(cluster.config))
+    state = _state(cluster.config)
+    wait_for_one_of_each(lambda: workers_of(state))
     outcomes, hours = asyncio.run(real_run(cluster, trace))
-    simulated = simulated_run(trace, policy, model)
+    simulated = simulated_run(trace, policy, model, cluster.config)
     real = _shares(outcomes)
     ttft_p95_s = quantile([each.ttft_s for each in outcomes if each.ttft_s < 1e9], 0.95)
     report.add(

@@ -10,7 +10,7 @@ from autoscale.snapshot import Action, ActionKind, Phase, Snapshot, WorkerView
 from core.types import Pool
 from simulate.cluster import Scaler
 from simulate.latency import LatencyModel
-from simulate.laws import Fixed, Forecast, Hpa, Law, RayServe, Seen
+from simulate.laws import Forecast, Hpa, Law, RayServe, Seen
 
 MOST = 64  # workers of a pool
 
@@ -144,8 +144,3 @@ def families(model: LatencyModel, itl_s: float) -> tuple[Family, ...]:
             for name, lags in (("moving-average", 0), ("ar", 6))
         ),
     )
-
-
-def static_policy(workers: Mapping[Pool, int], model: LatencyModel) -> Scaler:
-    """Return a policy that keeps these numbers."""
-    return Baseline({pool: Fixed(count) for pool, count in workers.items()}, model, 1.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -22,11 +22,13 @@ from simulate.latency import DecodeLatency
 
 T = TypeVar("T")
 
-# Of a step. A time is rounded by less than that, and no event happens that shortly before a step's
-# end and yet before it.
+# As a share of a step. Rounding errors are smaller. An event this close to a step's end counts as
+# at its end.
 _ROUNDING = 1e-6
 _KEPT_SEGMENTS = 4096  # beyond these, segments that no running stream has seen are dropped
 _GAP_QUANTILE = 0.95
+
+GapCounts = list[tuple[float, int]]  # times between two tokens of one stream, and how many of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,31 @@ class Ended(Generic[T]):
     """A stream that has all its tokens."""
 
     item: T
-    gap_p95_s: float  # 95% of its times between two tokens do not exceed this
+    gaps: GapCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a stream takes along that leaves before it has all its tokens."""
+
+    kv_tokens: int
+    tokens: int  # still to come
+    gaps: GapCounts
+
+
+def gap_p95_s(gaps: Iterable[tuple[float, int]]) -> float:
+    """Return what 95% of the times between two tokens do not exceed; 0 if there are none.
+
+    Args:
+        gaps: times and how many of each, in any order.
+    """
+    ordered = sorted(gaps)
+    rest = _GAP_QUANTILE * sum(count for _, count in ordered)
+    for gap_s, count in ordered:
+        rest -= count
+        if rest <= 0:
+            return gap_s
+    return ordered[-1][0] if ordered else 0.0
 
 
 class Batch(Generic[T]):
@@ -94,14 +120,9 @@ class Batch(Generic[T]):
         return len(self._members)
 
     @property
-    def items(self) -> tuple[T, ...]:
-        """All streams, in the order of joining."""
-        return tuple(member.item for member in self._members.values())
-
-    @property
-    def remaining_tokens(self) -> int:
-        """The tokens that are still to be generated."""
-        return sum(each.finish_step - self._step for each in self._members.values())
+    def last_end_s(self) -> float:
+        """When the latest step ended, at which each of its streams got a token."""
+        return self._start_s
 
     def boundary_s(self, now_s: float) -> float:
         """Return the first end of a step that is not before ``now_s``; ``now_s`` if idle."""
@@ -133,7 +154,7 @@ class Batch(Generic[T]):
             number = heapq.heappop(self._ends)[1]
             if (member := self._members.pop(number, None)) is not None:
                 self.kv_tokens -= self._kv_of(member)
-                ended.append(Ended(member.item, self._gap_p95_s(member)))
+                ended.append(Ended(member.item, self._gaps_of(member)))
         return ended
 
     def join(
@@ -156,13 +177,13 @@ class Batch(Generic[T]):
         self.kv_tokens += kv_tokens
         return self._number
 
-    def leave(self, number: int) -> tuple[int, int]:
-        """Remove a stream between two steps. Return its KV tokens and the tokens still to come."""
+    def leave(self, number: int) -> Left:
+        """Remove a stream between two steps."""
         member = self._members.pop(number)
         self._waited_s.pop(number, None)
         kv_tokens = self._kv_of(member)
         self.kv_tokens -= kv_tokens
-        return kv_tokens, member.finish_step - self._step
+        return Left(kv_tokens, member.finish_step - self._step, self._gaps_of(member))
 
     @property
     def latest(self) -> T:
@@ -235,17 +256,14 @@ class Batch(Generic[T]):
             first = bisect.bisect_right(self._segment_ends, needed_step)
             del self._segment_ends[:first], self._segment_steps_s[:first]
 
-    def _gap_p95_s(self, member: _Member[T]) -> float:
+    def _gaps_of(self, member: _Member[T]) -> GapCounts:
+        done_step = min(self._step, member.finish_step)
         ends, step = self._segment_ends, member.joined_step + 1
+        if done_step < step:
+            return []
         gaps = [(member.first_gap_s, 1)]
         for index in range(bisect.bisect_right(ends, step), len(ends)):
-            last = min(ends[index], member.finish_step)
+            last = min(ends[index], done_step)
             gaps.append((self._segment_steps_s[index], last - step))
             step = last
-        gaps.sort()
-        rest = _GAP_QUANTILE * (member.finish_step - member.joined_step)
-        for gap_s, count in gaps:
-            rest -= count
-            if rest <= 0:
-                return gap_s
-        return gaps[-1][0]
+        return gaps

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from autoscale.snapshot import Action, ActionKind, Phase, Snapshot
-from core.config.schema import RouterConfig
+from core.config.schema import Config
 from core.errors import ConfigError
 from core.types import Pool
 from router.admission.policy import AdmissionLimits, ClassLimits
+from router.dispatch.retry import RetryLimits
 from router.placement.policy import PlacementLimits
 from simulate.engines import DecodeEngine
 from simulate.fleet import Fleet
@@ -22,6 +23,8 @@ from simulate.timeline import VirtualTimeline
 from simulate.trace import Trace
 
 MONDAY_S = 1_704_067_200.0  # 1 January 2024, 0:00 UTC: schedules of policies need a date
+# The one router stands for several, so ``router.max_concurrent`` does not bound it.
+MAX_RUNNING_REQUESTS = 100_000
 _LOADED = (Phase.READY, Phase.LEAVING)
 
 
@@ -46,41 +49,39 @@ class ClusterSettings:
     """The simulated cluster.
 
     Args:
-        front: the router's limits; their defaults are those of the configuration.
-        gpus: of the cluster; workers beyond them wait until GPUs are free.
-        poll_s: between two reads of the registry. A lease is renewed every second read.
+        front: the router's limits.
+        poll_s: between two reads of the registry.
         drain_s: a decode worker that drains for so long moves its streams.
+        gpus: of the cluster; workers beyond them wait until GPUs are free.
         start_s: the date at which the trace begins, seconds since the epoch.
     """
 
     front: FrontSettings
+    poll_s: float
+    drain_s: float
     gpus: float = math.inf
-    poll_s: float = 0.25
     tick_s: float = 1.0
-    drain_s: float = 60.0
     start_s: float = MONDAY_S
 
 
-def default_settings(router: RouterConfig | None = None) -> ClusterSettings:
-    """Return the settings of a cluster with one router of this configuration.
-
-    ``max_concurrent`` of one router bounds a whole cluster of simulated workers, so the bound is
-    lifted: a live cluster of that size would have several routers.
-    """
-    router = router or RouterConfig()
+def default_settings(config: Config | None = None) -> ClusterSettings:
+    """Return the settings of a cluster with this configuration; None: the default one."""
+    config = config or Config()
+    router = config.router
     classes = {
         name: ClassLimits(each.weight, each.max_queue, each.queue_timeout_s)
         for name, each in router.classes.items()
     }
     front = FrontSettings(
-        admission=AdmissionLimits(100_000, classes),
-        placement=PlacementLimits(dict.fromkeys(Pool, 256), router.prefill_backlog_s),
+        admission=AdmissionLimits(MAX_RUNNING_REQUESTS, classes, router.cold_start_timeout_s),
+        placement=PlacementLimits(
+            {pool: config.pool(pool).max_concurrent for pool in Pool}, router.prefill_backlog_s
+        ),
         deadline_s=router.default_deadline_s,
-        avoid_worker_s=router.avoid_worker_s,
-        report_snapshots=2,
-        failover_timeout_s=router.failover_timeout_s,
+        report_snapshots=math.ceil(config.redis.renew_s / router.registry_poll_s),
+        retries=RetryLimits(router.max_attempts, router.failover_timeout_s, router.avoid_worker_s),
     )
-    return ClusterSettings(front=front, poll_s=router.registry_poll_s)
+    return ClusterSettings(front, router.registry_poll_s, config.decode.shutdown_grace_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,7 @@ class _Cluster:
             self._new_engine,
             gpus=settings.gpus,
             drain_s=settings.drain_s,
+            report_polls=settings.front.report_snapshots,
             on_change=self._front.workers_changed,
             on_drain_timeout=self._front.move_all,
         )

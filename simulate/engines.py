@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.types import WorkerLoad
-from simulate.batch import Batch, Gaps
+from simulate.batch import Batch, GapCounts, Gaps
 from simulate.latency import KvReservation, LatencyModel
 from simulate.trace import BLOCK_TOKENS
 
@@ -122,10 +122,10 @@ class Stream:
         kv_tokens: that it needs to begin: the prompt, and tokens from an earlier attempt.
         tokens: how many the engine shall generate.
         on_room: called once it has KV room, perhaps at once; the KV may then be sent.
-        on_end: called with the 95th percentile of its times between two tokens.
+        on_end: called when it has all its tokens.
     """
 
-    __slots__ = ("kv_tokens", "last_token_s", "number", "on_end", "on_room", "preempted",
+    __slots__ = ("gaps", "kv_tokens", "last_token_s", "number", "on_end", "on_room", "preempted",
                  "reserved_tokens", "tokens")  # fmt: skip
 
     def __init__(
@@ -133,13 +133,14 @@ class Stream:
         kv_tokens: int,
         tokens: int,
         on_room: Callable[[], None],
-        on_end: Callable[[float], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.kv_tokens = kv_tokens
         self.tokens = tokens
         self.on_room = on_room
         self.on_end = on_end
         self.last_token_s: float | None = None  # None: the prefill has not ended
+        self.gaps: GapCounts = []  # of its times in the batch, once it has left
         self.reserved_tokens = 0  # of KV room, beside what the batch counts
         self.number = 0  # in the batch; 0: not there
         self.preempted = False
@@ -201,8 +202,7 @@ class DecodeEngine:
         """Drop a stream. Return how many tokens it still had to generate."""
         self.update()
         if stream.number:
-            stream.kv_tokens, stream.tokens = self._batch.leave(stream.number)
-            stream.number = 0
+            self._take_out(stream)
         elif stream in self._receiving:
             del self._receiving[stream]
         elif stream in self._ready:
@@ -219,13 +219,14 @@ class DecodeEngine:
         ended = self._batch.advance(now_s)
         for each in ended:
             each.item.number = 0
+            each.item.gaps += each.gaps
             self._release(each.item)
         self._admit()
         if self._batch.is_between_steps(now_s):
             self._change_batch()
         self._schedule()
         for each in ended:
-            each.item.on_end(each.gap_p95_s)
+            each.item.on_end()
 
     def new_tokens(self) -> int:
         """Return how many tokens all streams got since the last call."""
@@ -302,12 +303,18 @@ class DecodeEngine:
             return
         while self._free_tokens < len(self._batch) and self.streams > 1:
             stream = self._batch.latest
-            stream.kv_tokens, stream.tokens = self._batch.leave(stream.number)
-            stream.number = 0
+            self._take_out(stream)
             stream.preempted = True
-            stream.last_token_s = now_s
             self._waiting.appendleft(stream)
             self.preemptions += 1
+
+    def _take_out(self, stream: Stream) -> None:
+        """Remove a stream from the batch before it has all its tokens."""
+        left = self._batch.leave(stream.number)
+        if left.gaps:  # it got tokens since it joined
+            stream.last_token_s = self._batch.last_end_s
+        stream.kv_tokens, stream.tokens, stream.number = left.kv_tokens, left.tokens, 0
+        stream.gaps += left.gaps
 
     def _release(self, stream: Stream) -> None:
         self._reserved_tokens -= stream.reserved_tokens

@@ -64,6 +64,7 @@ class Fleet:
     Args:
         make_decode: makes a decode engine.
         gpus: of all workers together; further workers are PENDING.
+        report_polls: a worker renews its lease once in so many polls.
         on_change: called when a worker can take requests or no longer can.
         on_drain_timeout: called with a decode worker that still drains after ``drain_s``.
     """
@@ -76,6 +77,7 @@ class Fleet:
         *,
         gpus: float,
         drain_s: float,
+        report_polls: int,
         on_change: Callable[[], None],
         on_drain_timeout: Callable[[Worker], None],
     ) -> None:
@@ -84,6 +86,7 @@ class Fleet:
         self._make_decode = make_decode
         self._gpus = gpus
         self._drain_s = drain_s
+        self._report_polls = report_polls
         self._on_change = on_change
         self._on_drain_timeout = on_drain_timeout
         self._number = 0
@@ -114,13 +117,14 @@ class Fleet:
         return worker
 
     def remove(self, worker: Worker) -> bool:
-        """Let a worker drain and leave. One that is not ready leaves at once.
+        """Let a worker drain and leave. One that serves no pool now leaves at once.
 
         Returns False if it leaves already.
         """
         if worker.phase is Phase.LEAVING:
             return False
-        was_serving = worker.phase is Phase.READY or worker.next_pool is not None
+        # Between its drain and its new role it serves nothing, as before it was ready.
+        was_serving = worker.record is not None
         self._set_phase(worker, Phase.LEAVING)
         self._switch(worker, worker.pool)
         worker.next_pool = None
@@ -155,10 +159,11 @@ class Fleet:
             )
 
     def poll(self) -> None:
-        """Renew the leases of half of the workers. The other half's are one poll old."""
+        """Renew the leases of the workers whose turn it is. The others' are some polls old."""
         self._polls += 1
         for index, worker in enumerate(self):
-            if (index + self._polls) % 2 == 0 and worker.record is not None:
+            is_due = (index + self._polls) % self._report_polls == 0
+            if is_due and worker.record is not None:
                 worker.record = replace(worker.record, load=worker.load())
         self._collect()
 

@@ -1,14 +1,17 @@
 """A router in virtual time: admission, placement and the course of each request.
 
-Admission (``router.admission.turns``), placement (``router.placement``) and the estimates of output
-lengths (``router.admission.expectation``) are the live router's own code. Here is only what the
-live router does with asyncio and gRPC:
+Admission (``router.admission.turns``), placement (``router.placement``), the estimates of output
+lengths (``router.admission.expectation``) and the waits between two tries to place a moved request
+(``router.dispatch.retry``) are the live router's own code. Here is what the live router does with
+asyncio and gRPC:
 
     arrive ▸ wait for a turn ▸ prefill ─▸ first token ─▸ KV transfer ▸ decode ▸ end
                              └ reserve KV room on the decode worker ┘
 
 There is one router. A request that runs has no deadline; it counts as late instead. It ends with an
 error only if it has lost its worker and finds no other one within ``router.failover_timeout_s``.
+
+The file has over 400 lines because it tells the whole course of a request.
 """
 
 from __future__ import annotations
@@ -17,23 +20,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.errors import BatonError, UnavailableError
+from core.errors import WORKER_DRAINING, BatonError, UnavailableError
 from core.types import Need, Pool, QueueLoad
 from router.admission.expectation import Expectation
 from router.admission.policy import AdmissionLimits, AdmissionRequest
 from router.admission.turns import Turn, Turns
+from router.dispatch.retry import Retries, RetryLimits
 from router.phases import PhaseClock
 from router.placement.ledger import PlacementLedger, PlacementPermit
 from router.placement.policy import PlacementFacts, PlacementLimits
 from router.room import NoRoom
 from router.signals import Signals
-from simulate.batch import Gaps
+from simulate.batch import GapCounts, Gaps, gap_p95_s
 from simulate.engines import Prompt, Stream, Timeline
 from simulate.fleet import MODEL, Fleet, Worker
+from simulate.known_room import KnownRoom
 from simulate.latency import LatencyModel, TransferStart
 from simulate.trace import TraceRequest
 
-_RETRY_S = 0.2  # between two tries to place a moved request while no worker is usable
 TOO_LONG = "TOO_LONG"
 
 
@@ -48,9 +52,8 @@ class FrontSettings:
     admission: AdmissionLimits
     placement: PlacementLimits
     deadline_s: float
-    avoid_worker_s: float
     report_snapshots: int
-    failover_timeout_s: float
+    retries: RetryLimits
     max_tokens: int | None = None
 
 
@@ -58,9 +61,9 @@ class Active:
     """A request from its arrival to its end. Only ``Front`` changes it."""
 
     __slots__ = (
-        *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "index"),
-        *("is_prefilled", "max_tokens", "permit", "phases", "prefill", "request", "sender"),
-        *("service_class", "started_s", "status", "stream", "tokens", "turn"),
+        *("arrived_s", "attempt", "decode", "ended_s", "first_s", "gap_p95_s", "gaps", "index"),
+        *("is_prefilled", "last_token_s", "max_tokens", "permit", "phases", "prefill", "request"),
+        *("retries", "sender", "service_class", "started_s", "status", "stream", "tokens", "turn"),
     )
 
     def __init__(
@@ -81,9 +84,12 @@ class Active:
         self.sender: Worker | None = None  # the prefill worker that holds the prompt's KV
         self.is_prefilled = False  # in the current attempt
         self.tokens = 0  # that the client has, at the begin of the current attempt
+        self.retries: Retries | None = None  # None: it was never moved
         self.started_s = math.nan  # when it was dispatched
         self.first_s = math.nan
+        self.last_token_s = math.nan  # of the prefill, or of an earlier attempt
         self.ended_s = math.nan
+        self.gaps: GapCounts = []  # without those of the current attempt's stream
         self.gap_p95_s = 0.0
         self.status = ""  # "ok" or the reason of the error, once it has ended
 
@@ -110,7 +116,7 @@ class Front:
         self.fleet: Fleet  # set by the owner, before the first request
         self.turns = Turns(settings.admission, self._now)
         self.ledger = PlacementLedger(
-            settings.placement, self._now, settings.avoid_worker_s, settings.report_snapshots
+            settings.placement, self._now, settings.retries.avoid_s, settings.report_snapshots
         )
         self.ledger.on_room = self._on_room
         self.expectation = Expectation()
@@ -120,7 +126,7 @@ class Front:
         self._decided: list[Active] = []
         # Running requests that have lost a worker and find no other one: since when, and the need.
         self._stranded: dict[int, tuple[float, Need]] = {}
-        self._full: list[tuple[int, int, NoRoom]] = []
+        self._room = KnownRoom()
         self.moved = 0
 
     def arrive(self, index: int, request: TraceRequest) -> None:
@@ -234,7 +240,7 @@ class Front:
         return self._timeline.now_s
 
     def _on_room(self) -> None:
-        self._full.clear()
+        self._room.freed()
         self.turns.wake()
 
     def _facts(self, active: Active, *, may_wait: bool) -> PlacementFacts:
@@ -250,20 +256,20 @@ class Front:
         )
 
     def _acquire(self, active: Active) -> PlacementPermit | NoRoom:
-        """Take room on workers.
-
-        A request has no room if a smaller one had none, and no room was freed since. That saves
-        most calls of the placement while many requests wait.
-        """
-        prompt_tokens, max_tokens = active.request.prompt_tokens, active.max_tokens
-        kv_tokens = prompt_tokens + self.expectation.growth_tokens(max_tokens)
-        if max_tokens > 1:
-            for least_prompt_tokens, least_kv_tokens, no_room in self._full:
-                if prompt_tokens >= least_prompt_tokens and kv_tokens >= least_kv_tokens:
-                    return no_room
-        taken = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
-        if max_tokens > 1 and isinstance(taken, NoRoom):
-            self._full.append((prompt_tokens, kv_tokens, taken))
+        """Take room on workers."""
+        facts = self._facts(active, may_wait=True)
+        sizes = {
+            Pool.PREFILL: facts.prompt_tokens,
+            Pool.DECODE: facts.prompt_tokens + facts.growth_tokens,
+        }
+        needs_both = facts.max_tokens > 1
+        if needs_both and (known := self._room.answer(sizes)) is not None:
+            return known
+        taken = self.ledger.place(self.fleet.records, facts)
+        if not isinstance(taken, NoRoom):
+            self._room.taken()
+        elif needs_both:
+            self._room.note(sizes, taken)
         return taken
 
     def _limit(self, active: Active) -> None:
@@ -308,7 +314,7 @@ class Front:
                 prompt_tokens,
                 left - 1,
                 on_room=lambda: self._on_kv_room(active, attempt),
-                on_end=lambda gap_s: self._decoded(active, attempt, gap_s),
+                on_end=lambda: self._decoded(active, attempt),
             )
             assert active.decode.decode is not None
             active.decode.decode.submit(active.stream)
@@ -332,9 +338,7 @@ class Front:
         assert permit is not None
         active.is_prefilled = True
         active.phases.tokens_arrived(1)
-        if math.isnan(active.first_s):
-            active.first_s = self._now()
-            self.signals.first_token(active.first_s - active.arrived_s)
+        self._note_token(active)
         stream = active.stream
         if stream is None:
             self._finish(active)
@@ -347,6 +351,18 @@ class Front:
         elif stream.tokens == 0:
             self._finish(active)
         permit.prefill_ended(True)
+
+    def _note_token(self, active: Active) -> None:
+        """Note a token of a prefill: TTFT, or the time for which a moved stream stood still."""
+        now_s = self._now()
+        if math.isnan(active.first_s):
+            active.first_s = now_s
+            self.signals.first_token(now_s - active.arrived_s)
+        else:
+            gap_s = now_s - active.last_token_s
+            self.signals.next_tokens(1, gap_s)
+            active.gaps.append((gap_s, 1))
+        active.last_token_s = now_s
 
     def _on_kv_room(self, active: Active, attempt: int) -> None:
         if active.attempt != attempt:
@@ -380,10 +396,9 @@ class Front:
             worker.sends -= 1
             self.fleet.check(worker)
 
-    def _decoded(self, active: Active, attempt: int, gap_p95_s: float) -> None:
+    def _decoded(self, active: Active, attempt: int) -> None:
         if active.attempt != attempt:
             return
-        active.gap_p95_s = max(active.gap_p95_s, gap_p95_s)
         assert active.stream is not None
         active.stream.tokens = 0
         self._count_tokens(active)
@@ -403,6 +418,9 @@ class Front:
     def _finish(self, active: Active) -> None:
         request, worker = active.request, active.decode
         active.phases.tokens_arrived(request.output_tokens - active.tokens - 1)
+        if active.stream is not None:
+            active.gaps += active.stream.gaps
+        active.gap_p95_s = gap_p95_s(active.gaps)
         del self.running[active.index]
         self.expectation.note(active.phases, request.output_tokens)
         if active.permit is not None:
@@ -425,28 +443,37 @@ class Front:
                 tokens = active.request.output_tokens - left
                 active.phases.tokens_arrived(tokens - active.tokens - 1)
                 active.tokens = tokens
+                active.gaps += stream.gaps
+                active.last_token_s = max(active.last_token_s, stream.last_token_s or 0.0)
         self.moved += 1
         active.attempt += 1  # what the workers still answer to the last attempt is ignored
         self._release(active)
         active.permit.close()
         active.decode = active.stream = active.permit = None
-        self._place_again(active, self._now())
+        if active.retries is None:
+            active.retries = Retries(self._settings.retries)
+        # No worker is to be avoided: one that drains gets no requests.
+        left_pool = UnavailableError("the worker leaves its pool", reason=WORKER_DRAINING)
+        active.retries.failed(left_pool, None, tokens=active.tokens, now_s=self._now())
+        self._place_again(active, active.retries, self._now())
 
-    def _place_again(self, active: Active, since_s: float) -> None:
+    def _place_again(self, active: Active, retries: Retries, since_s: float) -> None:
         self._stranded.pop(active.index, None)
         try:
             permit = self.ledger.place(self.fleet.records, self._facts(active, may_wait=False))
-        except UnavailableError as error:
-            again_s = self._now() + _RETRY_S
-            if again_s > since_s + self._settings.failover_timeout_s:
+        except UnavailableError:
+            try:
+                again_s = self._now() + retries.wait_s(self._now())
+            except BatonError as error:
                 self._fail(active, error.reason)
                 return
             no_room = self.ledger.place(self.fleet.records, self._facts(active, may_wait=True))
             assert isinstance(no_room, NoRoom), "a needed pool has no usable worker"
             self._stranded[active.index] = since_s, no_room.need
-            self._timeline.at(again_s, lambda: self._place_again(active, since_s))
+            self._timeline.at(again_s, lambda: self._place_again(active, retries, since_s))
             return
         assert not isinstance(permit, NoRoom), "only for requests that may wait"
+        self._room.taken()
         self._dispatch(active, permit)
         self.settle()
 
@@ -463,4 +490,5 @@ class Front:
         assert not active.status, "a request ends once"
         active.status = status
         active.ended_s = self._now()
+        active.stream, active.gaps = None, []  # of no more use, and long
         self._on_end(active)

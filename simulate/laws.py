@@ -45,16 +45,6 @@ class Law(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
-    """Keeps a number of workers."""
-
-    workers: int
-
-    def decide(self, seen: Seen, memory: Any) -> tuple[int, Any]:  # noqa: ARG002
-        return self.workers, None
-
-
-@dataclass(frozen=True, slots=True)
 class _HpaMemory:
     synced_s: float = -math.inf
     wanted: int = 0
@@ -131,8 +121,8 @@ class _ServeMemory:
 class RayServe:
     """Ray Serve's default policy (ray/serve/autoscaling_policy.py, Ray 2.60).
 
-    Desired is current * ongoing requests / (target * current), smoothed by the factors, and must
-    stay above or below the number for the whole delay.
+    Desired is ongoing requests / ``target_ongoing_requests``, smoothed by the factors. It must
+    differ from the target number of workers in one direction for the whole delay.
     """
 
     target_ongoing_requests: float

@@ -131,15 +131,11 @@ def evaluate(run: Run, slo: Slo, policy: str) -> Results:
     )
 
 
-def windows(arrival_s: Array, values_s: Array) -> list[tuple[float, Array]]:
-    """Group values by windows of 10 s of their arrivals. Return (start, values) of each."""
+def _windows(arrival_s: Array, values_s: Array) -> list[Array]:
+    """Group values by windows of 10 s of their arrivals."""
     numbers = (arrival_s // _WINDOW_S).astype(int)
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    groups = np.split(values_s, starts[1:])
-    return [
-        (float(numbers[start]) * _WINDOW_S, group)
-        for start, group in zip(starts, groups, strict=True)
-    ]
+    return np.split(values_s, starts[1:])
 
 
 def _latencies(active: Active) -> tuple[float, float, float]:
@@ -160,6 +156,6 @@ def _percentiles(values_s: Array) -> tuple[float, float, float]:
 
 
 def _over(arrival_s: Array, values_s: Array, target_s: float) -> float:
-    groups = [group for _, group in windows(arrival_s, values_s)]
+    groups = _windows(arrival_s, values_s)
     over = sum(float(np.quantile(each, 0.95, method="inverted_cdf")) > target_s for each in groups)
     return over / len(groups)

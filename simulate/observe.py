@@ -6,13 +6,12 @@ code (``router.signals``, the queues of ``router.admission``, the shares of ``ro
 
 from __future__ import annotations
 
-from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
-from core.types import Need, Pool, RouterRecord, WorkerKey, WorkerShare
+from autoscale.demand import demand_of
+from autoscale.snapshot import Phase, Snapshot, WorkerView
+from core.types import Pool, RouterRecord, WorkerKey, WorkerShare
+from router.signals import LATENCY_WINDOW_S
 from simulate.fleet import Worker
 from simulate.front import Front
-
-# A request that waits for one of these waits for the pool.
-_NEEDS = {Pool.PREFILL: (Need.PREFILL, Need.BOTH), Pool.DECODE: (Need.DECODE, Need.BOTH)}
 
 
 class Observer:
@@ -34,7 +33,7 @@ class Observer:
         shares = {(each.worker_id, each.incarnation): each for each in router.shares}
         return Snapshot(
             workers=tuple(self._view(worker, shares) for worker in self._front.fleet),
-            demand={pool: demand(pool, router) for pool in Pool},
+            demand={pool: demand_of(pool, (router,), LATENCY_WINDOW_S) for pool in Pool},
             measured_s=self._start_s + self._front.now_s,
             gpus_per_worker=dict.fromkeys(Pool, self._gpus),
         )
@@ -83,21 +82,3 @@ class Observer:
             tokens_per_s=share.tokens_per_s if share is not None else 0.0,
             can_change_role=True,
         )
-
-
-def demand(pool: Pool, router: RouterRecord) -> PoolDemand:
-    """Return what the requests of one router need of a pool."""
-    queues = [each for each in router.queues if each.need in _NEEDS[pool]]
-    shares = [each for each in router.shares if each.pool is pool]
-    is_prefill = pool is Pool.PREFILL
-    tokens = router.arrived_prompt_tokens if is_prefill else router.output_tokens
-    return PoolDemand(
-        waiting_requests=sum(each.requests for each in queues),
-        waiting_tokens=sum(q.prompt_tokens if is_prefill else q.kv_tokens for q in queues),
-        oldest_wait_s=max((each.oldest_wait_s for each in queues), default=0.0),
-        running_requests=sum(each.requests for each in shares),
-        running_tokens=sum(each.tokens for each in shares),
-        arrival_requests_per_s=router.arrived_requests / router.window_s,
-        arrival_tokens_per_s=tokens / router.window_s,
-        latency_s=router.ttft_s if is_prefill else router.itl_s,
-    )

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,10 @@ class SimulateOptions:
         trace: a file, or SYNTHETIC.
         model: a preset of ``simulate.latency``, or a file of ``baton policy calibrate``.
         cold_start_s: in place of the model's.
-        ttft_ms: the SLO of all policies. Default: the target of the policy's TTFT signal, or 1 s.
-        itl_ms: likewise; default of the default: 50 ms.
-        max_tokens: that clients allow. Default: exactly the length of each answer.
+        ttft_ms: the SLO of all policies. Default: the target of the policy's TTFT signal. Without
+            a TTFT signal: 1 s.
+        itl_ms: the same for ITL. Without an ITL signal: 50 ms.
+        max_tokens: of each request. Default: exactly the length of its answer.
         json_path: where to write the results; ``html_path``: where to write the report.
     """
 
@@ -113,7 +114,7 @@ def candidate(policy: Policy, slo: Slo | None = None) -> Candidate:
         slo: in place of its own targets.
     """
     policy = policy.model_copy(update={"spec": policy.spec.model_copy(update={"mode": "Active"})})
-    scaler = functools.partial(_decide, policy=policy)
+    scaler = functools.partial(decide, policy=policy)
     bounds = {
         pool: (policy.spec.pool(pool).min_replicas, policy.spec.pool(pool).max_replicas)
         for pool in Pool
@@ -212,7 +213,10 @@ def as_row(compared: Compared) -> dict[str, Any]:
         "static_workers": None
         if static is None
         else {str(pool): count for pool, count in static.workers.items()},
-        **asdict(_Counts(results.requests, results.completed, results.moved, results.preemptions)),
+        "requests": results.requests,
+        "completed": results.completed,
+        "moved": results.moved,
+        "preemptions": results.preemptions,
         "refused": dict(results.refused),
     }
     return {key: _rounded(value) for key, value in row.items()}
@@ -242,18 +246,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ).rstrip()
         for line in cells
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    requests: int
-    completed: int
-    moved: int
-    preemptions: int
-
-
-def _decide(snapshot: Any, state: Any, now_s: float, *, policy: Policy) -> Any:
-    return decide(snapshot, state, now_s, policy)
 
 
 def _bounded(

@@ -72,8 +72,9 @@ class StaticSearch:
     """Finds the smallest fixed pools for one trace.
 
     Attainment does not fall when a pool grows. So the least size of each pool, with an ample other
-    one, is found first, by bisection near the size that the mean load needs. The answer has at
-    least both. From there, the pool whose growth attains more grows until both SLOs are attained.
+    one, is found first, by bisection near the size that the mean load needs. Both are lower bounds
+    of the answer. From there, the pool whose growth attains more grows until both SLOs are
+    attained.
     """
 
     trace: Trace

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from autoscale.snapshot import Phase, PoolDemand, Snapshot, WorkerView
+from autoscale.demand import demand_of
+from autoscale.snapshot import Phase, Snapshot, WorkerView
 from cluster.autoscale.apps import AppState, WorkerApp
-from core.histogram import Histogram
-from core.types import Need, Pool, RouterRecord, WorkerRecord, WorkerShare, WorkerState
+from core.types import Pool, RouterRecord, WorkerRecord, WorkerShare, WorkerState
 from router.signals import LATENCY_WINDOW_S
-
-# A request that waits for one of these waits for the pool.
-_NEEDS = {Pool.PREFILL: (Need.PREFILL, Need.BOTH), Pool.DECODE: (Need.DECODE, Need.BOTH)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,11 @@ def observe(facts: Facts, before: Observation | None, now_s: float) -> Observati
         before.reports.get(router) != number for router, number in reports.items()
     )
     measured_s = now_s if is_new or before is None else before.snapshot.measured_s
-    demand = {pool: _demand(pool, facts.routers) for pool in Pool} if facts.routers else None
+    demand = (
+        {pool: demand_of(pool, facts.routers, LATENCY_WINDOW_S) for pool in Pool}
+        if facts.routers
+        else None
+    )
     snapshot = Snapshot(tuple(views), demand, measured_s, gpus_per_worker=facts.gpus)
     return Observation(snapshot, phases, reports)
 
@@ -135,28 +136,3 @@ def _shares(routers: Iterable[RouterRecord]) -> dict[tuple[str, str], list[Worke
         for share in router.shares:
             found.setdefault((share.worker_id, share.incarnation), []).append(share)
     return found
-
-
-def _demand(pool: Pool, routers: tuple[RouterRecord, ...]) -> PoolDemand:
-    """Add up what all routers need of one pool. Each request is at one router only."""
-    queues = [q for router in routers for q in router.queues if q.need in _NEEDS[pool]]
-    shares = [s for router in routers for s in router.shares if s.pool is pool]
-    is_prefill = pool is Pool.PREFILL
-    windows = [router for router in routers if router.window_s > 0]
-    requests = sum(router.arrived_requests / router.window_s for router in windows)
-    tokens = sum(
-        (router.arrived_prompt_tokens if is_prefill else router.output_tokens) / router.window_s
-        for router in windows
-    )
-    latencies = [router.ttft_s if is_prefill else router.itl_s for router in routers]
-    return PoolDemand(
-        waiting_requests=sum(queue.requests for queue in queues),
-        waiting_tokens=sum(q.prompt_tokens if is_prefill else q.kv_tokens for q in queues),
-        oldest_wait_s=max((queue.oldest_wait_s for queue in queues), default=0.0),
-        running_requests=sum(share.requests for share in shares),
-        running_tokens=sum(share.tokens for share in shares),
-        arrival_requests_per_s=requests,
-        arrival_tokens_per_s=tokens,
-        latency_s=sum(latencies, Histogram()),
-        latency_window_s=LATENCY_WINDOW_S,
-    )

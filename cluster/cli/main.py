@@ -351,14 +351,17 @@ def _simulate_command(verbs: Any) -> None:
         metavar="NAME_OR_FILE",
         help="latency model: 8b-h100 (default), fake, or a file of baton policy calibrate",
     )
-    simulate.add_argument("--cold-start", type=float, metavar="SECONDS", help="of a new worker")
+    about = "time until a new worker is ready"
+    simulate.add_argument("--cold-start", type=float, metavar="SECONDS", help=about)
     simulate.add_argument("--ttft-ms", type=float, metavar="MS", help="objective, for all policies")
     simulate.add_argument("--itl-ms", type=float, metavar="MS", help="objective, for all policies")
-    simulate.add_argument("--duration", type=float, metavar="SECONDS", help="only this much of it")
+    about = "replay only the first SECONDS of the trace"
+    simulate.add_argument("--duration", type=float, metavar="SECONDS", help=about)
     simulate.add_argument("--speed", type=float, metavar="N", help="replay N times as fast")
     simulate.add_argument("--copies", type=int, metavar="N", help="replay each request N times")
     simulate.add_argument("--service-class", metavar="NAME", help="class of all requests")
-    simulate.add_argument("--max-tokens", type=int, metavar="N", help="that clients allow")
+    about = "max_tokens of each request (default: the length of its answer)"
+    simulate.add_argument("--max-tokens", type=int, metavar="N", help=about)
 
 
 def _command(commands: Any, name: str, run: Command, about: str) -> argparse.ArgumentParser:

@@ -60,7 +60,7 @@ def stored(state: State) -> State:
 def worker(name: str, phase: Phase = Phase.READY, **changes: Any) -> WorkerView:
     """A worker whose name starts with p or d, for its pool."""
     pool = Pool.PREFILL if name.startswith("p") else Pool.DECODE
-    values = {
+    values: dict[str, Any] = {
         "phase_since_s": NOW_S - 1000,
         "gpus": 1.0,
         "kv_tokens_total": 1000,
@@ -76,7 +76,12 @@ def workers(prefill: int, decode: int, **changes: Any) -> tuple[WorkerView, ...]
 
 def demand(requests: int, **changes: Any) -> PoolDemand:
     """A pool's demand. ``requests`` of them wait."""
-    return PoolDemand(**{"waiting_requests": requests, "waiting_tokens": 100 * requests, **changes})
+    values: dict[str, Any] = {
+        "waiting_requests": requests,
+        "waiting_tokens": 100 * requests,
+        "latency_window_s": 0.0,
+    }
+    return PoolDemand(**{**values, **changes})
 
 
 def snapshot(

@@ -143,7 +143,7 @@ class Cluster:
             sum(each[0] for each in self.flow) / seconds,
             sum(each[1 if pool is Pool.PREFILL else 2] for each in self.flow) / seconds,
             Histogram(counts),
-            WINDOW_S,
+            latency_window_s=WINDOW_S,
         )
 
     def _make(self, pool: Pool, phase: Phase) -> None:

@@ -186,7 +186,9 @@ def test_a_pool_goes_to_zero_after_the_window_without_any_request() -> None:
     rules = policy(ZERO, ZERO)
     state: State | None = None
     for second in range(30):
-        arriving = PoolDemand(arrival_requests_per_s=1.0 if second < 5 else 0.0)
+        arriving = PoolDemand(
+            arrival_requests_per_s=1.0 if second < 5 else 0.0, latency_window_s=0.0
+        )
         seen = snapshot(workers(1, 1), arriving, 1 if second < 9 else 0, NOW_S + second)
         decision = run(rules, seen, state, second)
         state = decision.state

@@ -137,8 +137,8 @@ def test_budget_bounds_and_ratio_hold_at_every_instant(rules: Policy, data: st.D
     for _ in range(data.draw(st.integers(5, 40))):
         prefill, decode = data.draw(counts), data.draw(counts)
         demand = {
-            Pool.PREFILL: PoolDemand(prefill, 100 * prefill),
-            Pool.DECODE: PoolDemand(0, 0, 0.0, decode, 100 * decode),
+            Pool.PREFILL: PoolDemand(prefill, 100 * prefill, latency_window_s=0.0),
+            Pool.DECODE: PoolDemand(0, 0, 0.0, decode, 100 * decode, latency_window_s=0.0),
         }
         decision = world.step(demand if data.draw(st.integers(0, 9)) else None)
         assert sum(view.gpus for view in world.views) <= budget
@@ -268,7 +268,6 @@ def test_the_state_stays_small(rules: Policy, data: st.DataObject) -> None:
     world = World(rules, data)
     for _ in range(60):
         load = data.draw(counts)
-        decision = world.step(
-            {pool: PoolDemand(load, 100 * load, arrival_tokens_per_s=load) for pool in Pool}
-        )
+        demand = PoolDemand(load, 100 * load, arrival_tokens_per_s=load, latency_window_s=0.0)
+        decision = world.step(dict.fromkeys(Pool, demand))
     assert len(msgspec.json.encode(decision.state)) < 8000

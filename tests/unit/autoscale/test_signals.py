@@ -27,6 +27,7 @@ DEMAND = PoolDemand(
     running_tokens=1000,
     arrival_requests_per_s=2.0,
     arrival_tokens_per_s=900.0,
+    latency_window_s=30.0,
 )
 
 
@@ -77,7 +78,8 @@ def test_unknown_kv_room_gives_no_number() -> None:
 
 
 def test_without_requests_an_unknown_rate_does_not_matter() -> None:
-    vote = evaluate(0, signal(QueueSeconds, target=2), measured(PoolDemand(), tokens_per_s=0.0))
+    idle = PoolDemand(latency_window_s=30.0)
+    vote = evaluate(0, signal(QueueSeconds, target=2), measured(idle, tokens_per_s=0.0))
     assert vote.wanted == 0
 
 
@@ -90,6 +92,7 @@ def with_latency(seconds: float, count: int = 100, **changes: Any) -> PoolDemand
         "waiting_requests": 50,
         "arrival_requests_per_s": 2.0,
         "latency_s": latencies(seconds, count),
+        "latency_window_s": 30.0,
     }
     return PoolDemand(**{**values, **changes})
 

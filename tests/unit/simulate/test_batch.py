@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulate.batch import Batch, Gaps
+from simulate.batch import Batch, Gaps, gap_p95_s
 from simulate.engines import DecodeEngine, Stream
 from simulate.latency import (
     DecodeLatency,
@@ -97,8 +97,10 @@ class Replay:
         self.timeline.run()
 
     def _arrive(self, index: int, arrival: Arrival) -> None:
-        def ended(gap_p95_s: float) -> None:
-            self.ends[index] = self.timeline.now_s, gap_p95_s
+        def ended() -> None:
+            self.ends[index] = self.timeline.now_s, gap_p95_s(stream.gaps)
+            # Each token follows a gap, also if the stream was preempted.
+            assert sum(count for _, count in stream.gaps) == arrival.tokens
 
         stream = Stream(
             arrival.kv_tokens,
@@ -128,7 +130,7 @@ def test_segments_equal_single_steps(
     expected = token_by_token(latency, arrivals)
     replay = Replay(model(latency, 10**9, KvReservation.PROMPT), arrivals, polls, no_check)
     for index, times in expected.items():
-        end_s, gap_p95_s = replay.ends[index]
+        end_s, found_s = replay.ends[index]
         assert end_s == pytest.approx(times[-1], rel=1e-9)
         last_s = arrivals[index].at_s
         gaps = []
@@ -138,7 +140,7 @@ def test_segments_equal_single_steps(
         gaps.sort()
         least = gaps[max(0, -(-95 * len(gaps) // 100) - 1)]
         # A segment's steps count with their mean.
-        assert gap_p95_s == pytest.approx(least, rel=0.2, abs=1e-3)
+        assert found_s == pytest.approx(least, rel=0.2, abs=1e-3)
     assert sum(each.tokens for each in replay.gaps) == sum(each.tokens for each in arrivals)
     assert replay.engine.is_idle
     assert replay.engine.kv_used_tokens == 0
@@ -189,7 +191,14 @@ def test_a_stream_that_leaves_takes_its_kv_along() -> None:
     batch.join("b", kv_tokens=10, tokens=50, waited_s=0.0)
     assert batch.advance(0.1 + 1e-9) == []
     assert batch.kv_tokens == 130
-    assert batch.leave(number) == (110, 40)
+    left = batch.leave(number)
+    assert (left.kv_tokens, left.tokens) == (110, 40)
+    assert sum(count for _, count in left.gaps) == 10
     assert batch.kv_tokens == 20
-    assert batch.items == ("b",)
-    assert batch.remaining_tokens == 40
+    assert (len(batch), batch.latest) == (1, "b")
+
+
+def test_a_gap_that_is_exceeded_by_a_twentieth() -> None:
+    assert gap_p95_s([(3.0, 1), (1.0, 19)]) == 1.0
+    assert gap_p95_s([(3.0, 1), (1.0, 18)]) == 3.0
+    assert gap_p95_s([]) == 0.0

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autoscale.load import load_policy, parse_policy
 from core.errors import ConfigError
 from core.types import Pool
-from simulate.baselines import families, static_policy
+from simulate.baselines import Baseline, families
 from simulate.cluster import run
 from simulate.latency import PRESETS
+from simulate.laws import Seen
 from simulate.metrics import Slo, evaluate
 from simulate.run import SimulateOptions, candidate, simulate, simulate_command, slo_of
 from simulate.static import StaticSearch, first_workers
@@ -164,8 +166,18 @@ def test_each_baseline_runs_and_scales() -> None:
         assert results.requests == len(LONGER.requests)
 
 
-def test_a_static_policy_brings_the_pools_to_its_numbers_and_rests() -> None:
-    scaler = static_policy({Pool.PREFILL: 3, Pool.DECODE: 2}, MODEL)
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A law that keeps a number of workers."""
+
+    workers: int
+
+    def decide(self, seen: Seen, memory: Any) -> tuple[int, Any]:
+        return self.workers, None
+
+
+def test_a_baseline_brings_the_pools_to_the_numbers_of_its_laws_and_rests() -> None:
+    scaler = Baseline({Pool.PREFILL: Fixed(3), Pool.DECODE: Fixed(2)}, MODEL, itl_s=1.0)
     done = run(SMALL, MODEL, {Pool.PREFILL: 1, Pool.DECODE: 4}, scaler)
     assert done.samples[-1].ordered == (3, 2)
     assert sum(done.changes.values()) == 4
