@@ -115,7 +115,7 @@ class PrefillSide:
 
         def send(pair: Pair) -> None:
             self._options.bind_this_thread()
-            pair.receive(torch.zeros(1)).wait(TIMEOUT_S)
+            pair.receive(torch.zeros(1), 1).wait(TIMEOUT_S)
             pump(pair.send, messages.pop(), self._case.staging_buffers)
 
         with_pairs(self._options, port, pair_ids, PREFILL_RANK, send)
@@ -293,7 +293,11 @@ class DecodeSide:
             all_ready.wait(TIMEOUT_S)
             began_s = time.monotonic()
             pair.send(torch.zeros(1)).wait(TIMEOUT_S)
-            pump(pair.receive, messages.pop(), case.staging_buffers)
+            pump(
+                lambda message: pair.receive(message, message.numel()),
+                messages.pop(),
+                case.staging_buffers,
+            )
             spans.append((began_s, time.monotonic()))
 
         with_pairs(self._options, store.port, pair_ids, DECODE_RANK, receive)

@@ -72,8 +72,11 @@ class Pair:
         except RuntimeError as error:
             raise PairError(_first_line(error)) from error
 
-    def receive(self, tensor: torch.Tensor) -> PendingWork:
-        """Start to receive into a contiguous tensor."""
+    def receive(self, buffer: torch.Tensor, elements: int) -> PendingWork:
+        """Start to receive so many elements into the start of a contiguous buffer."""
+        # gloo gets the whole buffer. It ends the process if a message is longer than what it got,
+        # and a defective peer may announce too few elements.
+        tensor = buffer if self.backend == "gloo" else buffer[:elements]
         try:
             return PendingWork(self._group.recv([tensor], self._peer, _TAG), self._device)
         except RuntimeError as error:

@@ -190,8 +190,9 @@ class Receiver:
         if header.sequence != self._announced:
             raise ProtocolError(f"message {header.sequence} announced, {self._announced} expected")
         self._announced += 1
-        message = self._staging.pop()[:elements]
-        work = self.peer.pair.receive(message)
+        self._staging.pop()
+        work = self.peer.pair.receive(buffer, elements)
+        message = buffer[:elements]
         self._incoming.append(_Incoming(header, buffer, message, work, self._rank.clock()))
 
     def _finish_oldest(self) -> None:

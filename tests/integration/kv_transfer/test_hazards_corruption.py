@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -373,6 +374,25 @@ def test_missing_message_is_a_failed_transfer(monkeypatch: pytest.MonkeyPatch, l
         assert not decode.result("a#1").complete
         assert taken == [messages[lost]]
         prefill.wait_released("a#1")
+        assert delivers(prefill, decode, "b#1")
+
+
+def test_header_with_too_few_bytes_costs_only_its_transfer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """gloo ends the process if a message is longer than what it got to receive it."""
+    original = SendTransfers.post
+
+    def understate(transfers: SendTransfers, peer: Any, message: wire.ToDecode) -> None:
+        if isinstance(message, wire.Header) and message.transfer_id == "a#1":
+            message = msgspec.structs.replace(message, num_bytes=GEOMETRY.item_bytes)
+        original(transfers, peer, message)
+
+    monkeypatch.setattr(SendTransfers, "post", understate)
+    with ends() as (prefill, decode):
+        decode.reserve(prefill, "a#1", TARGET, 0, LONG)
+        compute(prefill, "a#1", SOURCE, LONG)
+        assert not decode.result("a#1").complete
         assert delivers(prefill, decode, "b#1")
 
 
