@@ -158,12 +158,16 @@ class Stranger:
     def __init__(self, address: str, secret: str | None = OPTIONS.secret) -> None:
         self._dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.LINGER, 0)
+        self._is_member = secret == OPTIONS.secret
         if secret is not None:
             protect_client(self._dealer, secret)
         self._dealer.connect(address)
 
     def send(self, message: wire.ToPrefill) -> None:
-        self._dealer.send(wire.encode(message))
+        try:
+            self._dealer.send(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # the handshake has failed
+            assert not self._is_member
 
     def hears_nothing(self, ms: int) -> bool:
         """Return whether no message arrives for so long."""
