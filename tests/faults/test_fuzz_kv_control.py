@@ -241,13 +241,13 @@ def hostile_value(rng: random.Random, depth: int = 0) -> Any:
     return rng.choice(values)
 
 
-def hostile_message(rng: random.Random, known: dict[str, Any]) -> bytes:
-    """Return one of our messages with some fields wrong or missing.
+def hostile_message(rng: random.Random, message: Any, known: dict[str, Any]) -> bytes:
+    """Return a message of ours with some fields wrong or missing.
 
     Args:
         known: values that mean something to the receiver, by field name.
     """
-    fields = msgspec.to_builtins(rng.choice(MESSAGES))
+    fields = msgspec.to_builtins(message)
     for name in list(fields):
         match rng.choice(["as it is", "as it is", "known", "hostile", "away"]):
             case "known" if name in known:
@@ -281,7 +281,10 @@ def heard_all(socket: zmq.Socket[bytes]) -> None:
 
 
 def test_messages_without_a_hello(caplog: pytest.LogCaptureFixture) -> None:
-    """Without HELLO a message has no effect, even if its fields are right."""
+    """Without HELLO a message has no effect, even if its fields are right.
+
+    Only RELEASE has one: the front end of the prefill worker sends it, and says no HELLO.
+    """
     rng = dice("strangers")
     with good_pair(rng, caplog) as pair:
 
@@ -298,7 +301,8 @@ def test_messages_without_a_hello(caplog: pytest.LogCaptureFixture) -> None:
                 "expected_incarnation": "p0",  # with "p1", a HELLO would make a peer
                 "incarnation": "d1",
             }
-            return [hostile_message(rng, known)]
+            message = rng.choice([each for each in MESSAGES if not isinstance(each, wire.Release)])
+            return [hostile_message(rng, message, known)]
 
         def attack() -> None:
             address = pair.prefill.server.address
@@ -484,7 +488,8 @@ def test_a_server_that_speaks_no_kv(caplog: pytest.LogCaptureFixture) -> None:
                 assert router.poll(10_000), "no HELLO"
                 routing_id, frame = router.recv_multipart()
                 said = wire.decode_to_prefill(frame)
-            noise = rng.choice([rng.randbytes(30), hostile_message(rng, {"type": "welcome"})])
+            hostile = hostile_message(rng, rng.choice(MESSAGES), {"type": "welcome"})
+            noise = rng.choice([rng.randbytes(30), hostile])
             router.send_multipart([routing_id, noise])
             assert not pair.decode.result(transfer_id).complete
         pair.transfer()

@@ -294,7 +294,9 @@ def paired(prefill: Prefill, decode: Decode) -> None:
     assert decode.result("first#1").complete
 
 
-@pytest.mark.parametrize("waiting_for", [Pair.send, Pair.receive])
+@pytest.mark.parametrize(
+    "waiting_for", [Pair.send, lambda pair, buffer: pair.receive(buffer, len(buffer))]
+)
 @pytest.mark.parametrize("aborting", [DECODE_RANK, PREFILL_RANK])
 def test_an_abort_ends_waits_at_both_ends(
     waiting_for: Callable[[Pair, torch.Tensor], PendingWork], aborting: int
