@@ -92,7 +92,7 @@ def traces() -> dict[str, Trace]:
     return {
         "azure-conv": _prepared(azure, every=16, shorter=1),
         "mooncake": _prepared(mooncake, every=16, shorter=12),
-        "bursty": _prepared(bursty(), every=16, shorter=4),
+        "bursty": _prepared(bursty(), every=40, shorter=1),
     }
 
 
