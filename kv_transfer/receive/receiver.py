@@ -192,8 +192,8 @@ class Receiver:
         self._announced += 1
         self._staging.pop()
         work = self.peer.pair.receive(buffer, elements)
-        message = buffer[:elements]
-        self._incoming.append(_Incoming(header, buffer, message, work, self._rank.clock()))
+        now_s = self._rank.clock()
+        self._incoming.append(_Incoming(header, buffer, buffer[:elements], work, now_s))
 
     def _finish_oldest(self) -> None:
         """Wait for the oldest announced message and write it into its blocks."""

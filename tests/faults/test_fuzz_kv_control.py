@@ -283,9 +283,11 @@ def heard_all(socket: zmq.Socket[bytes]) -> None:
 def test_messages_without_a_hello(caplog: pytest.LogCaptureFixture) -> None:
     """Without HELLO a message has no effect, even if its fields are right.
 
-    Only RELEASE has one: the front end of the prefill worker sends it, and says no HELLO.
+    The exception is RELEASE, which this test does not send. The prefill worker's own front end
+    sends it without HELLO.
     """
     rng = dice("strangers")
+    messages = [each for each in MESSAGES if not isinstance(each, wire.Release)]
     with good_pair(rng, caplog) as pair:
 
         def frames() -> list[bytes]:
@@ -301,8 +303,7 @@ def test_messages_without_a_hello(caplog: pytest.LogCaptureFixture) -> None:
                 "expected_incarnation": "p0",  # with "p1", a HELLO would make a peer
                 "incarnation": "d1",
             }
-            message = rng.choice([each for each in MESSAGES if not isinstance(each, wire.Release)])
-            return [hostile_message(rng, message, known)]
+            return [hostile_message(rng, rng.choice(messages), known)]
 
         def attack() -> None:
             address = pair.prefill.server.address

@@ -60,12 +60,14 @@ def apply(cluster: Cluster, folder: Path, document: Mapping[str, Any]) -> None:
 def explain(cluster: Cluster) -> dict[str, Any]:
     """Return the autoscaler's view. Wait for it: engines that load may take all cores."""
 
-    def view() -> dict[str, Any] | None:
+    def answer() -> dict[str, Any] | None:
         done = cluster.cli("policy", "explain", "--json")
         assert done.returncode == 0 or "the autoscaler does not answer" in done.stderr, done.stderr
         return json.loads(done.stdout) if done.returncode == 0 else None
 
-    return wait_until(view, what="the autoscaler answers", within_s=60) or {}
+    view = wait_until(answer, what="the autoscaler answers", within_s=60)
+    assert view is not None
+    return view
 
 
 def wait_until_calm(cluster: Cluster) -> int:
