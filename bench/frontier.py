@@ -18,7 +18,6 @@ case. Ours is the ready policy for chat with the targets of its grid.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,15 @@ from pathlib import Path
 
 import simulate
 from autoscale.load import load_policy
-from autoscale.policy import ITL, TTFT, Policy, QueueSeconds, ScalingPolicy, Utilization
+from autoscale.policy import (
+    ITL,
+    TTFT,
+    KVUtilization,
+    Policy,
+    QueueSeconds,
+    ScalingPolicy,
+    Utilization,
+)
 from bench.report import Report
 from core.types import Pool
 from simulate.baselines import MOST, families
@@ -43,15 +50,34 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACES = Path(simulate.__file__).parent / "traces"
 CHAT = ROOT / "deploy" / "policies" / "chat.yaml"
 OURS = "baton"
-# Targets of the grid for ours: utilisation, seconds of work as a share of the TTFT objective, and
-# the window before a scale-down.
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The targets of one policy of Baton's grid."""
+
+    busy: float  # of the prefill workers' time
+    kv: float  # of the decode workers' KV room
+    queue: float  # seconds of work that wait or run, as a share of the TTFT objective
+    window_s: int  # before a scale-down
+
+    def __str__(self) -> str:
+        return (
+            f"busy {self.busy:.0%}, KV {self.kv:.0%}, queue {self.queue:.0%} of TTFT, "
+            f"window {self.window_s} s"
+        )
+
+
 GRID = {
-    f"busy {busy:.0%}, queue {queue:.0%} of TTFT, window {window_s} s": (busy, queue, window_s)
-    for busy, queue, window_s in (
-        (0.7, 0.5, 300),
-        (0.8, 0.5, 120),
-        (0.9, 0.33, 60),
-        (1.0, 0.33, 30),
+    str(each): each
+    for each in (
+        Targets(0.7, 0.8, 0.5, 300),
+        Targets(0.8, 0.8, 0.5, 120),
+        Targets(0.9, 0.9, 0.33, 60),
+        Targets(1.0, 0.9, 0.33, 30),
+        Targets(0.8, 0.9, 1.0, 300),
+        Targets(0.8, 0.9, 1.0, 1200),  # longer than the time between two bursts
+        Targets(0.8, 1.0, 1.0, 1200),
     )
 }
 STATIC = "static"
@@ -112,11 +138,12 @@ class Job:
 
 def ours(setting: str, slo: Slo) -> Policy:
     """Return the ready policy for chat with the objectives of the case and targets of the grid."""
-    busy, queue, window_s = GRID[setting]
+    grid = GRID[setting]
     policy = load_policy(CHAT)
     targets: dict[type, dict[str, float]] = {
-        Utilization: {"target": busy},
-        QueueSeconds: {"target": queue * slo.ttft_s},
+        Utilization: {"target": grid.busy},
+        KVUtilization: {"target": grid.kv},
+        QueueSeconds: {"target": grid.queue * slo.ttft_s},
         TTFT: {"target_milliseconds": 1000 * slo.ttft_s},
         ITL: {"target_milliseconds": 1000 * slo.itl_s},
     }
@@ -125,8 +152,8 @@ def ours(setting: str, slo: Slo) -> Policy:
         own = policy.spec.pool(pool)
         down = own.behavior.scale_down.model_copy(
             update={
-                "stabilization_window_seconds": window_s,
-                "max_utilization": max(busy, 0.8),
+                "stabilization_window_seconds": grid.window_s,
+                "max_utilization": max(grid.busy, 0.8),
                 "policies": (ScalingPolicy.model_validate(ONE_BY_ONE),),
             }
         )
@@ -159,10 +186,9 @@ def do(job: Job) -> tuple[Job, Results | None]:
 
 
 def jobs_of(case: str, cold_start_s: float, duration_s: float) -> list[Job]:
-    """Return all simulations of one case, the fixed pools first."""
+    """Return the simulations of one case, but for the fixed pools, which start nothing."""
     model = replace(PRESETS[CASES[case].model], cold_start_s=cold_start_s)
-    names = [(STATIC, "")]
-    names += [(OURS, setting) for setting in GRID]
+    names = [(OURS, setting) for setting in GRID]
     names += [
         (family.name, setting)
         for family in families(model, CASES[case].slo.itl_s)
@@ -179,15 +205,16 @@ def best(found: Sequence[Results]) -> Results:
     return max(found, key=lambda each: each.attainment)
 
 
-def add_rows(report: Report, found: Sequence[tuple[Job, Results | None]]) -> None:
+def add_rows(
+    report: Report, static: Results | None, found: Sequence[tuple[Job, Results | None]]
+) -> None:
     """Add the rows of one case with one cold start."""
     job = found[0][0]
-    by_family: dict[str, list[Results]] = {}
+    by_family: dict[str, list[Results]] = {} if static is None else {STATIC: [static]}
     for each, results in found:
         if results is not None:
             by_family.setdefault(each.family, []).append(results)
     rows = {family: best(results) for family, results in by_family.items()}
-    static = rows.get(STATIC)
     others = [
         each.replica_hours
         for family, each in rows.items()
@@ -225,9 +252,12 @@ def main() -> int:
     args = parser.parse_args()
     report = Report(args.json)
     with ProcessPoolExecutor(args.jobs) as pool:
-        for case, cold_start_s in itertools.product(args.traces, args.cold_starts):
-            jobs = jobs_of(case, cold_start_s, args.duration_s)
-            add_rows(report, list(pool.map(do, jobs)))
+        for case in args.traces:
+            static = pool.submit(do, Job(case, args.cold_starts[0], args.duration_s, STATIC, ""))
+            for cold_start_s in args.cold_starts:
+                jobs = jobs_of(case, cold_start_s, args.duration_s)
+                found = list(pool.map(do, jobs))
+                add_rows(report, static.result()[1], found)
     report.save()
     return 0
 

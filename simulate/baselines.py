@@ -13,6 +13,9 @@ from simulate.latency import LatencyModel
 from simulate.laws import Forecast, Hpa, Law, RayServe, Seen
 
 MOST = 64  # workers of a pool
+# Windows before a scale-down, of all grids: Kubernetes' default, and longer than the time between
+# two bursts.
+WINDOWS_S = (300.0, 1200.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,37 +113,52 @@ def families(model: LatencyModel, itl_s: float) -> tuple[Family, ...]:
 
     start_s = model.cold_start_s
     return (
-        family("hpa-queue", {f"{n:g} waiting": (Hpa(n), Hpa(n)) for n in (0.5, 2.0, 8.0)}),
+        family(
+            "hpa-queue",
+            {
+                f"{n:g} waiting, window {window_s:g} s": _both(Hpa(n, down_window_s=window_s))
+                for n in (0.5, 2.0, 8.0)
+                for window_s in WINDOWS_S
+            },
+        ),
         family(
             "keda",
             {
-                f"{p:g}/{d:g} requests, {kv:.0%} KV": (
-                    Hpa(p, counts_running=True),
-                    Hpa(d, counts_running=True, kv_used=kv),
+                f"{p:g}/{d:g} requests, {kv:.0%} KV, window {window_s:g} s": (
+                    Hpa(p, counts_running=True, down_window_s=window_s),
+                    Hpa(d, counts_running=True, kv_used=kv, down_window_s=window_s),
                 )
                 for p in (0.5, 1.0, 2.0)
-                for d, kv in ((32, 0.5), (96, 0.7))
+                for d, kv, window_s in ((32, 0.5, 300), (96, 0.7, 300), (96, 0.9, 1200))
             },
         ),
         family(
             "ray-serve",
             {
-                f"{p:g}/{d:g} ongoing": (RayServe(p), RayServe(d))
+                f"{p:g}/{d:g} ongoing, delay {delay_s:g} s": (
+                    RayServe(p, downscale_delay_s=delay_s),
+                    RayServe(d, downscale_delay_s=delay_s),
+                )
                 for p in (0.3, 0.6, 1.2)
-                for d in (32, 96)
+                for d, delay_s in ((32, 600), (96, 600), (96, 1200))
             },
         ),
         *(
             family(
                 name,
                 {
-                    f"margin {margin:g}": (
-                        Forecast(margin, lags, start_s),
-                        Forecast(margin, lags, start_s),
+                    f"margin {margin:g}, window {window_s:g} s": _both(
+                        Forecast(margin, lags, start_s, down_window_s=window_s)
                     )
                     for margin in (1.3, 1.7, 2.2)
+                    for window_s in WINDOWS_S
                 },
             )
             for name, lags in (("moving-average", 0), ("ar", 6))
         ),
     )
+
+
+def _both(law: Law) -> tuple[Law, Law]:
+    """Return the same law for both pools."""
+    return law, law
