@@ -29,6 +29,7 @@ from autoscale.policy import Policy
 from bench.report import Report, quantile
 from cluster.cli.policy import apply, explained
 from cluster.cli.progress import Progress
+from cluster.cli.scale import scale
 from cluster.local.launch import Cluster
 from cluster.local.run_dir import ClusterState, read_state
 from core.config.schema import Config, load_config
@@ -48,6 +49,7 @@ REAL_S = 200.0  # seconds of real time for each trace
 MAX_MODEL_LEN = 65_536
 # The policy below takes a minute to shrink two pools of four workers to one each.
 SHRINK_TIMEOUT_S = 180.0
+START_KNOWN_TIMEOUT_S = 30.0
 
 # HPA's windows of minutes, ten times as fast.
 BEHAVIOR = {
@@ -189,14 +191,30 @@ def measured_model(cluster: Cluster) -> LatencyModel:
     expected_s = model.prefill.seconds(200)
     steps = sorted(each.itl_s for each in idle)
     overhead_s = sorted(each.ttft_s for each in idle)[len(idle) // 2] - expected_s
-    start_s = explained(_state(cluster.config)).start_s
     return replace(
         model,
         # asyncio's timers are late by a part of a millisecond, which a step of 3 ms shows.
         decode=replace(model.decode, base_s=steps[len(steps) // 2]),
         request_s=max(overhead_s, 0.0),
-        cold_start_s=model.cold_start_s if start_s is None else start_s,
+        cold_start_s=measured_start_s(_state(cluster.config)),
     )
+
+
+def measured_start_s(state: ClusterState) -> float:
+    """Start one more prefill worker, and return the seconds from its order until it is ready.
+
+    The first workers of a cluster start beside Ray and the router, so they take longer.
+    """
+    first_s = explained(state).start_s
+    scale(state, {Pool.PREFILL: 2}, progress=lambda _: None)
+    # The autoscaler looks once a second, so it knows a little later than the registry.
+    until_s = time.monotonic() + START_KNOWN_TIMEOUT_S
+    while (start_s := explained(state).start_s) in (None, first_s):
+        if time.monotonic() >= until_s:
+            raise TimeoutError("the autoscaler has not noticed that a worker is ready")
+        time.sleep(0.5)
+    assert start_s is not None
+    return start_s
 
 
 def _idle_trace() -> Trace:

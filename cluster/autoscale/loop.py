@@ -129,9 +129,8 @@ class AutoscaleLoop:
         self._refused_s = -math.inf
         self._observation: Observation | None = None
         self._backoff = {pool: _Backoff() for pool in Pool}
-        # When each worker was first seen; None: it has been ready, or nobody knows.
-        self._seen_s: dict[str, float | None] = {}
-        self._has_observed = False
+        # When each worker was ordered; None: it has been ready, or nobody knows.
+        self._ordered_s: dict[str, float | None] = {}
         self._failed: set[str] = set()  # workers that could not start and are not gone yet
         self._problem = ""  # why the last step ended early
         self._supervisor = Supervisor()
@@ -211,20 +210,19 @@ class AutoscaleLoop:
 
     def _note_starts(self, observation: Observation, now_s: float) -> None:
         """Remember how long a worker took from its order until it was ready for the first time."""
-        # Nobody knows when the workers that this process finds were ordered.
-        unknown_s = now_s if self._has_observed else None
-        self._has_observed = True
-        seen = {
-            worker.id: self._seen_s.get(worker.id, unknown_s)
-            for worker in observation.snapshot.workers
-        }
-        for worker in observation.snapshot.workers:
-            since_s = seen[worker.id]
-            if worker.phase is Phase.READY and since_s is not None:
-                seen[worker.id] = None
+        workers = observation.snapshot.workers
+        self._ordered_s = {each.id: self._ordered_s.get(each.id) for each in workers}
+        for worker in workers:
+            ordered_s = self._ordered_s[worker.id]
+            if worker.phase is Phase.READY and ordered_s is not None:
+                self._ordered_s[worker.id] = None
                 self._backoff[worker.pool].failures = 0
-                self._remember(start_s=now_s - since_s)
-        self._seen_s = seen
+                self._remember(start_s=now_s - ordered_s)
+
+    async def _add(self, pool: Pool, apps: tuple[WorkerApp, ...]) -> None:
+        """Order a worker. Serve may take a second to answer, which belongs to the start."""
+        ordered_s = self._clock()
+        self._ordered_s[await self._apps.add(pool, free_slot(apps, pool))] = ordered_s
 
     async def _run(self) -> None:
         while True:
@@ -269,7 +267,7 @@ class AutoscaleLoop:
         for pool in Pool:
             # Some may be there already, if an earlier try was interrupted.
             for _ in range(first[pool] - sum(app.pool is pool for app in apps)):
-                await self._apps.add(pool, free_slot(apps, pool))
+                await self._add(pool, apps)
                 apps = await self._apps.list()
         self._remember(has_started=True)
         return apps
@@ -356,7 +354,7 @@ class AutoscaleLoop:
         if action.kind is ActionKind.ADD:
             if self._backoff[action.pool].waits(now_s):
                 return
-            await self._apps.add(action.pool, free_slot(apps, action.pool))
+            await self._add(action.pool, apps)
             self._note(now_s, action.pool, f"a worker starts: {why}")
             return
         assert action.worker is not None, "only a new worker has no name"
