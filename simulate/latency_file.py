@@ -44,7 +44,8 @@ def latency_model(name_or_path: str) -> LatencyModel:
         # JSON is YAML.
         raw = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise ConfigError(f"the latency model {path} cannot be read: {err}") from err
+        why = getattr(err, "strerror", None) or err
+        raise ConfigError(f"the latency model {path} cannot be read: {why}") from err
     try:
         return typing.cast(LatencyModel, _parsed(LatencyModel, raw, ""))
     except ConfigError as err:

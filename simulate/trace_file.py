@@ -97,7 +97,8 @@ def read_trace(path: Path) -> Trace:
     try:
         text = _bytes(path).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as err:
-        raise ConfigError(f"the trace {path} cannot be read: {err}") from err
+        why = getattr(err, "strerror", None) or err  # gzip raises OSErrors without one
+        raise ConfigError(f"the trace {path} cannot be read: {why}") from err
     return parse_trace(text, name=path.name.removesuffix(".gz"))
 
 
