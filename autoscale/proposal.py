@@ -217,7 +217,7 @@ def _follow(
         draft.become(max(stable, limit), "behavior.scaleDown.policies", f"from {base}")
         text = f"the peak of the window needs {seen.needed} workers"
         if enough > seen.needed:
-            text = f"with the load of the window, {enough - 1} workers were too few"
+            text = f"fewer than {enough} workers were too few for the load of the window"
         draft.become(max(draft.workers, min(enough, base)), "behavior.scaleDown", text)
     return state, enough
 

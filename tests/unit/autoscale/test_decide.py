@@ -134,6 +134,31 @@ def test_after_missing_numbers_the_whole_window_has_to_pass() -> None:
     assert targets(run(rules, snapshot(workers(3, 1), 1, 1, NOW_S + 40), state, 40)) == (1, 1)
 
 
+def test_a_pool_keeps_the_workers_without_which_its_load_was_too_much() -> None:
+    """Two workers have shorter queues than one has, so the queue alone would ask for one again."""
+    down = {**AT_ONCE["scaleDown"], "stabilizationWindowSeconds": 10}
+    rules = policy(decode={"behavior": {**AT_ONCE, "scaleDown": down}, "averagingSeconds": 1})
+
+    def after(state: State | None, times: range, count: int, waiting: int, load: float) -> Decision:
+        for after_s in times:
+            queue = demand(waiting, running_requests=1, arrival_tokens_per_s=load)
+            seen = snapshot(workers(1, count), 1, queue, NOW_S + after_s)
+            decision = run(rules, seen, state, after_s)
+            state = decision.state
+        return decision
+
+    grown = after(after(None, range(1), 1, 0, 100.0).state, range(1, 2), 1, 1, 100.0)
+    assert targets(grown) == (1, 2)
+    kept = after(grown.state, range(2, 100), 2, 0, 100.0)  # nearly twelve windows
+    assert targets(kept) == (1, 2)
+    assert kept.pools[1].reasons[0].text.startswith("fewer than 2 workers were too few")
+    assert targets(after(kept.state, range(100, 115), 2, 0, 10.0)) == (1, 1)  # less load
+    forgotten = after(kept.state, range(100, 130), 2, 0, 100.0)
+    assert targets(forgotten) == (1, 1)
+    again = after(forgotten.state, range(130, 131), 1, 1, 100.0)
+    assert targets(after(again.state, range(131, 500), 2, 0, 100.0)) == (1, 2)  # for longer now
+
+
 SECONDS = {"signals": [{"type": "QueueSeconds", "target": 1}]}
 
 
