@@ -201,12 +201,13 @@ def measured_model(cluster: Cluster) -> LatencyModel:
 
 
 def measured_start_s(state: ClusterState) -> float:
-    """Start one more prefill worker, and return the seconds from its order until it is ready.
+    """Start two more prefill workers, as the policy does, and return the seconds of the later one.
 
-    The first workers of a cluster start beside Ray and the router, so they take longer.
+    They count from the order until the worker is ready. The first workers of a cluster start beside
+    Ray and the router, so they take longer. One worker alone takes less.
     """
     first_s = explained(state).start_s
-    scale(state, {Pool.PREFILL: 2}, progress=lambda _: None)
+    scale(state, {Pool.PREFILL: 3}, progress=lambda _: None)
     # The autoscaler looks once a second, so it knows a little later than the registry.
     until_s = time.monotonic() + START_KNOWN_TIMEOUT_S
     while (start_s := explained(state).start_s) in (None, first_s):
