@@ -26,6 +26,7 @@ from pathlib import Path
 import baton
 from autoscale.load import parse_policy
 from autoscale.policy import Policy
+from autoscale.snapshot import Phase
 from bench.report import Report, quantile
 from cluster.cli.policy import apply, explained
 from cluster.cli.progress import Progress
@@ -206,16 +207,17 @@ def measured_start_s(state: ClusterState) -> float:
     They count from the order until the worker is ready. The first workers of a cluster start beside
     Ray and the router, so they take longer. One worker alone takes less.
     """
-    first_s = explained(state).start_s
     scale(state, {Pool.PREFILL: 3}, progress=lambda _: None)
     # The autoscaler looks once a second, so it knows a little later than the registry.
     until_s = time.monotonic() + START_KNOWN_TIMEOUT_S
-    while (start_s := explained(state).start_s) in (None, first_s):
+    while True:
+        view = explained(state)
+        ready = sum(w.pool is Pool.PREFILL and w.phase is Phase.READY for w in view.workers)
+        if ready == 3 and view.start_s is not None:
+            return view.start_s
         if time.monotonic() >= until_s:
-            raise TimeoutError("the autoscaler has not noticed that a worker is ready")
+            raise TimeoutError("the autoscaler has not noticed that the workers are ready")
         time.sleep(0.5)
-    assert start_s is not None
-    return start_s
 
 
 def _idle_trace() -> Trace:
