@@ -28,7 +28,8 @@ from autoscale.load import parse_policy
 from autoscale.policy import Policy
 from autoscale.snapshot import Phase
 from bench.report import Report, quantile
-from cluster.cli.policy import apply, explained
+from cluster.autoscale.view import AutoscaleView
+from cluster.cli.policy import apply, explained, wait_for_view
 from cluster.cli.progress import Progress
 from cluster.cli.scale import scale
 from cluster.local.launch import Cluster
@@ -50,7 +51,6 @@ REAL_S = 200.0  # seconds of real time for each trace
 MAX_MODEL_LEN = 65_536
 # The policy below takes a minute to shrink two pools of four workers to one each.
 SHRINK_TIMEOUT_S = 180.0
-START_KNOWN_TIMEOUT_S = 30.0
 
 # HPA's windows of minutes, ten times as fast.
 BEHAVIOR = {
@@ -204,20 +204,17 @@ def measured_model(cluster: Cluster) -> LatencyModel:
 def measured_start_s(state: ClusterState) -> float:
     """Start two more prefill workers, as the policy does, and return the seconds of the later one.
 
-    They count from the order until the worker is ready. The first workers of a cluster start beside
-    Ray and the router, so they take longer. One worker alone takes less.
+    They count from the order until the worker is ready.
     """
     scale(state, {Pool.PREFILL: 3}, progress=lambda _: None)
-    # The autoscaler looks once a second, so it knows a little later than the registry.
-    until_s = time.monotonic() + START_KNOWN_TIMEOUT_S
-    while True:
-        view = explained(state)
+
+    def knows_them(view: AutoscaleView) -> bool:
         ready = sum(w.pool is Pool.PREFILL and w.phase is Phase.READY for w in view.workers)
-        if ready == 3 and view.start_s is not None:
-            return view.start_s
-        if time.monotonic() >= until_s:
-            raise TimeoutError("the autoscaler has not noticed that the workers are ready")
-        time.sleep(0.5)
+        return ready == 3
+
+    start_s = wait_for_view(state, knows_them).start_s
+    assert start_s is not None, "the autoscaler has ordered them"
+    return start_s
 
 
 def _idle_trace() -> Trace:

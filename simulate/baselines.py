@@ -13,9 +13,8 @@ from simulate.latency import LatencyModel
 from simulate.laws import Forecast, Hpa, Law, RayServe, Seen
 
 MOST = 64  # workers of a pool
-# Windows before a scale-down, of all grids: Kubernetes' default, and longer than the time between
-# two bursts.
-WINDOWS_S = (300.0, 1200.0)
+# Windows before a scale-down: Kubernetes' default, and longer than the time between two bursts.
+SHORT_S, LONG_S = 300.0, 1200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ def families(model: LatencyModel, itl_s: float) -> tuple[Family, ...]:
             {
                 f"{n:g} waiting, window {window_s:g} s": _both(Hpa(n, down_window_s=window_s))
                 for n in (0.5, 2.0, 8.0)
-                for window_s in WINDOWS_S
+                for window_s in (SHORT_S, LONG_S)
             },
         ),
         family(
@@ -129,7 +128,7 @@ def families(model: LatencyModel, itl_s: float) -> tuple[Family, ...]:
                     Hpa(d, counts_running=True, kv_used=kv, down_window_s=window_s),
                 )
                 for p in (0.5, 1.0, 2.0)
-                for d, kv, window_s in ((32, 0.5, 300), (96, 0.7, 300), (96, 0.9, 1200))
+                for d, kv, window_s in ((32, 0.5, SHORT_S), (96, 0.7, SHORT_S), (96, 0.9, LONG_S))
             },
         ),
         family(
@@ -140,7 +139,7 @@ def families(model: LatencyModel, itl_s: float) -> tuple[Family, ...]:
                     RayServe(d, downscale_delay_s=delay_s),
                 )
                 for p in (0.3, 0.6, 1.2)
-                for d, delay_s in ((32, 600), (96, 600), (96, 1200))
+                for d, delay_s in ((32, 600.0), (96, 600.0), (96, LONG_S))
             },
         ),
         *(
@@ -151,7 +150,7 @@ def families(model: LatencyModel, itl_s: float) -> tuple[Family, ...]:
                         Forecast(margin, lags, start_s, down_window_s=window_s)
                     )
                     for margin in (1.3, 1.7, 2.2)
-                    for window_s in WINDOWS_S
+                    for window_s in (SHORT_S, LONG_S)
                 },
             )
             for name, lags in (("moving-average", 0), ("ar", 6))

@@ -59,7 +59,7 @@ def apply(state: ClusterState, text: str) -> AutoscaleView:
             raise ConfigError(f"the cluster refuses the policy: {view.refused_why}")
         return view.policy_digest == digest
 
-    return _wait(state, taken)
+    return wait_for_view(state, taken)
 
 
 def remove(state: ClusterState) -> AutoscaleView:
@@ -69,7 +69,7 @@ def remove(state: ClusterState) -> AutoscaleView:
         UnavailableError: the store or the autoscaler does not answer.
     """
     _run(state, lambda store: store.remove_policy())
-    return _wait(state, lambda view: not view.policy_digest)
+    return wait_for_view(state, lambda view: not view.policy_digest)
 
 
 def show(state: ClusterState) -> str:
@@ -143,7 +143,13 @@ def _time_of(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _wait(state: ClusterState, condition: Callable[[AutoscaleView], bool]) -> AutoscaleView:
+def wait_for_view(state: ClusterState, condition: Callable[[AutoscaleView], bool]) -> AutoscaleView:
+    """Return the autoscaler's view once it meets ``condition``.
+
+    Raises:
+        UnavailableError: the store or the autoscaler does not answer, or the view does not meet the
+            condition in time.
+    """
     deadline_s = time.monotonic() + _APPLY_TIMEOUT_S
     while True:
         try:

@@ -587,6 +587,13 @@ async def test_a_process_that_takes_over_in_the_middle_of_a_start_finishes_it() 
     assert harness.counts() == (1, 3)
 
 
+async def test_the_start_of_the_first_workers_is_measured() -> None:
+    harness = Harness()
+    await harness.loop.step()  # orders them
+    harness.now_s += 30
+    assert (await harness.step()).start_s == 30
+
+
 async def test_a_start_is_measured_from_the_order_to_the_first_lease() -> None:
     harness = Harness()
     await harness.step()
